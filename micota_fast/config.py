@@ -1,0 +1,282 @@
+"""Typed dataclasses <-> YAML: unknown keys, wrong types and bad values are errors that name file, line and key."""
+
+import contextlib
+import copy
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from micota_fast.errors import InputError
+
+T = TypeVar("T")
+
+
+def option(default: Any = dataclasses.MISSING, *, doc: str, source: str = "") -> Any:
+    """A documented dataclass field.
+
+    Args:
+        default: value where the file says nothing; a list, dict or dataclass is copied. Absent: the key is required.
+        doc: what the key does, with its unit.
+        source: where the default comes from (paper section, repository); "ours" where the sources leave it open.
+    """
+    metadata = {"doc": doc, "source": source}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class _Where:
+    """A place in a config: the file (or command-line override), the line and the dotted key."""
+
+    source: str
+    key: str
+
+    def error(self, node: yaml.Node | None, message: str) -> InputError:
+        mark = node.start_mark if node is not None else None
+        if mark is None:
+            place = self.source
+        else:
+            place = mark.name if mark.name.startswith("--set ") else f"{mark.name}, line {mark.line + 1}"
+        return InputError(f"{place}: {f'`{self.key}`: ' if self.key else ''}{message}")
+
+    def child(self, name: str) -> "_Where":
+        return _Where(self.source, f"{self.key}.{name}" if self.key else name)
+
+
+def load(cls: type[T], path: Path | str | None, overrides: typing.Sequence[str] = ()) -> T:
+    """Read `path` (None: an empty file) into the dataclass `cls`, after applying overrides of the form `a.b=value`.
+
+    The value of an override is YAML, so `--set seeds=[1,2]` and `--set url=null` mean what they look like.
+
+    Raises:
+        InputError: naming file, line and key of what is unknown, missing or of the wrong type.
+    """
+    node: yaml.Node | None = None
+    source = "command line"
+    if path is not None:
+        source = str(path)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot read this configuration: {error}") from None
+        node = _compose(text, source)
+    if node is None:
+        node = yaml.MappingNode("tag:yaml.org,2002:map", [])
+    for override in overrides:
+        _apply_override(node, override)
+    result: T = _build(cls, node, _Where(source, ""))
+    return result
+
+
+def build(cls: type[T], values: dict[str, Any], source: str) -> T:
+    """Make the dataclass `cls` of plain values; `source` is named in errors."""
+    result: T = _build(cls, _compose(yaml.safe_dump(values), source), _Where(source, ""))
+    return result
+
+
+def dump(value: Any) -> str:
+    """YAML text of a dataclass, in field order; `load` of it gives an equal value."""
+    return yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True, width=120)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths as dicts, lists and strings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted key, default, documentation) of every option of a dataclass, nested ones included."""
+    rows: list[tuple[str, str, str]] = []
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        key = prefix + field.name
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            rows += describe(typing.cast(type, hint), f"{key}.")
+            continue
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required:
+            default = "required"
+        else:
+            made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+            default = yaml.safe_dump(plain(made), default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
+        doc = field.metadata.get("doc", "")
+        if field.metadata.get("source"):
+            doc += f" [{field.metadata['source']}]"
+        rows.append((key, default, doc))
+    return rows
+
+
+def _compose(text: str, source: str) -> yaml.Node | None:
+    loader = yaml.SafeLoader(text)
+    loader.name = source
+    try:
+        node: yaml.Node | None = loader.get_single_node()
+        return node
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise InputError(f"{source}{line}: not valid YAML: {problem}") from None
+    finally:
+        loader.dispose()
+
+
+def _apply_override(root: yaml.Node, override: str) -> None:
+    key, equals, text = override.partition("=")
+    source = f"--set {override}"
+    if not equals or not key:
+        raise InputError(f"{source}: expected key=value, for example --set train.lr=2e-5")
+    if not isinstance(root, yaml.MappingNode):
+        raise InputError(f"{source}: the configuration is not a mapping")
+    value = _compose(text, source) or yaml.ScalarNode("tag:yaml.org,2002:null", "null")
+    value.start_mark = yaml.Mark(source, 0, 0, 0, "", 0)
+    node = root
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        found = next((i for i, (k, _) in enumerate(node.value) if k.value == name), None)
+        if depth == len(names) - 1:
+            pair = (yaml.ScalarNode("tag:yaml.org,2002:str", name, value.start_mark), value)
+            if found is None:
+                node.value.append(pair)
+            else:
+                node.value[found] = pair
+            return
+        if found is None or not isinstance(node.value[found][1], yaml.MappingNode):
+            child = yaml.MappingNode("tag:yaml.org,2002:map", [], value.start_mark)
+            pair = (yaml.ScalarNode("tag:yaml.org,2002:str", name, value.start_mark), child)
+            if found is None:
+                node.value.append(pair)
+            else:
+                node.value[found] = pair
+            node = child
+        else:
+            node = node.value[found][1]
+
+
+def _build(hint: Any, node: yaml.Node | None, where: _Where) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build_dataclass(typing.cast(type, hint), node, where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _build_union(args, node, where)
+    if hint is Any or hint is object:
+        return _scalar_or_tree(node)
+    if origin is Literal:
+        value = _scalar_or_tree(node)
+        if value not in args:
+            raise where.error(node, f"must be one of {', '.join(map(str, args))}, not {value!r}")
+        return value
+    if origin is dict:
+        if not isinstance(node, yaml.MappingNode):
+            raise where.error(node, "must be a mapping of names to values")
+        return {name: _build(args[1], child, where.child(name)) for name, child in _pairs(node, where)}
+    if origin in (list, tuple):
+        if not isinstance(node, yaml.SequenceNode):
+            raise where.error(node, "must be a list")
+        item_hints = list(args) if origin is tuple and args[-1] is not Ellipsis else [args[0]] * len(node.value)
+        if len(item_hints) != len(node.value):
+            raise where.error(node, f"must have {len(item_hints)} items, not {len(node.value)}")
+        items = [
+            _build(item, child, where.child(str(i)))
+            for i, (item, child) in enumerate(zip(item_hints, node.value, strict=True))
+        ]
+        return tuple(items) if origin is tuple else items
+    return _build_scalar(hint, node, where)
+
+
+def _build_dataclass(cls: type, node: yaml.Node | None, where: _Where) -> Any:
+    if node is None or (isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null")):
+        node = yaml.MappingNode("tag:yaml.org,2002:map", [], node.start_mark if node is not None else None)
+    if not isinstance(node, yaml.MappingNode):
+        raise where.error(node, "must be a mapping of keys to values")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for name, child in _pairs(node, where):
+        if name not in fields:
+            raise where.child(name).error(child, f"unknown key; known here: {', '.join(fields)}")
+        values[name] = _build(hints[name], child, where.child(name))
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise where.child(name).error(node if node.start_mark else None, "this key is required")
+    try:
+        return cls(**values)
+    except InputError as error:  # a check in __post_init__ knows the keys, this place knows the file and line
+        raise where.error(node if node.start_mark else None, str(error)) from None
+
+
+def _build_union(args: tuple[Any, ...], node: yaml.Node | None, where: _Where) -> Any:
+    is_null = node is None or (isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null"))
+    if is_null and type(None) in args:
+        return None
+    options = [arg for arg in args if arg is not type(None)]
+    if len(options) == 1:
+        return _build(options[0], node, where)
+    for arg in options:
+        try:
+            return _build(arg, node, where)
+        except InputError:
+            continue
+    raise where.error(node, f"must be {' or '.join(getattr(a, '__name__', str(a)) for a in options)}")
+
+
+def _build_scalar(hint: Any, node: yaml.Node | None, where: _Where) -> Any:
+    value = _scalar_or_tree(node)
+    if hint is float:
+        # YAML 1.1 reads `1e-5` (no dot) as a string; people write it all the time.
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif hint is str:
+        if isinstance(value, str):
+            return value
+        if isinstance(node, yaml.ScalarNode) and value is not None:
+            return str(node.value)
+    elif isinstance(value, hint):
+        return value
+    raise where.error(node, f"must be {getattr(hint, '__name__', hint)}, not {value!r}")
+
+
+def _pairs(node: yaml.MappingNode, where: _Where) -> list[tuple[str, yaml.Node]]:
+    pairs: list[tuple[str, yaml.Node]] = []
+    seen: set[str] = set()
+    for key, child in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise where.error(key, "keys must be plain names")
+        if key.value in seen:
+            raise where.child(key.value).error(key, "this key stands twice")
+        seen.add(key.value)
+        pairs.append((key.value, child))
+    return pairs
+
+
+def _scalar_or_tree(node: yaml.Node | None) -> Any:
+    if node is None:
+        return None
+    constructor = yaml.constructor.SafeConstructor()
+    try:
+        return constructor.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or node.start_mark
+        raise InputError(f"{mark.name}, line {mark.line + 1}: {getattr(error, 'problem', error)}") from None

@@ -1,0 +1,360 @@
+"""What can be asked for: every stage's options and the recipe of a whole run, each documented with unit and source.
+
+"MiCoTA" is arXiv 2507.01887 and its repository; "SMLG" is the Small-Model-Learnability-Gap repository, whose scripts
+MiCoTA builds on; "ours" marks what both leave open.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from micota_fast.config import option
+from micota_fast.errors import InputError
+
+TEACHER_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclass(kw_only=True)
+class ChatConfig:
+    """How a problem becomes the text that a model sees, in generation and in training alike."""
+
+    system: str | None = option(
+        "You are a helpful assistant.", doc="system message; null: none is sent", source="Qwen2.5's default"
+    )
+    prompt: str = option(TEACHER_PROMPT, doc="user message; `{problem}` is replaced by the problem", source="MiCoTA")
+    use_template: bool = option(
+        True, doc="render through the checkpoint's chat template; false sends the prompt as bare text", source="ours"
+    )
+
+    def __post_init__(self) -> None:
+        if "{problem}" not in self.prompt:
+            raise InputError("`prompt` must contain {problem}, where the problem's text goes")
+
+
+@dataclass(kw_only=True)
+class ServeConfig:
+    """The engine that answers /generate for a checkpoint."""
+
+    engine: Literal["embedded", "sglang"] = option("embedded", doc="our own decoder, or a real SGLang server")
+    host: str = option("127.0.0.1", doc="address to bind; anything but loopback opens the server to the network")
+    port: int = option(0, doc="TCP port; 0: a free one")
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = option(
+        "auto", doc="compute type; auto: the checkpoint's. float64 makes greedy text independent of the batch"
+    )
+    max_running: int = option(128, doc="sequences decoded at once (embedded engine)")
+    context_length: int | None = option(None, doc="tokens of prompt and answer together; null: the checkpoint's")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", doc="where the embedded engine runs")
+    python: str | None = option(
+        None, doc="interpreter that has sglang; null: $SGLANG_PYTHON, else this one if sglang imports here"
+    )
+    args: list[str] = option([], doc="further arguments for sglang.launch_server, e.g. [--tp-size, '4']")
+    startup_timeout_s: float = option(600.0, doc="seconds until /health_generate must answer")
+
+
+@dataclass(kw_only=True)
+class GenerateSettings:
+    """Sampling, and how the requests are sent."""
+
+    samples: int = option(1, doc="answers per problem", source="MiCoTA: one, greedy")
+    temperature: float = option(0.0, doc="0: greedy", source="MiCoTA")
+    top_p: float = option(1.0, doc="nucleus; used when temperature > 0")
+    top_k: int = option(-1, doc="-1: all tokens; used when temperature > 0")
+    max_new_tokens: int = option(16384, doc="longest answer, tokens", source="MiCoTA")
+    stop: list[str] = option([], doc="strings that end an answer")
+    seed: int = option(0, doc="seed of sampled answers; each (problem, sample) derives its own")
+    concurrency: int = option(256, doc="requests in flight", source="ours")
+    url: str | None = option(
+        None, doc="an SGLang-compatible server that already runs; null: one is started for the model (see serve)"
+    )
+    chat: ChatConfig = option(ChatConfig(), doc="the prompt")
+    serve: ServeConfig = option(ServeConfig(), doc="the server started where url is null")
+
+    def __post_init__(self) -> None:
+        for name, low in (("samples", 1), ("max_new_tokens", 1), ("concurrency", 1), ("temperature", 0)):
+            if getattr(self, name) < low:
+                raise InputError(f"`{name}` must be at least {low}, not {getattr(self, name)}")
+        if self.samples > 1 and self.temperature == 0:
+            raise InputError("`samples` > 1 needs `temperature` > 0: greedy answers would all be the same")
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(GenerateSettings):
+    """`micota generate`: problems in, completions out."""
+
+    model: str = option(doc="checkpoint (folder or hub name): its tokenizer and template, and what is served")
+    problems: str = option(doc="JSONL of problems: id, problem, answer")
+    out: str = option(doc="JSONL of completions; an interrupted run leaves OUT.part, from which the next one goes on")
+    limit: int | None = option(None, doc="only the first so many problems; null: all")
+
+
+@dataclass(kw_only=True)
+class FilterSettings:
+    """Which completions enter a corpus."""
+
+    max_tokens: int = option(16000, doc="an answer must be shorter than this, tokens", source="MiCoTA")
+    require_correct: bool = option(True, doc="the final answer must equal the problem's", source="MiCoTA")
+    require_boxed: bool = option(True, doc="a final \\boxed{} must be there", source="MiCoTA")
+    timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
+    workers: int = option(2, doc="grading processes")
+
+
+@dataclass(kw_only=True)
+class FilterConfig(FilterSettings):
+    """`micota filter`: completions in; corpus, rejects and counts out."""
+
+    completions: str = option(doc="JSONL of completions")
+    out: str = option(doc="JSONL of accepted rows; OUT.rejects.jsonl and OUT.counts.json are written beside it")
+
+
+@dataclass(kw_only=True)
+class MixConfig:
+    """`micota mix`: one corpus of several, in a stated ratio, at most one row a problem."""
+
+    parts: dict[str, int] = option(doc="corpus file -> its share, e.g. {long.jsonl: 1, short.jsonl: 4}")
+    out: str = option(doc="JSONL of the mixed corpus")
+    seed: int = option(0, doc="which problem is taken from which part")
+
+
+@dataclass(kw_only=True)
+class TrainSettings:
+    """How a model is trained."""
+
+    seed: int = option(0, doc="order of the documents, and the weights where init is random")
+    epochs: float = option(2.0, doc="passes over the documents", source="MiCoTA")
+    max_steps: int | None = option(None, doc="stop after so many optimizer steps; null: as epochs say")
+    lr: float = option(1e-5, doc="peak learning rate", source="MiCoTA")
+    min_lr_ratio: float = option(0.0, doc="final learning rate as a share of the peak", source="MiCoTA: cosine to 0")
+    warmup_ratio: float = option(0.1, doc="share of the steps with a rising learning rate", source="ours")
+    weight_decay: float = option(0.0, doc="AdamW's decoupled decay; never on norms and biases", source="ours")
+    betas: tuple[float, float] = option((0.9, 0.95), doc="AdamW's averaging", source="ours")
+    eps: float = option(1e-8, doc="AdamW's epsilon", source="Loshchilov & Hutter 2019")
+    max_grad_norm: float = option(1.0, doc="gradients are scaled down to this L2 norm", source="ours")
+    pack_tokens: int = option(16384, doc="tokens in a pack: the length of one forward pass", source="ours")
+    packs_per_step: int = option(8, doc="packs in an optimizer step, over all ranks: the global batch", source="ours")
+    max_doc_tokens: int | None = option(None, doc="longest document, tokens; null: pack_tokens")
+    over_length: Literal["drop", "truncate"] = option("drop", doc="what happens to a longer document", source="ours")
+    skip_bad_rows: bool = option(False, doc="set bad rows aside in a rejects file instead of stopping")
+    chat: ChatConfig = option(ChatConfig(), doc="how problems are put to the model")
+    dtype: Literal["bfloat16", "float32"] = option(
+        "bfloat16", doc="compute type; weights, optimizer and gradient sums stay float32", source="MiCoTA"
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", doc="auto: CUDA where there is one")
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = option("auto", doc="auto: flash-attn, torch varlen, SDPA")
+    compile: bool = option(False, doc="torch.compile each block")
+    activation_checkpointing: bool = option(False, doc="recompute each block in the backward pass")
+    checkpoint_every: int | None = option(None, doc="steps between resume checkpoints; null: ten a run")
+    log_every: int = option(1, doc="steps between progress lines")
+    tensorboard: bool = option(False, doc="write TensorBoard events to OUT/tensorboard")
+    wandb: str | None = option(None, doc="Weights & Biases project to report to")
+    init: Literal["pretrained", "random"] = option("pretrained", doc="random: fresh weights of the model's shape")
+    save_dtype: Literal["bfloat16", "float32"] | None = option(None, doc="type of the saved weights; null: as loaded")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "lr", "max_grad_norm", "eps"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"`{name}` must be above 0, not {getattr(self, name)}")
+        for name in ("pack_tokens", "packs_per_step", "log_every", "max_steps", "max_doc_tokens", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"`{name}` must be at least 1, not {value}")
+        for name in ("warmup_ratio", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"`{name}` must lie between 0 and 1, not {getattr(self, name)}")
+        if self.max_doc_tokens is not None and self.max_doc_tokens > self.pack_tokens:
+            raise InputError(f"`max_doc_tokens` {self.max_doc_tokens} exceeds `pack_tokens` {self.pack_tokens}")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(TrainSettings):
+    """`python -m micota_fast.train` (or under torchrun): a checkpoint and a corpus in, a checkpoint out."""
+
+    model: str = option(doc="checkpoint to start from (folder or hub name)")
+    data: str = option(doc="JSONL corpus: our rows, OpenAI messages, ShareGPT, Alpaca, or problem + solution")
+    out: str = option(doc="folder: model/ (Hugging Face layout), metrics.jsonl, summary.json, resume checkpoints")
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig:
+    """One evaluation set."""
+
+    name: str = option(doc="as it stands in the table")
+    path: str = option(doc="JSONL of problems")
+    prompt: str | None = option(None, doc="user message with {problem}; null: that of chat.prompt")
+    limit: int | None = option(None, doc="only the first so many problems; null: all")
+
+
+@dataclass(kw_only=True)
+class EvaluateSettings(GenerateSettings):
+    """Greedy answers to every benchmark, graded."""
+
+    max_new_tokens: int = option(16000, doc="longest answer, tokens", source="MiCoTA")
+    timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
+    workers: int = option(2, doc="grading processes")
+    benchmarks: list[BenchmarkConfig] = option([], doc="the sets, in the table's order")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(EvaluateSettings):
+    """`micota evaluate`: a checkpoint in, results.json and graded rows out."""
+
+    model: str = option(doc="checkpoint (folder or hub name)")
+    out: str = option(doc="folder: results.json, rows/BENCHMARK.jsonl")
+
+
+@dataclass(kw_only=True)
+class AlignSettings:
+    """How near a corpus lies to an untrained student."""
+
+    pack_tokens: int = option(16384, doc="tokens in one forward pass")
+    max_doc_tokens: int | None = option(None, doc="documents above this are left out and counted; null: pack_tokens")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", doc="compute type")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", doc="auto: CUDA where there is one")
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = option("auto", doc="as in training")
+    chat: ChatConfig = option(ChatConfig(), doc="how problems are put to the model")
+
+
+@dataclass(kw_only=True)
+class AlignConfig(AlignSettings):
+    """`micota align`: perplexity and length of corpora under a model."""
+
+    model: str = option(doc="the untrained student (folder or hub name)")
+    corpora: dict[str, str] = option(doc="name -> JSONL corpus")
+    out: str = option(doc="folder: one NAME.json a corpus")
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """`micota report`: tables, plots and one self-contained page."""
+
+    title: str = option(doc="heading of the page")
+    out: str = option(doc="folder: table.md, report.json, report.html")
+    base: str = option(doc="results.json of the untouched student")
+    arms: dict[str, list[str]] = option(doc="arm -> results.json of each seed, in the table's order")
+    corpora: dict[str, dict[str, str]] = option({}, doc="corpus -> {counts: FILE, alignment: FILE}")
+    training: dict[str, list[str]] = option({}, doc="arm -> metrics.jsonl of each seed")
+    notes: list[str] = option([], doc="paragraphs printed as they stand: what was tried, what is unusual")
+    provenance: dict[str, str] = option({}, doc="versions, recipe and machine, printed as they stand")
+
+
+@dataclass(kw_only=True)
+class ProblemsSpec:
+    """A file of training problems."""
+
+    path: str = option(doc="JSONL: id, problem, answer")
+    limit: int | None = option(None, doc="only the first so many; null: all")
+
+
+@dataclass(kw_only=True)
+class TrainedModel:
+    """A model made by fine-tuning another."""
+
+    base: str = option(doc="name under `models`")
+    corpus: str = option(doc="name under `corpora`")
+    set: dict[str, Any] = option({}, doc="overrides of the recipe's `train` for this model")
+
+
+@dataclass(kw_only=True)
+class MergedModel:
+    """A model made by merging; `mergekit` is written to a file as it stands, with names under `models` resolved."""
+
+    mergekit: dict[str, Any] = option(doc="a mergekit configuration whose model names are names under `models`")
+    seed: int = option(0, doc="seed of DARE's mask")
+
+
+@dataclass(kw_only=True)
+class ModelSpec:
+    """A checkpoint, or how it is made of others."""
+
+    checkpoint: str | None = option(None, doc="folder (relative to the recipe) or hub name")
+    train: TrainedModel | None = option(None, doc="fine-tuned from another model")
+    merge: MergedModel | None = option(None, doc="merged from other models")
+    url: str | None = option(None, doc="a server that already serves this model")
+    serve: dict[str, Any] = option({}, doc="overrides of `generate.serve` and `evaluate.serve` for this model")
+
+    def __post_init__(self) -> None:
+        if sum(way is not None for way in (self.checkpoint, self.train, self.merge)) != 1:
+            raise InputError("exactly one of `checkpoint`, `train`, `merge` says where this model comes from")
+
+
+@dataclass(kw_only=True)
+class GeneratedCorpus:
+    """A corpus written by a model and filtered."""
+
+    model: str = option(doc="name under `models`")
+    problems: str = option("train", doc="name under `problems`")
+    set: dict[str, Any] = option({}, doc="overrides of the recipe's `generate` for this corpus")
+    filter: dict[str, Any] = option({}, doc="overrides of the recipe's `filter` for this corpus")
+
+
+@dataclass(kw_only=True)
+class CorpusSpec:
+    """Rows to train on, and where they come from."""
+
+    file: str | None = option(None, doc="JSONL that is there already")
+    limit: int | None = option(None, doc="with file: only the first so many rows; null: all")
+    generate: GeneratedCorpus | None = option(None, doc="answers of a model, filtered")
+    mix: dict[str, int] | None = option(None, doc="names under `corpora` -> shares")
+
+    def __post_init__(self) -> None:
+        if sum(way is not None for way in (self.file, self.generate, self.mix)) != 1:
+            raise InputError("exactly one of `file`, `generate`, `mix` says where this corpus comes from")
+        if self.limit is not None and self.file is None:
+            raise InputError("`limit` goes with `file`")
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    """How the stages are run on this machine."""
+
+    jobs: int = option(1, doc="stages run at once")
+    nproc: int = option(1, doc="processes of a training stage (torchrun --nproc-per-node)")
+    threads: int | None = option(None, doc="OMP_NUM_THREADS of a stage; null: as the environment says")
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """A whole run: named models and corpora, each made of others, and the arms that are compared."""
+
+    name: str = option(doc="names the run's folder under runs/")
+    title: str = option("", doc="heading of the report; empty: the name")
+    seeds: list[int] = option([0], doc="each arm is trained once a seed")
+    data_dir: str | None = option(
+        None, doc="folder that relative problem and corpus files start from; null: the recipe's"
+    )
+    problems: dict[str, ProblemsSpec] = option({}, doc="name -> training problems")
+    models: dict[str, ModelSpec] = option(doc="name -> model")
+    corpora: dict[str, CorpusSpec] = option(doc="name -> corpus")
+    student: str = option(doc="the model that every arm starts from, name under `models`")
+    arms: dict[str, str] = option(doc="arm -> corpus it is trained on, in the table's order")
+    align: list[str] = option([], doc="corpora measured under the untrained student, in the plot's order")
+    generate: GenerateSettings = option(GenerateSettings(), doc="defaults of every generated corpus")
+    filter: FilterSettings = option(FilterSettings(), doc="defaults of every filter")
+    train: TrainSettings = option(TrainSettings(), doc="defaults of every training")
+    evaluate: EvaluateSettings = option(EvaluateSettings(), doc="evaluation of every arm")
+    alignment: AlignSettings = option(AlignSettings(), doc="measurement of corpora under the student")
+    launch: LaunchConfig = option(LaunchConfig(), doc="processes and threads")
+    notes: list[str] = option([], doc="paragraphs for the report")
+
+    def __post_init__(self) -> None:
+        def known(name: str, table: dict[str, Any], where: str, kind: str) -> None:
+            if name not in table:
+                raise InputError(f"`{where}` names the {kind} {name!r}; known: {', '.join(table) or 'none'}")
+
+        known(self.student, self.models, "student", "model")
+        for name, model in self.models.items():
+            if model.train is not None:
+                known(model.train.base, self.models, f"models.{name}.train.base", "model")
+                known(model.train.corpus, self.corpora, f"models.{name}.train.corpus", "corpus")
+        for name, corpus in self.corpora.items():
+            if corpus.generate is not None:
+                known(corpus.generate.model, self.models, f"corpora.{name}.generate.model", "model")
+                known(corpus.generate.problems, self.problems, f"corpora.{name}.generate.problems", "problem set")
+            for part in corpus.mix or {}:
+                known(part, self.corpora, f"corpora.{name}.mix", "corpus")
+        for arm, corpus_name in self.arms.items():
+            known(corpus_name, self.corpora, f"arms.{arm}", "corpus")
+        for corpus_name in self.align:
+            known(corpus_name, self.corpora, "align", "corpus")
+        if not self.evaluate.benchmarks:
+            raise InputError("`evaluate.benchmarks` must list at least one benchmark")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise InputError("`seeds` must be a list of different numbers, at least one")

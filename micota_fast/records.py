@@ -1,0 +1,331 @@
+"""The rows that flow between stages, and a file of them that survives being killed while it is written.
+
+JSON Lines, UTF-8, one object a line, keys = field names. Rows hold nothing that differs between two equal runs (no
+times, no host names), so equal inputs give equal bytes.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from micota_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem with its gold answer."""
+
+    id: str
+    problem: str
+    answer: str
+    solution: str | None = None
+    level: int | None = None
+    subject: str | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer to one problem; (id, sample) is its key."""
+
+    id: str  # of the problem
+    sample: int  # 0 .. samples-1
+    problem: str
+    answer: str  # gold
+    completion: str
+    finish_reason: str  # "stop": an end token or stop string; "length": the token limit; "abort": the server gave up
+    prompt_tokens: int
+    completion_tokens: int
+    seed: int | None  # sampling seed sent to the server; None where decoding was greedy
+    correct: bool | None = None  # None: not graded
+    model: str = ""
+
+
+_KINDS: dict[Any, tuple[type, ...]] = {
+    str: (str,),
+    int: (int,),
+    str | None: (str, type(None)),
+    int | None: (int, type(None)),
+    bool | None: (bool, type(None)),
+}
+Row = TypeVar("Row", Problem, Completion)
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:  # also bytes that are not UTF-8
+        raise InputError(f"{where}: not a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def parse_row(kind: type[Row], value: Mapping[str, Any], where: str) -> Row:
+    """Build a Problem or Completion from a decoded JSON object; unknown keys are left aside.
+
+    Raises:
+        InputError: a key is missing or of the wrong type; `where` (file:line) opens the message.
+    """
+    known: dict[str, Any] = {}
+    for field in fields(kind):
+        if field.name not in value:
+            if field.default is MISSING:
+                raise InputError(f"{where}: key {field.name!r} is missing")
+            continue
+        item = value[field.name]
+        kinds = _KINDS[field.type]
+        if not isinstance(item, kinds) or (isinstance(item, bool) and bool not in kinds):
+            names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise InputError(f"{where}: key {field.name!r} must be {names}, got {type(item).__name__} {item!r:.60}")
+        known[field.name] = item
+    return kind(**known)
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield ("path:line", bytes) of every line that is not blank.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}:{number}", line
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
+    """Read problems in file order; with `limit`, the first `limit` of them.
+
+    Raises:
+        InputError: unreadable file, bad row or duplicate id (with file:line), or no row at all.
+    """
+    problems: list[Problem] = []
+    first_seen: dict[str, str] = {}
+    for where, line in read_lines(Path(path)):
+        if limit is not None and len(problems) >= limit:
+            break
+        row = parse_row(Problem, _parse_line(line, where), where)
+        if row.id in first_seen:
+            raise InputError(f"{where}: id {row.id!r} occurs already at {first_seen[row.id]}")
+        first_seen[row.id] = where
+        problems.append(row)
+    if not problems:
+        raise InputError(f"{path}: no problems")
+    return problems
+
+
+def read_completions(path: str | Path) -> list[Completion]:
+    """Read a finished file of completions in file order.
+
+    Raises:
+        InputError: unreadable file, bad row or duplicate (id, sample), with file:line.
+    """
+    rows: list[Completion] = []
+    first_seen: dict[tuple[str, int], str] = {}
+    for where, line in read_lines(Path(path)):
+        row = parse_row(Completion, _parse_line(line, where), where)
+        key = (row.id, row.sample)
+        if key in first_seen:
+            raise InputError(f"{where}: ({row.id!r}, sample {row.sample}) occurs already at {first_seen[key]}")
+        first_seen[key] = where
+        rows.append(row)
+    return rows
+
+
+def encode_row(row: Problem | Completion | Mapping[str, Any]) -> bytes:
+    """One JSON line with its newline, fields in declaration order."""
+    value = row if isinstance(row, Mapping) else asdict(row)
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def write_atomic(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file that appears whole or not at all: aside in the same directory, fsync, rename.
+
+    Raises:
+        InputError: the directory cannot be written or the disk is full.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with aside.open("wb") as file:
+                file.writelines(chunks)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def write_rows(path: str | Path, rows: Iterable[Problem | Completion | Mapping[str, Any]]) -> None:
+    """Write a JSONL file atomically."""
+    write_atomic(Path(path), (encode_row(row) for row in rows))
+
+
+class CompletionWriter:
+    """Append completions to a file that can be taken up again after a SIGKILL or a power cut at any moment.
+
+    The file's first line is a header with the fingerprint of the request it answers; rows follow in the order in which
+    they came. An advisory lock (flock, which the kernel drops with the process) keeps a second writer out. Rows reach
+    the operating system at once, so a killed process loses none; they reach the disk every `fsync_interval_s`, so a
+    power cut loses at most that much. A last line torn by either is cut off when the file is opened again.
+
+    Args:
+        path: the file; made if missing.
+        fingerprint: JSON object that names the making of the rows; must equal the header of an existing file.
+        fsync_interval_s: seconds between two fsyncs.
+
+    Raises:
+        InputError: the file belongs to another fingerprint, is written by another process, or is damaged before its
+            last line.
+    """
+
+    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], fsync_interval_s: float = 2.0) -> None:
+        self.path = Path(path)
+        self.rows: dict[tuple[str, int], Completion] = {}
+        self._fsync_interval_s = fsync_interval_s
+        self._synced_at = time.monotonic()
+        self._header = json.loads(json.dumps({"fingerprint": fingerprint}))  # as it reads back: tuples become lists
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._open_locked()
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
+        try:
+            self._take_up()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _open_locked(self) -> Any:
+        while True:
+            file = self.path.open("a+b", buffering=0)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise InputError(
+                    f"{self.path} is being written by another process; wait for it or write elsewhere"
+                ) from None
+            # The former owner may have finished and removed the file between our open and our lock.
+            if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                return file
+            file.close()
+
+    def _take_up(self) -> None:
+        """Read what a former run has left, cut off a torn last line, write the header of a new file."""
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(0)
+        good = 0
+        with open(os.dup(self._file.fileno()), "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"{self.path}:{number}"
+                try:
+                    if not line.endswith(b"\n"):
+                        raise InputError(f"{where}: the line is torn")
+                    value = _parse_line(line, where)
+                    if number == 1:
+                        self._check_header(value)
+                    else:
+                        row = parse_row(Completion, value, where)
+                        if (row.id, row.sample) in self.rows:
+                            raise _Fatal(f"{where}: ({row.id!r}, sample {row.sample}) occurs twice; delete the file")
+                        self.rows[row.id, row.sample] = row
+                except InputError as error:
+                    if isinstance(error, _Fatal) or good + len(line) < size:
+                        raise
+                    break  # only the last line can be torn by a kill
+                good += len(line)
+        if good < size:
+            os.ftruncate(self._file.fileno(), good)
+        if good == 0:
+            self._file.write(json.dumps(self._header, ensure_ascii=False).encode() + b"\n")
+        self._sync()
+
+    def _check_header(self, header: Mapping[str, Any]) -> None:
+        if header == self._header:
+            return
+        theirs = header.get("fingerprint")
+        ours = self._header["fingerprint"]
+        theirs = theirs if isinstance(theirs, dict) else {}
+        differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+        raise _Fatal(
+            f"{self.path} belongs to another run (it differs in: {', '.join(differing)}); "
+            "delete it to start over, or write elsewhere"
+        )
+
+    def append(self, row: Completion) -> None:
+        """Add one row.
+
+        Raises:
+            ValueError: its (id, sample) is in the file already.
+            InputError: the disk is full or the file cannot be written; what was written before stays readable.
+        """
+        key = (row.id, row.sample)
+        if key in self.rows:
+            raise ValueError(f"({row.id!r}, sample {row.sample}) is written already")
+        line = encode_row(row)
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(28, "No space left on device")
+            if time.monotonic() - self._synced_at >= self._fsync_interval_s:
+                self._sync()
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}; what was written is kept") from None
+        self.rows[key] = row
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._synced_at = time.monotonic()
+
+    def finalise(self, out: str | Path, problem_ids: Iterable[str]) -> list[Completion]:
+        """Write the rows to `out`, atomically, sorted by (order of `problem_ids`, sample). Returns them in that order.
+
+        The part file stays: the caller removes it with `discard()` once all that belongs to `out` is written.
+        """
+        order = {problem_id: i for i, problem_id in enumerate(problem_ids)}
+        rows = sorted(self.rows.values(), key=lambda row: (order[row.id], row.sample))
+        write_rows(out, rows)
+        return rows
+
+    def discard(self) -> None:
+        """Remove the part file and release it."""
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+    def close(self) -> None:
+        """Bring every row to the disk and release the file; it can be taken up again later."""
+        if not self._file.closed:
+            try:
+                self._sync()
+            finally:
+                self._file.close()
+
+    def __enter__(self) -> "CompletionWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Fatal(InputError):
+    """Damage that cutting off the last line would not mend."""
