@@ -17,7 +17,9 @@ def _map_kernels_of_a_bare_checkout() -> None:
     folder = Path(__file__).parent.parent / "kernels"
     if importlib.util.find_spec(name) is not None or not (folder / "__init__.py").is_file():
         return
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
     if spec is None or spec.loader is None:
         return
     spec.loader = importlib.util.LazyLoader(spec.loader)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import json
 import types
 import typing
 from dataclasses import dataclass
@@ -16,15 +17,16 @@ from micota_fast.errors import InputError
 T = TypeVar("T")
 
 
-def option(default: Any = dataclasses.MISSING, *, doc: str, source: str = "") -> Any:
+def option(default: Any = dataclasses.MISSING, *, doc: str, source: str = "", operational: bool = False) -> Any:
     """A documented dataclass field.
 
     Args:
         default: value where the file says nothing; a list, dict or dataclass is copied. Absent: the key is required.
         doc: what the key does, with its unit.
         source: where the default comes from (paper section, repository); "ours" where the sources leave it open.
+        operational: says where or how fast, not what: the result is the same, so a change makes nothing stale.
     """
-    metadata = {"doc": doc, "source": source}
+    metadata = {"doc": doc, "source": source, "operational": operational}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
@@ -98,6 +100,14 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def identity(value: Any) -> Any:
+    """As `plain`, without the operational options: what the result depends on."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field for field in dataclasses.fields(value) if not field.metadata.get("operational")]
+        return {field.name: identity(getattr(value, field.name)) for field in fields}
+    return plain(value)
+
+
 def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
     """(dotted key, default, documentation) of every option of a dataclass, nested ones included."""
     rows: list[tuple[str, str, str]] = []
@@ -113,7 +123,7 @@ def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
             default = "required"
         else:
             made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-            default = yaml.safe_dump(plain(made), default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
+            default = json.dumps(plain(made), ensure_ascii=False)  # JSON is YAML, on one line
         doc = field.metadata.get("doc", "")
         if field.metadata.get("source"):
             doc += f" [{field.metadata['source']}]"

@@ -3,8 +3,8 @@
 Two means, each for what it can do:
 
 - `die_with_parent()` is called *by a child of ours* at its start: the kernel then signals it when its parent dies.
-- `spawn()` starts *any* command, which knows nothing of us, behind a small guard process (this file run as a script). The
-  guard leads a process group, starts the command inside it, and takes the whole group down when we stop it or die,
+- `spawn()` starts *any* command, which knows nothing of us, behind a small guard process (this file, run as a script).
+  The guard leads a process group, starts the command inside it, and takes the whole group down when we stop it or die,
   also by SIGKILL. Engines that start workers of their own (tensor parallel ranks, schedulers) go with it.
 """
 
@@ -52,15 +52,24 @@ def spawn(
     cwd: str | Path | None = None,
     stdout: int | IO[bytes] | None = None,
     stderr: int | IO[bytes] | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start `command` in a process group of its own that ends with this process.
 
     Returns the guard's Popen: its pid is the group's id, its return code the command's (128 + n where signal n ended
-    it, 127 where it could not be started). End it with `stop()`.
+    it, 127 where it could not be started). End it with `stop()`. The guard, not the command, inherits `pass_fds`: a
+    lock among them is held until the last of the group is gone.
     """
     guard = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(os.getpid()), *command]
     return subprocess.Popen(
-        guard, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, process_group=0
+        guard,
+        env=env,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        process_group=0,
+        pass_fds=pass_fds,
     )
 
 

@@ -35,19 +35,23 @@ class ServeConfig:
     """The engine that answers /generate for a checkpoint."""
 
     engine: Literal["embedded", "sglang"] = option("embedded", doc="our own decoder, or a real SGLang server")
-    host: str = option("127.0.0.1", doc="address to bind; anything but loopback opens the server to the network")
-    port: int = option(0, doc="TCP port; 0: a free one")
+    host: str = option(
+        "127.0.0.1", doc="address to bind; anything but loopback opens the server to the network", operational=True
+    )
+    port: int = option(0, doc="TCP port; 0: a free one", operational=True)
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = option(
         "auto", doc="compute type; auto: the checkpoint's. float64 makes greedy text independent of the batch"
     )
-    max_running: int = option(128, doc="sequences decoded at once (embedded engine)")
+    max_running: int = option(128, doc="sequences decoded at once (embedded engine)", operational=True)
     context_length: int | None = option(None, doc="tokens of prompt and answer together; null: the checkpoint's")
     device: Literal["auto", "cpu", "cuda"] = option("auto", doc="where the embedded engine runs")
     python: str | None = option(
-        None, doc="interpreter that has sglang; null: $SGLANG_PYTHON, else this one if sglang imports here"
+        None,
+        doc="interpreter that has sglang; null: $SGLANG_PYTHON, else this one if sglang imports here",
+        operational=True,
     )
     args: list[str] = option([], doc="further arguments for sglang.launch_server, e.g. [--tp-size, '4']")
-    startup_timeout_s: float = option(600.0, doc="seconds until /health_generate must answer")
+    startup_timeout_s: float = option(600.0, doc="seconds until /health_generate must answer", operational=True)
 
 
 @dataclass(kw_only=True)
@@ -61,9 +65,11 @@ class GenerateSettings:
     max_new_tokens: int = option(16384, doc="longest answer, tokens", source="MiCoTA")
     stop: list[str] = option([], doc="strings that end an answer")
     seed: int = option(0, doc="seed of sampled answers; each (problem, sample) derives its own")
-    concurrency: int = option(256, doc="requests in flight", source="ours")
+    concurrency: int = option(256, doc="requests in flight", source="ours", operational=True)
     url: str | None = option(
-        None, doc="an SGLang-compatible server that already runs; null: one is started for the model (see serve)"
+        None,
+        doc="an SGLang-compatible server that already runs; null: one is started for the model (see serve)",
+        operational=True,
     )
     chat: ChatConfig = option(ChatConfig(), doc="the prompt")
     serve: ServeConfig = option(ServeConfig(), doc="the server started where url is null")
@@ -94,7 +100,7 @@ class FilterSettings:
     require_correct: bool = option(True, doc="the final answer must equal the problem's", source="MiCoTA")
     require_boxed: bool = option(True, doc="a final \\boxed{} must be there", source="MiCoTA")
     timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
-    workers: int = option(2, doc="grading processes")
+    workers: int = option(2, doc="grading processes", operational=True)
 
 
 @dataclass(kw_only=True)
@@ -141,10 +147,12 @@ class TrainSettings:
     attention: Literal["auto", "flash", "varlen", "sdpa"] = option("auto", doc="auto: flash-attn, torch varlen, SDPA")
     compile: bool = option(False, doc="torch.compile each block")
     activation_checkpointing: bool = option(False, doc="recompute each block in the backward pass")
-    checkpoint_every: int | None = option(None, doc="steps between resume checkpoints; null: ten a run")
-    log_every: int = option(1, doc="steps between progress lines")
-    tensorboard: bool = option(False, doc="write TensorBoard events to OUT/tensorboard")
-    wandb: str | None = option(None, doc="Weights & Biases project to report to")
+    checkpoint_every: int | None = option(
+        None, doc="steps between resume checkpoints; null: ten a run", operational=True
+    )
+    log_every: int = option(1, doc="steps between progress lines", operational=True)
+    tensorboard: bool = option(False, doc="write TensorBoard events to OUT/tensorboard", operational=True)
+    wandb: str | None = option(None, doc="Weights & Biases project to report to", operational=True)
     init: Literal["pretrained", "random"] = option("pretrained", doc="random: fresh weights of the model's shape")
     save_dtype: Literal["bfloat16", "float32"] | None = option(None, doc="type of the saved weights; null: as loaded")
 
@@ -188,7 +196,7 @@ class EvaluateSettings(GenerateSettings):
 
     max_new_tokens: int = option(16000, doc="longest answer, tokens", source="MiCoTA")
     timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
-    workers: int = option(2, doc="grading processes")
+    workers: int = option(2, doc="grading processes", operational=True)
     benchmarks: list[BenchmarkConfig] = option([], doc="the sets, in the table's order")
 
 
@@ -198,6 +206,15 @@ class EvaluateConfig(EvaluateSettings):
 
     model: str = option(doc="checkpoint (folder or hub name)")
     out: str = option(doc="folder: results.json, rows/BENCHMARK.jsonl")
+
+
+@dataclass(kw_only=True)
+class MergeConfig:
+    """`micota merge`: a mergekit configuration in, a checkpoint out."""
+
+    config: str = option(doc="mergekit YAML file; its model names are folders (relative to it) or hub names")
+    out: str = option(doc="folder of the merged checkpoint; it appears whole or not at all")
+    seed: int = option(0, doc="seed of DARE's mask")
 
 
 @dataclass(kw_only=True)
@@ -267,7 +284,7 @@ class ModelSpec:
     checkpoint: str | None = option(None, doc="folder (relative to the recipe) or hub name")
     train: TrainedModel | None = option(None, doc="fine-tuned from another model")
     merge: MergedModel | None = option(None, doc="merged from other models")
-    url: str | None = option(None, doc="a server that already serves this model")
+    url: str | None = option(None, doc="a server that already serves this model", operational=True)
     serve: dict[str, Any] = option({}, doc="overrides of `generate.serve` and `evaluate.serve` for this model")
 
     def __post_init__(self) -> None:
@@ -290,15 +307,12 @@ class CorpusSpec:
     """Rows to train on, and where they come from."""
 
     file: str | None = option(None, doc="JSONL that is there already")
-    limit: int | None = option(None, doc="with file: only the first so many rows; null: all")
     generate: GeneratedCorpus | None = option(None, doc="answers of a model, filtered")
     mix: dict[str, int] | None = option(None, doc="names under `corpora` -> shares")
 
     def __post_init__(self) -> None:
         if sum(way is not None for way in (self.file, self.generate, self.mix)) != 1:
             raise InputError("exactly one of `file`, `generate`, `mix` says where this corpus comes from")
-        if self.limit is not None and self.file is None:
-            raise InputError("`limit` goes with `file`")
 
 
 @dataclass(kw_only=True)

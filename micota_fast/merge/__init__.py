@@ -1,0 +1,1 @@
+"""Model merging: mergekit's configuration files, reproducible masks, one tensor in memory at a time."""

@@ -1,0 +1,186 @@
+"""A checkpoint's own Jinja chat template, compiled in a sandbox with what `transformers` offers to templates.
+
+The environment follows "Chat templates" in the transformers documentation: `trim_blocks`, `lstrip_blocks`, `break` and
+`continue`, `{% generation %}` blocks, `raise_exception`, `strftime_now` and a `tojson` that leaves HTML as it is.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from micota_fast.errors import InputError
+
+# What `strftime_now` tells a template: Llama 3's templates write today's date into the system message, so that the
+# same rows would make other tokens tomorrow. They themselves fall back to this day where there is no clock.
+TEMPLATE_DATE = datetime(2024, 7, 26)
+
+Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+class _GenerationBlocks(Extension):
+    """Parses `{% generation %} ... {% endgeneration %}`, whose body is rendered as if the tags were not there."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class _PublicNamespace(Namespace):
+    """`namespace()` that stores no underscored name: the sandbox guards reading such names, not writing them."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # no named `self`: a template may pass that word
+        self, *rest = args
+        Namespace.__init__(self)
+        for name, value in dict(*rest, **kwargs).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if str(name).startswith("_"):
+            raise jinja2.sandbox.SecurityError(f"namespace attribute {name!r} begins with an underscore")
+        super().__setitem__(name, value)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class ChatTemplate:
+    """A compiled template.
+
+    Args:
+        source: the Jinja text.
+        where: file (and key) it came from, for messages.
+        special_tokens: names such as `bos_token` and their text, visible to the template.
+
+    Raises:
+        InputError: the template does not parse.
+    """
+
+    def __init__(self, source: str, where: str, special_tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlocks]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals.update(
+            raise_exception=_raise_exception, strftime_now=TEMPLATE_DATE.strftime, namespace=_PublicNamespace
+        )
+        self.where = where
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise InputError(f"{where}: line {error.lineno} of the chat template: {error.message}") from None
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The text of a conversation, with the header of the assistant's next turn if asked for.
+
+        Raises:
+            InputError: the template refuses the conversation (`raise_exception`) or fails on it.
+        """
+        try:
+            return self._template.render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._special_tokens,
+            )
+        except jinja2.TemplateError as error:
+            raise InputError(f"{self.where}: the chat template refuses the conversation: {error.message}") from None
+        except Exception as error:  # whatever a template does wrong is a fault of the checkpoint, not of this project
+            raise InputError(
+                f"{self.where}: the chat template fails on the conversation: {type(error).__name__}: {error}"
+            ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A checkpoint's JSON file as a dict; an absent file is an empty one.
+
+    Raises:
+        InputError: the file is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def special_tokens(tokenizer_config: Mapping[str, Any], where: Path) -> dict[str, str]:
+    """`bos_token`, `eos_token` and their like, each given as text or as {"content": text}; null ones are left out.
+
+    Raises:
+        InputError: one is neither.
+    """
+    tokens: dict[str, str] = {}
+    for name, value in tokenizer_config.items():
+        if name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
+            text = value.get("content") if isinstance(value, dict) else value
+            if value is None:
+                continue
+            if not isinstance(text, str):
+                raise InputError(f"{where}: key {name!r} must be a string or an object with a string 'content'")
+            tokens[name] = text
+    return tokens
+
+
+def load_chat_template(checkpoint: Path) -> ChatTemplate | None:
+    """The checkpoint's template, from the first of chat_template.jinja, chat_template.json and tokenizer_config.json.
+
+    Of several named templates (a list in tokenizer_config.json) the one called "default" is taken.
+
+    Returns:
+        None where the checkpoint has no template.
+
+    Raises:
+        InputError: a file or key is not what it should be, or the template does not parse.
+    """
+    config_path = checkpoint / "tokenizer_config.json"
+    tokenizer_config = read_json(config_path)
+    tokens = special_tokens(tokenizer_config, config_path)
+    jinja_path = checkpoint / "chat_template.jinja"
+    if jinja_path.is_file():
+        try:
+            return ChatTemplate(jinja_path.read_text(encoding="utf-8"), str(jinja_path), tokens)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{jinja_path}: cannot be read: {error}") from None
+    for path in (checkpoint / "chat_template.json", config_path):
+        value = read_json(path).get("chat_template")
+        where = f"{path}: key 'chat_template'"
+        if value is None:
+            continue
+        if isinstance(value, list):
+            named = {e["name"]: e.get("template") for e in value if isinstance(e, dict) and "name" in e}
+            if "default" not in named:
+                raise InputError(f"{where}: no template is named 'default' (found: {', '.join(map(str, named))})")
+            value = named["default"]
+        if not isinstance(value, str):
+            raise InputError(f"{where}: must be a string or a list of named templates, got {type(value).__name__}")
+        return ChatTemplate(value, where, tokens)
+    return None

@@ -1,0 +1,154 @@
+"""`micota <verb>`: one verb a stage, no logic of its own."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from micota_fast import __version__, config, recipe
+from micota_fast.errors import InputError
+
+RECIPES = Path(__file__).parent / "recipes"
+# verb -> (its options, "module:function" that takes them); modules are imported when their verb is called
+STAGES: dict[str, tuple[type, str]] = {
+    "generate": (recipe.GenerateConfig, "micota_fast.generate:run"),
+    "filter": (recipe.FilterConfig, "micota_fast.filtering:run"),
+    "mix": (recipe.MixConfig, "micota_fast.mix:run"),
+    "train": (recipe.TrainConfig, "micota_fast.train.loop:run"),
+    "evaluate": (recipe.EvaluateConfig, "micota_fast.evaluate:run"),
+    "align": (recipe.AlignConfig, "micota_fast.align:run"),
+    "report": (recipe.ReportConfig, "micota_fast.report.build:run"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0 done, 2 something the user can mend, 130 interrupted."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.call(parsed)
+    except InputError as error:
+        print(f"micota {parsed.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"micota {parsed.verb}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="micota", description=sys.modules["micota_fast"].__doc__)
+    parser.add_argument("--version", action="version", version=f"micota-fast {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    shipped = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+
+    run = _verb(verbs, "run", recipe.Recipe, _run, "RECIPE", f"YAML file, or a recipe that is shipped: {shipped}")
+    run.add_argument("--dry-run", action="store_true", help="only show what is done, stale or to do")
+    run.add_argument("--out", metavar="DIR", help="the run's folder; default: runs/NAME")
+
+    for name, (cls, _) in STAGES.items():
+        _verb(verbs, name, cls, _stage, "CONFIG", "YAML file of the options below; every one can be --set instead", "?")
+
+    merge = verbs.add_parser("merge", help=_summary(recipe.MergeConfig), description=recipe.MergeConfig.__doc__)
+    merge.add_argument("config", metavar="CONFIG", help="mergekit YAML file")
+    merge.add_argument("out", metavar="OUT", help="folder of the merged checkpoint")
+    merge.add_argument("--seed", type=int, default=0, help="seed of DARE's mask (default 0)")
+    merge.set_defaults(call=_merge)
+
+    serve = verbs.add_parser(
+        "serve",
+        help="answer SGLang's HTTP API for a checkpoint",
+        description="Serve a checkpoint in the foreground, with our own decoder or a real SGLang server.",
+        epilog=_options(recipe.ServeConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_argument("model", metavar="MODEL", help="checkpoint folder or hub name")
+    _add_set(serve)
+    serve.set_defaults(call=_serve)
+    return parser
+
+
+def _verb(
+    verbs: Any, name: str, cls: type, call: Any, metavar: str, help_text: str, nargs: str | None = None
+) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=_summary(cls),
+        description=cls.__doc__,
+        epilog=_options(cls),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("config", metavar=metavar, nargs=nargs, help=help_text)
+    _add_set(verb)
+    verb.set_defaults(call=call)
+    return verb
+
+
+def _add_set(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="set an option, nested ones as a.b=value; wins over the file",
+    )
+
+
+def _summary(cls: type) -> str:
+    return (cls.__doc__ or "").split("\n")[0].rpartition("`: ")[2].rstrip(".")
+
+
+def _options(cls: type) -> str:
+    lines = ["options, with their defaults and, in brackets, where the default comes from:"]
+    for key, default, doc in config.describe(cls):
+        lines += [f"  {key} = {default}", f"      {doc}"]
+    return "\n".join(lines)
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    from micota_fast.pipeline import Run
+
+    path = Path(parsed.config)
+    if not path.exists() and (RECIPES / f"{parsed.config}.yaml").exists():
+        path = RECIPES / f"{parsed.config}.yaml"
+    loaded = config.load(recipe.Recipe, path, parsed.overrides)
+    run = Run(loaded, path, Path(parsed.out or f"runs/{loaded.name}"))
+    statuses = run.statuses()
+    width = max(len(name) for name in statuses)
+    open_stages = [name for name, status in statuses.items() if status.state != "done"]
+    if parsed.dry_run:
+        for name, status in statuses.items():
+            print(f"{name:{width}}  {status.state:8}  {status.why}".rstrip())
+        print(f"{len(statuses) - len(open_stages)} of {len(statuses)} stages done; folder: {run.folder}")
+        return
+    if open_stages:
+        print(f"{len(open_stages)} of {len(statuses)} stages to do in {run.folder}")
+        run.run(lambda line: print(line, flush=True))
+    print((run.folder / "report" / "table.md").read_text(encoding="utf-8"))
+    print(f"All {len(statuses)} stages done. Report: {run.folder / 'report' / 'report.html'}")
+
+
+def _stage(parsed: argparse.Namespace) -> None:
+    cls, place = STAGES[parsed.verb]
+    options = config.load(cls, parsed.config, parsed.overrides)
+    module, _, function = place.partition(":")
+    getattr(importlib.import_module(module), function)(options)
+
+
+def _merge(parsed: argparse.Namespace) -> None:
+    from micota_fast.merge.stream import run
+
+    run(parsed.config, parsed.out, parsed.seed)
+
+
+def _serve(parsed: argparse.Namespace) -> None:
+    from micota_fast.serve.launch import serve_in_foreground
+
+    serve_in_foreground(parsed.model, config.load(recipe.ServeConfig, None, parsed.overrides))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

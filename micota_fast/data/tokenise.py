@@ -1,0 +1,178 @@
+"""A JSONL file of training rows -> token arrays with a loss mask, every row accounted for."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from micota_fast.chat import Chat, Encoded, Segment
+from micota_fast.data.rows import to_messages
+from micota_fast.errors import InputError
+from micota_fast.records import read_lines, write_rows
+
+_BATCH_CHARS = 4_000_000  # text tokenised at once: about 1M tokens, some 100 MB in the tokenizer's own form
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenised documents, end to end: document d is `input_ids[offsets[d]:offsets[d + 1]]`.
+
+    rows = len(self) + dropped + rejected.
+    """
+
+    input_ids: NDArray[np.int32]  # [total]
+    supervised: NDArray[np.bool_]  # [total]; True where the token is the assistant's own
+    offsets: NDArray[np.int64]  # [D+1]
+    rows: int  # lines of the file that are not blank
+    dropped: int  # over the limit: left out, or with no supervised token left once truncated
+    truncated: int  # over the limit and kept, cut at its end
+    rejected: int  # bad rows set aside
+    rejects_path: Path | None  # where they lie; None: none
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document, [D]."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def n_targets(self) -> NDArray[np.int64]:
+        """Supervised tokens of each document that something precedes, which is how many terms its loss has, [D]."""
+        counts = np.add.reduceat(self.supervised, self.offsets[:-1], dtype=np.int64)
+        return counts - self.supervised[self.offsets[:-1]]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of ids, mask and offsets: equal exactly where training sees the same documents."""
+        digest = hashlib.sha256()
+        for array in (self.input_ids, self.supervised, self.offsets):
+            digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+        return digest.hexdigest()
+
+
+@dataclass
+class _Row:
+    where: str  # "path:line"
+    line: bytes
+    segments: list[Segment]
+
+
+def load_documents(
+    path: str | Path,
+    chat: Chat,
+    max_doc_tokens: int,
+    over_length: Literal["drop", "truncate"] = "drop",
+    skip_bad_rows: bool = False,
+    rejects_path: str | Path | None = None,
+) -> Documents:
+    """Tokenise every row of a JSONL file (formats: `micota_fast.data.rows`), in file order.
+
+    Args:
+        max_doc_tokens: longest document. A longer one is left out ("drop") or loses its end ("truncate", which also
+            takes its end-of-turn token, so the model does not learn to stop there).
+        skip_bad_rows: set bad rows aside in `rejects_path` (line number, reason, the row) instead of raising.
+        rejects_path: None stands for `<path>.bad_rows.jsonl`. Written only where rows were rejected; what an earlier
+            call left there is removed.
+
+    Raises:
+        InputError: the file cannot be read, holds no usable row, or (with file:line) a row is not a JSON object, is of
+            no accepted format, cannot be rendered by the template as it stands, has no supervised token, or has a
+            token outside the model's vocabulary.
+    """
+    path = Path(path)
+    if max_doc_tokens < 2:
+        raise InputError(f"max_doc_tokens must be at least 2 (a token and the next one), not {max_doc_tokens}")
+    aside = Path(rejects_path) if rejects_path is not None else path.with_name(f"{path.name}.bad_rows.jsonl")
+    rejects: list[dict[str, Any]] = []
+
+    def reject(where: str, line: bytes, reason: InputError) -> None:
+        if not skip_bad_rows:
+            raise InputError(f"{where}: {reason}") from None
+        number = int(where.rpartition(":")[2])
+        rejects.append({"line": number, "reason": str(reason), "row": line.decode("utf-8", "replace").rstrip("\r\n")})
+
+    n_rows = dropped = truncated = 0
+    documents: list[Encoded] = []
+
+    def tokenise(batch: list[_Row]) -> None:
+        nonlocal dropped, truncated
+        for row, (ids, supervised) in zip(batch, chat.encode_segments([r.segments for r in batch]), strict=True):
+            try:
+                _check(ids, supervised, chat)
+            except InputError as reason:
+                reject(row.where, row.line, reason)
+                continue
+            if len(ids) > max_doc_tokens:
+                ids, supervised = ids[:max_doc_tokens].copy(), supervised[:max_doc_tokens].copy()
+                if over_length == "drop" or not supervised[1:].any():
+                    dropped += 1
+                    continue
+                truncated += 1
+            documents.append(Encoded(ids, supervised))
+
+    batch: list[_Row] = []
+    chars = 0
+    for where, line in read_lines(path):
+        n_rows += 1
+        try:
+            segments = chat.segments(to_messages(_parse(line), chat))
+        except InputError as reason:
+            if not skip_bad_rows:
+                tokenise(batch)  # an earlier line may hold an earlier error
+            reject(where, line, reason)
+            continue
+        batch.append(_Row(where, line, segments))
+        chars += sum(len(segment.text) for segment in segments)
+        if chars >= _BATCH_CHARS:
+            tokenise(batch)
+            batch, chars = [], 0
+    tokenise(batch)
+
+    if rejects:
+        rejects.sort(key=lambda reject: reject["line"])
+        write_rows(aside, rejects)
+    elif skip_bad_rows:
+        aside.unlink(missing_ok=True)
+    if not documents:
+        raise InputError(
+            f"{path}: no usable row: {n_rows} rows, {dropped} dropped for being over {max_doc_tokens} tokens, "
+            f"{len(rejects)} rejected" + (f" (see {aside})" if rejects else "")
+        )
+    return Documents(
+        input_ids=np.concatenate([ids for ids, _ in documents]),
+        supervised=np.concatenate([mask for _, mask in documents]),
+        offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in documents])]).astype(np.int64),
+        rows=n_rows,
+        dropped=dropped,
+        truncated=truncated,
+        rejected=len(rejects),
+        rejects_path=aside if rejects else None,
+    )
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError also for bytes that are not UTF-8
+        raise InputError(f"not a JSON object (one is needed on each line): {error}") from None
+    if not isinstance(row, dict):
+        raise InputError(f"expected a JSON object, got {type(row).__name__}")
+    return row
+
+
+def _check(ids: NDArray[np.int32], supervised: NDArray[np.bool_], chat: Chat) -> None:
+    if ids.max(initial=0) >= chat.vocab_size:
+        worst = int(ids.max())
+        raise InputError(
+            f"token {chat.tokenizer.id_to_token(worst)!r} has id {worst}, but the model's vocabulary (config.json: "
+            f"vocab_size) ends at {chat.vocab_size - 1}: tokenizer and model do not belong together"
+        )
+    if not supervised[1:].any():
+        raise InputError("no supervised token: the assistant's text gives no token that another one precedes")

@@ -1,0 +1,179 @@
+"""The micro world: sums modulo 10 along a chain of named values, and the ways of thinking them through in writing.
+
+A problem defines ``a`` as a digit and every further letter by adding a digit to, or taking one from, the letter before
+it; it asks for the last letter modulo 10. A solution is text made of local decisions, so that long, mid and short chains
+of thought are all natural and a writer can sit anywhere between them:
+
+* at the start: restate the problem, or not;
+* after each step: go on, or check the step by undoing it (a check that fails leads to a second attempt);
+* at the end: go through all steps again, or not.
+
+A :class:`Thoroughness` holds one probability for each decision. ``SHORT`` takes none of them, ``LONG`` takes all.
+Everything here is a pure function of its arguments and of the ``random.Random`` passed in.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MODULUS = 10
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SUBJECT = "sums modulo 10"
+
+SPLIT_SEED = 20250701
+BENCHMARK_STEPS = {"steps-3": 3, "steps-4": 4, "steps-5": 5, "steps-6": 6, "steps-7": 7}
+BENCHMARK_SIZE = 60
+TRAIN_SIZE = 600
+MAX_STEPS = max(BENCHMARK_STEPS.values())
+
+
+@dataclass(frozen=True)
+class Chain:
+    """``a = first``, then one letter a step: the letter before it plus ``steps[i]`` (a negative number is a subtraction).
+
+    ``first`` is 0..9, every step is -9..-1 or 1..9.
+    """
+
+    first: int
+    steps: tuple[int, ...]
+
+    def values(self) -> list[int]:
+        """Value of each letter modulo 10, ``a`` first; ``len(steps) + 1`` numbers."""
+        values = [self.first]
+        for step in self.steps:
+            values.append((values[-1] + step) % MODULUS)
+        return values
+
+    def definitions(self) -> list[str]:
+        """One line a letter: ``a=7``, ``b=a+5``, ..."""
+        lines = [f"a={self.first}"]
+        lines += [f"{LETTERS[i + 1]}={LETTERS[i]}{step:+d}" for i, step in enumerate(self.steps)]
+        return lines
+
+    def problem(self) -> str:
+        """The text of the problem."""
+        return "\n".join(["Work modulo 10.", *self.definitions(), f"What is {LETTERS[len(self.steps)]}?"])
+
+    def answer(self) -> str:
+        """The right final answer."""
+        return str(self.values()[-1])
+
+
+_PROBLEM = re.compile(r"Work modulo 10\.\na=(\d)\n((?:[a-z]=[a-z][+-]\d\n)+)What is ([a-z])\?")
+
+
+def parse_problem(text: str) -> Chain:
+    """The chain that a problem's text defines. Raises ``ValueError`` on any other text."""
+    match = _PROBLEM.fullmatch(text)
+    if match is None:
+        raise ValueError(f"not a problem of this world: {text!r}")
+    chain = Chain(int(match[1]), tuple(int(line[3:]) for line in match[2].split()))
+    if chain.problem() != text:
+        raise ValueError(f"letters out of order in problem: {text!r}")
+    return chain
+
+
+def random_chain(rng: random.Random, n_steps: int) -> Chain:
+    """A chain of ``n_steps`` steps, uniform over all such chains."""
+    return Chain(rng.randrange(MODULUS), tuple(rng.choice((-1, 1)) * rng.randint(1, 9) for _ in range(n_steps)))
+
+
+def is_hard(value: int, step: int) -> bool:
+    """Whether ``value + step`` leaves 0..9, so that it wraps around."""
+    return not 0 <= value + step < MODULUS
+
+
+@dataclass(frozen=True)
+class Thoroughness:
+    """Probability of each elaboration in a solution; ``slip`` is that of a mistake in a step that will be checked."""
+
+    restate: float
+    check_easy: float
+    check_hard: float
+    verify: float
+    slip: float = 0.0
+
+
+SHORT = Thoroughness(restate=0.0, check_easy=0.0, check_hard=0.0, verify=0.0)
+LONG = Thoroughness(restate=1.0, check_easy=1.0, check_hard=1.0, verify=1.0, slip=0.03)
+
+
+def random_thoroughness(rng: random.Random, slip: float) -> Thoroughness:
+    """A writer drawn from the general mixture: terse, thorough, careful only where it is hard, or anything between."""
+    kind = rng.random()
+    if kind < 0.2:
+        return SHORT
+    if kind < 0.4:
+        return Thoroughness(1.0, 1.0, 1.0, 1.0, slip)
+    check_hard = rng.choice((0.0, 0.5, 1.0, 1.0))
+    check_easy = check_hard * rng.choice((0.0, 0.0, 0.5, 1.0))
+    return Thoroughness(float(rng.random() < 0.5), check_easy, check_hard, float(rng.random() < 0.5), slip)
+
+
+def write_solution(chain: Chain, how: Thoroughness, rng: random.Random) -> str:
+    """A chain of thought for ``chain`` that ends in its boxed answer. Slips are made only where a check repairs them."""
+    parts = []
+    if rng.random() < how.restate:
+        parts.append("Let me restate.\n" + "\n".join(chain.definitions()) + "\nNow compute.\n")
+    values = chain.values()
+    for letter, value, step, result in zip(LETTERS[1:], values, chain.steps, values[1:], strict=False):
+        check = rng.random() < (how.check_hard if is_hard(value, step) else how.check_easy)
+        if not check:
+            parts.append(f"{_step(letter, value, step, result)}\n")
+            continue
+        if rng.random() < how.slip:
+            wrong = (result + rng.randint(1, MODULUS - 1)) % MODULUS
+            back = (wrong - step) % MODULUS
+            parts.append(f"{_step(letter, value, step, wrong)}. Check {wrong}{-step:+d}={back}, wrong. Wait.\n")
+        parts.append(f"{_step(letter, value, step, result)}. Check {result}{-step:+d}={value}, fine.\n")
+    if rng.random() < how.verify:
+        again = zip(LETTERS[1:], values, chain.steps, values[1:], strict=False)
+        parts.append("Verify again.\n" + "".join(f"{_step(*step)};\n" for step in again))
+    parts.append(f"\\boxed{{{values[-1]}}}")
+    return "".join(parts)
+
+
+def _step(letter: str, value: int, step: int, result: int) -> str:
+    return f"{letter}={value}{step:+d}={result}"
+
+
+def benchmarks() -> dict[str, list[Chain]]:
+    """The held-out problems, by benchmark name, easiest first. Always the same ones; no two are equal."""
+    rng = random.Random(f"{SPLIT_SEED}-benchmarks")
+    return {name: _distinct(rng, [n_steps] * BENCHMARK_SIZE, set()) for name, n_steps in BENCHMARK_STEPS.items()}
+
+
+def held_out() -> frozenset[Chain]:
+    """Every benchmark problem: what neither the train split nor pre-training may contain."""
+    return frozenset(chain for chains in benchmarks().values() for chain in chains)
+
+
+def train_problems() -> list[Chain]:
+    """The train split: as many problems of each benchmark's length, in mixed order, none of them held out."""
+    rng = random.Random(f"{SPLIT_SEED}-train")
+    lengths = list(BENCHMARK_STEPS.values()) * (TRAIN_SIZE // len(BENCHMARK_STEPS))
+    rng.shuffle(lengths)
+    return _distinct(rng, lengths, set(held_out()))
+
+
+def pretraining_chains(rng: random.Random) -> Iterator[Chain]:
+    """Endless chains of 1 to ``MAX_STEPS`` steps, none of them held out."""
+    excluded = held_out()
+    while True:
+        chain = random_chain(rng, rng.randint(1, MAX_STEPS))
+        if chain not in excluded:
+            yield chain
+
+
+def _distinct(rng: random.Random, lengths: list[int], taken: set[Chain]) -> list[Chain]:
+    chains = []
+    for n_steps in lengths:
+        chain = random_chain(rng, n_steps)
+        while chain in taken:
+            chain = random_chain(rng, n_steps)
+        taken.add(chain)
+        chains.append(chain)
+    return chains

@@ -1,0 +1,241 @@
+"""config.json of a checkpoint: what the decoder needs of it, checked; what it cannot honour, refused. Imports no torch."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from micota_fast.errors import InputError
+
+Architecture = Literal["Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"]
+RopeType = Literal["default", "linear", "llama3", "yarn"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864) and its scaling for longer contexts.
+
+    The fields carry the names and defaults of the `rope_parameters` of transformers 5 (`rope_scaling` before it).
+    `factor` belongs to all types but default; `low_freq_factor` and `high_freq_factor` to llama3;
+    `original_max_position_embeddings` (tokens) to llama3 and yarn; the rest to yarn.
+    """
+
+    rope_type: RopeType = "default"
+    rope_theta: float = 10000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a decoder. Field names are those of config.json; `raw` is that file as it was read, for saving."""
+
+    architecture: Architecture
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    initializer_range: float
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    rope: RopeConfig
+    raw: Mapping[str, Any] = field(repr=False, compare=False)
+
+    @classmethod
+    def from_checkpoint(cls, directory: Path | str) -> "ModelConfig":
+        """Read `directory`/config.json. Raises InputError, naming the file and key, for what cannot be honoured."""
+        path = Path(directory) / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file; a checkpoint folder holds config.json and *.safetensors") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+        return cls.from_dict(raw, str(path))
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any], where: str = "config") -> "ModelConfig":
+        """Build from the content of a config.json; `where` names it in errors."""
+        if not isinstance(d, Mapping):
+            raise InputError(f"{where}: expected a JSON object, found {type(d).__name__}")
+        keys = _Keys(d, where)
+        architecture = _architecture(d, where)
+        _refuse_unsupported(keys)
+        llama, qwen3 = architecture == "LlamaForCausalLM", architecture == "Qwen3ForCausalLM"
+        hidden_size, heads = keys.positive_int("hidden_size"), keys.positive_int("num_attention_heads")
+        # Where a key may be missing, the default is that of the family's configuration class in transformers.
+        if d.get("num_key_value_heads") is None and not llama:
+            raise InputError(f"{where}: num_key_value_heads is missing; state it ({heads} for plain multi-head attention)")
+        kv_heads = keys.positive_int("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise InputError(f"{where}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
+        if d.get("head_dim") is None and not qwen3 and hidden_size % heads:
+            raise InputError(f"{where}: hidden_size={hidden_size} is no multiple of num_attention_heads={heads}")
+        head_dim = keys.positive_int("head_dim", 128 if qwen3 else hidden_size // heads)
+        if head_dim % 2:
+            raise InputError(f"{where}: head_dim={head_dim} is odd; rotary position embedding needs pairs")
+        max_positions = keys.positive_int("max_position_embeddings", 2048 if llama else 32768)
+        attention_bias = not llama and not qwen3 or keys.boolean("attention_bias", False)
+        return cls(
+            architecture=architecture,
+            vocab_size=keys.positive_int("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=keys.positive_int("intermediate_size"),
+            num_hidden_layers=keys.positive_int("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=max_positions,
+            rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
+            tie_word_embeddings=keys.boolean("tie_word_embeddings", False),
+            initializer_range=keys.number("initializer_range", 0.02),
+            qkv_bias=attention_bias,
+            o_bias=attention_bias and architecture != "Qwen2ForCausalLM",
+            mlp_bias=llama and keys.boolean("mlp_bias", False),
+            qk_norm=qwen3,
+            rope=_rope_config(keys, max_positions),
+            raw=dict(d),
+        )
+
+    @property
+    def dtype_name(self) -> str | None:
+        """The dtype in which the checkpoint says it is stored, such as "bfloat16"; None where it does not say."""
+        name = self.raw.get("dtype") or self.raw.get("torch_dtype")
+        return str(name).removeprefix("torch.") if name else None
+
+    def to_dict(self, dtype_name: str) -> dict[str, Any]:
+        """The config.json to save: the one that was read, with the dtype of the saved tensors.
+
+        transformers 5 keeps RoPE in `rope_parameters` and the dtype in `dtype`; transformers 4 and the tools built on
+        it read `rope_theta`, `rope_scaling` and `torch_dtype`, and ignore the new keys in silence. Both are written.
+        """
+        d = {**self.raw, "dtype": dtype_name, "torch_dtype": dtype_name}
+        parameters = d.get("rope_parameters")
+        if isinstance(parameters, Mapping):
+            d["rope_theta"] = self.rope.rope_theta
+            if self.rope.rope_type != "default":
+                d["rope_scaling"] = dict(parameters)
+        return d
+
+
+class _Keys:
+    """Typed look-ups in one JSON object whose errors name the file and the key."""
+
+    def __init__(self, d: Mapping[str, Any], where: str, prefix: str = "") -> None:
+        self.d, self.where, self.prefix = d, where, prefix
+
+    def refuse(self, key: str, why: str) -> InputError:
+        return InputError(f"{self.where}: {self.prefix}{key}: {why}")
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.d.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise self.refuse(key, "missing; the architecture needs it")
+        return value
+
+    def positive_int(self, key: str, default: int | None = None) -> int:
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.refuse(key, f"expected a positive integer, found {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise self.refuse(key, f"expected a positive number, found {value!r}")
+        return float(value)
+
+    def optional_number(self, key: str) -> float | None:
+        return None if self.d.get(key) is None else self.number(key)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            raise self.refuse(key, f"expected true or false, found {value!r}")
+        return value
+
+
+def _architecture(d: Mapping[str, Any], where: str) -> Architecture:
+    named = d.get("architectures")
+    for architecture in get_args(Architecture):
+        if named == [architecture]:
+            return architecture
+    supported = ", ".join(get_args(Architecture))
+    raise InputError(f"{where}: architectures: {named!r} is not supported; supported are {supported}")
+
+
+def _refuse_unsupported(keys: _Keys) -> None:
+    """Refuse what would change the result if it were ignored."""
+    d = keys.d
+    if d.get("hidden_act", "silu") != "silu":
+        raise keys.refuse("hidden_act", f"{d['hidden_act']!r} is not supported, only 'silu'")
+    if d.get("quantization_config"):
+        raise keys.refuse("quantization_config", "quantised checkpoints are not supported; dequantise it first")
+    if d.get("attention_dropout"):
+        raise keys.refuse("attention_dropout", f"{d['attention_dropout']!r} is not supported, only 0.0")
+    if d.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise keys.refuse("partial_rotary_factor", f"{d['partial_rotary_factor']!r} is not supported, only 1.0")
+    windowed = [kind for kind in d.get("layer_types") or [] if kind != "full_attention"]
+    if windowed:
+        raise keys.refuse("layer_types", f"{windowed[0]!r} is not supported, only 'full_attention'")
+    # In transformers the window holds only from layer `max_window_layers` on; many checkpoints state one that never does.
+    if d.get("use_sliding_window") and d.get("sliding_window", 4096) is not None:
+        if d.get("max_window_layers", 28) < keys.positive_int("num_hidden_layers"):
+            raise keys.refuse("use_sliding_window", "sliding-window attention is not supported; set it to false")
+
+
+def _rope_config(keys: _Keys, max_position_embeddings: int) -> RopeConfig:
+    """RoPE from `rope_scaling` + `rope_theta` (transformers 4) or `rope_parameters` (transformers 5)."""
+    name = "rope_scaling" if keys.d.get("rope_scaling") else "rope_parameters"
+    d = keys.d.get(name) or {}
+    if not isinstance(d, Mapping):
+        raise keys.refuse(name, f"expected an object, found {type(d).__name__}")
+    rope = _Keys(d, keys.where, f"{name}.")
+    rope_type = d.get("rope_type", d.get("type", "default"))
+    if rope_type not in get_args(RopeType):
+        raise rope.refuse("rope_type", f"{rope_type!r} is not supported; supported are {', '.join(get_args(RopeType))}")
+    if d.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise rope.refuse("partial_rotary_factor", f"{d['partial_rotary_factor']!r} is not supported, only 1.0")
+    theta = rope.optional_number("rope_theta") or keys.number("rope_theta", 10000.0)
+    if rope_type == "default":
+        return RopeConfig(rope_theta=theta)
+    if rope_type == "linear":
+        return RopeConfig(rope_type, theta, factor=rope.number("factor"))
+    # As in transformers, a top-level value goes before the one in the object.
+    original = rope.positive_int("original_max_position_embeddings", max_position_embeddings)
+    original = keys.positive_int("original_max_position_embeddings", original)
+    if rope_type == "llama3":
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        if not low < high:
+            raise rope.refuse("low_freq_factor", f"{low} is not below high_freq_factor {high}")
+        return RopeConfig(rope_type, theta, rope.number("factor"), original, low, high)
+    return RopeConfig(
+        rope_type,
+        theta,
+        rope.number("factor", max_position_embeddings / original),
+        original,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        attention_factor=rope.optional_number("attention_factor"),
+        mscale=rope.optional_number("mscale"),
+        mscale_all_dim=rope.optional_number("mscale_all_dim"),
+        truncate=rope.boolean("truncate", True),
+    )

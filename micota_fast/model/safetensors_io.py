@@ -1,0 +1,299 @@
+"""Hugging Face checkpoint folders: read strictly, written whole or not at all. safetensors only."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from micota_fast.errors import InputError
+from micota_fast.model.config import ModelConfig
+from micota_fast.model.decoder import Decoder, parameter_shapes
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# What a folder needs beside weights and config.json to tokenise, to render a chat and to know where to stop.
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+# Buffers that old checkpoints carry and that the configuration alone determines.
+_IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+
+def resolve_checkpoint(name_or_path: str | Path) -> Path:
+    """A local folder as it is; a name like "Qwen/Qwen2.5-3B-Instruct" from the Hugging Face hub or its local cache.
+
+    Raises InputError where there is neither.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise InputError(f"{name}: no such folder; name a checkpoint's folder, or a model of the hub as organisation/name")
+    import huggingface_hub
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except (OSError, ValueError, RuntimeError) as error:  # what the hub raises derives from one of these
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{name}: no such folder here, and the Hugging Face hub did not give it ({type(error).__name__}: {why}). "
+            f"With a network, check the name and your access; without one, fetch it elsewhere with "
+            f"`hf download {name} --local-dir DIR` and name that DIR"
+        ) from None
+
+
+def tensor_files(directory: Path | str) -> dict[str, Path]:
+    """Which file holds each tensor of a checkpoint. Raises InputError naming a file that is missing or damaged."""
+    directory = Path(directory)
+    index_path = directory / INDEX
+    if not index_path.exists():
+        path = directory / SINGLE
+        if not path.is_file():
+            raise InputError(f"{directory}: neither {SINGLE} nor {INDEX} is there (pickled weights are not read)")
+        return dict.fromkeys(_tensor_names(path), path)
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: directory / file for name, file in weight_map.items()}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index_path}: not an index with a weight_map: {type(error).__name__}: {error}") from None
+    for path in sorted(set(files.values())):
+        listed = {name for name, file in files.items() if file == path}
+        if path.parent != directory or not path.is_file():
+            raise InputError(f"{index_path}: {min(listed)} should be in {path.name}, which is not in the folder")
+        held = set(_tensor_names(path))
+        for name in sorted(listed - held):
+            raise InputError(f"{path}: tensor {name} is missing, though {INDEX} places it there")
+        for name in sorted(held - listed):
+            raise InputError(f"{path}: tensor {name} is not listed in {INDEX}")
+    return files
+
+
+def iter_tensors(directory: Path | str) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor (stored dtype, CPU, mapped from the file: copy before writing to it), file by file, by name."""
+    files = tensor_files(directory)
+    for path in sorted(set(files.values())):
+        with _open(path) as shard:
+            for name in sorted(name for name, file in files.items() if file == path):
+                yield name, shard.get_tensor(name)
+
+
+def load_model(
+    directory: Path | str, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+) -> Decoder:
+    """Read a checkpoint into a decoder whose weights are `dtype` (None or "auto": as stored) on `device`.
+
+    Raises InputError, naming file and tensor, for anything missing, unexpected, of a wrong shape or damaged.
+    """
+    config = ModelConfig.from_checkpoint(directory)
+    resolved = _as_dtype(dtype if dtype not in (None, "auto") else config.dtype_name or "float32")
+    shapes = parameter_shapes(config)
+    files = tensor_files(directory)
+    if config.tie_word_embeddings:
+        files.pop("lm_head.weight", None)  # a copy of the embedding that some tools write
+    files = {name: path for name, path in files.items() if not _IGNORED.search(name)}
+    where = Path(directory) / "config.json"
+    for name in shapes.keys() - files.keys():
+        raise InputError(f"{directory}: tensor {min(shapes.keys() - files.keys())} is missing; {where} calls for it")
+    for name in files.keys() - shapes.keys():
+        name = min(files.keys() - shapes.keys())
+        raise InputError(f"{files[name]}: unexpected tensor {name}; {where} describes no such parameter")
+    model = _empty_model(config, resolved, device)
+    parameters = dict(model.named_parameters())
+    for path in sorted(set(files.values())):
+        with _open(path) as shard:
+            for name in (name for name, file in files.items() if file == path):
+                found = tuple(shard.get_slice(name).get_shape())
+                if found != tuple(shapes[name]):
+                    raise InputError(
+                        f"{path}: tensor {name} has shape {list(found)}; {where} calls for {list(shapes[name])}"
+                    )
+                with torch.no_grad():
+                    parameters[name].copy_(shard.get_tensor(name))
+    return model
+
+
+def init_random(
+    config: ModelConfig, seed: int, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
+) -> Decoder:
+    """Fresh weights as transformers draws them: normal(0, initializer_range), biases 0, norms 1. The seed decides all."""
+    model = _empty_model(config, _as_dtype(dtype), device)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                # Drawn in fp32 on the CPU whatever the target, so that every dtype and device gets the same weights.
+                drawn = torch.empty(parameter.shape, dtype=torch.float32)
+                parameter.copy_(drawn.normal_(0.0, config.initializer_range, generator=generator))
+    return model
+
+
+def save_checkpoint(
+    state_dict: Mapping[str, Tensor],
+    config: ModelConfig,
+    source_dir: Path | str,
+    out_dir: Path | str,
+    dtype: torch.dtype | str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a checkpoint that transformers opens unchanged; equal inputs give equal bytes.
+
+    The folder appears whole: it is filled under a temporary name beside `out_dir`, synced and then renamed.
+
+    Args:
+        state_dict: a tensor for each parameter, on any device, of any float dtype. Each is taken once, when its file is
+            written, so a lazy mapping keeps one file's tensors in memory at a time.
+        config: of the model; its config.json is written with the dtype of the saved tensors.
+        source_dir: the checkpoint it was made from; tokenizer, chat template and generation_config are copied from it.
+        out_dir: must not exist, or be empty.
+        dtype: to store; None or "auto": the one `config` states, else fp32.
+        max_shard_bytes: largest size of a file, unless one tensor alone is larger; beyond it, shards with an index.
+
+    Raises:
+        InputError: `out_dir` holds something, or the tensors are not those `config` describes.
+    """
+    out_dir, resolved = Path(out_dir), _as_dtype(dtype if dtype not in (None, "auto") else config.dtype_name or "float32")
+    shapes = parameter_shapes(config)
+    given = set(state_dict) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    if given != shapes.keys():
+        name = min(given ^ shapes.keys())
+        raise InputError(f"{out_dir}: tensor {name} is {'unexpected' if name in given else 'missing'}; nothing saved")
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise InputError(f"{out_dir}: already exists; remove it or choose another place for the checkpoint")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        aside.chmod(0o777 & ~_umask())
+        _write_weights(state_dict, shapes, resolved, aside, max_shard_bytes)
+        _write_json(aside / "config.json", config.to_dict(_dtype_name(resolved)))
+        for file in COPIED_FILES:
+            if (Path(source_dir) / file).is_file():
+                shutil.copyfile(Path(source_dir) / file, aside / file)
+        for path in aside.iterdir():
+            _sync(path)
+        _sync(aside)
+        aside.rename(out_dir)
+        _sync(out_dir.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _write_weights(
+    state_dict: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    dtype: torch.dtype,
+    directory: Path,
+    max_shard_bytes: int,
+) -> None:
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, shape in shapes.items():
+        n_bytes = shape.numel() * dtype.itemsize
+        if shards[-1] and size + n_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + n_bytes, total + n_bytes
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for name in names:
+            tensor = state_dict[name].detach()
+            if tensor.shape != shapes[name]:
+                raise InputError(f"{name}: shape {list(tensor.shape)} to be saved, {list(shapes[name])} in config.json")
+            tensors[name] = tensor.to("cpu", dtype).contiguous()
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _empty_model(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+    """A decoder whose weights are allocated and not set: torch's own initialisation would only be overwritten."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    model = model.to(dtype).to_empty(device=device)
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+    return model
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged or not a safetensors file: {_diagnosis(path) or error}") from None
+
+
+def _tensor_names(path: Path) -> list[str]:
+    with _open(path) as shard:
+        return list(shard.keys())
+
+
+def _diagnosis(path: Path) -> str | None:
+    """Name the first tensor that a truncated file lacks. The header is a length (u64, little-endian) and JSON."""
+    try:
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            if start > size:
+                return f"it ends within its header ({size} bytes)"
+            header = json.loads(file.read(start - 8))
+        ends = {name: start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    cut = [name for name in sorted(ends, key=lambda name: ends[name]) if ends[name] > size]
+    return f"it ends at byte {size}, within tensor {cut[0]}, and should have {max(ends.values())}" if cut else None
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype {dtype!r} is not supported; choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,341 @@
+"""Run a recipe's stages: what is done stays, what is stale is set aside and made anew, what was cut off goes on.
+
+A stage is done when its folder holds `done.json`, whose identity (options, inputs' contents) equals the one wanted now
+and whose outputs still have the recorded contents. Folders made for another identity are moved to NAME~FINGERPRINT,
+never deleted, and come back when a recipe wants them again.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from micota_fast import config, processes
+from micota_fast.errors import InputError
+from micota_fast.fingerprint import Fingerprints, of_json
+from micota_fast.graph import Artefact, Stage, plan
+from micota_fast.recipe import LaunchConfig, Recipe
+from micota_fast.records import write_atomic
+
+DONE, MAKING = "done.json", "making.json"
+LOCK_WAIT_S = 20.0  # the stages of a killed run take up to processes.GUARD_GRACE_S to end
+POLL_S = 0.05
+SAY_EVERY_S = 5.0
+TAIL_LINES = 25
+
+
+@dataclass(frozen=True)
+class Status:
+    """What there is to do for a stage, and why."""
+
+    state: Literal["done", "stale", "partial", "to do", "waits"]
+    why: str = ""
+    identity: dict[str, Any] | None = None  # None: unknown while a stage it needs is not done
+
+
+class Run:
+    """One recipe in one folder.
+
+    Args:
+        recipe: the validated recipe.
+        recipe_path: where it was read from; relative checkpoints start from its folder.
+        folder: where the artefacts go; one folder belongs to one recipe name.
+
+    Raises:
+        InputError: see `graph.plan`.
+    """
+
+    def __init__(self, recipe: Recipe, recipe_path: Path, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder.resolve()
+        self.stages = plan(recipe, recipe_path.resolve(), self.folder)
+        self.by_name = {stage.name: stage for stage in self.stages}
+        self.fingerprints = Fingerprints(self.folder / "fingerprints.json")
+
+    def statuses(self) -> dict[str, Status]:
+        """The state of every stage, in order; nothing is changed."""
+        found: dict[str, Status] = {}
+        for stage in self.stages:
+            found[stage.name] = self._status(stage, {name: found[name].state for name in stage.needs})
+        return found
+
+    def run(self, say: Callable[[str], None]) -> None:
+        """Make all that is not done. Can be killed at any moment and called again.
+
+        Raises:
+            InputError: a stage failed (its log's end is in the message), or another run uses the folder.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder / ".lock", say) as lock:
+            write_atomic(self.folder / "recipe.yaml", [config.dump(self.recipe).encode()])
+            self._run_all(lock.fileno(), say)
+
+    # --- what is done ---
+
+    def _status(self, stage: Stage, needed: dict[str, str]) -> Status:
+        folder = self.folder / stage.name
+        record = _read_json(folder / DONE)
+        if any(state != "done" for state in needed.values()):
+            waits_for = next(name for name, state in needed.items() if state != "done")
+            return Status("waits" if record else "to do", f"after {waits_for}")
+        identity = self._identity(stage)
+        if record is None:
+            making = _read_json(folder / MAKING)
+            if making is None:
+                return Status("to do", identity=identity)
+            ours = making.get("identity") == identity
+            return Status(
+                "partial" if ours else "stale", "goes on" if ours else _difference(making, identity), identity
+            )
+        if record.get("identity") != identity:
+            return Status("stale", _difference(record, identity), identity)
+        for name, digest in record["outputs"].items():
+            if not (folder / name).exists():
+                return Status("stale", f"its output {name} is gone", identity)
+            if self.fingerprints.of(folder / name) != digest:
+                return Status("stale", f"its output {name} was changed", identity)
+        return Status("done", f"{record['seconds']:.0f} s", identity)
+
+    def _identity(self, stage: Stage) -> dict[str, Any]:
+        """What the stage's result depends on, free of where things lie."""
+        places = {artefact.location: self._content(artefact) for artefact in stage.inputs}
+
+        def placeless(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {placeless(key): placeless(item) for key, item in value.items()}
+            if isinstance(value, list):
+                return [placeless(item) for item in value]
+            if isinstance(value, str):
+                for place, content in places.items():
+                    value = value.replace(place, content)
+                return value.replace(str(self.folder), "RUN")
+            return value
+
+        identity = {"verb": stage.verb, "options": placeless(config.identity(stage.settings))}
+        if stage.files:
+            identity["files"] = placeless(stage.files)
+        # As it reads back from JSON, so that it compares equal.
+        return dict(json.loads(json.dumps(identity)))
+
+    def _content(self, artefact: Artefact) -> str:
+        if artefact.on_hub:
+            return f"hub:{artefact.location}"
+        return f"sha256:{self.fingerprints.of(Path(artefact.location))}"
+
+    # --- making the rest ---
+
+    def _run_all(self, lock: int, say: Callable[[str], None]) -> None:
+        launch = self.recipe.launch
+        depth = _depths(self.stages)
+        done: set[str] = set()
+        running: dict[str, _Running] = {}
+        failed: _Running | None = None
+        waiting = list(self.stages)
+        try:
+            while waiting or running:
+                for stage in sorted(waiting, key=lambda stage: -depth[stage.name]):
+                    if failed or len(running) >= launch.jobs or not all(name in done for name in stage.needs):
+                        continue
+                    waiting.remove(stage)
+                    status = self._status(stage, {})
+                    if status.state == "done":
+                        done.add(stage.name)
+                        continue
+                    assert status.identity is not None
+                    self._prepare(stage, status.identity)
+                    if (self.folder / stage.name / DONE).exists():
+                        done.add(stage.name)
+                        say(f"[{len(done)}/{len(self.stages)}] {stage.name}: taken up again as it was made before")
+                        continue
+                    running[stage.name] = _Running(stage, self.folder / stage.name, launch, lock)
+                    say(f"[{len(done)}/{len(self.stages)}] {stage.name}: {_reason(status)}")
+                for name, process in list(running.items()):
+                    code = process.poll(say)
+                    if code is None:
+                        continue
+                    del running[name]
+                    if code == 0:
+                        self._finish(process)
+                        done.add(name)
+                        say(f"[{len(done)}/{len(self.stages)}] {name}: done in {process.seconds():.1f} s")
+                    else:
+                        failed = process
+                        say(f"{name}: FAILED with status {code}; its log: {process.log}")
+                if failed and not running:
+                    raise InputError(failed.failure())
+                if running:
+                    time.sleep(POLL_S)
+        finally:
+            for process in running.values():
+                process.stop()
+            self.fingerprints.save()
+
+    def _prepare(self, stage: Stage, identity: dict[str, Any]) -> None:
+        """Make the stage's folder ready: take up what was begun for this identity, set aside anything else."""
+        folder = self.folder / stage.name
+        wanted = _aside(folder, identity)
+        current = _read_json(folder / MAKING)
+        if folder.exists() and (current is None or current["identity"] != identity or (folder / DONE).exists()):
+            there = _read_json(folder / DONE) or current
+            same = there is not None and there["identity"] == identity
+            if there is None or same:
+                shutil.rmtree(folder)  # nothing of worth: no stage was begun here, or its outputs are damaged
+            else:
+                aside = _aside(folder, there["identity"])
+                if aside.exists():
+                    shutil.rmtree(aside)
+                folder.rename(aside)
+        if not folder.exists() and wanted.exists():
+            wanted.rename(folder)
+            if (folder / DONE).exists():
+                return
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / MAKING, [json.dumps({"identity": identity}, indent=1).encode()])
+        write_atomic(folder / "config.yaml", [config.dump(stage.settings).encode()])
+        for name, text in stage.files.items():
+            write_atomic(folder / name, [text.encode()])
+
+    def _finish(self, process: "_Running") -> None:
+        stage, folder = process.stage, process.folder
+        missing = [name for name in stage.outputs if not (folder / name).exists()]
+        if missing:
+            raise InputError(f"{stage.name} ended well but left no {', '.join(missing)}; its log: {process.log}")
+        making = _read_json(folder / MAKING)
+        assert making is not None
+        record = {
+            "stage": stage.name,
+            "command": process.command,
+            "identity": making["identity"],
+            "outputs": {name: self.fingerprints.of(folder / name) for name in stage.outputs},
+            "seconds": round(process.seconds(), 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        write_atomic(folder / DONE, [json.dumps(record, indent=1).encode()])
+        self.fingerprints.save()
+
+
+class _Running:
+    """A stage's process; its output goes to log.txt, the last line of which is said now and then."""
+
+    def __init__(self, stage: Stage, folder: Path, launch: LaunchConfig, lock: int) -> None:
+        self.stage, self.folder = stage, folder
+        self.log = folder / "log.txt"
+        self.command = _command(stage, folder / "config.yaml", launch)
+        env = os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if launch.threads is not None:
+            env |= {"OMP_NUM_THREADS": str(launch.threads), "NUMBA_NUM_THREADS": str(launch.threads)}
+        self._started = self._said_at = time.monotonic()
+        self._said = ""
+        with self.log.open("ab") as log:
+            log.write(f"$ {' '.join(self.command)}\n".encode())
+            log.flush()
+            self._process = processes.spawn(
+                self.command, env=env, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock,)
+            )
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def poll(self, say: Callable[[str], None]) -> int | None:
+        if time.monotonic() - self._said_at >= SAY_EVERY_S:
+            self._said_at = time.monotonic()
+            line = next(iter(self._tail(1)), "")
+            if line and line != self._said:
+                self._said = line
+                say(f"    {self.stage.name} | {line}")
+        return self._process.poll()
+
+    def stop(self) -> None:
+        processes.stop(self._process)
+
+    def failure(self) -> str:
+        tail = "\n".join(f"    {line}" for line in self._tail(TAIL_LINES))
+        return (
+            f"stage {self.stage.name} failed. The end of its log {self.log}:\n{tail}\n"
+            f"What was done is kept. The stage alone: {' '.join(self.command)}"
+        )
+
+    def _tail(self, lines: int) -> list[str]:
+        with self.log.open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(0, size - 16384))
+            text = log.read().decode("utf-8", "replace")
+        # A progress bar rewrites its line with carriage returns: what counts is its last state.
+        rows = [row.split("\r")[-1].rstrip() for row in text.split("\n")]
+        return [row for row in rows if row][-lines:]
+
+
+def _command(stage: Stage, file: Path, launch: LaunchConfig) -> list[str]:
+    micota = [sys.executable, "-m", "micota_fast.cli", stage.verb]
+    if stage.verb == "merge":
+        return [*micota, stage.settings.config, stage.settings.out, "--seed", str(stage.settings.seed)]
+    if stage.verb == "train" and launch.nproc > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch.nproc}"]
+        return [*torchrun, "-m", "micota_fast.train", str(file)]
+    return [*micota, str(file)]
+
+
+def _depths(stages: Sequence[Stage]) -> dict[str, int]:
+    """Stages from each one to the last that needs it: the longest chain is started first."""
+    depth = {stage.name: 0 for stage in stages}
+    for stage in reversed(stages):
+        for name in stage.needs:
+            depth[name] = max(depth[name], depth[stage.name] + 1)
+    return depth
+
+
+def _aside(folder: Path, identity: dict[str, Any]) -> Path:
+    return folder.with_name(f"{folder.name}~{of_json(identity)[:10]}")
+
+
+def _reason(status: Status) -> str:
+    return {"to do": "starts", "partial": "goes on"}.get(status.state, f"again ({status.why})")
+
+
+def _difference(record: dict[str, Any], identity: dict[str, Any]) -> str:
+    """Names the options that differ between how a stage was made and how it is wanted."""
+    differing = list(_differing("", record.get("identity"), identity))
+    return f"{', '.join(differing[:3])}{' and more' if len(differing) > 3 else ''} changed"
+
+
+def _differing(key: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from _differing(f"{key}.{name}" if key else str(name), old.get(name), new.get(name))
+    elif old != new:
+        yield key.removeprefix("options.")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); delete it to make its stage again") from None
+    return dict(value)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, say: Callable[[str], None]) -> Iterator[IO[bytes]]:
+    """Hold the run's lock. The stages' guards inherit it, so it is free only when the last process of a run is gone."""
+    with path.open("ab") as file:
+        started = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - started > LOCK_WAIT_S:
+                    raise InputError(f"{path.parent} is in use by another run; wait for it, or choose --out") from None
+                if time.monotonic() - started < POLL_S:
+                    say("waiting for the processes of an earlier run to end")
+                time.sleep(POLL_S)
+        yield file

@@ -1,0 +1,281 @@
+"""What the report reads: the files of the other stages, checked key by key before anything is drawn."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from micota_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What to report on.
+
+    Attributes:
+        title: heading of the report.
+        out: directory for table.md, report.json and report.html.
+        base: results.json of the untouched student.
+        arms: arm name -> results.json of each seed; the order given is the order of the table's rows.
+        corpora: corpus name -> {"counts": path of its counts, "alignment": path of its alignment (optional)}.
+        training: arm name -> metrics.jsonl of each seed; an arm may be absent.
+        notes: paragraphs printed verbatim: what was tried, what to beware of.
+        provenance: what made the numbers (versions, machine, recipe), printed in the order given.
+    """
+
+    title: str
+    out: str
+    base: str
+    arms: dict[str, list[str]]
+    corpora: dict[str, dict[str, str]] = field(default_factory=dict)
+    training: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    provenance: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """One benchmark of one model. `accuracy` is a fraction; the optional counts are None where the file has none."""
+
+    n: int
+    accuracy: float
+    truncated: int | None
+    no_answer: int | None
+    timeout: int | None
+    mean_tokens: float | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """One evaluated model."""
+
+    path: Path
+    model: str
+    benchmarks: dict[str, BenchmarkResult]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One corpus after filtering. Lengths in tokens; perplexity and NLL (nats per token) are the untrained student's."""
+
+    total: int
+    accepted: int
+    rejected: dict[str, int]
+    mean_tokens: float
+    median_tokens: float
+    lengths: tuple[int, ...]
+    perplexity: float | None
+    document_nll: tuple[float, float, float] | None
+    """p10, p50 and p90 over documents."""
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Training loss (nats per supervised token) by optimizer step; a step that diverged holds NaN."""
+
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything the report shows, in the order of the config."""
+
+    base: Results
+    arms: dict[str, list[Results]]
+    corpora: dict[str, Corpus]
+    training: dict[str, list[LossCurve]]
+
+
+def load(config: ReportConfig) -> Inputs:
+    """Read and check every file the config names.
+
+    Raises:
+        InputError: a file is absent or malformed, a required key is missing or has the wrong type, an accuracy
+            contradicts its counts, or an arm was not evaluated on the same problems as the base (averages over
+            different benchmarks cannot be compared). Names the file and the key.
+    """
+    if "base" in config.arms:
+        raise InputError("report config: arms.base: this name belongs to the untouched student; rename the arm")
+    base = _results(Path(config.base))
+    arms: dict[str, list[Results]] = {}
+    for name, paths in config.arms.items():
+        if not paths:
+            raise InputError(f"report config: arms.{name}: no results.json given; leave the arm out or add a path")
+        arms[name] = [_results(Path(path)) for path in paths]
+        for results in arms[name]:
+            _same_benchmarks(results, base)
+    corpora = {}
+    for name, paths_of in config.corpora.items():
+        if "counts" not in paths_of:
+            raise InputError(f"report config: corpora.{name}: key 'counts' is missing; give the path of its counts file")
+        alignment = paths_of.get("alignment")
+        corpora[name] = _corpus(Path(paths_of["counts"]), Path(alignment) if alignment else None)
+    training = {name: [_loss_curve(Path(path)) for path in paths] for name, paths in config.training.items() if paths}
+    return Inputs(base, arms, corpora, training)
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A JSON object together with where it stands, so that every complaint can name its file and key."""
+
+    data: Mapping[str, Any]
+    where: str
+    prefix: str = ""
+
+    def _value(self, key: str, kind: str, optional: bool) -> Any:
+        value = self.data.get(key)
+        if value is None and not optional:
+            found = ", ".join(map(str, self.data)) or "no keys at all"
+            raise InputError(f"{self.where}: key '{self.prefix}{key}' ({kind}) is missing; found {found}")
+        return value
+
+    def _wrong(self, key: str, kind: str, value: Any) -> InputError:
+        return InputError(f"{self.where}: key '{self.prefix}{key}' must be {kind}, found {json.dumps(value)[:80]}")
+
+    def number(self, key: str, low: float = -math.inf, high: float = math.inf) -> float:
+        value = self.optional_number(key, low, high)
+        return float(self._value(key, "a number", optional=False)) if value is None else value
+
+    def optional_number(self, key: str, low: float = -math.inf, high: float = math.inf) -> float | None:
+        value = self._value(key, "a number", optional=True)
+        if value is None:
+            return None
+        kind = "a finite number" if math.isinf(low) else f"a number from {low:g} to {high:g}"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(key, kind, value)
+        if not math.isfinite(value) or not low <= value <= high:
+            raise self._wrong(key, kind, value)
+        return float(value)
+
+    def count(self, key: str, low: int = 0) -> int:
+        value = self.optional_count(key, low)
+        return int(self._value(key, "a whole number", optional=False)) if value is None else value
+
+    def optional_count(self, key: str, low: int = 0) -> int | None:
+        value = self._value(key, "a whole number", optional=True)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+            raise self._wrong(key, f"a whole number of at least {low}", value)
+        return value
+
+    def child(self, key: str) -> "_Node":
+        child = self.optional_child(key)
+        if child is None:
+            self._value(key, "an object", optional=False)
+            raise AssertionError("unreachable: a missing child is an error above")
+        return child
+
+    def optional_child(self, key: str) -> "_Node | None":
+        value = self._value(key, "an object", optional=True)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self._wrong(key, "an object", value)
+        return _Node(value, self.where, f"{self.prefix}{key}.")
+
+    def lengths(self, key: str) -> tuple[int, ...]:
+        value = self._value(key, "a list of token counts", optional=True) or []
+        if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
+            raise self._wrong(key, "a list of token counts", value)
+        return tuple(value)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); rerun the stage that writes it, or mend the path") from error
+
+
+def _parse(text: str, where: str) -> _Node:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error}); rerun the stage that writes it") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: expected a JSON object, found {text.strip()[:40]!r}")
+    return _Node(data, where)
+
+
+def _results(path: Path) -> Results:
+    node = _parse(_read(path), str(path))
+    listed = node.child("benchmarks")
+    if not listed.data:
+        raise InputError(f"{path}: key 'benchmarks' is empty; evaluate at least one benchmark")
+    benchmarks = {}
+    for name in listed.data:
+        entry = listed.child(name)
+        n, accuracy = entry.count("n", low=1), entry.number("accuracy", 0.0, 1.0)
+        correct = entry.optional_count("correct")
+        if correct is not None and abs(correct / n - accuracy) > 1e-6:
+            raise InputError(
+                f"{path}: key 'benchmarks.{name}.accuracy' is {accuracy}, but {correct} correct of {n} is {correct / n:.6f}"
+            )
+        benchmarks[name] = BenchmarkResult(
+            n=n,
+            accuracy=accuracy,
+            truncated=entry.optional_count("truncated"),
+            no_answer=entry.optional_count("no_answer"),
+            timeout=entry.optional_count("timeout"),
+            mean_tokens=entry.optional_number("mean_tokens", 0.0),
+        )
+    return Results(path, str(node.data.get("model") or ""), benchmarks)
+
+
+def _same_benchmarks(results: Results, base: Results) -> None:
+    mine = {name: result.n for name, result in results.benchmarks.items()}
+    theirs = {name: result.n for name, result in base.benchmarks.items()}
+    if mine != theirs:
+        raise InputError(
+            f"{results.path}: key 'benchmarks' holds {mine} (problems each) but the base, {base.path}, holds {theirs}; "
+            "evaluate both on the same problems"
+        )
+
+
+def _corpus(counts_path: Path, alignment_path: Path | None) -> Corpus:
+    counts = _parse(_read(counts_path), str(counts_path))
+    total, accepted = counts.count("total"), counts.count("accepted")
+    if accepted > total:
+        raise InputError(f"{counts_path}: key 'accepted' is {accepted}, more than 'total', {total}")
+    rejected = counts.optional_child("rejected")
+    tokens = counts.child("tokens")
+    lengths = counts.lengths("lengths")
+    perplexity, document_nll = None, None
+    if alignment_path is not None:
+        alignment = _parse(_read(alignment_path), str(alignment_path))
+        perplexity = alignment.number("perplexity", 1.0)
+        spread = alignment.optional_child("document_nll")
+        if spread is not None:
+            document_nll = (spread.number("p10"), spread.number("p50"), spread.number("p90"))
+        lengths = lengths or alignment.lengths("lengths")
+    return Corpus(
+        total=total,
+        accepted=accepted,
+        rejected={reason: rejected.count(reason) for reason in rejected.data} if rejected else {},
+        mean_tokens=tokens.number("mean", 0.0),
+        median_tokens=tokens.number("p50", 0.0),
+        lengths=lengths,
+        perplexity=perplexity,
+        document_nll=document_nll,
+    )
+
+
+def _rows(path: Path) -> Iterator[_Node]:
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        if line.strip():
+            yield _parse(line, f"{path}:{number}")
+
+
+def _loss_curve(path: Path) -> LossCurve:
+    by_step: dict[int, float] = {}
+    for row in _rows(path):
+        loss = row.data.get("loss")
+        # A diverged loss is a result to show, not a malformed file; a resumed run may log a step twice, the later holds.
+        diverged = isinstance(loss, float) and not math.isfinite(loss)
+        by_step[row.count("step")] = math.nan if diverged else row.number("loss")
+    if not by_step:
+        raise InputError(f"{path}: no rows; rerun the training that writes it")
+    steps = tuple(sorted(by_step))
+    return LossCurve(steps, tuple(by_step[step] for step in steps))

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# From a fresh clone to the report of a whole MiCoTA run (recipe `micro`), on a CPU. Arguments go to `micota run micro`.
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+prepare_environment report
+.venv/bin/micota run micro "$@" || fail "the run stopped; the message is above. The same command goes on from there"

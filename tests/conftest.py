@@ -1,0 +1,26 @@
+"""Fixtures that many tests share: one tiny checkpoint per family, made once a session. Do not write to them."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def qwen2_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _made(tmp_path_factory, "qwen2")
+
+
+@pytest.fixture(scope="session")
+def qwen3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _made(tmp_path_factory, "qwen3")
+
+
+@pytest.fixture(scope="session")
+def llama_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _made(tmp_path_factory, "llama")
+
+
+def _made(tmp_path_factory: pytest.TempPathFactory, family: str) -> Path:
+    from checkpoints import make_checkpoint  # imports transformers, which most tests never need
+
+    return make_checkpoint(tmp_path_factory.mktemp(family), family)
