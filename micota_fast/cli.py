@@ -109,26 +109,28 @@ def _options(cls: type) -> str:
 
 
 def _run(parsed: argparse.Namespace) -> None:
+    from micota_fast.graph import plan
     from micota_fast.pipeline import Run
 
     path = Path(parsed.config)
     if not path.exists() and (RECIPES / f"{parsed.config}.yaml").exists():
         path = RECIPES / f"{parsed.config}.yaml"
     loaded = config.load(recipe.Recipe, path, parsed.overrides)
-    run = Run(loaded, path, Path(parsed.out or f"runs/{loaded.name}"))
+    folder = Path(parsed.out or f"runs/{loaded.name}").resolve()
+    run = Run(plan(loaded, path.resolve(), folder), loaded.launch, folder)
     statuses = run.statuses()
     width = max(len(name) for name in statuses)
     open_stages = [name for name, status in statuses.items() if status.state != "done"]
     if parsed.dry_run:
         for name, status in statuses.items():
             print(f"{name:{width}}  {status.state:8}  {status.why}".rstrip())
-        print(f"{len(statuses) - len(open_stages)} of {len(statuses)} stages done; folder: {run.folder}")
+        print(f"{len(statuses) - len(open_stages)} of {len(statuses)} stages done; folder: {folder}")
         return
     if open_stages:
-        print(f"{len(open_stages)} of {len(statuses)} stages to do in {run.folder}")
+        print(f"{len(open_stages)} of {len(statuses)} stages to do in {folder}")
         run.run(lambda line: print(line, flush=True))
-    print((run.folder / "report" / "table.md").read_text(encoding="utf-8"))
-    print(f"All {len(statuses)} stages done. Report: {run.folder / 'report' / 'report.html'}")
+    print((folder / "report" / "table.md").read_text(encoding="utf-8"))
+    print(f"All {len(statuses)} stages done. Report: {folder / 'report' / 'report.html'}")
 
 
 def _stage(parsed: argparse.Namespace) -> None:
@@ -139,9 +141,9 @@ def _stage(parsed: argparse.Namespace) -> None:
 
 
 def _merge(parsed: argparse.Namespace) -> None:
-    from micota_fast.merge.stream import run
+    from micota_fast.merge.stream import merge
 
-    run(parsed.config, parsed.out, parsed.seed)
+    merge(recipe.MergeConfig(config=parsed.config, out=parsed.out, seed=parsed.seed))
 
 
 def _serve(parsed: argparse.Namespace) -> None:

@@ -34,6 +34,10 @@ def option(default: Any = dataclasses.MISSING, *, doc: str, source: str = "", op
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class _Lineless(str):
+    """Name of a source whose line numbers mean nothing to the user: an override, or values made by the program."""
+
+
 @dataclass(frozen=True)
 class _Where:
     """A place in a config: the file (or command-line override), the line and the dotted key."""
@@ -46,7 +50,7 @@ class _Where:
         if mark is None:
             place = self.source
         else:
-            place = mark.name if mark.name.startswith("--set ") else f"{mark.name}, line {mark.line + 1}"
+            place = mark.name if isinstance(mark.name, _Lineless) else f"{mark.name}, line {mark.line + 1}"
         return InputError(f"{place}: {f'`{self.key}`: ' if self.key else ''}{message}")
 
     def child(self, name: str) -> "_Where":
@@ -80,7 +84,7 @@ def load(cls: type[T], path: Path | str | None, overrides: typing.Sequence[str] 
 
 def build(cls: type[T], values: dict[str, Any], source: str) -> T:
     """Make the dataclass `cls` of plain values; `source` is named in errors."""
-    result: T = _build(cls, _compose(yaml.safe_dump(values), source), _Where(source, ""))
+    result: T = _build(cls, _compose(yaml.safe_dump(values), _Lineless(source)), _Where(source, ""))
     return result
 
 
@@ -139,7 +143,7 @@ def _compose(text: str, source: str) -> yaml.Node | None:
         return node
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
+        line = f", line {mark.line + 1}" if mark is not None and not isinstance(source, _Lineless) else ""
         problem = getattr(error, "problem", None) or str(error)
         raise InputError(f"{source}{line}: not valid YAML: {problem}") from None
     finally:
@@ -148,7 +152,7 @@ def _compose(text: str, source: str) -> yaml.Node | None:
 
 def _apply_override(root: yaml.Node, override: str) -> None:
     key, equals, text = override.partition("=")
-    source = f"--set {override}"
+    source = _Lineless(f"--set {override}")
     if not equals or not key:
         raise InputError(f"{source}: expected key=value, for example --set train.lr=2e-5")
     if not isinstance(root, yaml.MappingNode):

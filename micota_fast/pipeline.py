@@ -21,8 +21,8 @@ from typing import IO, Any, Literal
 from micota_fast import config, processes
 from micota_fast.errors import InputError
 from micota_fast.fingerprint import Fingerprints, of_json
-from micota_fast.graph import Artefact, Stage, plan
-from micota_fast.recipe import LaunchConfig, Recipe
+from micota_fast.graph import Artefact, Stage
+from micota_fast.recipe import LaunchConfig
 from micota_fast.records import write_atomic
 
 DONE, MAKING = "done.json", "making.json"
@@ -42,22 +42,17 @@ class Status:
 
 
 class Run:
-    """One recipe in one folder.
+    """Stages in one folder.
 
     Args:
-        recipe: the validated recipe.
-        recipe_path: where it was read from; relative checkpoints start from its folder.
-        folder: where the artefacts go; one folder belongs to one recipe name.
-
-    Raises:
-        InputError: see `graph.plan`.
+        stages: each after those it needs (`graph.plan`).
+        launch: how many at once, with how many processes and threads.
+        folder: where the artefacts go, one sub-folder a stage.
     """
 
-    def __init__(self, recipe: Recipe, recipe_path: Path, folder: Path) -> None:
-        self.recipe, self.folder = recipe, folder.resolve()
-        self.stages = plan(recipe, recipe_path.resolve(), self.folder)
-        self.by_name = {stage.name: stage for stage in self.stages}
-        self.fingerprints = Fingerprints(self.folder / "fingerprints.json")
+    def __init__(self, stages: Sequence[Stage], launch: LaunchConfig, folder: Path) -> None:
+        self.stages, self.launch, self.folder = list(stages), launch, folder
+        self.fingerprints = Fingerprints(folder / "fingerprints.json")
 
     def statuses(self) -> dict[str, Status]:
         """The state of every stage, in order; nothing is changed."""
@@ -74,7 +69,6 @@ class Run:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder / ".lock", say) as lock:
-            write_atomic(self.folder / "recipe.yaml", [config.dump(self.recipe).encode()])
             self._run_all(lock.fileno(), say)
 
     # --- what is done ---
@@ -132,7 +126,6 @@ class Run:
     # --- making the rest ---
 
     def _run_all(self, lock: int, say: Callable[[str], None]) -> None:
-        launch = self.recipe.launch
         depth = _depths(self.stages)
         done: set[str] = set()
         running: dict[str, _Running] = {}
@@ -141,7 +134,7 @@ class Run:
         try:
             while waiting or running:
                 for stage in sorted(waiting, key=lambda stage: -depth[stage.name]):
-                    if failed or len(running) >= launch.jobs or not all(name in done for name in stage.needs):
+                    if failed or len(running) >= self.launch.jobs or not all(name in done for name in stage.needs):
                         continue
                     waiting.remove(stage)
                     status = self._status(stage, {})
@@ -154,7 +147,7 @@ class Run:
                         done.add(stage.name)
                         say(f"[{len(done)}/{len(self.stages)}] {stage.name}: taken up again as it was made before")
                         continue
-                    running[stage.name] = _Running(stage, self.folder / stage.name, launch, lock)
+                    running[stage.name] = _Running(stage, self.folder / stage.name, self.launch, lock)
                     say(f"[{len(done)}/{len(self.stages)}] {stage.name}: {_reason(status)}")
                 for name, process in list(running.items()):
                     code = process.poll(say)

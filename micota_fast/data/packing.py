@@ -11,7 +11,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -27,14 +27,16 @@ def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(function)
 
 
-@intrinsic
-def _lowest_bit(typing_context: Any, word: Any) -> tuple[Any, Callable[..., Any]]:
+def _count_trailing_zeros(typing_context: Any, word: Any) -> tuple[Any, Callable[..., Any]]:
     """Number of zero bits below the lowest set bit of a uint64, which must not be 0."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
 
     return types.int64(types.uint64), code
+
+
+_lowest_bit: Any = intrinsic(_count_trailing_zeros)
 
 
 def _best_fit_decreasing(lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -86,7 +88,7 @@ def _best_fit_decreasing(lengths: NDArray[np.int64], capacity: int) -> tuple[NDA
                 n_packs += 1
                 free = capacity
             else:
-                pack = np.int64(top[free])
+                pack = int(top[free])
                 top[free] = below[pack]
                 if top[free] < 0:
                     word = free >> 6

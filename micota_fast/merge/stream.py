@@ -168,7 +168,7 @@ def _merge_one(
 ) -> torch.Tensor:
     start = base.read(tensor)
     tensors = [start if model is base else model.read(tensor) for model in inputs]
-    return torch.from_numpy(merge_tensors(plan, start, tensors, counter_mask(seed, tensor)))
+    return torch.from_numpy(np.asarray(merge_tensors(plan, start, tensors, counter_mask(seed, tensor))))
 
 
 def _split(layout: dict[str, tuple[tuple[int, ...], str]], max_shard_bytes: int) -> list[list[str]]:

@@ -1,0 +1,219 @@
+"""What people watch: one line and one row of metrics.jsonl for each step, TensorBoard and Weights & Biases on request."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from micota_fast import config as configuration
+from micota_fast.errors import InputError
+from micota_fast.recipe import TrainConfig
+from micota_fast.train.parallel import World
+
+# Dense bfloat16 TFLOP/s from NVIDIA's data sheets, by a part of the device's name; the first match counts.
+PEAK_TFLOPS = (
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("H200 NVL", 835.0),
+    ("H200", 989.0),
+    ("GH200", 989.0),
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("H800", 989.0),
+    ("L40S", 362.0),
+    ("L40", 181.0),
+    ("L4", 121.0),
+    ("A10G", 70.0),
+    ("RTX 4090", 165.0),
+)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device by the name torch gives it; None where it is not in the table."""
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS if part in device_name), None)
+
+
+class Meters:
+    """Collects each step's figures on the device and reads them together every `log_every` steps.
+
+    Args:
+        config: `log_every`, `tensorboard`, `wandb`.
+        out: the run's folder.
+        world: the processes; only the main one writes.
+        start: steps done before; rows of metrics.jsonl after them are cut off, as those steps are done again.
+        total: steps of the run.
+        flops_per_token: forward and backward, for the model-FLOP utilisation.
+
+    Raises:
+        InputError: TensorBoard or wandb is asked for and not installed.
+    """
+
+    def __init__(
+        self, config: TrainConfig, out: Path, world: World, start: int, total: int, flops_per_token: float
+    ) -> None:
+        self._world, self._total, self._every = world, total, config.log_every
+        self._flops_per_token = flops_per_token
+        on_cuda = world.device.type == "cuda" and config.dtype == "bfloat16"
+        self._peak = peak_flops(torch.cuda.get_device_name(world.device)) if on_cuda else None
+        self._rows: list[dict[str, Any]] = []
+        self._losses: list[Tensor] = []
+        self._grad_norms: list[Tensor] = []
+        self._tensorboard, self._wandb = (None, None) if not world.is_main else _trackers(config, out, start)
+        self.last: dict[str, Any] = {}
+        path = out / "metrics.jsonl"
+        if world.is_main:
+            _keep_steps(path, start)
+            self._file = path.open("a", encoding="utf-8")
+            self.last = _last_row(path)
+        self._started = self._since = time.perf_counter()
+        self._tokens = 0
+
+    def record(self, loss: Tensor, grad_norm: Tensor, **row: Any) -> None:
+        """Take note of a step without waiting for the device.
+
+        Args:
+            loss: this rank's share of the step's loss, a 0-d tensor; the shares of all ranks add up to it.
+            grad_norm: over all ranks, a 0-d tensor.
+            row: host figures: step (from 1), epoch, lr, supervised, tokens, efficiency.
+        """
+        self._losses.append(loss)
+        self._grad_norms.append(grad_norm)
+        self._rows.append(row)
+
+    def due(self) -> bool:
+        """Whether the recorded steps should be reported now."""
+        return len(self._rows) >= self._every or (bool(self._rows) and self._rows[-1]["step"] == self._total)
+
+    def report(self, stop: bool) -> bool:
+        """Print and write the steps recorded since the last report; returns whether any rank wishes to `stop`.
+
+        One all-reduce for everything; the only place of a run's steady course where the host waits for the device.
+        """
+        shares = torch.stack([*self._losses, self._losses[0].new_tensor(float(stop))])
+        dist.all_reduce(shares)
+        *losses, stops = shares.tolist()
+        norms = torch.stack(self._grad_norms).tolist()
+        now = time.perf_counter()
+        timing = self._timing(now)
+        for row, loss, grad_norm in zip(self._rows, losses, norms, strict=True):
+            self.last = {"step": row.pop("step"), "loss": loss, "grad_norm": grad_norm, **row, "timing": timing}
+            if self._world.is_main:
+                self._file.write(json.dumps(self.last) + "\n")
+                self._track(self.last)
+        if self._world.is_main:
+            self._file.flush()
+            print(self._line(self.last), flush=True)
+        self._rows, self._losses, self._grad_norms, self._since = [], [], [], now
+        return stops > 0
+
+    def _timing(self, now: float) -> dict[str, float]:
+        """Speeds since the last report, and seconds since start and until the end at this pace."""
+        seconds = max(now - self._since, 1e-9)
+        tokens = sum(row["tokens"] for row in self._rows)
+        self._tokens += tokens
+        timing = {
+            "seconds": round(now - self._started, 3),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "supervised_per_s": round(sum(row["supervised"] for row in self._rows) / seconds, 1),
+            "left_s": round((self._total - self._rows[-1]["step"]) * seconds / len(self._rows), 1),
+        }
+        if self._peak is not None:
+            flops = tokens / seconds * self._flops_per_token
+            timing["mfu"] = round(flops / (self._peak * self._world.size), 4)
+        return timing
+
+    def _line(self, row: dict[str, Any]) -> str:
+        timing = row["timing"]
+        parts = [
+            f"step {row['step']}/{self._total}",
+            f"loss {row['loss']:.4f}",
+            f"grad {row['grad_norm']:.3f}",
+            f"lr {row['lr']:.2e}",
+            f"{timing['supervised_per_s']:,.0f} supervised tok/s",
+            f"{timing['tokens_per_s']:,.0f} tok/s",
+            f"packed {row['efficiency']:.1%}",
+        ]
+        if "mfu" in timing:
+            parts.append(f"MFU {timing['mfu']:.1%}")
+        return " | ".join([*parts, f"left {duration(timing['left_s'])}"])
+
+    def _track(self, row: dict[str, Any]) -> None:
+        flat = {key: value for key, value in (row | row["timing"]).items() if key not in ("step", "timing")}
+        if self._tensorboard is not None:
+            for key, value in flat.items():
+                self._tensorboard.add_scalar(key, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(flat, step=row["step"])
+
+    def sync(self) -> None:
+        """Bring metrics.jsonl to the disk: a checkpoint must not be ahead of it."""
+        if self._world.is_main:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> dict[str, float]:
+        """End the files; returns the speed of the whole run since `start`."""
+        seconds = time.perf_counter() - self._started
+        if self._world.is_main:
+            self._file.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+        return {"seconds": round(seconds, 3), "tokens_per_s": round(self._tokens / seconds, 1)}
+
+
+def _trackers(config: TrainConfig, out: Path, start: int) -> tuple[Any, Any]:
+    tensorboard = wandb_run = None
+    if config.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise InputError("tensorboard: true needs a package that is not here: pip install tensorboard") from None
+        tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+    if config.wandb is not None:
+        try:
+            import wandb
+        except ImportError:
+            raise InputError("wandb: needs a package that is not here: pip install wandb") from None
+        wandb_run = wandb.init(project=config.wandb, dir=str(out), config=configuration.plain(config))
+    return tensorboard, wandb_run
+
+
+def _keep_steps(path: Path, steps: int) -> None:
+    """Cut the file after the row of step `steps`: later rows, or a torn one, were written after the checkpoint."""
+    if not path.exists():
+        return
+    kept = 0
+    with path.open("r+b") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > steps:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            kept += len(line)
+        file.truncate(kept)
+
+
+def _last_row(path: Path) -> dict[str, Any]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    return last
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03; "?" where unknown."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

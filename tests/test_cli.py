@@ -1,0 +1,48 @@
+"""The command line as a stranger meets it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from micota_fast.cli import STAGES, main
+
+
+@pytest.mark.parametrize("verb", ["run", "merge", "serve", *STAGES])
+def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([verb, "--help"])
+    assert exit_.value.code == 0
+    assert "usage: micota " + verb in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "nowhere"], "micota run: nowhere: cannot read"),
+        (["run", "micro", "--set", "seedz=1"], "`seedz`: unknown key"),
+        (["generate", "--set", "model=nowhere"], "`problems`: this key is required"),
+        (["filter", "--set", "completions=nowhere.jsonl", "out=o.jsonl"], "cannot read nowhere.jsonl"),
+        (["serve", "nowhere"], "nowhere"),
+        (["merge", "nowhere.yaml", "out"], "nowhere.yaml"),
+    ],
+)
+def test_errors_are_one_message_and_status_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    code = (
+        "import sys\nfrom micota_fast.cli import main\n"
+        "main(['run', 'micro', '--dry-run'])\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'matplotlib', 'math_verify', 'numba')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0

@@ -1,0 +1,182 @@
+"""The pipeline on cheap real stages (filter, mix): what is done, stale, set aside, taken up again, killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from micota_fast.errors import InputError
+from micota_fast.graph import Artefact, Stage
+from micota_fast.pipeline import Run
+from micota_fast.recipe import FilterConfig, LaunchConfig, MixConfig
+from micota_fast.records import Completion, write_rows
+
+ONE_JOB = LaunchConfig(jobs=1, threads=1)
+
+
+def completions(folder: Path, name: str, tokens: int = 5) -> Path:
+    rows = [
+        Completion(
+            id=f"p{i}",
+            sample=0,
+            problem=f"{i} + 1?",
+            answer=str(i + 1),
+            completion=f"{name}: \\boxed{{{i + 1 if i % 3 else 0}}}",
+            finish_reason="stop",
+            prompt_tokens=4,
+            completion_tokens=tokens,
+            seed=None,
+        )
+        for i in range(12)
+    ]
+    write_rows(folder / f"{name}.jsonl", rows)
+    return folder / f"{name}.jsonl"
+
+
+def stages(folder: Path, run: Path, max_tokens: int = 100, seed: int = 0) -> list[Stage]:
+    made = []
+    parts = {}
+    for name in ("long", "short"):
+        source = folder / f"{name}.jsonl"
+        out = run / "corpus" / name / "corpus.jsonl"
+        settings = FilterConfig(completions=str(source), out=str(out), max_tokens=max_tokens, workers=1)
+        outputs = ("corpus.jsonl", "corpus.jsonl.counts.json")
+        made.append(Stage(f"corpus/{name}", "filter", settings, (Artefact(str(source)),), outputs))
+        parts[name] = Artefact(str(out), f"corpus/{name}")
+    mixed = MixConfig(
+        parts={parts["long"].location: 1, parts["short"].location: 3},
+        out=str(run / "corpus" / "mix" / "corpus.jsonl"),
+        seed=seed,
+    )
+    made.append(Stage("corpus/mix", "mix", mixed, tuple(parts.values()), ("corpus.jsonl",)))
+    return made
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    completions(tmp_path, "long")
+    completions(tmp_path, "short")
+    return tmp_path
+
+
+def states(run: Run) -> dict[str, str]:
+    return {name: status.state for name, status in run.statuses().items()}
+
+
+def make(folder: Path, **options: int) -> Run:
+    run = Run(stages(folder, folder / "run", **options), ONE_JOB, folder / "run")
+    run.run(lambda line: None)
+    return run
+
+
+def test_done_stays_done_and_is_not_run_again(sources: Path) -> None:
+    run = Run(stages(sources, sources / "run"), ONE_JOB, sources / "run")
+    assert set(states(run).values()) == {"to do"}
+    said: list[str] = []
+    run.run(said.append)
+    assert len([line for line in said if "done in" in line]) == 3
+    assert set(states(run).values()) == {"done"}
+    before = {file: file.stat().st_mtime_ns for file in (sources / "run").rglob("corpus.jsonl")}
+    again: list[str] = []
+    Run(stages(sources, sources / "run"), ONE_JOB, sources / "run").run(again.append)
+    assert again == []
+    assert before == {file: file.stat().st_mtime_ns for file in (sources / "run").rglob("corpus.jsonl")}
+
+
+def test_contents_count_not_times(sources: Path) -> None:
+    run = make(sources)
+    for file in [*sources.glob("*.jsonl"), *(sources / "run").rglob("corpus.jsonl")]:
+        os.utime(file)
+    assert set(states(run).values()) == {"done"}
+    # One token more in one row: same size, another content.
+    source = sources / "long.jsonl"
+    source.write_text(source.read_text().replace('"completion_tokens": 5', '"completion_tokens": 6', 1))
+    assert states(run) == {"corpus/long": "stale", "corpus/short": "done", "corpus/mix": "waits"}
+
+
+def test_changed_option_is_named_and_the_old_artefact_comes_back(sources: Path) -> None:
+    make(sources)
+    old = (sources / "run/corpus/mix/corpus.jsonl").read_bytes()
+    other = Run(stages(sources, sources / "run", seed=5), ONE_JOB, sources / "run")
+    status = other.statuses()["corpus/mix"]
+    assert (status.state, status.why) == ("stale", "seed changed")
+    other.run(lambda line: None)
+    assert (sources / "run/corpus/mix/corpus.jsonl").read_bytes() != old
+    said: list[str] = []
+    Run(stages(sources, sources / "run"), ONE_JOB, sources / "run").run(said.append)
+    assert ["taken up again" in line for line in said] == [True]
+    assert (sources / "run/corpus/mix/corpus.jsonl").read_bytes() == old
+
+
+def test_a_rebuilt_input_with_equal_bytes_leaves_what_follows_done(sources: Path) -> None:
+    make(sources)
+    done = (sources / "run/corpus/mix/done.json").read_bytes()
+    make(sources, max_tokens=99)  # another option, the same rows pass
+    assert (sources / "run/corpus/mix/done.json").read_bytes() == done
+
+
+def test_a_damaged_output_is_made_again(sources: Path) -> None:
+    run = make(sources)
+    output = sources / "run/corpus/short/corpus.jsonl"
+    good = output.read_bytes()
+    output.write_bytes(good[:-7])
+    assert run.statuses()["corpus/short"].why == "its output corpus.jsonl was changed"
+    make(sources)
+    assert output.read_bytes() == good
+
+
+def test_a_failing_stage_says_so_and_keeps_what_was_done(sources: Path) -> None:
+    (sources / "short.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(InputError, match=r"stage corpus/short failed(.|\n)*short\.jsonl:1"):
+        make(sources)
+    kept = states(Run(stages(sources, sources / "run"), ONE_JOB, sources / "run"))
+    assert kept["corpus/long"] == "done"
+    assert kept["corpus/short"] == "partial"
+
+
+def test_two_runs_do_not_share_a_folder(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    monkeypatch.setattr("micota_fast.pipeline.LOCK_WAIT_S", 0.2)
+    (sources / "run").mkdir()
+    with (sources / "run" / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="in use by another run"):
+            make(sources)
+
+
+RUNNER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_pipeline import ONE_JOB, Run, stages
+folder = Path(sys.argv[2])
+Run(stages(folder, folder / "run"), ONE_JOB, folder / "run").run(print)
+"""
+
+
+def test_sigkill_anywhere_then_the_same_bytes(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    calm = tmp_path_factory.mktemp("calm")
+    for name in ("long", "short"):
+        completions(calm, name)
+    make(calm)
+    command = [sys.executable, "-c", RUNNER, str(Path(__file__).parent), str(sources)]
+    kills = 0
+    for delay in (0.5, 0.9, 1.3, 1.7, 2.1):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        time.sleep(delay)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills > 0
+    make(sources)
+    for name in ("long", "short", "mix"):
+        relative = f"run/corpus/{name}/corpus.jsonl"
+        assert (sources / relative).read_bytes() == (calm / relative).read_bytes()
+    assert json.loads((sources / "run/corpus/mix/done.json").read_text())["stage"] == "corpus/mix"
