@@ -1,5 +1,5 @@
 """The one loss of the project; imported as `micota_fast.kernels`."""
 
-from micota_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from .linear_cross_entropy import linear_cross_entropy
 
 __all__ = ["linear_cross_entropy"]

@@ -326,6 +326,7 @@ def _serve(timeout_s: float, memory_bytes: int) -> None:
         return parse(f"\\boxed{{{answer}}}", targets, parsing_timeout=None)
 
     read_gold = lru_cache(maxsize=64)(read)
+    at_start = _peak_rss_bytes()
     answers.write(b"ready\n")
     answers.flush()
     for line in sys.stdin.buffer:
@@ -343,7 +344,7 @@ def _serve(timeout_s: float, memory_bytes: int) -> None:
         after = _peak_rss_bytes()
         if status == "wrong" and after - before > memory_bytes // 8:
             status = "crashed"
-        answers.write(json.dumps({"status": status, "grown": after > memory_bytes // 4}).encode() + b"\n")
+        answers.write(json.dumps({"status": status, "grown": after - at_start > memory_bytes // 4}).encode() + b"\n")
         answers.flush()
 
 

@@ -91,7 +91,7 @@ def make_hf_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrained
 
 
 def make_tokenizer(directory: Path | str) -> Tokenizer:
-    """Write tokenizer.json (byte-level BPE, ids below VOCAB_SIZE) and a tokenizer_config.json with a ChatML template."""
+    """Write tokenizer.json (byte-level BPE, ids below VOCAB_SIZE) and tokenizer_config.json with a ChatML template."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -133,7 +133,7 @@ def test_total_steps_of_whole_and_broken_epochs() -> None:
     steps = PackedSteps(make_documents([10] * 10), 10, 4)  # 10 packs: steps of 4, 4 and 2
     assert steps.steps_per_epoch == 3
     assert [steps.total_steps(e) for e in (1, 2, 2.5, 0.1, 0.4, 0.41, 2.1)] == [3, 6, 8, 1, 1, 2, 7]
-    # 2.1 - 2 is a little over a tenth in floating point, which must not cost a pack of 4 packs a step.
+    # 2.1 - 2 is a little over a tenth in floating point, and must not become 5 of 40 packs, which take another step.
     assert PackedSteps(make_documents([10] * 40), 10, 4).total_steps(2.1) == 21
     with pytest.raises(InputError, match="epochs must be more than 0"):
         steps.total_steps(0)

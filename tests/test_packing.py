@@ -1,6 +1,7 @@
 """Best-fit decreasing against a plain reference, an optimum found by search, and the theorems about it."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ def packs_of(lengths: list[int], capacity: int) -> list[list[int]]:
     assert order.dtype == offsets.dtype == np.int64
     assert offsets[0] == 0
     assert offsets[-1] == len(lengths)
-    return [order[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [order[a:b].tolist() for a, b in pairwise(offsets)]
 
 
 def decreasing(lengths: list[int], capacity: int, best_fit: bool) -> list[list[int]]:
@@ -72,10 +73,11 @@ def test_every_document_lies_in_one_pack_and_no_pack_overflows(case: tuple[list[
 
 @given(lengths_and_capacity(max_docs=80))
 @settings(max_examples=150, deadline=None)
-def test_the_packs_are_those_of_plain_best_fit_decreasing(case: tuple[list[int], int]) -> None:
+def test_the_packs_are_as_full_as_those_of_plain_best_fit_decreasing(case: tuple[list[int], int]) -> None:
     lengths, capacity = case
-    ours = Counter(tuple(lengths[d] for d in p) for p in packs_of(lengths, capacity))
-    assert ours == Counter(tuple(b) for b in decreasing(lengths, capacity, best_fit=True))
+    # Of equally full packs either may take a document: that alters which lengths lie together, not how full packs are.
+    ours = Counter(sum(lengths[d] for d in p) for p in packs_of(lengths, capacity))
+    assert ours == Counter(map(sum, decreasing(lengths, capacity, best_fit=True)))
 
 
 @given(lengths_and_capacity(max_docs=40, share=6))

@@ -1,7 +1,7 @@
-"""The micro world: sums modulo 10 along a chain of named values, and the ways of thinking them through in writing.
+"""The micro world: a jar that people add to and take from, counted modulo 10, and the ways of writing the count down.
 
-A problem defines ``a`` as a digit and every further letter by adding a digit to, or taking one from, the letter before
-it; it asks for the last letter modulo 10. A solution is text made of local decisions, so that long, mid and short chains
+A problem says what the jar holds at first and what each person, in turn, adds or takes (``Ann+5 Bob-8``); it asks for
+what is left modulo 10. A solution writes one line a person (``7 Ann+5=2``: from 7, Ann's 5 more make 2). It is text made of local decisions, so that long, mid and short chains
 of thought are all natural and a writer can sit anywhere between them:
 
 * at the start: restate the problem, or not;
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MODULUS = 10
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+NAMES = ("Ann", "Bob", "Cid", "Dan", "Eva", "Fay", "Gus")
 SUBJECT = "sums modulo 10"
 
 SPLIT_SEED = 20250701
@@ -32,47 +32,43 @@ MAX_STEPS = max(BENCHMARK_STEPS.values())
 
 @dataclass(frozen=True)
 class Chain:
-    """``a = first``, then one letter a step: the letter before it plus ``steps[i]`` (a negative number is a subtraction).
-
-    ``first`` is 0..9, every step is -9..-1 or 1..9.
-    """
+    """The jar holds ``first`` (0..9); then each person in turn changes it by ``steps[i]`` (-9..-1 or 1..9)."""
 
     first: int
     steps: tuple[int, ...]
 
     def values(self) -> list[int]:
-        """Value of each letter modulo 10, ``a`` first; ``len(steps) + 1`` numbers."""
+        """What the jar holds modulo 10, at first and after each step; ``len(steps) + 1`` numbers."""
         values = [self.first]
         for step in self.steps:
             values.append((values[-1] + step) % MODULUS)
         return values
 
-    def definitions(self) -> list[str]:
-        """One line a letter: ``a=7``, ``b=a+5``, ..."""
-        lines = [f"a={self.first}"]
-        lines += [f"{LETTERS[i + 1]}={LETTERS[i]}{step:+d}" for i, step in enumerate(self.steps)]
-        return lines
+    def facts(self) -> str:
+        """What is given: ``A jar holds 7. Ann+5 Bob-8.``"""
+        changes = " ".join(f"{name}{step:+d}" for name, step in zip(NAMES, self.steps, strict=False))
+        return f"A jar holds {self.first}. {changes}."
 
     def problem(self) -> str:
         """The text of the problem."""
-        return "\n".join(["Work modulo 10.", *self.definitions(), f"What is {LETTERS[len(self.steps)]}?"])
+        return f"{self.facts()} How many modulo 10?"
 
     def answer(self) -> str:
         """The right final answer."""
         return str(self.values()[-1])
 
 
-_PROBLEM = re.compile(r"Work modulo 10\.\na=(\d)\n((?:[a-z]=[a-z][+-]\d\n)+)What is ([a-z])\?")
+_PROBLEM = re.compile(r"A jar holds (\d)\.((?: [A-Z][a-z]+[+-]\d)+)\. How many modulo 10\?")
 
 
 def parse_problem(text: str) -> Chain:
-    """The chain that a problem's text defines. Raises ``ValueError`` on any other text."""
+    """The chain that a problem's text describes. Raises ``ValueError`` on any other text."""
     match = _PROBLEM.fullmatch(text)
     if match is None:
         raise ValueError(f"not a problem of this world: {text!r}")
-    chain = Chain(int(match[1]), tuple(int(line[3:]) for line in match[2].split()))
+    chain = Chain(int(match[1]), tuple(int(change[-2:]) for change in match[2].split()))
     if chain.problem() != text:
-        raise ValueError(f"letters out of order in problem: {text!r}")
+        raise ValueError(f"people out of order in problem: {text!r}")
     return chain
 
 
@@ -117,27 +113,36 @@ def write_solution(chain: Chain, how: Thoroughness, rng: random.Random) -> str:
     """A chain of thought for ``chain`` that ends in its boxed answer. Slips are made only where a check repairs them."""
     parts = []
     if rng.random() < how.restate:
-        parts.append("Let me restate.\n" + "\n".join(chain.definitions()) + "\nNow compute.\n")
+        parts.append(f"Let me restate. {chain.facts()}\n")
     values = chain.values()
-    for letter, value, step, result in zip(LETTERS[1:], values, chain.steps, values[1:], strict=False):
+    lines = list(zip(values, NAMES, chain.steps, values[1:], strict=False))
+    for value, name, step, result in lines:
         check = rng.random() < (how.check_hard if is_hard(value, step) else how.check_easy)
         if not check:
-            parts.append(f"{_step(letter, value, step, result)}\n")
+            parts.append(f"{_line(value, name, step, result)}\n")
             continue
         if rng.random() < how.slip:
             wrong = (result + rng.randint(1, MODULUS - 1)) % MODULUS
-            back = (wrong - step) % MODULUS
-            parts.append(f"{_step(letter, value, step, wrong)}. Check {wrong}{-step:+d}={back}, wrong. Wait.\n")
-        parts.append(f"{_step(letter, value, step, result)}. Check {result}{-step:+d}={value}, fine.\n")
+            undone = _line(wrong, name, -step, (wrong - step) % MODULUS)
+            parts.append(f"{_line(value, name, step, wrong)}. Check:{undone}, wrong. Wait,\n")
+        parts.append(f"{_line(value, name, step, result)}. Check:{_line(result, name, -step, value)}, fine.\n")
     if rng.random() < how.verify:
-        again = zip(LETTERS[1:], values, chain.steps, values[1:], strict=False)
-        parts.append("Verify again.\n" + "".join(f"{_step(*step)};\n" for step in again))
+        parts.append("Let me verify again.\n" + "".join(f"{_line(*line)};\n" for line in lines))
     parts.append(f"\\boxed{{{values[-1]}}}")
     return "".join(parts)
 
 
-def _step(letter: str, value: int, step: int, result: int) -> str:
-    return f"{letter}={value}{step:+d}={result}"
+def write_drill(rng: random.Random, n_lines: int) -> str:
+    """``n_lines`` unrelated lines, each right: practice in the sums alone."""
+    lines = []
+    for _ in range(n_lines):
+        chain = random_chain(rng, 1)
+        lines.append(_line(chain.first, "and", chain.steps[0], chain.values()[1]))
+    return "\n".join(lines)
+
+
+def _line(value: int, name: str, step: int, result: int) -> str:
+    return f"{value} {name}{step:+d}={result}"
 
 
 def benchmarks() -> dict[str, list[Chain]]:

@@ -1,1 +1,1 @@
-"""Decoders of the Qwen2, Qwen3 and Llama families on packed tokens, read from and written to Hugging Face checkpoints."""
+"""Decoders of the Qwen2, Qwen3 and Llama families on packed tokens, in and out of Hugging Face checkpoints."""

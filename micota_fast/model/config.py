@@ -1,4 +1,4 @@
-"""config.json of a checkpoint: what the decoder needs of it, checked; what it cannot honour, refused. Imports no torch."""
+"""config.json of a checkpoint: what the decoder needs, checked; what it cannot honour, refused. Imports no torch."""
 
 import json
 from collections.abc import Mapping
@@ -82,7 +82,9 @@ class ModelConfig:
         hidden_size, heads = keys.positive_int("hidden_size"), keys.positive_int("num_attention_heads")
         # Where a key may be missing, the default is that of the family's configuration class in transformers.
         if d.get("num_key_value_heads") is None and not llama:
-            raise InputError(f"{where}: num_key_value_heads is missing; state it ({heads} for plain multi-head attention)")
+            raise InputError(
+                f"{where}: num_key_value_heads is missing; state it ({heads} for plain multi-head attention)"
+            )
         kv_heads = keys.positive_int("num_key_value_heads", heads)
         if heads % kv_heads:
             raise InputError(f"{where}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
@@ -92,7 +94,7 @@ class ModelConfig:
         if head_dim % 2:
             raise InputError(f"{where}: head_dim={head_dim} is odd; rotary position embedding needs pairs")
         max_positions = keys.positive_int("max_position_embeddings", 2048 if llama else 32768)
-        attention_bias = not llama and not qwen3 or keys.boolean("attention_bias", False)
+        attention_bias = (not llama and not qwen3) or keys.boolean("attention_bias", False)
         return cls(
             architecture=architecture,
             vocab_size=keys.positive_int("vocab_size"),
@@ -196,10 +198,10 @@ def _refuse_unsupported(keys: _Keys) -> None:
     windowed = [kind for kind in d.get("layer_types") or [] if kind != "full_attention"]
     if windowed:
         raise keys.refuse("layer_types", f"{windowed[0]!r} is not supported, only 'full_attention'")
-    # In transformers the window holds only from layer `max_window_layers` on; many checkpoints state one that never does.
-    if d.get("use_sliding_window") and d.get("sliding_window", 4096) is not None:
-        if d.get("max_window_layers", 28) < keys.positive_int("num_hidden_layers"):
-            raise keys.refuse("use_sliding_window", "sliding-window attention is not supported; set it to false")
+    # The window holds from layer `max_window_layers` on; many checkpoints state one that is never reached.
+    windowed_from = d.get("max_window_layers", 28) if d.get("sliding_window", 4096) is not None else float("inf")
+    if d.get("use_sliding_window") and windowed_from < keys.positive_int("num_hidden_layers"):
+        raise keys.refuse("use_sliding_window", "sliding-window attention is not supported; set it to false")
 
 
 def _rope_config(keys: _Keys, max_position_embeddings: int) -> RopeConfig:

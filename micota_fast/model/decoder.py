@@ -76,7 +76,7 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model without its last product: it returns hidden states, and the loss or sampler projects them.
+    """A causal language model without its last product: it returns hidden states for loss or sampler to project.
 
     Built by `safetensors_io.load_model` or `init_random`; a bare `Decoder(config)` has torch's own initial weights.
     """

@@ -81,7 +81,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", self._frequencies, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Follow the model to a device, never to a dtype (angles in bf16 are useless), nor lose values by way of meta."""
+        """Follow the model to a device, never to a dtype (bf16 angles are useless); survive `to_empty`."""
         super()._apply(fn, recurse)
         self.inv_freq = self._frequencies.to(self.inv_freq.device)
         return self

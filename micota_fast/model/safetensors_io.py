@@ -46,7 +46,9 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
         return path
     name = str(name_or_path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise InputError(f"{name}: no such folder; name a checkpoint's folder, or a model of the hub as organisation/name")
+        raise InputError(
+            f"{name}: no such folder; name a checkpoint's folder, or a model of the hub as organisation/name"
+        )
     import huggingface_hub
 
     try:
@@ -106,15 +108,13 @@ def load_model(
     config = ModelConfig.from_checkpoint(directory)
     resolved = _as_dtype(dtype if dtype not in (None, "auto") else config.dtype_name or "float32")
     shapes = parameter_shapes(config)
-    files = tensor_files(directory)
-    if config.tie_word_embeddings:
-        files.pop("lm_head.weight", None)  # a copy of the embedding that some tools write
-    files = {name: path for name, path in files.items() if not _IGNORED.search(name)}
+    files = {name: path for name, path in tensor_files(directory).items() if not _IGNORED.search(name)}
+    copy_of_tied = files.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     where = Path(directory) / "config.json"
-    for name in shapes.keys() - files.keys():
-        raise InputError(f"{directory}: tensor {min(shapes.keys() - files.keys())} is missing; {where} calls for it")
-    for name in files.keys() - shapes.keys():
-        name = min(files.keys() - shapes.keys())
+    if missing := shapes.keys() - files.keys():
+        raise InputError(f"{directory}: tensor {min(missing)} is missing; {where} calls for it")
+    if unexpected := files.keys() - shapes.keys():
+        name = min(unexpected)
         raise InputError(f"{files[name]}: unexpected tensor {name}; {where} describes no such parameter")
     model = _empty_model(config, resolved, device)
     parameters = dict(model.named_parameters())
@@ -126,15 +126,30 @@ def load_model(
                     raise InputError(
                         f"{path}: tensor {name} has shape {list(found)}; {where} calls for {list(shapes[name])}"
                     )
+                tensor = shard.get_tensor(name)
+                if tensor.dtype not in _DTYPES.values():
+                    raise InputError(f"{path}: tensor {name} is stored as {tensor.dtype}, not as a plain float")
                 with torch.no_grad():
-                    parameters[name].copy_(shard.get_tensor(name))
+                    parameters[name].copy_(tensor)
+    if copy_of_tied is not None:
+        _check_tied(files["model.embed_tokens.weight"], copy_of_tied, where)
     return model
+
+
+def _check_tied(embedding_path: Path, head_path: Path, where: Path) -> None:
+    """Some tools write the tied matrix twice. If the two differ, a weight or the config is wrong."""
+    with _open(embedding_path) as embedding, _open(head_path) as head:
+        if not torch.equal(embedding.get_tensor("model.embed_tokens.weight"), head.get_tensor("lm_head.weight")):
+            raise InputError(
+                f"{head_path}: tensor lm_head.weight differs from model.embed_tokens.weight, though {where} says "
+                "tie_word_embeddings: true; set it to false if the checkpoint has a head of its own"
+            )
 
 
 def init_random(
     config: ModelConfig, seed: int, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """Fresh weights as transformers draws them: normal(0, initializer_range), biases 0, norms 1. The seed decides all."""
+    """Fresh weights as transformers draws them: normal(0, initializer_range), biases 0, norms 1; fixed by `seed`."""
     model = _empty_model(config, _as_dtype(dtype), device)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -174,7 +189,10 @@ def save_checkpoint(
     Raises:
         InputError: `out_dir` holds something, or the tensors are not those `config` describes.
     """
-    out_dir, resolved = Path(out_dir), _as_dtype(dtype if dtype not in (None, "auto") else config.dtype_name or "float32")
+    out_dir, resolved = (
+        Path(out_dir),
+        _as_dtype(dtype if dtype not in (None, "auto") else config.dtype_name or "float32"),
+    )
     shapes = parameter_shapes(config)
     given = set(state_dict) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     if given != shapes.keys():
@@ -217,7 +235,7 @@ def _write_weights(
             size = 0
         shards[-1].append(name)
         size, total = size + n_bytes, total + n_bytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}

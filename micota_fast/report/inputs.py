@@ -3,36 +3,12 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from micota_fast.errors import InputError
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """What to report on.
-
-    Attributes:
-        title: heading of the report.
-        out: directory for table.md, report.json and report.html.
-        base: results.json of the untouched student.
-        arms: arm name -> results.json of each seed; the order given is the order of the table's rows.
-        corpora: corpus name -> {"counts": path of its counts, "alignment": path of its alignment (optional)}.
-        training: arm name -> metrics.jsonl of each seed; an arm may be absent.
-        notes: paragraphs printed verbatim: what was tried, what to beware of.
-        provenance: what made the numbers (versions, machine, recipe), printed in the order given.
-    """
-
-    title: str
-    out: str
-    base: str
-    arms: dict[str, list[str]]
-    corpora: dict[str, dict[str, str]] = field(default_factory=dict)
-    training: dict[str, list[str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    provenance: dict[str, str] = field(default_factory=dict)
+from micota_fast.recipe import ReportConfig
 
 
 @dataclass(frozen=True)
@@ -58,14 +34,20 @@ class Results:
 
 @dataclass(frozen=True)
 class Corpus:
-    """One corpus after filtering. Lengths in tokens; perplexity and NLL (nats per token) are the untrained student's."""
+    """One corpus as it was trained on.
 
-    total: int
-    accepted: int
+    Lengths are in tokens; perplexity and NLL (nats per token) are the untrained student's. Counts of the filter are
+    None for a corpus that was not generated and filtered; what an alignment would tell is None without one.
+    """
+
+    total: int | None
+    accepted: int | None
     rejected: dict[str, int]
     mean_tokens: float
     median_tokens: float
     lengths: tuple[int, ...]
+    student_tokens: bool
+    """Whether lengths are in the student's tokens (from its alignment) or in those of the model that wrote it."""
     perplexity: float | None
     document_nll: tuple[float, float, float] | None
     """p10, p50 and p90 over documents."""
@@ -107,12 +89,7 @@ def load(config: ReportConfig) -> Inputs:
         arms[name] = [_results(Path(path)) for path in paths]
         for results in arms[name]:
             _same_benchmarks(results, base)
-    corpora = {}
-    for name, paths_of in config.corpora.items():
-        if "counts" not in paths_of:
-            raise InputError(f"report config: corpora.{name}: key 'counts' is missing; give the path of its counts file")
-        alignment = paths_of.get("alignment")
-        corpora[name] = _corpus(Path(paths_of["counts"]), Path(alignment) if alignment else None)
+    corpora = {name: _corpus(name, files) for name, files in config.corpora.items()}
     training = {name: [_loss_curve(Path(path)) for path in paths] for name, paths in config.training.items() if paths}
     return Inputs(base, arms, corpora, training)
 
@@ -186,7 +163,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); rerun the stage that writes it, or mend the path") from error
+        raise InputError(
+            f"{path}: cannot be read ({error}); rerun the stage that writes it, or mend the path"
+        ) from error
 
 
 def _parse(text: str, where: str) -> _Node:
@@ -211,7 +190,8 @@ def _results(path: Path) -> Results:
         correct = entry.optional_count("correct")
         if correct is not None and abs(correct / n - accuracy) > 1e-6:
             raise InputError(
-                f"{path}: key 'benchmarks.{name}.accuracy' is {accuracy}, but {correct} correct of {n} is {correct / n:.6f}"
+                f"{path}: key 'benchmarks.{name}.accuracy' is {accuracy}, but {correct} correct of {n} is "
+                f"{correct / n:.6f}"
             )
         benchmarks[name] = BenchmarkResult(
             n=n,
@@ -234,31 +214,40 @@ def _same_benchmarks(results: Results, base: Results) -> None:
         )
 
 
-def _corpus(counts_path: Path, alignment_path: Path | None) -> Corpus:
-    counts = _parse(_read(counts_path), str(counts_path))
-    total, accepted = counts.count("total"), counts.count("accepted")
-    if accepted > total:
-        raise InputError(f"{counts_path}: key 'accepted' is {accepted}, more than 'total', {total}")
-    rejected = counts.optional_child("rejected")
-    tokens = counts.child("tokens")
-    lengths = counts.lengths("lengths")
-    perplexity, document_nll = None, None
-    if alignment_path is not None:
-        alignment = _parse(_read(alignment_path), str(alignment_path))
-        perplexity = alignment.number("perplexity", 1.0)
-        spread = alignment.optional_child("document_nll")
-        if spread is not None:
-            document_nll = (spread.number("p10"), spread.number("p50"), spread.number("p90"))
-        lengths = lengths or alignment.lengths("lengths")
+def _corpus(name: str, files: Mapping[str, str]) -> Corpus:
+    unknown = sorted(set(files) - {"counts", "alignment"})
+    if unknown or not files:
+        named = f"unknown key '{unknown[0]}'" if unknown else "no file named"
+        raise InputError(
+            f"report config: corpora.{name}: {named}; give the path of its 'counts', its 'alignment' or both"
+        )
+    counts = _parse(_read(Path(files["counts"])), files["counts"]) if "counts" in files else None
+    alignment = _parse(_read(Path(files["alignment"])), files["alignment"]) if "alignment" in files else None
+    total = accepted = None
+    rejected: dict[str, int] = {}
+    if counts is not None:
+        total, accepted = counts.count("total"), counts.count("accepted")
+        if accepted > total:
+            raise InputError(f"{counts.where}: key 'accepted' is {accepted}, more than 'total', {total}")
+        reasons = counts.optional_child("rejected")
+        rejected = {reason: reasons.count(reason) for reason in reasons.data} if reasons else {}
+    spread = alignment.optional_child("document_nll") if alignment else None
+    # The student's tokens measure all corpora alike, whoever wrote them; an alignment without their distribution
+    # (`tokens` a bare total) leaves those of the filter.
+    of_student = alignment is not None and (counts is None or isinstance(alignment.data.get("tokens"), dict))
+    measured = alignment if alignment is not None and of_student else counts
+    assert measured is not None  # one of the two files is named
+    tokens = measured.child("tokens")
     return Corpus(
         total=total,
         accepted=accepted,
-        rejected={reason: rejected.count(reason) for reason in rejected.data} if rejected else {},
+        rejected=rejected,
         mean_tokens=tokens.number("mean", 0.0),
         median_tokens=tokens.number("p50", 0.0),
-        lengths=lengths,
-        perplexity=perplexity,
-        document_nll=document_nll,
+        lengths=measured.lengths("lengths"),
+        student_tokens=of_student,
+        perplexity=alignment.number("perplexity", 1.0) if alignment else None,
+        document_nll=(spread.number("p10"), spread.number("p50"), spread.number("p90")) if spread else None,
     )
 
 
@@ -272,7 +261,7 @@ def _loss_curve(path: Path) -> LossCurve:
     by_step: dict[int, float] = {}
     for row in _rows(path):
         loss = row.data.get("loss")
-        # A diverged loss is a result to show, not a malformed file; a resumed run may log a step twice, the later holds.
+        # A diverged loss is a result to show, not a malformed file; after a resume the later row of a step holds.
         diverged = isinstance(loss, float) and not math.isfinite(loss)
         by_step[row.count("step")] = math.nan if diverged else row.number("loss")
     if not by_step:

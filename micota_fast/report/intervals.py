@@ -2,8 +2,8 @@
 
 One rule throughout: every source of error has an interval of its own, and independent sources combine by adding the
 squared distances from the estimate to each bound (MOVER: Zou & Donner 2008, "Construction of confidence limits about
-effect measures", Statistics in Medicine 27; for two proportions it is method 10 of Newcombe 1998, Statistics in Medicine
-17). With one benchmark and one seed it is exactly the Wilson interval; it never collapses at 0% or 100%.
+effect measures", Statistics in Medicine 27; for two proportions it is method 10 of Newcombe 1998, Statistics in
+Medicine 17). With one benchmark and one seed it is exactly the Wilson interval; it never collapses at 0% or 100%.
 
 - Problems: the Wilson interval of the accuracy on n problems. The mean over seeds is treated as one run: all seeds
   answer the same problems, so more seeds do not make the sample of problems larger (conservative).

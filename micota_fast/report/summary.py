@@ -13,12 +13,15 @@ METHOD_ARM = "mid"
 
 INTERVAL_METHOD = (
     "Accuracies are means over seeds; ± is the sample standard deviation over seeds, [ ] a 95% interval. The interval "
-    "combines two sources of error by adding the squared distances to each bound (MOVER, Zou & Donner 2008): the sample "
-    "of problems (the Wilson interval of the mean accuracy; more seeds do not shrink it, for all seeds answer the same "
-    "problems) and training (Student's t over seeds). A single run has only the first. The average weights each "
+    "combines two sources of error by adding the squared distances to each bound (MOVER, Zou & Donner 2008): the "
+    "sample of problems (the Wilson interval of the mean accuracy; more seeds do not shrink it, as all answer the "
+    "same problems) and training (Student's t over seeds). A single run has only the first. The average weights each "
     "benchmark alike. The interval of Δ treats the two arms as if they had answered different problems, which makes it "
     "wide; paired tests are not part of this report, and nothing is corrected for the number of comparisons."
 )
+
+
+ONE_SEED = "Arms trained once say nothing of training noise: their intervals cover the sample of problems only."
 
 
 @dataclass(frozen=True)
@@ -143,21 +146,24 @@ def headline(summary: Summary) -> tuple[str, str]:
     delta = focus.delta
     assert delta is not None  # a trained arm always has one
     spread = f"95% interval {points(delta.low)} to {points(delta.high)}"
+    reference = f"the untouched student's {percent(base.average.mean)}%"
+    start = f"The {focus.name} arm averages {percent(focus.average.mean)}% {over}"
     if delta.spans_zero:
-        finding = f"a difference of {points(delta.value)} points that is not distinguishable from zero ({spread})"
+        first = (
+            f"{start}; its difference of {points(delta.value)} points to {reference} is not distinguishable from zero "
+            f"({spread})."
+        )
     else:
         side = "above" if delta.value > 0 else "below"
-        finding = f"{percent(abs(delta.value))} points {side} it ({spread})"
-    first = (
-        f"The {focus.name} arm averages {percent(focus.average.mean)}% {over} against the untouched student's "
-        f"{percent(base.average.mean)}%: {finding}."
-    )
+        first = f"{start}, {percent(abs(delta.value))} points {side} {reference} ({spread})."
     rest = [
         _compared(f"Against the other trained arms, {focus.name}", focus, summary.trained),
         _others_against_base(summary, focus),
     ]
-    if summary.best is not focus:
+    if summary.best.average.mean > focus.average.mean:
         rest.append(_highest(summary, focus))
+    if any(arm.average.sd is None for arm in summary.trained):
+        rest.append(ONE_SEED)
     return first, " ".join(sentence for sentence in rest if sentence)
 
 
@@ -173,7 +179,9 @@ def _others_against_base(summary: Summary, focus: Arm) -> str:
         if arm is not focus and arm.delta is not None:
             side = "not distinguishable from" if arm.delta.spans_zero else "above" if arm.delta.value > 0 else "below"
             groups[side].append(f"{arm.name} ({points(arm.delta.value)})")
-    parts = [f"{_list(names)} {'is' if len(names) == 1 else 'are'} {side} it" for side, names in groups.items() if names]
+    parts = [
+        f"{_list(names)} {'is' if len(names) == 1 else 'are'} {side} it" for side, names in groups.items() if names
+    ]
     return f"Against the untouched student, {_list(parts, '; ')}." if parts else ""
 
 

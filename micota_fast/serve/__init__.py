@@ -1,0 +1,1 @@
+"""Inference servers: our own decoder behind SGLang's HTTP API, and real SGLang processes."""

@@ -1,4 +1,4 @@
-"""What people watch: one line and one row of metrics.jsonl for each step, TensorBoard and Weights & Biases on request."""
+"""What people watch: progress lines, a row of metrics.jsonl a step, TensorBoard and Weights & Biases on request."""
 
 import json
 import math
@@ -43,14 +43,15 @@ def peak_flops(device_name: str) -> float | None:
 
 
 class Meters:
-    """Collects each step's figures on the device and reads them together every `log_every` steps.
+    """Collects each step's figures on the device and reads those of several steps together.
 
     Args:
-        config: `log_every`, `tensorboard`, `wandb`.
+        config: `tensorboard`, `wandb`, `dtype`.
         out: the run's folder.
         world: the processes; only the main one writes.
         start: steps done before; rows of metrics.jsonl after them are cut off, as those steps are done again.
         total: steps of the run.
+        efficiency: share of the packs that tokens fill.
         flops_per_token: forward and backward, for the model-FLOP utilisation.
 
     Raises:
@@ -58,16 +59,25 @@ class Meters:
     """
 
     def __init__(
-        self, config: TrainConfig, out: Path, world: World, start: int, total: int, flops_per_token: float
+        self,
+        config: TrainConfig,
+        out: Path,
+        world: World,
+        start: int,
+        total: int,
+        efficiency: float,
+        flops_per_token: float,
     ) -> None:
-        self._world, self._total, self._every = world, total, config.log_every
+        self._world, self._total, self._efficiency = world, total, efficiency
         self._flops_per_token = flops_per_token
+        self._tensorboard: Any
+        self._wandb: Any
         on_cuda = world.device.type == "cuda" and config.dtype == "bfloat16"
         self._peak = peak_flops(torch.cuda.get_device_name(world.device)) if on_cuda else None
         self._rows: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         self._grad_norms: list[Tensor] = []
-        self._tensorboard, self._wandb = (None, None) if not world.is_main else _trackers(config, out, start)
+        self._tensorboard, self._wandb = _trackers(config, out, start) if world.is_main else (None, None)
         self.last: dict[str, Any] = {}
         path = out / "metrics.jsonl"
         if world.is_main:
@@ -77,24 +87,25 @@ class Meters:
         self._started = self._since = time.perf_counter()
         self._tokens = 0
 
-    def record(self, loss: Tensor, grad_norm: Tensor, **row: Any) -> None:
+    def record(
+        self, loss: Tensor, grad_norm: Tensor, step: int, epoch: float, lr: float, supervised: int, tokens: int
+    ) -> None:
         """Take note of a step without waiting for the device.
 
         Args:
             loss: this rank's share of the step's loss, a 0-d tensor; the shares of all ranks add up to it.
-            grad_norm: over all ranks, a 0-d tensor.
-            row: host figures: step (from 1), epoch, lr, supervised, tokens, efficiency.
+            grad_norm: over all ranks, before clipping, a 0-d tensor.
+            step: steps done, this one included.
+            epoch: passes over the documents done, in steps.
+            lr: learning rate of the step.
+            supervised, tokens: supervised and all tokens of the step, over all ranks.
         """
         self._losses.append(loss)
         self._grad_norms.append(grad_norm)
-        self._rows.append(row)
+        self._rows.append({"step": step, "epoch": epoch, "lr": lr, "supervised": supervised, "tokens": tokens})
 
-    def due(self) -> bool:
-        """Whether the recorded steps should be reported now."""
-        return len(self._rows) >= self._every or (bool(self._rows) and self._rows[-1]["step"] == self._total)
-
-    def report(self, stop: bool) -> bool:
-        """Print and write the steps recorded since the last report; returns whether any rank wishes to `stop`.
+    def report(self, stop: int) -> bool:
+        """Print and write the steps recorded since the last report; returns whether any rank wants to `stop`.
 
         One all-reduce for everything; the only place of a run's steady course where the host waits for the device.
         """
@@ -105,13 +116,13 @@ class Meters:
         now = time.perf_counter()
         timing = self._timing(now)
         for row, loss, grad_norm in zip(self._rows, losses, norms, strict=True):
-            self.last = {"step": row.pop("step"), "loss": loss, "grad_norm": grad_norm, **row, "timing": timing}
+            self.last = {"step": row["step"], "loss": loss, "grad_norm": grad_norm, **row}
             if self._world.is_main:
-                self._file.write(json.dumps(self.last) + "\n")
-                self._track(self.last)
+                self._file.write(json.dumps(self.last | {"timing": timing}) + "\n")
+                self._track(self.last | timing)
         if self._world.is_main:
             self._file.flush()
-            print(self._line(self.last), flush=True)
+            print(self._line(self.last, timing), flush=True)
         self._rows, self._losses, self._grad_norms, self._since = [], [], [], now
         return stops > 0
 
@@ -131,8 +142,7 @@ class Meters:
             timing["mfu"] = round(flops / (self._peak * self._world.size), 4)
         return timing
 
-    def _line(self, row: dict[str, Any]) -> str:
-        timing = row["timing"]
+    def _line(self, row: dict[str, Any], timing: dict[str, float]) -> str:
         parts = [
             f"step {row['step']}/{self._total}",
             f"loss {row['loss']:.4f}",
@@ -140,14 +150,14 @@ class Meters:
             f"lr {row['lr']:.2e}",
             f"{timing['supervised_per_s']:,.0f} supervised tok/s",
             f"{timing['tokens_per_s']:,.0f} tok/s",
-            f"packed {row['efficiency']:.1%}",
+            f"packed {self._efficiency:.1%}",
         ]
         if "mfu" in timing:
             parts.append(f"MFU {timing['mfu']:.1%}")
         return " | ".join([*parts, f"left {duration(timing['left_s'])}"])
 
     def _track(self, row: dict[str, Any]) -> None:
-        flat = {key: value for key, value in (row | row["timing"]).items() if key not in ("step", "timing")}
+        flat = {key: value for key, value in row.items() if key != "step"}
         if self._tensorboard is not None:
             for key, value in flat.items():
                 self._tensorboard.add_scalar(key, value, row["step"])
@@ -207,6 +217,7 @@ def _keep_steps(path: Path, steps: int) -> None:
 def _last_row(path: Path) -> dict[str, Any]:
     lines = path.read_text(encoding="utf-8").splitlines()
     last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    last.pop("timing", None)
     return last
 
 

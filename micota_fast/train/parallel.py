@@ -35,6 +35,11 @@ class World:
         """Whether this process is the one that prints and writes what is not sharded."""
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Print, once for all processes."""
+        if self.is_main:
+            print(text, flush=True)
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
@@ -107,9 +112,7 @@ def distribute(model: PackedLoss, config: TrainSettings, world: World) -> None:
     """
     for block in model.decoder.model.layers:
         if config.activation_checkpointing:
-            block.forward = functools.partial(
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-            )
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         if config.compile:
             block.compile()
     if world.size == 1 and config.dtype == "float32":

@@ -1,0 +1,103 @@
+"""How near a corpus lies to an untrained student: its perplexity and length under the student's own weights.
+
+MiCoTA's argument is that a corpus teaches the more the nearer it lies to what the student would say (arXiv 2507.01887,
+its perplexity analysis). Text is rendered and masked exactly as in training, so what is measured is what is learned.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import micota_fast
+from micota_fast.chat import Chat
+from micota_fast.data.batches import packed_batch
+from micota_fast.data.packing import pack
+from micota_fast.data.tokenise import Documents, load_documents
+from micota_fast.kernels import linear_cross_entropy
+from micota_fast.model.attention import Backend, PackedAttention, choose_backend
+from micota_fast.model.decoder import Decoder
+from micota_fast.model.safetensors_io import load_model, resolve_checkpoint
+from micota_fast.recipe import AlignConfig
+from micota_fast.records import write_atomic
+
+QUANTILES = (1, 10, 25, 50, 75, 90, 99)
+
+
+def run(config: AlignConfig) -> None:
+    """Measure each corpus and write OUT/NAME.json.
+
+    `perplexity` is exp(`nll`), with `nll` the mean negative log-likelihood (nats) over all supervised tokens of the
+    corpus; `document_nll` describes the means of single documents; `tokens` and `lengths` are supervised tokens of each
+    document, in file order. Documents above `max_doc_tokens` are left out and counted in `dropped`.
+
+    Raises:
+        InputError: model or corpus cannot be read, a row is bad (file:line), or nothing is left to measure.
+    """
+    folder = resolve_checkpoint(config.model)
+    chat = Chat.from_checkpoint(folder, config.chat)
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, config.dtype)
+    backend, why = choose_backend(config.attention, device, dtype)
+    print(f"align: {config.dtype} on {device}, attention {backend}: {why}")
+    model = load_model(folder, dtype, device).eval()
+    for name, path in config.corpora.items():
+        documents = load_documents(path, chat, config.max_doc_tokens or config.pack_tokens, "drop")
+        nll_D = document_nll(model, documents, config.pack_tokens, backend)
+        result = {
+            "corpus": name,
+            "model": folder.name if Path(config.model).is_dir() else config.model,
+            **summary(nll_D, documents),
+            "settings": {"pack_tokens": config.pack_tokens, "dtype": config.dtype, "attention": backend},
+            "versions": {"micota_fast": micota_fast.__version__, "torch": torch.__version__},
+        }
+        write_atomic(Path(config.out) / f"{name}.json", [json.dumps(result, indent=1).encode() + b"\n"])
+        print(
+            f"align: {name}: perplexity {result['perplexity']:.3f} over {result['tokens']['total']} tokens of "
+            f"{result['documents']} documents ({result['dropped']} above the limit left out)"
+        )
+
+
+@torch.inference_mode()
+def document_nll(model: Decoder, documents: Documents, pack_tokens: int, backend: Backend) -> NDArray[np.float64]:
+    """Negative log-likelihood of each document's supervised tokens, nats, summed; [D] in the documents' order.
+
+    Documents are packed, so no token is spent on padding; logits exist only chunk by chunk inside the loss.
+    """
+    device = model.lm_head_weight.device
+    nll_D = np.zeros(len(documents), dtype=np.float64)
+    order, pack_offsets = pack(documents.lengths, pack_tokens)
+    for doc_ids in np.split(order, pack_offsets[1:-1]):
+        batch = packed_batch(documents, doc_ids)
+        cu_seqlens = batch.cu_seqlens if backend == "sdpa" else batch.cu_seqlens.to(device)
+        attend = PackedAttention(cu_seqlens, batch.max_seqlen, backend, device)
+        hidden_TH = model(batch.input_ids.to(device), batch.position_ids.to(device), attend)
+        nll_T = linear_cross_entropy(hidden_TH, model.lm_head_weight, batch.targets.to(device), reduction="none")
+        starts_B = batch.cu_seqlens[:-1].numpy()
+        nll_D[doc_ids] = np.add.reduceat(nll_T.cpu().numpy(), starts_B, dtype=np.float64)
+    return nll_D
+
+
+def summary(nll_D: NDArray[np.float64], documents: Documents) -> dict[str, Any]:
+    """Perplexity, and how likelihood and length are distributed over documents (quantiles by linear interpolation)."""
+    tokens_D = documents.n_targets
+    nll = float(nll_D.sum() / tokens_D.sum())
+    return {
+        "documents": len(documents),
+        "dropped": documents.dropped,
+        "perplexity": math.exp(nll),
+        "nll": nll,
+        "document_nll": _distribution(nll_D / tokens_D),
+        "tokens": {"total": int(tokens_D.sum()), **_distribution(tokens_D)},
+        "lengths": tokens_D.tolist(),
+        "documents_fingerprint": documents.fingerprint,
+    }
+
+
+def _distribution(values: NDArray[Any]) -> dict[str, float]:
+    quantiles = {f"p{q}": float(np.quantile(values, q / 100)) for q in QUANTILES}
+    return {"mean": float(values.mean()), "sd": float(values.std()), **quantiles}

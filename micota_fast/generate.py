@@ -1,0 +1,377 @@
+"""Completions from any SGLang-compatible server: concurrent, resumable, nothing lost, nothing twice.
+
+Speaks HTTP alone (SGLang's native /generate with `input_ids`), so it does not matter which engine answers. Every row is
+appended to OUT.part as it comes; a run that was killed goes on from there, and the finished OUT is the same as an
+uninterrupted run's.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import random
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from micota_fast.chat import Chat
+from micota_fast.errors import InputError
+from micota_fast.model.config import ModelConfig
+from micota_fast.recipe import EvaluateConfig, GenerateConfig
+from micota_fast.records import (
+    Completion,
+    CompletionWriter,
+    Problem,
+    encode_row,
+    read_completions,
+    read_problems,
+    write_atomic,
+)
+from micota_fast.serve.launch import serving
+
+REQUEST_TIMEOUT_S = 4 * 3600.0  # one answer, its time in the server's queue included
+RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+BACKOFF_S = 0.25, 15.0  # first and longest pause between two tries of a request
+# How long every try may fail before the run gives up: a server elsewhere may be restarted, ours will not.
+PATIENCE_OWN_S, PATIENCE_URL_S = 20.0, 600.0
+PROGRESS_S = 5.0
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 64, 1 << 16
+
+
+def run(config: GenerateConfig) -> None:
+    """`micota generate`: answer all problems of a file. A finished output with the same fingerprint is left as it is.
+
+    Raises:
+        InputError: bad input, an output that belongs to another run, a request the server refuses, or a server that
+            does not answer any more (what was generated until then is kept).
+    """
+    problems = read_problems(config.problems, config.limit)
+    if finished(problems, config, config.out):
+        print(f"{config.out}: done already")
+        return
+    with server_for(config, f"{config.out}.server.log") as url:
+        generate_corpus(problems, config, url, config.out)
+    print(f"{config.out}: {len(problems) * config.samples} completions")
+
+
+@contextlib.contextmanager
+def server_for(config: GenerateConfig | EvaluateConfig, log_path: str | Path) -> Iterator[str]:
+    """The URL named in the config, or that of a server started for its model."""
+    if config.url is not None:
+        yield config.url.rstrip("/")
+        return
+    with serving(config.model, config.serve, log_path) as url:
+        yield url
+
+
+def fingerprint(problems: Sequence[Problem], config: GenerateConfig | EvaluateConfig) -> dict[str, Any]:
+    """What the completions depend on, and nothing else: neither URL nor concurrency."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(encode_row(problem))
+    return {
+        "model": model_fingerprint(_checkpoint(config)),
+        "dtype": config.serve.dtype if config.url is None else "the server's",
+        "problems": digest.hexdigest(),
+        "prompt": asdict(config.chat),
+        "samples": config.samples,
+        "seed": config.seed if config.temperature > 0 else None,
+        "sampling": _sampling_params(config),
+        "context_length": config.serve.context_length,
+    }
+
+
+def model_fingerprint(path: Path) -> str:
+    """SHA-256 over a checkpoint's files: all of the small ones; of a large one its size and evenly spaced blocks.
+
+    Training and merging change weights everywhere, so blocks suffice to tell two checkpoints of one shape apart, and
+    a 60 GB checkpoint takes no minute.
+    """
+    digest = hashlib.sha256()
+    files = sorted(p for p in path.iterdir() if p.suffix in {".safetensors", ".json", ".jinja"} and p.is_file())
+    if not files:
+        raise InputError(f"{path}: no checkpoint here (no *.json, no *.safetensors)")
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            if size <= FINGERPRINT_BLOCKS * FINGERPRINT_BLOCK_BYTES:
+                digest.update(stream.read())
+                continue
+            for block in range(FINGERPRINT_BLOCKS):
+                stream.seek(block * (size - FINGERPRINT_BLOCK_BYTES) // (FINGERPRINT_BLOCKS - 1))
+                digest.update(stream.read(FINGERPRINT_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def finished(problems: Sequence[Problem], config: GenerateConfig | EvaluateConfig, out: str | Path) -> bool:
+    """Whether `out` is complete and of this very request.
+
+    Raises:
+        InputError: a file is there that belongs to another request, or to none that is known.
+    """
+    out, meta_path, part_path = Path(out), Path(f"{out}.meta.json"), Path(f"{out}.part")
+    if not out.exists():
+        return False
+    if not meta_path.exists():
+        if part_path.exists():
+            return False  # killed between writing the two
+        raise InputError(f"{out} exists and was not written by generate; delete it or write elsewhere")
+    theirs = json.loads(meta_path.read_bytes())["fingerprint"]
+    ours = json.loads(json.dumps(fingerprint(problems, config)))
+    if theirs == ours:
+        return True
+    differing = ", ".join(sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)))
+    raise InputError(f"{out} belongs to another run (it differs in: {differing}); delete it or write elsewhere")
+
+
+def generate_corpus(
+    problems: list[Problem], config: GenerateConfig | EvaluateConfig, url: str, out_path: str | Path
+) -> list[Completion]:
+    """Answer each problem `config.samples` times and write the completions, in the problems' order, to `out_path`.
+
+    Beside it stands OUT.meta.json with the fingerprint, counts and tokens; while the run lasts, OUT.part. Takes up what
+    an interrupted run has left. Calls `asyncio.run`, so it must not be called from a running event loop.
+
+    Args:
+        problems: with unique ids.
+        config: sampling, prompt and concurrency; `config.model` is the checkpoint whose tokenizer and template make
+            the prompts.
+        url: of the server, without a slash at the end.
+        out_path: JSONL of `Completion`.
+
+    Raises:
+        InputError: see `run`.
+    """
+    out = Path(out_path)
+    if finished(problems, config, out):
+        Path(f"{out}.part").unlink(missing_ok=True)
+        return read_completions(out)
+    request_fingerprint = fingerprint(problems, config)
+    with CompletionWriter(f"{out}.part", request_fingerprint) as writer:
+        if len(writer.rows) < len(problems) * config.samples:
+            asyncio.run(_Client(problems, config, url, writer).run())
+        rows = writer.finalise(out, (problem.id for problem in problems))
+        meta = {"fingerprint": request_fingerprint, **_counts(rows)}
+        write_atomic(Path(f"{out}.meta.json"), [json.dumps(meta, indent=2).encode() + b"\n"])
+        writer.discard()
+    return rows
+
+
+def derive_seed(seed: int, problem_id: str, sample: int) -> int:
+    """The sampling seed of one answer: 31 bits that depend on nothing but the arguments."""
+    digest = hashlib.sha256(f"{seed}\0{problem_id}\0{sample}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def _checkpoint(config: GenerateConfig | EvaluateConfig) -> Path:
+    """The checkpoint's folder. A hub name is looked up by code that imports torch, which a folder does not need."""
+    if Path(config.model).is_dir():
+        return Path(config.model)
+    from micota_fast.model.safetensors_io import resolve_checkpoint
+
+    return resolve_checkpoint(config.model)
+
+
+def _sampling_params(config: GenerateConfig | EvaluateConfig) -> dict[str, Any]:
+    params: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+    if config.temperature > 0:
+        params |= {"top_p": config.top_p, "top_k": config.top_k}
+    if config.stop:
+        params["stop"] = list(config.stop)
+    return params
+
+
+def _counts(rows: Sequence[Completion]) -> dict[str, Any]:
+    reasons = Counter(row.finish_reason for row in rows)
+    tokens: Counter[str] = Counter()
+    for row in rows:
+        tokens[row.finish_reason] += row.completion_tokens
+    return {
+        "completions": len(rows),
+        "problems": len({row.id for row in rows}),
+        "prompt_tokens": sum(row.prompt_tokens for row in rows),
+        "completion_tokens": sum(tokens.values()),
+        "by_finish_reason": {r: {"completions": reasons[r], "completion_tokens": tokens[r]} for r in sorted(reasons)},
+    }
+
+
+@dataclass(frozen=True)
+class _Job:
+    problem: Problem
+    sample: int
+    input_ids: list[int]
+
+
+class _Temporary(Exception):
+    """A failure that another try may mend."""
+
+
+class _Client:
+    """One run against one URL: a bounded number of requests in flight, each retried until it is answered."""
+
+    def __init__(
+        self, problems: Sequence[Problem], config: GenerateConfig | EvaluateConfig, url: str, writer: CompletionWriter
+    ) -> None:
+        self._problems, self._config, self._url, self._writer = problems, config, url, writer
+        self._chat = Chat.from_checkpoint(_checkpoint(config), config.chat)
+        self._patience_s = PATIENCE_OWN_S if config.url is None else PATIENCE_URL_S
+        self._params = _sampling_params(config)
+        self._model_name = Path(config.model).name
+        self._failing_since: float | None = None  # the first failure after the last answer
+        self._in_flight = 0
+        self._tokens = 0
+
+    async def run(self) -> None:
+        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=30.0)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            self._context_length = await self._ask_context_length(session)
+            jobs = self._jobs()
+            progress = asyncio.create_task(self._report())
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(self._config.concurrency):
+                        group.create_task(self._work(session, jobs))
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from None  # the first ended the run; any others are its echo
+            finally:
+                progress.cancel()
+
+    async def _ask_context_length(self, session: aiohttp.ClientSession) -> int:
+        """Tokens of prompt and answer together: what the server says, else (SGLang at its default) the checkpoint's."""
+        info = None
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
+            async with asyncio.timeout(30.0), session.get(f"{self._url}/get_server_info") as response:
+                info = await response.json(content_type=None)
+        value = info.get("context_length") if isinstance(info, dict) else None
+        if isinstance(value, int):
+            return value
+        return ModelConfig.from_checkpoint(_checkpoint(self._config)).max_position_embeddings
+
+    def _jobs(self) -> Iterator[_Job]:
+        """What is still to be done, in order; prompts are encoded when their turn comes."""
+        for problem in self._problems:
+            samples = [s for s in range(self._config.samples) if (problem.id, s) not in self._writer.rows]
+            if not samples:
+                continue
+            input_ids = self._chat.encode_prompt(problem.problem)
+            # An id outside the vocabulary kills an SGLang server.
+            if max(input_ids, default=0) >= self._chat.vocab_size:
+                raise InputError(
+                    f"problem {problem.id!r}: its prompt has token id {max(input_ids)}; the model knows only "
+                    f"{self._chat.vocab_size}: the tokenizer does not belong to this checkpoint"
+                )
+            if len(input_ids) + 1 >= self._context_length:
+                raise InputError(
+                    f"problem {problem.id!r}: its prompt of {len(input_ids)} tokens leaves no room for an answer in "
+                    f"the server's context of {self._context_length}"
+                )
+            for sample in samples:
+                yield _Job(problem, sample, input_ids)
+
+    async def _work(self, session: aiohttp.ClientSession, jobs: Iterator[_Job]) -> None:
+        for job in jobs:
+            self._in_flight += 1
+            try:
+                row = await self._answer(session, job)
+            finally:
+                self._in_flight -= 1
+            self._writer.append(row)
+            self._tokens += row.completion_tokens
+
+    async def _answer(self, session: aiohttp.ClientSession, job: _Job) -> Completion:
+        params = dict(self._params)
+        seed = None
+        if self._config.temperature > 0:
+            seed = params["sampling_seed"] = derive_seed(self._config.seed, job.problem.id, job.sample)
+        # SGLang refuses a request whose prompt and limit together reach the context length.
+        room = self._context_length - len(job.input_ids) - 1
+        params["max_new_tokens"] = min(params["max_new_tokens"], room)
+        body = {"input_ids": job.input_ids, "sampling_params": params}
+        pause, longest_pause = BACKOFF_S
+        while True:
+            try:
+                return self._row(job, seed, await self._post(session, job, body))
+            except _Temporary as error:
+                if self._failing_since is None:
+                    self._failing_since = time.monotonic()
+                    print(f"{self._url}: {error}; trying again", file=sys.stderr, flush=True)
+                silent_s = time.monotonic() - self._failing_since
+                if silent_s > self._patience_s:
+                    kept = f"{len(self._writer.rows)} completions are kept in {self._writer.path}"
+                    raise InputError(
+                        f"{self._url} has given no answer for {silent_s:.0f} s (last: {error}); {kept}: start again "
+                        "to go on from there"
+                    ) from None
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # spread out: not all at once again
+                pause = min(2 * pause, longest_pause)
+
+    async def _post(self, session: aiohttp.ClientSession, job: _Job, body: Mapping[str, Any]) -> Any:
+        try:
+            async with session.post(f"{self._url}/generate", json=body) as response:
+                if response.status == 200:
+                    return json.loads(await response.read())
+                message = _message(await response.text())
+                if response.status in RETRY_STATUSES:
+                    raise _Temporary(f"HTTP {response.status}: {message}")
+                raise InputError(
+                    f"problem {job.problem.id!r}: {self._url} refused it with HTTP {response.status}: {message}"
+                )
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise _Temporary(f"{type(error).__name__}: {error}") from None
+
+    def _row(self, job: _Job, seed: int | None, answer: Any) -> Completion:
+        try:
+            text, meta = answer["text"], answer["meta_info"]
+            reason, prompt_tokens = meta["finish_reason"]["type"], meta["prompt_tokens"]
+            completion_tokens = meta["completion_tokens"]
+        except (KeyError, TypeError) as error:
+            raise _Temporary(f"an answer that is not SGLang's: {error!r}") from None
+        if reason not in ("stop", "length"):
+            raise _Temporary(f"the server ended the answer with {meta['finish_reason']}")
+        self._failing_since = None
+        return Completion(
+            id=job.problem.id,
+            sample=job.sample,
+            problem=job.problem.problem,
+            answer=job.problem.answer,
+            completion=text,
+            finish_reason=reason,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            seed=seed,
+            model=self._model_name,
+        )
+
+    async def _report(self) -> None:
+        """A progress line every PROGRESS_S; the speed is that of the last minute."""
+        total = len(self._problems) * self._config.samples
+        before = len(self._writer.rows)
+        if before:
+            print(f"going on after {before} of {total} completions", file=sys.stderr, flush=True)
+        window: deque[tuple[float, int, int]] = deque([(time.monotonic(), before, 0)], maxlen=13)
+        while True:
+            await asyncio.sleep(PROGRESS_S)
+            now, done = time.monotonic(), len(self._writer.rows)
+            then, done_then, tokens_then = window[0]
+            rate = (done - done_then) / (now - then)
+            left = f"{(total - done) / rate:.0f} s" if rate > 0 else "?"
+            tokens_per_s = (self._tokens - tokens_then) / (now - then)
+            window.append((now, done, self._tokens))
+            line = f"{done}/{total} done  {tokens_per_s:.0f} tok/s  {self._in_flight} in flight  {left} left"
+            print(line, file=sys.stderr, flush=True)
+
+
+def _message(text: str) -> str:
+    """What an error body says."""
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text[:500]

@@ -1,0 +1,193 @@
+"""The report as one HTML file: no scripts, nothing loaded from elsewhere, fit for a phone, the dark and paper."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from micota_fast.recipe import ReportConfig
+from micota_fast.report.inputs import Inputs
+from micota_fast.report.plots import (
+    THEME,
+    Plot,
+    average_plot,
+    benchmark_plots,
+    css_colour,
+    figure_html,
+    length_plot,
+    loss_plots,
+    perplexity_plot,
+    series_colours,
+)
+from micota_fast.report.summary import INTERVAL_METHOD, Summary, headline
+from micota_fast.report.tables import accuracy_table, answers_table, corpora_table, to_html
+
+_STYLE = """
+:root { color-scheme: light dark; --paper: #fdfdfc; --wash: #f3f4f4; LIGHT }
+@media screen and (prefers-color-scheme: dark) { :root { --paper: #15191d; --wash: #1e2429; DARK } }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
+body { margin: 0 auto; max-width: 66rem; padding: 3.5rem 1.5rem 5rem; background: var(--paper); color: var(--ink);
+  font: 1.0625rem/1.6 Charter, "Bitstream Charter", "Sitka Text", Cambria, Georgia, "Liberation Serif", serif; }
+h1, h2, h3, h4, .table, .plot, figcaption, dl {
+  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "Liberation Sans", sans-serif; }
+h1 { font-size: 1rem; font-weight: 600; margin: 0; color: var(--muted); letter-spacing: .01em; text-wrap: balance; }
+h2 { font-size: 1.2rem; font-weight: 650; margin: 3rem 0 1rem; padding-top: 1.1rem;
+  border-top: 1px solid var(--rule); }
+h3 { font-size: 1rem; font-weight: 650; margin: 2.25rem 0 .5rem; }
+h4 { font-size: .9rem; font-weight: 600; margin: 0 0 .15rem; overflow-wrap: anywhere; }
+p { margin: 0 0 .9rem; max-width: 42rem; }
+.finding { font-size: clamp(1.35rem, 1.05rem + 1.5vw, 1.9rem); line-height: 1.3; margin: .9rem 0 1rem; max-width: 50rem;
+  text-wrap: pretty; letter-spacing: -.005em; }
+.table { margin: 1.5rem 0 2rem; }
+.scroll { overflow-x: auto; background:
+  linear-gradient(to left, var(--paper) 40%, transparent) right / 2.5rem 100% local no-repeat,
+  linear-gradient(to left, var(--rule), transparent) right / 1rem 100% scroll no-repeat; }
+.scroll:focus-visible { outline: 2px solid var(--series-blue); outline-offset: 3px; }
+table { border-collapse: separate; border-spacing: 0; min-width: 100%; font-size: .875rem; line-height: 1.35;
+  font-variant-numeric: tabular-nums lining-nums; border-bottom: 1.5px solid var(--ink); }
+.caption { font-weight: 650; font-size: .9375rem; line-height: 1.4; margin-bottom: .6rem; }
+th, td { text-align: right; vertical-align: top; padding: .5rem 0 .5rem 1.1rem; white-space: nowrap; font-weight: 400; }
+thead th { font-weight: 600; white-space: normal; min-width: 5.5rem; vertical-align: bottom; border-top: 1.5px solid var(--ink);
+  border-bottom: 1px solid var(--ink); }
+tbody tr + tr > * { border-top: 1px solid var(--rule); }
+th:first-child { text-align: left; padding-left: 0; padding-right: .6rem; position: sticky; left: 0; z-index: 1;
+  background: var(--paper); }
+tbody th { font-weight: 600; white-space: normal; overflow-wrap: anywhere; }
+small { display: block; white-space: nowrap; font-size: .78rem; font-weight: 400; color: var(--muted); }
+td.muted > span { color: var(--muted); }
+td b { font-weight: 700; }
+.name { width: max-content; max-width: 13rem; display: flex; gap: .5rem; align-items: baseline; }
+.dot { flex: none; width: .6rem; height: .6rem; border-radius: 50%;
+  print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+.notes { margin-top: .6rem; font-size: .8125rem; line-height: 1.5; color: var(--muted); }
+.notes p { margin: 0 0 .15rem; max-width: 48rem; }
+figure { margin: 1.5rem 0 2rem; }
+figcaption { font-size: .8125rem; line-height: 1.5; color: var(--muted); margin-top: .5rem; max-width: 48rem;
+  text-wrap: pretty; }
+figcaption b { color: var(--ink); font-weight: 650; }
+.grid { display: grid; gap: 1.4rem 2rem; grid-template-columns: repeat(var(--columns), minmax(0, 26rem)); }
+.pair { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+  align-items: start; }
+.plot { max-width: 32rem; min-width: 0; }
+.plot svg { display: block; width: 100%; height: auto; overflow: visible; }
+.plot svg text { font-family: inherit; font-variant-numeric: tabular-nums; }
+.note { white-space: pre-wrap; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.5rem; font-size: .875rem; margin: 0 0 1.5rem; }
+dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+@media (max-width: 56rem) { .grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); } }
+@media (max-width: 36rem) {
+  body { padding: 2rem 1.1rem 3rem; font-size: 1rem; }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .6rem; }
+  .name { max-width: 8rem; }
+}
+@media print {
+  @page { margin: 15mm 14mm; }
+  html { font-size: 11px; }
+  body { max-width: none; padding: 0; background: none; }
+  .scroll { overflow: visible; background: none; }
+  th, td { padding-left: .5rem; } thead th { min-width: 0; }
+  h2, h3, h4, .caption { break-after: avoid; }
+  figure, .table, .plot, tr { break-inside: avoid; }
+  .grid { grid-template-columns: repeat(var(--columns), 1fr); } .pair { grid-template-columns: 1fr 1fr; }
+}
+"""
+
+
+def render(config: ReportConfig, inputs: Inputs, summary: Summary) -> str:
+    """The whole page; the same inputs give the same bytes."""
+    names = [*(arm.name for arm in summary.arms), *inputs.corpora, *inputs.training]
+    colours = series_colours(names)
+    dots = {name: css_colour(colour) for name, colour in colours.items()}
+    finding, qualified = headline(summary)
+    body = [
+        f'<header>\n<h1>{escape(config.title)}</h1>\n<p class="finding">{escape(finding)}</p>\n',
+        f"<p>{escape(qualified)}</p>\n" if qualified else "",
+        "</header>\n<main>\n",
+        to_html(accuracy_table(summary), dots),
+        _accuracy_figures(summary, colours),
+        _corpora(inputs, colours, dots),
+        _training(inputs, colours),
+        "<h2>Answers</h2>\n",
+        to_html(answers_table(summary.arms), dots),
+        _making(config),
+        "</main>\n",
+    ]
+    light = " ".join(f"{variable}: {colour};" for colour, (variable, _) in THEME.items())
+    dark = " ".join(f"{variable}: {colour};" for variable, colour in THEME.values())
+    style = _STYLE.replace("LIGHT", light).replace("DARK", dark).strip()
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(config.title)}</title>\n<style>\n{style}\n</style>\n</head>\n<body>\n"
+        + "".join(body)
+        + "</body>\n</html>\n"
+    )
+
+
+def _figure(plots: Sequence[Plot], layout: str, title: str, caption: str) -> str:
+    drawn = "".join(figure_html(plot) for plot in plots)
+    text = f"<b>{escape(title)}</b> {escape(caption)}".rstrip()
+    # Four stand better as two by two than as three and one.
+    columns = f' style="--columns: {2 if len(plots) in (2, 4) else 3}"' if layout == "grid" else ""
+    return f'<figure>\n<div class="{layout}"{columns}>\n{drawn}</div>\n<figcaption>{text}</figcaption>\n</figure>\n'
+
+
+def _accuracy_figures(summary: Summary, colours: Mapping[str, str]) -> str:
+    seeds = "small dots: seeds; " if any(len(arm.average.seeds) > 1 for arm in summary.arms) else ""
+    figures = _figure(
+        [average_plot(summary, colours)],
+        "",
+        "Average accuracy by arm.",
+        f"Large dot and line: mean and 95% interval; {seeds}dashed: the untouched student.",
+    )
+    if len(summary.problems) > 1:
+        figures += _figure(
+            benchmark_plots(summary, colours),
+            "grid",
+            "Accuracy by benchmark.",
+            "Read as above; each has its own scale.",
+        )
+    return figures
+
+
+def _corpora(inputs: Inputs, colours: Mapping[str, str], dots: dict[str, str]) -> str:
+    if not inputs.corpora:
+        return ""
+    figures = ""
+    lengths, perplexity = length_plot(inputs.corpora, colours), perplexity_plot(inputs.corpora, colours)
+    if lengths:
+        figures += _figure(
+            [lengths],
+            "",
+            "How long the completions are.",
+            "Density over the documents of each corpus; dashed: the median.",
+        )
+    if perplexity:
+        spread = any(corpus.document_nll for corpus in inputs.corpora.values())
+        figures += _figure(
+            [perplexity],
+            "",
+            "How familiar they are to the student before training.",
+            "Dot: perplexity over all tokens" + ("; bar: 10th to 90th percentile of documents." if spread else "."),
+        )
+    return f'<h2>Corpora</h2>\n{to_html(corpora_table(inputs.corpora), dots)}<div class="pair">\n{figures}</div>\n'
+
+
+def _training(inputs: Inputs, colours: Mapping[str, str]) -> str:
+    plots = loss_plots(inputs.training, colours)
+    if not plots:
+        return ""
+    caption = "Thin: seeds; bold: their mean over short windows of steps"
+    if len(plots) > 1:
+        caption += "; grey: the other arms. Losses on different corpora are not comparable as scores"
+    return "<h2>Training</h2>\n" + _figure(plots, "grid", "Training loss by arm.", f"{caption}.")
+
+
+def _making(config: ReportConfig) -> str:
+    rows = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>\n" for key, value in config.provenance.items())
+    notes = "".join(f'<p class="note">{escape(note)}</p>\n' for note in config.notes)
+    return (
+        "<h2>How it was made</h2>\n"
+        + (f"<dl>\n{rows}</dl>\n" if rows else "")
+        + f"<h3>Intervals</h3>\n<p>{escape(INTERVAL_METHOD)}</p>\n"
+        + (f"<h3>Notes</h3>\n{notes}" if notes else "")
+    )

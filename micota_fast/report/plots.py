@@ -1,0 +1,363 @@
+"""The report's plots: inline SVG whose colours are CSS variables, so that one drawing serves light, dark and print.
+
+matplotlib draws with the colours of the light theme; each is then replaced by `var(--name, #colour)`. Text stays text
+(searchable, read aloud, in the page's own font). Every plot is small and made for one column: the page sets
+several in a grid that becomes one column on a phone, where the type keeps its size.
+"""
+
+import io
+import itertools
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from micota_fast.errors import InputError
+from micota_fast.report.inputs import Corpus, LossCurve
+from micota_fast.report.intervals import Estimate
+from micota_fast.report.summary import BASE, Summary, mean_curve, percent
+from micota_fast.report.tables import significant
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, RULE = "#1c2126", "#667079", "#d3d8dd"
+
+THEME = {
+    # colour as drawn: (CSS variable, colour in the dark theme)
+    INK: ("--ink", "#e6e9ec"),
+    MUTED: ("--muted", "#98a2ab"),
+    RULE: ("--rule", "#3a424a"),
+    # Okabe & Ito's palette, which colour-blind readers tell apart, lightened for the dark theme.
+    "#5b646c": ("--series-base", "#aab4bd"),
+    "#0072b2": ("--series-blue", "#5bb4ea"),
+    "#d55e00": ("--series-vermillion", "#f5894a"),
+    "#b0568d": ("--series-purple", "#e29ac5"),
+    "#00835f": ("--series-green", "#35c99c"),
+    "#a37200": ("--series-ochre", "#e6b33d"),
+    "#3a8fb7": ("--series-sky", "#8fd0f0"),
+    "#7a5195": ("--series-violet", "#b79bd6"),
+}
+_SERIES = [colour for colour, (variable, _) in THEME.items() if variable.startswith("--series")]
+_KNOWN = dict(zip((BASE, "short", "long", "mix", "mid"), _SERIES, strict=False))
+
+_COLUMN = 360.0
+"""Width of a plot in points; the page shows it at 330 to 510 CSS pixels, so 10 points read as 9 to 14."""
+
+
+def series_colours(names: Iterable[str]) -> dict[str, str]:
+    """One colour a name: the usual arms and corpora always get the same, others the next free one."""
+    names = list(dict.fromkeys(names))
+    colours = {name: _KNOWN[name] for name in names if name in _KNOWN}
+    free = [colour for colour in _SERIES[1:] if colour not in colours.values()] or _SERIES[1:]
+    others = [name for name in names if name not in colours]
+    return colours | {name: free[index % len(free)] for index, name in enumerate(others)}
+
+
+def css_colour(colour: str) -> str:
+    """The colour as the page's CSS refers to it."""
+    return f"var({THEME[colour][0]}, {colour})"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """An SVG with what it shows in words for those who do not see it. `title` heads it where several stand together."""
+
+    svg: str
+    description: str
+    title: str = ""
+
+
+def require_matplotlib() -> None:
+    """Raise InputError where the optional extra `report` is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "the report draws with matplotlib, which is not installed: pip install 'micota-fast[report]'"
+        ) from error
+
+
+def drawing_style() -> AbstractContextManager[None]:
+    """matplotlib's defaults and our few changes, whatever the user's own settings: the same bytes for everyone."""
+    from matplotlib import RcParams, rc_context, rcParamsDefault
+
+    changes: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "micota-fast",
+        "font.family": "DejaVu Sans",  # ships with matplotlib, so the layout is the same everywhere; pages set theirs
+        "text.color": INK,
+        "text.parse_math": False,  # a dollar sign in an arm's name is a dollar sign
+    }
+    defaults = {key: value for key, value in rcParamsDefault.items() if not key.startswith(("backend", "interactive"))}
+    return rc_context(RcParams({**defaults, **changes}))
+
+
+def average_plot(summary: Summary, colours: Mapping[str, str]) -> Plot:
+    """Average accuracy of each arm: the mean, its interval, and the seeds."""
+    svg = _dots("average", [(arm.name, arm.average) for arm in summary.arms], colours, "average accuracy, %")
+    return Plot(svg, _accuracies("Average accuracy", [(arm.name, arm.average) for arm in summary.arms]))
+
+
+def benchmark_plots(summary: Summary, colours: Mapping[str, str]) -> list[Plot]:
+    """The same for each benchmark."""
+    plots = []
+    for index, (benchmark, n) in enumerate(summary.problems.items()):
+        rows = [(arm.name, arm.benchmarks[benchmark]) for arm in summary.arms]
+        svg = _dots(f"benchmark{index}", rows, colours, f"accuracy, % of {n} problems", width=300)
+        plots.append(Plot(svg, _accuracies(f"Accuracy on {benchmark}", rows), benchmark))
+    return plots
+
+
+def _accuracies(what: str, rows: Sequence[tuple[str, Estimate]]) -> str:
+    listed = (f"{name} {percent(row.mean)}% (from {percent(row.low)} to {percent(row.high)})" for name, row in rows)
+    return f"{what}: {'; '.join(listed)}."
+
+
+def _dots(
+    name: str, rows: Sequence[tuple[str, Estimate]], colours: Mapping[str, str], xlabel: str, width: float = _COLUMN
+) -> str:
+    figure, axes = _figure(width, 62 + 25 * len(rows))
+    axes.axvline(100 * rows[0][1].mean, color=MUTED, linewidth=0.8, dashes=(3, 3), zorder=0)
+    for index, (series, estimate) in enumerate(rows):
+        colour = colours[series]
+        axes.plot([100 * estimate.low, 100 * estimate.high], [index, index], color=colour, linewidth=2.0)
+        axes.plot(100 * estimate.mean, index, "o", color=colour, markersize=7)
+        if len(estimate.seeds) > 1:  # below the line, where they hide neither the mean nor each other's row
+            seeds = [100 * value for value in estimate.seeds]
+            axes.plot(
+                seeds, [index + 0.3] * len(seeds), "o", markersize=3.4, color=colour, alpha=0.55, markeredgewidth=0
+            )
+        # A column of numbers at the right edge: read like a table, and clear of every interval.
+        axes.text(
+            1.03,
+            index,
+            percent(estimate.mean),
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            color=INK,
+            fontsize=10,
+        )
+    _name_rows(axes, [series for series, _ in rows])
+    low, high = min(row.low for _, row in rows), max(row.high for _, row in rows)
+    pad = max(0.06 * (high - low), 0.005)
+    axes.set_xlim(100 * max(low - pad, -pad / 2), 100 * min(high + pad, 1 + pad / 2))
+    axes.set_xlabel(xlabel)
+    return _svg(figure, name)
+
+
+def length_plot(corpora: Mapping[str, Corpus], colours: Mapping[str, str]) -> Plot | None:
+    """Density of the accepted completions' lengths, one ridge a corpus, on a logarithmic axis. None without lengths."""
+    known = {name: corpus for name, corpus in corpora.items() if any(corpus.lengths)}
+    if not known:
+        return None
+    figure, axes = _figure(_COLUMN, 62 + 58 * len(known))
+    logs = {name: np.log(np.maximum(np.asarray(corpus.lengths, dtype=float), 1.0)) for name, corpus in known.items()}
+    low, high = min(float(x.min()) for x in logs.values()), max(float(x.max()) for x in logs.values())
+    pad = 0.05 * (high - low) + 0.05
+    grid = np.linspace(low - pad, high + pad, 240)
+    words = []
+    for index, (name, x) in enumerate(logs.items()):
+        density = _density(x, grid)
+        ridge = index + 0.5 - 0.86 * density / density.max()
+        axes.fill_between(np.exp(grid), index + 0.5, ridge, color=colours[name], alpha=0.25, linewidth=0)
+        axes.plot(np.exp(grid), ridge, color=colours[name], linewidth=1.4)
+        median = float(np.median(known[name].lengths))
+        axes.plot([median, median], [index + 0.5, index - 0.36], color=colours[name], linewidth=1.4, dashes=(2, 1.5))
+        axes.text(
+            1.03,
+            index + 0.32,
+            f"{median:,.0f}",
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            color=INK,
+            fontsize=10,
+        )
+        words.append(f"{name} {median:,.0f}")
+    axes.text(1.03, -0.55, "median", transform=axes.get_yaxis_transform(), va="center", color=MUTED, fontsize=9)
+    _name_rows(axes, list(known), offset=0.32)
+    axes.set_ylim(len(known) - 0.4, -0.62)
+    _log_axis(axes, "x", math.exp(low - pad), math.exp(high + pad))
+    axes.set_xlabel("tokens per completion, logarithmic")
+    return Plot(_svg(figure, "lengths"), f"Distribution of completion lengths; medians in tokens: {', '.join(words)}.")
+
+
+def _density(x: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Gaussian kernel density with Silverman's bandwidth (Silverman 1986, eq. 3.31), with a floor for equal lengths."""
+    quartiles = np.percentile(x, [25, 75])
+    spread = min(float(x.std()), float(quartiles[1] - quartiles[0]) / 1.34) or float(x.std())
+    bandwidth = max(0.9 * spread * len(x) ** -0.2, 1.5 * float(grid[1] - grid[0]))
+    values, counts = np.unique(x, return_counts=True)
+    return np.exp(-0.5 * ((grid[:, None] - values) / bandwidth) ** 2) @ counts
+
+
+def perplexity_plot(corpora: Mapping[str, Corpus], colours: Mapping[str, str]) -> Plot | None:
+    """Perplexity of each corpus under the untrained student and its p10 to p90 over documents. None without any."""
+    known = {name: corpus for name, corpus in corpora.items() if corpus.perplexity is not None}
+    if not known:
+        return None
+    figure, axes = _figure(_COLUMN, 62 + 30 * len(known))
+    words, extent = [], []
+    for index, (name, corpus) in enumerate(known.items()):
+        perplexity = corpus.perplexity
+        assert perplexity is not None
+        extent.append(perplexity)
+        if corpus.document_nll is not None:
+            low, _, high = (math.exp(value) for value in corpus.document_nll)
+            axes.plot([low, high], [index, index], color=colours[name], linewidth=5, alpha=0.3, solid_capstyle="butt")
+            extent += [low, high]
+        axes.plot(perplexity, index, "o", color=colours[name], markersize=7)
+        axes.text(
+            1.03,
+            index,
+            significant(perplexity),
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            color=INK,
+            fontsize=10,
+        )
+        words.append(f"{name} {significant(perplexity)}")
+    _name_rows(axes, list(known))
+    ratio = 1.08 * (max(extent) / min(extent)) ** 0.04
+    _log_axis(axes, "x", min(extent) / ratio, max(extent) * ratio)
+    axes.set_xlabel("perplexity under the untrained student, logarithmic")
+    return Plot(_svg(figure, "perplexity"), f"Perplexity under the untrained student: {', '.join(words)}.")
+
+
+def loss_plots(training: Mapping[str, Sequence[LossCurve]], colours: Mapping[str, str]) -> list[Plot]:
+    """Training loss, one panel an arm on common axes: seeds thin, their mean bold and smoother, the
+    other arms' means in grey."""
+    seeds = {name: [_thinned(curve) for curve in curves] for name, curves in training.items()}
+    means = {name: _thinned(mean_curve(curves), limit=60) for name, curves in training.items()}
+    finite = [loss for curves in seeds.values() for curve in curves for loss in curve.losses if math.isfinite(loss)]
+    if not finite:
+        return []
+    last = max(curve.steps[-1] for curves in training.values() for curve in curves)
+    plots = []
+    for index, (name, mean) in enumerate(means.items()):
+        end = mean.losses[-1] if mean.losses else math.nan
+        figure, axes = _figure(300, 190)
+        for other, curve in means.items():
+            if other != name:
+                axes.plot(curve.steps, curve.losses, color=RULE, linewidth=1.0)
+        for curve in seeds[name]:
+            axes.plot(curve.steps, curve.losses, color=colours[name], linewidth=0.6, alpha=0.5)
+        axes.plot(mean.steps, mean.losses, color=colours[name], linewidth=1.9)
+        positive = min(finite) > 0
+        if positive and max(finite) / min(finite) > 8:
+            _log_axis(axes, "y", min(finite) / 1.12, max(finite) * 1.12)
+        else:
+            pad = 0.05 * (max(finite) - min(finite)) or 0.1
+            axes.set_ylim(min(finite) - pad, max(finite) + pad)
+        axes.set_xlim(0, last * 1.02)
+        axes.grid(axis="y", color=RULE, linewidth=0.5)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss, nats per token")
+        words = f"ends at {end:.3f}" if math.isfinite(end) else "diverged"
+        plots.append(Plot(_svg(figure, f"loss{index}"), f"Training loss of the {name} arm: {words}.", name))
+    return plots
+
+
+def _thinned(curve: LossCurve, limit: int = 240) -> LossCurve:
+    """At most about `limit` points, each the mean of as many consecutive steps: a line has no room for more."""
+    width = -(-len(curve.steps) // limit)
+    if width <= 1:
+        return curve
+    # The last window takes the remainder too, so that no point is noisier than the others. A point stands at its
+    # window's end: the last one is the last step.
+    bounds = [*range(0, len(curve.steps) - width + 1, width), len(curve.steps)]
+    windows = list(itertools.pairwise(bounds))
+    losses = tuple(float(np.mean(curve.losses[start:end])) for start, end in windows)
+    return LossCurve(tuple(curve.steps[end - 1] for _, end in windows), losses)
+
+
+def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    """A figure of this size in points, with one bare pair of axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(RULE)
+    axes.tick_params(colors=MUTED, labelsize=9, length=3, width=0.8)
+    axes.xaxis.label.set(color=MUTED, fontsize=9)
+    axes.yaxis.label.set(color=MUTED, fontsize=9)
+    axes.locator_params(axis="x", nbins=6)
+    return figure, axes
+
+
+def _name_rows(axes: "Axes", names: Sequence[str], offset: float = 0.0) -> None:
+    """Names in place of a vertical axis, first on top, long ones broken into lines."""
+    # What tells two long names apart is often their end, so an ellipsis goes in the middle.
+    short = [name if len(name) <= 32 else f"{name[:17]}…{name[-14:]}" for name in names]
+    labels = [textwrap.fill(name, 18) for name in short]
+    axes.set_yticks([index + offset for index in range(len(names))], labels, color=INK, fontsize=10)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="x", color=RULE, linewidth=0.5, zorder=-1)
+    axes.set_axisbelow(True)
+
+
+def _log_axis(axes: "Axes", which: str, low: float, high: float) -> None:
+    """A logarithmic axis with plain numbers at round values: as many of 1, 2, 5 a decade as there is room for."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    for steps in (
+        (1.0,),
+        (1.0, 3.0),
+        (1.0, 2.0, 5.0),
+        (1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
+        tuple(i / 10 for i in range(10, 100)),
+    ):
+        ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        if len(ticks) >= 4:
+            break
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
+    axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // 7)]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"))
+
+
+def _svg(figure: "Figure", name: str) -> str:
+    """The figure as SVG to stand inside HTML: no prolog, no metadata, ids of its own, colours by variable."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    figure.clear()
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
+    opening, rest = svg.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', opening)
+    assert box is not None  # matplotlib always writes one
+    # The page's background shows through: matplotlib's white sheets would not follow the theme.
+    rest = re.sub(r'\s*<g id="patch_[12]">\s*<path [^>]*style="fill: #ffffff[^>]*/>\s*</g>', "", rest)
+    rest = re.sub(
+        r"font(-family)?: ([\d.]+px )?[^;\"]*'DejaVu Sans'[^;\"]*", lambda m: f"font-size: {m[2]}" if m[2] else "", rest
+    )
+    rest = re.sub(r'\bid="', f'id="{name}-', rest)
+    rest = re.sub(r"url\(#", f"url(#{name}-", rest)
+    rest = re.sub(r'xlink:href="#', f'href="#{name}-', rest)
+    for colour, (variable, _) in THEME.items():
+        rest = rest.replace(f": {colour}", f": var({variable}, {colour})")
+    return f"<svg {box[0]}>{rest}".strip()
+
+
+def figure_html(plot: Plot) -> str:
+    """The plot as an image with its description, headed by its title if it has one."""
+    svg = plot.svg.replace("<svg ", f'<svg role="img" aria-label="{escape(plot.description)}" ', 1)
+    head = f"<h4>{escape(plot.title)}</h4>\n" if plot.title else ""
+    return f'<div class="plot">{head}{svg}</div>\n'

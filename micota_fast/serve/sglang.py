@@ -1,0 +1,58 @@
+"""How a real SGLang server is started: from an interpreter of its own, since SGLang pins its torch exactly."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+
+from micota_fast.errors import InputError
+from micota_fast.recipe import ServeConfig
+
+INSTALL_HINT = (
+    "install it in an environment of its own (python -m venv sglang && sglang/bin/pip install sglang) and name that "
+    "interpreter in `serve.python` or in $SGLANG_PYTHON"
+)
+
+
+def find_python(config: ServeConfig) -> str:
+    """The interpreter that has sglang: `config.python`, else $SGLANG_PYTHON, else this one.
+
+    Raises:
+        InputError: it does not exist, or sglang does not import there.
+    """
+    named = config.python or os.environ.get("SGLANG_PYTHON")
+    if named is None:
+        if importlib.util.find_spec("sglang") is None:
+            raise InputError(f"sglang is not installed for {sys.executable}; {INSTALL_HINT}")
+        return sys.executable
+    python = shutil.which(named)
+    where = "`serve.python`" if config.python else "$SGLANG_PYTHON"
+    if python is None:
+        raise InputError(f"{where} names {named}, which is no program that can be run")
+    # find_spec imports nothing, so this takes a moment only.
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
+    if subprocess.run([python, "-c", probe], check=False, stdin=subprocess.DEVNULL).returncode != 0:
+        raise InputError(f"{where} names {python}, where sglang is not installed; {INSTALL_HINT}")
+    return python
+
+
+def command(model: str, config: ServeConfig, port: int) -> list[str]:
+    """The command line of `sglang.launch_server` for a checkpoint (folder or hub name)."""
+    line = [find_python(config), "-m", "sglang.launch_server", "--model-path", model]
+    line += ["--host", config.host, "--port", str(port)]
+    if config.dtype == "float64":
+        raise InputError("`serve.dtype` float64 is for the embedded engine; SGLang has auto, bfloat16 and float32")
+    if config.dtype != "auto":
+        line += ["--dtype", config.dtype]
+    if config.context_length is not None:
+        line += ["--context-length", str(config.context_length)]
+    if config.device != "auto":
+        line += ["--device", config.device]
+    return [*line, *config.args]
+
+
+def environment() -> dict[str, str]:
+    """Our environment, HF_HUB_OFFLINE among it, without what would tie another interpreter to our packages."""
+    ours = {"PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__"}
+    return {key: value for key, value in os.environ.items() if key not in ours}

@@ -1,0 +1,413 @@
+"""The report: its numbers are the inputs', its marks are honest, its page stands alone and is the same every time."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from micota_fast.errors import InputError
+from micota_fast.recipe import ReportConfig
+from micota_fast.report.build import run
+from micota_fast.report.inputs import LossCurve
+from micota_fast.report.intervals import difference, macro_average, student_t95, wilson
+from micota_fast.report.plots import _thinned
+from micota_fast.report.tables import MARK
+
+N = {"gsm": 1000, "aime": 200}
+
+
+def results(path: Path, correct: dict[str, int], n: dict[str, int] | None = None, **more: Any) -> str:
+    n = n or N
+    benchmarks = {
+        name: {"n": n[name], "correct": correct[name], "accuracy": correct[name] / n[name]} | more for name in correct
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"model": path.stem, "benchmarks": benchmarks, "average": 0.0}))
+    return str(path)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ReportConfig:
+    """Base 40% and 20%; short slightly better, over two seeds; mid far better, over three."""
+    answers = {"truncated": 4, "no_answer": 2, "timeout": 0, "mean_tokens": 50.0}
+    scores = {
+        "short": [{"gsm": 410, "aime": 40}, {"gsm": 430, "aime": 44}],
+        "mid": [{"gsm": 700, "aime": 100}, {"gsm": 710, "aime": 102}, {"gsm": 720, "aime": 104}],
+    }
+    arms = {
+        arm: [results(tmp_path / f"{arm}{seed}.json", row, **answers) for seed, row in enumerate(rows)]
+        for arm, rows in scores.items()
+    }
+    training = {}
+    for arm in scores:
+        path = tmp_path / f"{arm}.jsonl"
+        path.write_text("".join(json.dumps({"step": s, "loss": 2.0 / s, "lr": 1e-3}) + "\n" for s in range(1, 31)))
+        training[arm] = [str(path), str(path)]
+    corpora = {}
+    for name, length, perplexity in (("long", 900, 5.0), ("mid", 300, 2.5)):
+        lengths = [length + 7 * i for i in range(40)]
+        counts = {
+            "total": 50,
+            "accepted": 40,
+            "rejected": {"wrong": 9, "too_long": 1},
+            "tokens": {"mean": 1.0, "p50": 1.0},
+        }
+        alignment = {
+            "perplexity": perplexity,
+            "document_nll": {"p10": 0.5, "p50": 0.9, "p90": 1.9},
+            "tokens": {"total": 1, "mean": float(length), "p50": length + 0.5},
+            "lengths": lengths,
+        }
+        (tmp_path / f"{name}.counts.json").write_text(json.dumps(counts))
+        (tmp_path / f"{name}.alignment.json").write_text(json.dumps(alignment))
+        corpora[name] = {kind: str(tmp_path / f"{name}.{kind}.json") for kind in ("counts", "alignment")}
+    return ReportConfig(
+        title="A <test> & more",
+        out=str(tmp_path / "out"),
+        base=results(tmp_path / "base.json", {"gsm": 400, "aime": 40}, **answers),
+        arms=arms,
+        corpora=corpora,
+        training=training,
+        notes=["First tried <b>x</b>.", "Then\n  y."],
+        provenance={"torch": "2.13.0"},
+    )
+
+
+def made(config: ReportConfig) -> tuple[str, dict[str, Any], str]:
+    run(config)
+    out = Path(config.out)
+    return (
+        (out / "table.md").read_text(),
+        json.loads((out / "report.json").read_text()),
+        (out / "report.html").read_text(),
+    )
+
+
+def rows_of(markdown: str) -> dict[str, list[str]]:
+    """First row of that name in the file -> its cells."""
+    found: dict[str, list[str]] = {}
+    for line in markdown.splitlines():
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            found.setdefault(cells[0], cells)
+    return found
+
+
+class TestIntervals:
+    def test_wilson_by_hand(self) -> None:
+        # 8 of 10: centre (0.8 + z²/20) / (1 + z²/10), as in any textbook: 0.4902 to 0.9433.
+        assert wilson(0.8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+        low, high = wilson(0.0, 20)
+        assert low == 0.0
+        assert high == pytest.approx(1.959964**2 / (20 + 1.959964**2), abs=1e-7)
+
+    def test_one_seed_and_benchmark_is_wilson(self) -> None:
+        estimate = macro_average([[0.3]], [50])
+        assert (estimate.low, estimate.high) == pytest.approx(wilson(0.3, 50))
+        assert estimate.sd is None
+
+    def test_student_t(self) -> None:
+        # Printed tables of the two-sided 95% point.
+        for degrees, expected in ((1, 12.706), (2, 4.303), (10, 2.228), (11, 2.201), (20, 2.086), (60, 2.000)):
+            assert student_t95(degrees) == pytest.approx(expected, abs=1.1e-3)
+
+    def test_seeds_widen_by_their_own_interval(self) -> None:
+        estimate = macro_average([[0.50], [0.52], [0.54]], [400])
+        low, high = wilson(0.52, 400)
+        of_seeds = 4.30265 * 0.02 / math.sqrt(3)
+        assert estimate.sd == pytest.approx(0.02)
+        assert estimate.mean - estimate.low == pytest.approx(math.hypot(0.52 - low, of_seeds))
+        assert estimate.high - estimate.mean == pytest.approx(math.hypot(high - 0.52, of_seeds))
+
+    def test_average_weights_benchmarks_alike(self) -> None:
+        estimate = macro_average([[0.2, 0.6]], [30, 1000])
+        halves = [(0.2 - wilson(0.2, 30)[0]) / 2, (0.6 - wilson(0.6, 1000)[0]) / 2]
+        assert estimate.mean == pytest.approx(0.4)
+        assert estimate.below == pytest.approx(math.hypot(*halves))
+
+    def test_difference_is_newcombes(self) -> None:
+        # Newcombe 1998, Table II, method 10 for 56/70 - 48/80: 0.0524 to 0.3339.
+        gap = difference(macro_average([[56 / 70]], [70]), macro_average([[48 / 80]], [80]))
+        assert (gap.value, gap.low, gap.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
+        assert not gap.spans_zero
+
+
+class TestNumbers:
+    def test_main_table_equals_the_inputs(self, config: ReportConfig) -> None:
+        markdown, _, _ = made(config)
+        rows = rows_of(markdown)
+        assert rows["Arm"][1:3] == ["gsm (n = 1000)", "aime (n = 200)"]
+        assert list(rows)[2:5] == ["base (untouched)", "short (2 seeds)", "mid (3 seeds)"]
+        assert rows["base (untouched)"][1:5] == ["40.0 [37.0, 43.1]", "20.0 [15.0, 26.1]", "30.0", "[27.1, 33.4]"]
+        assert rows["base (untouched)"][5] == "–"
+        # 41.0 and 43.0: mean 42.0, sd 1.4; 20.0 and 22.0: mean 21.0; averages 30.5 and 32.5.
+        assert rows["short (2 seeds)"][1:4] == ["42.0 ± 1.4", "21.0 ± 1.4", "31.5 ± 1.4"]
+        # 70, 71, 72 and 50, 51, 52: averages 60, 61, 62.
+        assert rows["mid (3 seeds)"][1:3] == ["71.0 ± 1.0", "51.0 ± 1.0"]
+
+    def test_delta_spanning_zero_is_marked_and_the_clear_winner_is_bold(self, config: ReportConfig) -> None:
+        markdown, numbers, html = made(config)
+        rows = rows_of(markdown)
+        short, mid = rows["short (2 seeds)"], rows.get("**mid** (3 seeds)") or rows["mid (3 seeds)"]
+        assert short[5].startswith(f"+1.5 {MARK} [−")
+        assert MARK not in mid[5]
+        assert f"{MARK} The 95% interval of Δ spans zero" in markdown
+        assert numbers["arms"]["short"]["delta"]["spans_zero"] is True
+        assert numbers["arms"]["mid"]["delta"]["spans_zero"] is False
+        # Two seeds of sd 1.4 bound short's average to ±12.7 + Wilson, still 29.5 points below mid's.
+        assert numbers["winner"] == "mid"
+        assert "**61.0**" in mid[3]
+        assert "**31.5**" not in markdown
+        assert html.count("<b>61.0</b>") == 1
+
+    def test_no_winner_is_bold_when_two_arms_are_level(self, config: ReportConfig, tmp_path: Path) -> None:
+        level = [results(tmp_path / f"level{i}.json", {"gsm": 715 + i, "aime": 104}) for i in range(3)]
+        markdown, numbers, html = made(dataclasses.replace(config, arms={**config.arms, "level": level}))
+        assert numbers["winner"] is None
+        table = markdown[markdown.index("| Arm") : markdown.index("**Training corpora**")]
+        assert "**" not in table
+        assert "No average is in bold" in table
+        assert not re.search(r"<td[^>]*><span><b>", html)
+        assert "not distinguishable from level" in numbers["headline_qualified"]
+
+    def test_headline_follows_the_numbers(self, config: ReportConfig, tmp_path: Path) -> None:
+        _, numbers, html = made(config)
+        assert numbers["headline"].startswith(
+            "The mid arm averages 61.0% over 2 benchmarks, 31.0 points above the untouched student's 30.0% "
+        )
+        assert numbers["headline"] in html.replace("&#x27;", "'")
+        worse = [results(tmp_path / f"worse{i}.json", {"gsm": 100 + i, "aime": 2}) for i in range(3)]
+        _, numbers, _ = made(dataclasses.replace(config, arms={"short": config.arms["short"], "mid": worse}))
+        assert " points below the untouched student's 30.0% " in numbers["headline"]
+        assert "The highest average is that of short, 31.5%" in numbers["headline_qualified"]
+        _, numbers, _ = made(dataclasses.replace(config, arms={"mid": config.arms["short"]}))
+        assert "+1.5 points to the untouched student's 30.0% is not distinguishable from zero" in numbers["headline"]
+
+    def test_one_seed_says_what_its_interval_leaves_out(self, config: ReportConfig) -> None:
+        markdown, numbers, _ = made(dataclasses.replace(config, arms={"mid": config.arms["mid"][:1]}))
+        assert rows_of(markdown)["**mid** (1 seed)"][1] == "70.0 [67.1, 72.8]"
+        assert numbers["arms"]["mid"]["average"]["sd"] is None
+        assert "Arms trained once say nothing of training noise" in numbers["headline_qualified"]
+
+    def test_corpora_and_answers(self, config: ReportConfig) -> None:
+        markdown, numbers, _ = made(config)
+        corpora = rows_of(markdown[markdown.index("**Training corpora**") :])
+        assert corpora["long"] == ["long", "50", "40", "80.0%", "900.5", "900", "5.00"]
+        assert "Rejected from mid: 9 wrong, 1 too long." in markdown
+        answers = rows_of(markdown[markdown.index("**Length of the answers") :])
+        # 2 benchmarks of 1200 problems: 8 of 1200 truncated, 4 without an answer, for each seed.
+        assert answers["mid"] == ["mid", "50.0 ± 0.0", "0.7", "0.3", "0.0"]
+        assert numbers["training"]["mid"]["final_loss"] == pytest.approx([2 / 30, 2 / 30])
+
+    def test_corpora_without_counts_or_without_alignment(self, config: ReportConfig) -> None:
+        corpora = {"mix": {"alignment": config.corpora["mid"]["alignment"]}}
+        corpora["raw"] = {"counts": config.corpora["long"]["counts"]}
+        markdown, _, _ = made(dataclasses.replace(config, corpora=corpora))
+        rows = rows_of(markdown[markdown.index("**Training corpora**") :])
+        assert rows["mix"] == ["mix", "–", "–", "–", "300.5", "300", "2.50"]
+        assert rows["raw"][4:] == ["1", "1", "–"]
+        assert "except raw: of its writer" in markdown
+
+    def test_optional_fields_may_be_absent(self, config: ReportConfig, tmp_path: Path) -> None:
+        bare = results(tmp_path / "bare.json", {"gsm": 700, "aime": 100})
+        markdown, _, _ = made(dataclasses.replace(config, arms={"mid": [bare]}))
+        assert rows_of(markdown[markdown.index("**Length of the answers") :])["mid"] == ["mid", "–", "–", "–", "–"]
+
+    def test_a_diverged_run_is_shown_not_refused(self, config: ReportConfig, tmp_path: Path) -> None:
+        path = tmp_path / "diverged.jsonl"
+        path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n')
+        _, numbers, html = made(dataclasses.replace(config, training={"mid": [str(path)]}))
+        assert numbers["training"]["mid"]["final_loss"] == [None]
+        assert "Training loss of the mid arm: diverged." in html
+
+    def test_thinning_keeps_the_mean_and_the_last_step(self) -> None:
+        curve = LossCurve(tuple(range(1, 1001)), tuple(float(i) for i in range(1000)))
+        thin = _thinned(curve, limit=60)
+        assert len(thin.steps) <= 60
+        assert thin.steps[-1] == 1000
+        assert thin.losses[0] == pytest.approx(8.0)  # mean of 0 to 16
+
+
+class _Page(HTMLParser):
+    """Open tags, ids, addresses and the text, as an HTML parser sees them."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self._attributes(attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self._attributes(attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> at line {self.getpos()[0]} closes another element"
+
+    def _attributes(self, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names))
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+                self.references.append(value or "")
+            self.references += re.findall(r"url\(([^)]*)\)", value or "")
+
+
+class TestPage:
+    def test_is_self_contained_and_well_formed(self, config: ReportConfig) -> None:
+        _, _, html = made(config)
+        page = _Page()
+        page.feed(html)
+        page.close()
+        assert page.open == []
+        assert "svg" in page.tags
+        assert page.tags.isdisjoint({"script", "link", "iframe", "object", "img", "base"})
+        assert len(page.ids) == len(set(page.ids)), "an id stands twice"
+        assert page.references, "the plots reuse clip paths and markers by reference"
+        for reference in page.references:
+            assert reference.startswith("#"), reference
+            assert reference[1:] in page.ids
+        assert "http" not in html
+        assert "@import" not in html
+
+    def test_text_is_escaped_and_notes_stand_verbatim(self, config: ReportConfig) -> None:
+        _, _, html = made(config)
+        assert "<title>A &lt;test&gt; &amp; more</title>" in html
+        assert "First tried &lt;b&gt;x&lt;/b&gt;." in html
+        assert "Then\n  y." in html
+        assert "<dt>torch</dt><dd>2.13.0</dd>" in html
+
+    def test_every_plot_follows_the_theme(self, config: ReportConfig) -> None:
+        _, _, html = made(config)
+        plots = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+        assert len(plots) == 1 + 2 + 2 + 2  # average, benchmarks, corpora, losses
+        for plot in plots:
+            assert 'role="img"' in plot
+            assert "var(--ink, #1c2126)" in plot
+            fixed = set(re.findall(r"#[0-9a-f]{6}\b", re.sub(r"var\([^)]*\)", "", plot)))
+            assert not fixed, f"colours that do not follow the theme: {fixed}"
+            assert "DejaVu" not in plot
+
+    def test_same_bytes_twice_and_under_other_matplotlib_settings(self, config: ReportConfig, tmp_path: Path) -> None:
+        run(config)
+        first = {path.name: path.read_bytes() for path in Path(config.out).iterdir()}
+        assert set(first) == {"table.md", "report.json", "report.html"}
+        again = dataclasses.replace(config, out=str(tmp_path / "again"))
+        program = (
+            "import json, sys, matplotlib; matplotlib.rcParams.update({'lines.linewidth': 9, 'font.size': 20,"
+            " 'savefig.facecolor': 'red', 'axes.grid': True})\n"
+            "from micota_fast.recipe import ReportConfig; from micota_fast.report.build import run\n"
+            "run(ReportConfig(**json.loads(sys.argv[1])))"
+        )
+        subprocess.run([sys.executable, "-c", program, json.dumps(dataclasses.asdict(again))], check=True)
+        assert {path.name: path.read_bytes() for path in Path(again.out).iterdir()} == first
+
+    @pytest.mark.parametrize("benchmarks", [1, 8])
+    def test_awkward_inputs(self, benchmarks: int, tmp_path: Path) -> None:
+        n = {f"benchmark|{i} <with> $a_long$ name": 3 + i for i in range(benchmarks)}
+        none = dict.fromkeys(n, 0)
+        name = "mid-cot-from-a-dare-merged-teacher-assistant-$0.5$|x"
+        config = ReportConfig(
+            title="t",
+            out=str(tmp_path / "deep" / "out"),
+            base=results(tmp_path / "base.json", none, n),
+            arms={
+                name: [results(tmp_path / "a.json", none, n), results(tmp_path / "b.json", n, n)],
+                **{f"arm{i}": [results(tmp_path / f"arm{i}.json", none, n)] for i in range(9)},
+            },
+        )
+        markdown, numbers, html = made(config)
+        page = _Page()
+        page.feed(html)
+        assert page.open == []
+        assert numbers["arms"][name]["average"]["interval95"] == [0.0, 1.0]
+        assert numbers["arms"]["arm0"]["average"]["interval95"][1] > 0.1, "0 of few is not certain"
+        tables = [line for line in markdown.splitlines() if line.startswith("| ")][: 2 + 10]
+        assert {len(re.split(r"(?<!\\)\|", line)) for line in tables} == {benchmarks + 6}
+
+
+class TestErrors:
+    def check(self, config: ReportConfig, *expected: str) -> None:
+        with pytest.raises(InputError) as caught:
+            run(config)
+        for text in expected:
+            assert text in str(caught.value)
+        assert not Path(config.out).exists(), "nothing is written from bad inputs"
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            (lambda data: data["benchmarks"]["gsm"].pop("accuracy"), "'benchmarks.gsm.accuracy' (a number) is missing"),
+            (lambda data: data["benchmarks"]["gsm"].pop("n"), "'benchmarks.gsm.n' (a whole number) is missing"),
+            (lambda data: data.pop("benchmarks"), "'benchmarks' (an object) is missing"),
+            (lambda data: data["benchmarks"]["gsm"].update(accuracy=41.0), "must be a number from 0 to 1, found 41.0"),
+            (lambda data: data["benchmarks"]["gsm"].update(accuracy="0.4"), 'found "0.4"'),
+            (lambda data: data["benchmarks"]["gsm"].update(correct=7), "7 correct of 1000 is 0.007"),
+            (lambda data: data["benchmarks"]["gsm"].update(n=0), "a whole number of at least 1, found 0"),
+            (lambda data: data["benchmarks"].pop("aime"), "evaluate both on the same problems"),
+        ],
+    )
+    def test_results(self, config: ReportConfig, change: Any, expected: str) -> None:
+        path = Path(config.arms["short"][1])
+        data = json.loads(path.read_text())
+        change(data)
+        path.write_text(json.dumps(data))
+        self.check(config, str(path), expected)
+
+    def test_corpus_files(self, config: ReportConfig) -> None:
+        counts, alignment = Path(config.corpora["mid"]["counts"]), Path(config.corpora["mid"]["alignment"])
+        kept = alignment.read_text()
+        alignment.write_text('{"tokens": {"mean": 1.0, "p50": 1.0}}')
+        self.check(config, str(alignment), "'perplexity' (a number) is missing")
+        alignment.write_text(kept.replace('"p50": 300.5', '"p51": 300.5'))
+        self.check(config, str(alignment), "'tokens.p50'")
+        alignment.write_text(kept)
+        counts.write_text('{"total": 3, "accepted": 4}')
+        self.check(config, str(counts), "'accepted' is 4, more than 'total', 3")
+        self.check(dataclasses.replace(config, corpora={"mid": {}}), "corpora.mid: no file named")
+        self.check(dataclasses.replace(config, corpora={"mid": {"count": "x"}}), "corpora.mid: unknown key 'count'")
+
+    def test_metrics_name_the_line(self, config: ReportConfig) -> None:
+        path = Path(config.training["mid"][0])
+        path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2}\n')
+        self.check(config, f"{path}:2", "'loss' (a number) is missing")
+        path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+        self.check(config, f"{path}:2: not JSON")
+        path.write_text("")
+        self.check(config, f"{path}: no rows")
+
+    def test_files_and_arms(self, config: ReportConfig, tmp_path: Path) -> None:
+        self.check(dataclasses.replace(config, base=str(tmp_path / "gone.json")), "gone.json: cannot be read")
+        self.check(dataclasses.replace(config, arms={"mid": []}), "arms.mid: no results.json given")
+        self.check(dataclasses.replace(config, arms={"base": config.arms["mid"]}), "arms.base")
+
+    def test_without_matplotlib(self, config: ReportConfig) -> None:
+        program = (
+            "import json, sys; sys.modules['matplotlib'] = None\n"
+            "from micota_fast.errors import InputError; from micota_fast.recipe import ReportConfig\n"
+            "from micota_fast.report.build import run\n"
+            "try: run(ReportConfig(**json.loads(sys.argv[1])))\n"
+            "except InputError as error: print(error)"
+        )
+        command = [sys.executable, "-c", program, json.dumps(dataclasses.asdict(config))]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert "pip install 'micota-fast[report]'" in done.stdout

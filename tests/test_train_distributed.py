@@ -1,0 +1,79 @@
+"""Two gloo ranks train as one process does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import finish, kill, metrics, start_training, train_config, wait_until
+
+from micota_fast.config import dump
+from micota_fast.errors import InputError
+from micota_fast.recipe import TrainConfig
+from micota_fast.train.loop import train
+
+
+def weights_of(config: TrainConfig) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.out) / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama"])  # tied embeddings, and not
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, TrainConfig]:
+    """The same run on one process and under torchrun on two; the partial last step has one pack for two ranks."""
+    checkpoint = request.getfixturevalue(f"{request.param}_checkpoint")
+    folder = tmp_path_factory.mktemp("pair")
+    one, two = (train_config(checkpoint, folder, out=str(folder / name)) for name in ("one", "two"))
+    train(one)
+    (folder / "two.yaml").write_text(dump(two))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "micota_fast.train", str(folder / "two.yaml")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("attention: sdpa") == 1, "rank 0 alone speaks"
+    return one, two
+
+
+def test_loss_curve_equals_that_of_one_process(pair: tuple[TrainConfig, TrainConfig]) -> None:
+    one, two = (metrics(config) for config in pair)
+    assert len(one) == len(two) > 5
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert all(a[key] == b[key] for key in ("step", "epoch", "lr", "supervised", "tokens"))
+
+
+def test_weights_equal_those_of_one_process(pair: tuple[TrainConfig, TrainConfig]) -> None:
+    one, two = (weights_of(config) for config in pair)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_killed_ranks_resume_bitwise(dtype: str, qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    whole = train_config(qwen2_checkpoint, tmp_path, out=str(tmp_path / "whole"), dtype=dtype)
+    finish(start_training(whole, world=2), whole)
+    config = train_config(qwen2_checkpoint, tmp_path, dtype=dtype, checkpoint_every=2)
+    processes = start_training(config, world=2)
+    wait_until(lambda: len(metrics(config)) >= 5, processes)
+    kill(processes[::-1])
+    with pytest.raises(InputError, match=r"processes: 2 there, 1 here"):
+        train(config)
+    finish(start_training(config, world=2), config)
+    assert "going on after step" in Path(f"{config.out}.log").read_text()
+    assert metrics(config) == metrics(whole)
+    expected = weights_of(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(config).items())
+
+
+def test_two_ranks_in_bfloat16_equal_one(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    one, two = (
+        train_config(qwen2_checkpoint, tmp_path, out=str(tmp_path / name), dtype="bfloat16") for name in ("one", "two")
+    )
+    train(one)
+    finish(start_training(two, world=2), two)
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)

@@ -1,0 +1,107 @@
+"""What the training tests share: a small corpus, a configuration, and training in processes that can be killed."""
+
+import json
+import multiprocessing
+import os
+import random
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from micota_fast.recipe import ChatConfig, TrainConfig
+
+# A server that has imported torch once and forks a fresh process for each request: real processes without the seconds.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["micota_fast.train.loop"])
+
+
+def write_corpus(path: Path, rows: int = 23, seed: int = 0) -> Path:
+    """Sums and their working, of varied length."""
+    rng = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(rows):
+            terms = [rng.randrange(50) for _ in range(rng.randrange(2, 9))]
+            steps = [f"{sum(terms[:k])} + {terms[k]} = {sum(terms[: k + 1])}" for k in range(1, len(terms))]
+            problem = " + ".join(map(str, terms))
+            row = {"id": str(i), "problem": problem, "completion": f"{', '.join(steps)} \\boxed{{{sum(terms)}}}"}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def train_config(checkpoint: Path, folder: Path, **options: Any) -> TrainConfig:
+    """Two epochs of five steps (the last one partial) over the corpus in `folder`, made if need be."""
+    data = folder / "corpus.jsonl"
+    if not data.exists():
+        write_corpus(data)
+    settings: dict[str, Any] = {
+        "out": str(folder / "out"),
+        "lr": 1e-3,
+        "dtype": "float32",
+        "device": "cpu",
+        "pack_tokens": 256,
+        "packs_per_step": 2,
+        "chat": ChatConfig(system=None, prompt="{problem} =\n", use_template=False),
+        **options,
+    }
+    return TrainConfig(model=str(checkpoint), data=str(data), **settings)
+
+
+def metrics(config: TrainConfig) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl without their timing; a torn last line is left out."""
+    path = Path(config.out) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [{key: value for key, value in json.loads(line).items() if key != "timing"} for line in lines]
+
+
+def start_training(config: TrainConfig, world: int = 1) -> list[BaseProcess]:
+    """Train in `world` new processes, as torchrun would start them; their output goes to OUT.log."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes: list[BaseProcess] = []
+    for rank in range(world):
+        env = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        process = _FORKS.Process(target=_child, args=(config, {k: str(v) for k, v in env.items()}))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def finish(processes: list[BaseProcess], config: TrainConfig) -> None:
+    """Wait for all and check that they succeeded."""
+    for process in processes:
+        process.join(120)
+    assert [p.exitcode for p in processes] == [0] * len(processes), Path(f"{config.out}.log").read_text()
+
+
+def wait_until(condition: Callable[[], bool], processes: list[BaseProcess], timeout_s: float = 120) -> None:
+    """Poll until `condition` holds or a process has ended."""
+    end = time.monotonic() + timeout_s
+    while not condition() and all(p.is_alive() for p in processes):
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.002)
+
+
+def kill(processes: list[BaseProcess]) -> None:
+    """SIGKILL and wait."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+
+def _child(config: TrainConfig, env: dict[str, str]) -> None:
+    os.environ.update(env)
+    log = os.open(f"{config.out}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    import torch
+
+    from micota_fast.train.loop import train
+
+    torch.set_num_threads(1)
+    raise SystemExit(0 if train(config) else 130)
