@@ -16,7 +16,7 @@ STAGES: dict[str, tuple[type, str]] = {
     "generate": (recipe.GenerateConfig, "micota_fast.generate:run"),
     "filter": (recipe.FilterConfig, "micota_fast.filtering:run"),
     "mix": (recipe.MixConfig, "micota_fast.mix:run"),
-    "train": (recipe.TrainConfig, "micota_fast.train.loop:run"),
+    "train": (recipe.TrainConfig, "micota_fast.train.loop:train"),
     "evaluate": (recipe.EvaluateConfig, "micota_fast.evaluate:run"),
     "align": (recipe.AlignConfig, "micota_fast.align:run"),
     "report": (recipe.ReportConfig, "micota_fast.report.build:run"),
@@ -137,7 +137,8 @@ def _stage(parsed: argparse.Namespace) -> None:
     cls, place = STAGES[parsed.verb]
     options = config.load(cls, parsed.config, parsed.overrides)
     module, _, function = place.partition(":")
-    getattr(importlib.import_module(module), function)(options)
+    if getattr(importlib.import_module(module), function)(options) is False:
+        raise KeyboardInterrupt  # stopped by a signal, with its work kept
 
 
 def _merge(parsed: argparse.Namespace) -> None:

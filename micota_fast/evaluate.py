@@ -62,15 +62,16 @@ def run(config: EvaluateConfig) -> None:
             write_rows(out / "rows" / files[name], map(_graded_row, rows, verdicts))
             benchmarks[name] = {**score(problems, rows, verdicts), "made_by": fingerprint(problems, asked)}
             print(_line(name, benchmarks[name]), flush=True)
+    average = math.fsum(entry["accuracy"] for entry in benchmarks.values()) / len(benchmarks)
     results = {
         "model": Path(config.model).name if Path(config.model).is_dir() else config.model,
-        "average": math.fsum(entry["accuracy"] for entry in benchmarks.values()) / len(benchmarks),
+        "average": average,
         "benchmarks": benchmarks,
         "versions": {"micota_fast": micota_fast.__version__},
     }
     write_atomic(out / "timing.json", [json.dumps(timing, indent=1).encode() + b"\n"])
     write_atomic(out / "results.json", [json.dumps(results, indent=1, ensure_ascii=False).encode() + b"\n"])
-    print(f"average of {len(benchmarks)}: {100 * results['average']:.2f}%")
+    print(f"average of {len(benchmarks)}: {100 * average:.2f}%")
 
 
 def score(problems: Sequence[Problem], rows: Sequence[Completion], verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class Grader:
         workers: processes at most; None takes one for each usable core. None starts before a pair needs one.
         timeout_s: CPU seconds one comparison may use before its worker is killed by the kernel. (CPU time, so that a
             verdict does not depend on how busy the machine is; six times as much wall-clock time ends it as well.)
-        memory_bytes: address space of a worker (RLIMIT_AS).
+        memory_bytes: memory a worker may take above what it starts with (enforced as address space, RLIMIT_AS).
 
     The verdicts do not depend on the number of workers.
     """
@@ -297,8 +297,15 @@ class _Worker:
             self.questions.close()
 
 
-def _peak_rss_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _own_memory() -> tuple[int, int]:
+    """(address space, peak resident size) of this process, bytes.
+
+    Not from getrusage: its ru_maxrss starts at the size of the process that we were forked from.
+    """
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        values = dict(line.split(":", 1) for line in status)
+    space, peak = (int(values[key].split()[0]) * 1024 for key in ("VmSize", "VmHWM"))
+    return space, peak
 
 
 def _serve(timeout_s: float, memory_bytes: int) -> None:
@@ -319,19 +326,20 @@ def _serve(timeout_s: float, memory_bytes: int) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
     def read(answer: str) -> list[Any]:
         return parse(f"\\boxed{{{answer}}}", targets, parsing_timeout=None)
 
     read_gold = lru_cache(maxsize=64)(read)
-    at_start = _peak_rss_bytes()
+    parse("\\boxed{\\frac{x}{2}}", targets, parsing_timeout=None)  # builds the parser's tables
+    space, at_start = _own_memory()
+    resource.setrlimit(resource.RLIMIT_AS, (space + memory_bytes, space + memory_bytes))
     answers.write(b"ready\n")
     answers.flush()
     for line in sys.stdin.buffer:
         answer, gold = json.loads(line)
-        before = _peak_rss_bytes()
+        before = _own_memory()[1]
         signal.setitimer(signal.ITIMER_PROF, timeout_s)
         try:
             equal = bool(verify(read_gold(gold), read(answer), timeout_seconds=None))
@@ -341,7 +349,7 @@ def _serve(timeout_s: float, memory_bytes: int) -> None:
         except Exception:  # math-verify found no way to compare: not equal, as in its own rule
             status = "wrong"
         signal.setitimer(signal.ITIMER_PROF, 0)
-        after = _peak_rss_bytes()
+        after = _own_memory()[1]
         if status == "wrong" and after - before > memory_bytes // 8:
             status = "crashed"
         answers.write(json.dumps({"status": status, "grown": after - at_start > memory_bytes // 4}).encode() + b"\n")

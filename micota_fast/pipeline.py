@@ -240,7 +240,7 @@ class _Running:
         if time.monotonic() - self._said_at >= SAY_EVERY_S:
             self._said_at = time.monotonic()
             line = next(iter(self._tail(1)), "")
-            if line and line != self._said:
+            if line and line != self._said and not line.startswith("$ "):
                 self._said = line
                 say(f"    {self.stage.name} | {line}")
         return self._process.poll()

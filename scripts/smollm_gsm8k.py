@@ -1,7 +1,7 @@
 """The two steps of the SmolLM2 on GSM8K run that are no stage of the pipeline: its rows, and its held-out loss.
 
-    python scripts/smollm_gsm8k.py rows --data-dir DIR --out FOLDER
-    python scripts/smollm_gsm8k.py heldout --before FILE --after FILE --out FILE
+python scripts/smollm_gsm8k.py rows --data-dir DIR --out FOLDER
+python scripts/smollm_gsm8k.py heldout --before FILE --after FILE --out FILE
 """
 
 import argparse
@@ -34,8 +34,8 @@ def boxed_solution(problem: Problem) -> str:
 def write_gsm8k_rows(data_dir: Path, out: Path) -> None:
     """Write train_solutions.jsonl, heldout_solutions.jsonl and test_problems.jsonl in `out`.
 
-    Training takes the first rows of the training split, the held-out loss the first of the test split; the test problems
-    are all there, as they are.
+    Training takes the first rows of the training split, the held-out loss the first of the test split; the test
+    problems are all there, as they are.
 
     Raises:
         InputError: `data_dir` lacks a file or a row is bad.
@@ -44,8 +44,8 @@ def write_gsm8k_rows(data_dir: Path, out: Path) -> None:
     for file in files.values():
         if not file.is_file():
             raise InputError(
-                f"no such file: {file}; the folder needs gsm8k_train.jsonl and gsm8k_test.jsonl, one JSON object a line "
-                "with the string keys id, problem, answer (the number) and solution (the worked text)"
+                f"no such file: {file}; the folder needs gsm8k_train.jsonl and gsm8k_test.jsonl, one JSON object "
+                "a line with the string keys id, problem, answer (the number) and solution (the worked text)"
             )
     test = read_problems(files["test"])
     for name, rows in (

@@ -36,7 +36,7 @@ def inputs(lengths: list[int], heads: int, kv_heads: int, head_dim: int = 16) ->
 def results(attend: object, tensors: list[Tensor], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     """Output and gradients of q, k and v, in float64 on the CPU."""
     q, k, v, grad = (x.to(device, dtype) for x in tensors)
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
     out = attend(q, k, v)  # type: ignore[operator]
     assert out.dtype == dtype
     out.backward(grad)

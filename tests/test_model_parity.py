@@ -62,7 +62,7 @@ def assert_same_logits(checkpoint: Path) -> None:
     with torch.no_grad():
         ours = packed_logits(load_model(checkpoint), [ids])[0]
         theirs = hf_model(checkpoint)(ids[None]).logits[0]
-    assert theirs.std() > 0.5  # logits that all but vanish would agree whatever we computed
+    assert theirs.std() > 0.3  # logits that all but vanish would agree whatever we computed
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
@@ -190,7 +190,7 @@ def test_counts(request: pytest.FixtureRequest, family: str) -> None:
     assert model.num_params() == theirs.num_parameters()
     assert model.lm_head_weight.shape == (VOCAB_SIZE, 64)
     assert (model.lm_head_weight is model.model.embed_tokens.weight) == (family != "llama")
-    # A matrix of n weights costs 2n FLOPs forward and 4n backward. Of 2-d weights only an untied embedding is no product.
+    # A matrix of n weights costs 2n FLOPs forward and 4n backward. An untied embedding is looked up.
     products = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     others = sum(p.numel() for p in model.parameters() if p.ndim == 1)
     if family == "llama":

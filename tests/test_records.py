@@ -154,11 +154,29 @@ def test_two_writers_keep_apart_until_the_first_is_killed(tmp_path: Path) -> Non
     CompletionWriter(part, {}).close()
 
 
-def test_a_full_disk_is_an_error_that_keeps_what_was_written() -> None:
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full here")
-    with pytest.raises(InputError, match="No space left"):
-        CompletionWriter("/dev/full", FINGERPRINT)
+def test_a_full_disk_is_an_error_that_keeps_what_was_written(tmp_path: Path) -> None:
+    """A limit on the file's size (setrlimit) fails a write in the middle of a row, as a full disk does."""
+    part = tmp_path / "o.part"
+    code = (
+        "import resource, sys\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "from test_records import row\n"
+        "from micota_fast.records import CompletionWriter\n"
+        "writer = CompletionWriter(sys.argv[1], {})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "for sample in range(100):\n"
+        "    writer.append(row(sample=sample))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(part), str(Path(__file__).parent)], capture_output=True, text=True
+    )
+    assert "InputError: cannot write" in ran.stderr
+    assert "File too large; what was written before is kept" in ran.stderr
+    whole_rows = part.read_bytes().splitlines(keepends=True)[1:]
+    assert whole_rows == [encode_row(row(sample=sample)) for sample in range(len(whole_rows))]
+    with CompletionWriter(part, {}) as writer:
+        assert len(writer.rows) == len(whole_rows) > 0
+        writer.append(row(sample=len(whole_rows)))
 
 
 def test_rows_are_the_same_bytes_every_time() -> None:

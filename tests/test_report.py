@@ -33,8 +33,7 @@ def results(path: Path, correct: dict[str, int], n: dict[str, int] | None = None
     return str(path)
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> ReportConfig:
+def written(tmp_path: Path) -> ReportConfig:
     """Base 40% and 20%; short slightly better, over two seeds; mid far better, over three."""
     answers = {"truncated": 4, "no_answer": 2, "timeout": 0, "mean_tokens": 50.0}
     scores = {
@@ -80,7 +79,22 @@ def config(tmp_path: Path) -> ReportConfig:
     )
 
 
-def made(config: ReportConfig) -> tuple[str, dict[str, Any], str]:
+@pytest.fixture
+def config(tmp_path: Path) -> ReportConfig:
+    """Inputs of one's own, to change."""
+    return written(tmp_path)
+
+
+Made = tuple[str, dict[str, Any], str]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """table.md, report.json and report.html of the unchanged inputs."""
+    return made(written(tmp_path_factory.mktemp("report")))
+
+
+def made(config: ReportConfig) -> Made:
     run(config)
     out = Path(config.out)
     return (
@@ -140,22 +154,22 @@ class TestIntervals:
 
 
 class TestNumbers:
-    def test_main_table_equals_the_inputs(self, config: ReportConfig) -> None:
-        markdown, _, _ = made(config)
+    def test_main_table_equals_the_inputs(self, report: Made) -> None:
+        markdown, _, _ = report
         rows = rows_of(markdown)
         assert rows["Arm"][1:3] == ["gsm (n = 1000)", "aime (n = 200)"]
-        assert list(rows)[2:5] == ["base (untouched)", "short (2 seeds)", "mid (3 seeds)"]
+        assert list(rows)[2:5] == ["base (untouched)", "short (2 seeds)", "**mid** (3 seeds)"]
         assert rows["base (untouched)"][1:5] == ["40.0 [37.0, 43.1]", "20.0 [15.0, 26.1]", "30.0", "[27.1, 33.4]"]
         assert rows["base (untouched)"][5] == "–"
         # 41.0 and 43.0: mean 42.0, sd 1.4; 20.0 and 22.0: mean 21.0; averages 30.5 and 32.5.
         assert rows["short (2 seeds)"][1:4] == ["42.0 ± 1.4", "21.0 ± 1.4", "31.5 ± 1.4"]
         # 70, 71, 72 and 50, 51, 52: averages 60, 61, 62.
-        assert rows["mid (3 seeds)"][1:3] == ["71.0 ± 1.0", "51.0 ± 1.0"]
+        assert rows["**mid** (3 seeds)"][1:3] == ["71.0 ± 1.0", "51.0 ± 1.0"]
 
-    def test_delta_spanning_zero_is_marked_and_the_clear_winner_is_bold(self, config: ReportConfig) -> None:
-        markdown, numbers, html = made(config)
+    def test_delta_spanning_zero_is_marked_and_the_clear_winner_is_bold(self, report: Made) -> None:
+        markdown, numbers, html = report
         rows = rows_of(markdown)
-        short, mid = rows["short (2 seeds)"], rows.get("**mid** (3 seeds)") or rows["mid (3 seeds)"]
+        short, mid = rows["short (2 seeds)"], rows["**mid** (3 seeds)"]
         assert short[5].startswith(f"+1.5 {MARK} [−")
         assert MARK not in mid[5]
         assert f"{MARK} The 95% interval of Δ spans zero" in markdown
@@ -177,8 +191,8 @@ class TestNumbers:
         assert not re.search(r"<td[^>]*><span><b>", html)
         assert "not distinguishable from level" in numbers["headline_qualified"]
 
-    def test_headline_follows_the_numbers(self, config: ReportConfig, tmp_path: Path) -> None:
-        _, numbers, html = made(config)
+    def test_headline_follows_the_numbers(self, config: ReportConfig, report: Made, tmp_path: Path) -> None:
+        _, numbers, html = report
         assert numbers["headline"].startswith(
             "The mid arm averages 61.0% over 2 benchmarks, 31.0 points above the untouched student's 30.0% "
         )
@@ -196,8 +210,8 @@ class TestNumbers:
         assert numbers["arms"]["mid"]["average"]["sd"] is None
         assert "Arms trained once say nothing of training noise" in numbers["headline_qualified"]
 
-    def test_corpora_and_answers(self, config: ReportConfig) -> None:
-        markdown, numbers, _ = made(config)
+    def test_corpora_and_answers(self, report: Made) -> None:
+        markdown, numbers, _ = report
         corpora = rows_of(markdown[markdown.index("**Training corpora**") :])
         assert corpora["long"] == ["long", "50", "40", "80.0%", "900.5", "900", "5.00"]
         assert "Rejected from mid: 9 wrong, 1 too long." in markdown
@@ -273,8 +287,8 @@ class _Page(HTMLParser):
 
 
 class TestPage:
-    def test_is_self_contained_and_well_formed(self, config: ReportConfig) -> None:
-        _, _, html = made(config)
+    def test_is_self_contained_and_well_formed(self, report: Made) -> None:
+        _, _, html = report
         page = _Page()
         page.feed(html)
         page.close()
@@ -289,20 +303,21 @@ class TestPage:
         assert "http" not in html
         assert "@import" not in html
 
-    def test_text_is_escaped_and_notes_stand_verbatim(self, config: ReportConfig) -> None:
-        _, _, html = made(config)
+    def test_text_is_escaped_and_notes_stand_verbatim(self, report: Made) -> None:
+        _, _, html = report
         assert "<title>A &lt;test&gt; &amp; more</title>" in html
         assert "First tried &lt;b&gt;x&lt;/b&gt;." in html
         assert "Then\n  y." in html
         assert "<dt>torch</dt><dd>2.13.0</dd>" in html
 
-    def test_every_plot_follows_the_theme(self, config: ReportConfig) -> None:
-        _, _, html = made(config)
+    def test_every_plot_follows_the_theme(self, report: Made) -> None:
+        _, _, html = report
         plots = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
         assert len(plots) == 1 + 2 + 2 + 2  # average, benchmarks, corpora, losses
         for plot in plots:
             assert 'role="img"' in plot
-            assert "var(--ink, #1c2126)" in plot
+            assert "<style" not in plot
+            assert "var(--muted, #667079)" in plot
             fixed = set(re.findall(r"#[0-9a-f]{6}\b", re.sub(r"var\([^)]*\)", "", plot)))
             assert not fixed, f"colours that do not follow the theme: {fixed}"
             assert "DejaVu" not in plot

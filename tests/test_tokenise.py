@@ -205,6 +205,8 @@ def test_the_first_bad_row_is_reported_whichever_check_finds_it(
         load_documents(path, small, 512)
     with pytest.raises(InputError, match=r"no usable row: 2 rows, 0 dropped .*, 2 rejected \(see .*bad_rows\.jsonl\)"):
         load_documents(path, small, 512, skip_bad_rows=True)
+    rejects = [json.loads(line) for line in (tmp_path / "rows.jsonl.bad_rows.jsonl").read_text().splitlines()]
+    assert [reject["line"] for reject in rejects] == [1, 2]
 
 
 def test_documents_over_the_limit_are_dropped_or_cut_and_counted(chat: Chat, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_equals_a_plain_loop(trained: TrainConfig) -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert row["supervised"] == count
-        assert row["loss"] == pytest.approx(float(loss), abs=1e-5)
+        assert row["loss"] == pytest.approx(loss.item(), abs=1e-5)
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert rows[-1]["loss"] < rows[0]["loss"]
     for name, ours in weights_of(trained).items():
@@ -96,7 +96,7 @@ def gradients(checkpoint: Path, config: TrainConfig, batches: list[list[int]]) -
         b = packed_batch(documents, torch.tensor(ids).numpy())
         part = model(b.input_ids, b.position_ids, b.targets, b.cu_seqlens, b.max_seqlen, normalizer=total)
         part.backward()
-        loss += float(part)
+        loss += part.item()
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -21,19 +21,25 @@ def weights_of(config: TrainConfig) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module", params=["qwen2", "llama"])  # tied embeddings, and not
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, TrainConfig]:
-    """The same run on one process and under torchrun on two; the partial last step has one pack for two ranks."""
+    """The same run on one process and on two; the last step of an epoch has one pack for two ranks."""
     checkpoint = request.getfixturevalue(f"{request.param}_checkpoint")
     folder = tmp_path_factory.mktemp("pair")
     one, two = (train_config(checkpoint, folder, out=str(folder / name)) for name in ("one", "two"))
     train(one)
-    (folder / "two.yaml").write_text(dump(two))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "micota_fast.train", str(folder / "two.yaml")], capture_output=True, text=True, check=False
-    )
+    if request.param == "qwen2":
+        under_torchrun(two, folder / "two.yaml")
+    else:
+        finish(start_training(two, world=2), two)
+    return one, two
+
+
+def under_torchrun(config: TrainConfig, path: Path) -> None:
+    path.write_text(dump(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "micota_fast.train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("attention: sdpa") == 1, "rank 0 alone speaks"
-    return one, two
 
 
 def test_loss_curve_equals_that_of_one_process(pair: tuple[TrainConfig, TrainConfig]) -> None:

@@ -1,8 +1,8 @@
 """Makes everything the micro world ships: its problems, its tokenizer, and its pre-trained models of three sizes.
 
-`python -m micota_fast.micro.build [--out DIR] [--work DIR]` writes seeded corpora and trainer configurations to the work
-folder, runs the production trainer (`python -m micota_fast.train`) on them, one phase after the other, and installs the
-results. The same machine, torch version and thread count give the same bytes.
+`python -m micota_fast.micro.build [--out DIR] [--work DIR]` writes seeded corpora and trainer configurations to the
+work folder, runs the production trainer (`python -m micota_fast.train`) on them, one phase after another, and installs
+the results. The same machine, torch version and thread count give the same bytes.
 """
 
 from __future__ import annotations
@@ -22,27 +22,26 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from micota_fast.config import dump
 from micota_fast.micro import world
 from micota_fast.micro.tokenizer import END_OF_TEXT, IM_END, QUESTION_SUFFIX, SYSTEM_PROMPT, save_tokenizer
 from micota_fast.micro.tokenizer import train_tokenizer as train_bpe
+from micota_fast.recipe import TrainConfig
 from micota_fast.records import Problem, write_rows
 
 HERE = Path(__file__).parent
 CONTEXT = 1024
-DRILL_REQUEST = "Write some sums modulo 10."
 Row = dict[str, list[dict[str, str]]]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One run of the trainer: ``rows`` documents of a kind, in packs of ``pack_tokens``, one pack a step, one epoch."""
+    """One run of the trainer: one epoch over ``rows`` documents of one kind, one pack a step."""
 
-    name: str
     kind: str  # a key of WRITERS
     rows: int
     lr: float
     min_lr_ratio: float
-    pack_tokens: int = 1024
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,35 @@ class Size:
     phases: tuple[Phase, ...]
 
 
+PACK_TOKENS = 1024
 SIZES: dict[str, Size] = {
-    "student": Size(64, 3, 4, 2, 192, 1, ()),
-    "assistant": Size(64, 3, 4, 2, 192, 2, ()),
-    "teacher": Size(64, 3, 4, 2, 192, 3, ()),
+    "student": Size(
+        64,
+        3,
+        4,
+        2,
+        192,
+        1,
+        (Phase("short", 12000, 4e-3, 1.0), Phase("mixture", 4000, 4e-3, 0.03), Phase("short", 600, 1e-3, 0.03)),
+    ),
+    "assistant": Size(
+        96,
+        3,
+        6,
+        2,
+        256,
+        2,
+        (Phase("short", 9000, 3e-3, 1.0), Phase("mixture", 5000, 3e-3, 0.03), Phase("short", 1000, 1e-3, 0.03)),
+    ),
+    "teacher": Size(
+        128,
+        3,
+        8,
+        2,
+        384,
+        3,
+        (Phase("short", 9000, 2e-3, 1.0), Phase("mixture", 6000, 2e-3, 0.03), Phase("long", 2000, 1e-3, 0.03)),
+    ),
 }
 
 
@@ -151,3 +175,84 @@ def write_blank_checkpoint(size: Size, tokenizer: Tokenizer, out_dir: Path) -> N
         "vocab_size": tokenizer.get_vocab_size(),
     }
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def train_config(model: Path, data: Path, out: Path, size: Size, number: int) -> TrainConfig:
+    """The trainer's options for phase ``number``: float32 throughout; the last phase stores bfloat16, as it ships."""
+    phase = size.phases[number]
+    return TrainConfig(
+        model=str(model),
+        data=str(data),
+        out=str(out),
+        seed=phase_seed(size, number),
+        epochs=1.0,
+        lr=phase.lr,
+        min_lr_ratio=phase.min_lr_ratio,
+        warmup_ratio=0.03,
+        weight_decay=0.1,
+        pack_tokens=PACK_TOKENS,
+        packs_per_step=1,
+        dtype="float32",
+        device="cpu",
+        log_every=100,
+        init="random" if number == 0 else "pretrained",
+        save_dtype="bfloat16" if number == len(size.phases) - 1 else "float32",
+    )
+
+
+def phase_seed(size: Size, number: int) -> int:
+    """Seed of a phase's corpus, of the order of its documents and, in the first phase, of the weights."""
+    return 100 * size.seed + number
+
+
+def build_model(name: str, size: Size, tokenizer: Tokenizer, work: Path) -> Path:
+    """Run the phases of one model, skipping what ``work`` holds finished; returns the last checkpoint's folder."""
+    model = work / name / "blank"
+    write_blank_checkpoint(size, tokenizer, model)
+    for number, phase in enumerate(size.phases):
+        folder = work / name / f"{number}-{phase.kind}"
+        folder.mkdir(parents=True, exist_ok=True)
+        data, config, out = folder / "corpus.jsonl", folder / "config.yaml", folder / "out"
+        write_rows(data, corpus(phase.kind, phase.rows, phase_seed(size, number)))
+        config.write_text(dump(train_config(model, data, out, size, number)), encoding="utf-8")
+        print(f"{name}, phase {number + 1} of {len(size.phases)}: {phase.kind}, {phase.rows:,} documents", flush=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # one thread: the sums, and so the bytes, come out alike
+        subprocess.run([sys.executable, "-m", "micota_fast.train", str(config)], check=True, env=environment)
+        model = out / "model"
+    return model
+
+
+def main() -> int:
+    """Build everything into ``--out``; returns 0, or 1 where a training run failed."""
+    parser = argparse.ArgumentParser(prog="python -m micota_fast.micro.build", description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, default=HERE, help="where problems/ and checkpoints/ go (default: the package)"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/micro-build"), help="corpora and training runs; kept")
+    args = parser.parse_args()
+    start = time.monotonic()
+    write_problems(args.out / "problems")
+    tokenizer = make_tokenizer()
+    try:
+        models = {name: build_model(name, size, tokenizer, args.work) for name, size in SIZES.items()}
+    except subprocess.CalledProcessError as error:
+        print(f"error: {error}; the same command goes on from there", file=sys.stderr)
+        return 1
+    for name, model in models.items():
+        install(model, args.out / "checkpoints" / name)
+    print(f"problems and checkpoints are in {args.out}; the build took {time.monotonic() - start:.0f} s")
+    return 0
+
+
+def install(model: Path, out_dir: Path) -> None:
+    """Replace the checkpoint in ``out_dir`` by ``model``."""
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    aside = out_dir.with_name(f".{out_dir.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(model, aside)
+    shutil.rmtree(out_dir, ignore_errors=True)
+    aside.rename(out_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

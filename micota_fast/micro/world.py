@@ -1,8 +1,8 @@
 """The micro world: a jar that people add to and take from, counted modulo 10, and the ways of writing the count down.
 
 A problem says what the jar holds at first and what each person, in turn, adds or takes (``Ann+5 Bob-8``); it asks for
-what is left modulo 10. A solution writes one line a person (``7 Ann+5=2``: from 7, Ann's 5 more make 2). It is text made of local decisions, so that long, mid and short chains
-of thought are all natural and a writer can sit anywhere between them:
+what is left modulo 10. A solution writes one line a person (``7 Ann+5=2``: from 7, Ann's 5 more make 2). It is made of
+local decisions, so that long, mid and short chains of thought are all natural and a writer can sit anywhere between:
 
 * at the start: restate the problem, or not;
 * after each step: go on, or check the step by undoing it (a check that fails leads to a second attempt);
@@ -110,7 +110,7 @@ def random_thoroughness(rng: random.Random, slip: float) -> Thoroughness:
 
 
 def write_solution(chain: Chain, how: Thoroughness, rng: random.Random) -> str:
-    """A chain of thought for ``chain`` that ends in its boxed answer. Slips are made only where a check repairs them."""
+    """A chain of thought for ``chain`` that ends in its boxed answer. Slips happen only where a check mends them."""
     parts = []
     if rng.random() < how.restate:
         parts.append(f"Let me restate. {chain.facts()}\n")
@@ -130,15 +130,6 @@ def write_solution(chain: Chain, how: Thoroughness, rng: random.Random) -> str:
         parts.append("Let me verify again.\n" + "".join(f"{_line(*line)};\n" for line in lines))
     parts.append(f"\\boxed{{{values[-1]}}}")
     return "".join(parts)
-
-
-def write_drill(rng: random.Random, n_lines: int) -> str:
-    """``n_lines`` unrelated lines, each right: practice in the sums alone."""
-    lines = []
-    for _ in range(n_lines):
-        chain = random_chain(rng, 1)
-        lines.append(_line(chain.first, "and", chain.steps[0], chain.values()[1]))
-    return "\n".join(lines)
 
 
 def _line(value: int, name: str, step: int, result: int) -> str:

@@ -74,7 +74,7 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 @lru_cache
 def _flash_function(device: torch.device) -> tuple[Callable[..., Any], str]:
     """The package's varlen function: FlashAttention 3, which is for Hopper alone, or 2."""
-    if torch.cuda.get_device_capability(device)[0] == 9 and importlib.util.find_spec("flash_attn_interface"):
+    if importlib.util.find_spec("flash_attn_interface") and torch.cuda.get_device_capability(device)[0] == 9:
         from flash_attn_interface import flash_attn_varlen_func as flash3
 
         return flash3, "FlashAttention 3 (flash_attn_interface)"

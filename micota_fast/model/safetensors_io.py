@@ -4,14 +4,13 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
@@ -66,12 +65,11 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
 def tensor_files(directory: Path | str) -> dict[str, Path]:
     """Which file holds each tensor of a checkpoint. Raises InputError naming a file that is missing or damaged."""
     directory = Path(directory)
-    index_path = directory / INDEX
-    if not index_path.exists():
-        path = directory / SINGLE
-        if not path.is_file():
-            raise InputError(f"{directory}: neither {SINGLE} nor {INDEX} is there (pickled weights are not read)")
+    index_path, path = directory / INDEX, directory / SINGLE
+    if path.is_file():  # as in transformers, it goes before an index
         return dict.fromkeys(_tensor_names(path), path)
+    if not index_path.is_file():
+        raise InputError(f"{directory}: neither {SINGLE} nor {INDEX} is there (pickled weights are not read)")
     try:
         weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
         files = {name: directory / file for name, file in weight_map.items()}
@@ -101,12 +99,12 @@ def iter_tensors(directory: Path | str) -> Iterator[tuple[str, Tensor]]:
 def load_model(
     directory: Path | str, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """Read a checkpoint into a decoder whose weights are `dtype` (None or "auto": as stored) on `device`.
+    """Read a checkpoint into a decoder with weights of `dtype` (None or "auto": as config.json says) on `device`.
 
     Raises InputError, naming file and tensor, for anything missing, unexpected, of a wrong shape or damaged.
     """
     config = ModelConfig.from_checkpoint(directory)
-    resolved = _as_dtype(dtype if dtype not in (None, "auto") else config.dtype_name or "float32")
+    resolved = _as_dtype(dtype, config)
     shapes = parameter_shapes(config)
     files = {name: path for name, path in tensor_files(directory).items() if not _IGNORED.search(name)}
     copy_of_tied = files.pop("lm_head.weight", None) if config.tie_word_embeddings else None
@@ -150,7 +148,7 @@ def init_random(
     config: ModelConfig, seed: int, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
     """Fresh weights as transformers draws them: normal(0, initializer_range), biases 0, norms 1; fixed by `seed`."""
-    model = _empty_model(config, _as_dtype(dtype), device)
+    model = _empty_model(config, _as_dtype(dtype, config), device)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -189,10 +187,7 @@ def save_checkpoint(
     Raises:
         InputError: `out_dir` holds something, or the tensors are not those `config` describes.
     """
-    out_dir, resolved = (
-        Path(out_dir),
-        _as_dtype(dtype if dtype not in (None, "auto") else config.dtype_name or "float32"),
-    )
+    out_dir, resolved = Path(out_dir), _as_dtype(dtype, config)
     shapes = parameter_shapes(config)
     given = set(state_dict) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     if given != shapes.keys():
@@ -201,15 +196,19 @@ def save_checkpoint(
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise InputError(f"{out_dir}: already exists; remove it or choose another place for the checkpoint")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    # The name is fixed, so that what a killed save has left is cleared by the next and never piles up.
+    aside = out_dir.with_name(f".{out_dir.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
     try:
-        aside.chmod(0o777 & ~_umask())
         _write_weights(state_dict, shapes, resolved, aside, max_shard_bytes)
         _write_json(aside / "config.json", config.to_dict(_dtype_name(resolved)))
         for file in COPIED_FILES:
             if (Path(source_dir) / file).is_file():
                 shutil.copyfile(Path(source_dir) / file, aside / file)
+        mode = (aside / "config.json").stat().st_mode & 0o777
         for path in aside.iterdir():
+            path.chmod(mode)  # safetensors writes files that only their owner may read
             _sync(path)
         _sync(aside)
         aside.rename(out_dir)
@@ -254,9 +253,7 @@ def _empty_model(config: ModelConfig, dtype: torch.dtype, device: torch.device |
     """A decoder whose weights are allocated and not set: torch's own initialisation would only be overwritten."""
     with torch.device("meta"):
         model = Decoder(config)
-    model = model.to(dtype).to_empty(device=device)
-    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
-    return model
+    return model.to(dtype).to_empty(device=device)
 
 
 def _open(path: Path) -> safe_open:
@@ -287,22 +284,17 @@ def _diagnosis(path: Path) -> str | None:
     return f"it ends at byte {size}, within tensor {cut[0]}, and should have {max(ends.values())}" if cut else None
 
 
-def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+def _as_dtype(dtype: torch.dtype | str | None, config: ModelConfig) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype not in _DTYPES:
-        raise InputError(f"dtype {dtype!r} is not supported; choose one of {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
+    name = dtype if dtype not in (None, "auto") else config.dtype_name or "float32"
+    if name not in _DTYPES:
+        raise InputError(f"dtype {name!r} is not supported; choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -46,11 +46,12 @@ table { border-collapse: separate; border-spacing: 0; min-width: 100%; font-size
   font-variant-numeric: tabular-nums lining-nums; border-bottom: 1.5px solid var(--ink); }
 .caption { font-weight: 650; font-size: .9375rem; line-height: 1.4; margin-bottom: .6rem; }
 th, td { text-align: right; vertical-align: top; padding: .5rem 0 .5rem 1.1rem; white-space: nowrap; font-weight: 400; }
-thead th { font-weight: 600; white-space: normal; min-width: 5.5rem; vertical-align: bottom; border-top: 1.5px solid var(--ink);
-  border-bottom: 1px solid var(--ink); }
+thead th { font-weight: 600; white-space: normal; min-width: 6.5rem; vertical-align: bottom;
+  border-top: 1.5px solid var(--ink); border-bottom: 1px solid var(--ink); }
 tbody tr + tr > * { border-top: 1px solid var(--rule); }
 th:first-child { text-align: left; padding-left: 0; padding-right: .6rem; position: sticky; left: 0; z-index: 1;
   background: var(--paper); }
+thead th:first-child { z-index: 2; min-width: 0; }
 tbody th { font-weight: 600; white-space: normal; overflow-wrap: anywhere; }
 small { display: block; white-space: nowrap; font-size: .78rem; font-weight: 400; color: var(--muted); }
 td.muted > span { color: var(--muted); }
@@ -68,7 +69,8 @@ figcaption b { color: var(--ink); font-weight: 650; }
 .pair { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
   align-items: start; }
 .plot { max-width: 32rem; min-width: 0; }
-.plot svg { display: block; width: 100%; height: auto; overflow: visible; }
+.plot svg { display: block; width: 100%; height: auto; overflow: visible;
+  stroke-linejoin: round; stroke-linecap: butt; }
 .plot svg text { font-family: inherit; font-variant-numeric: tabular-nums; }
 .note { white-space: pre-wrap; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.5rem; font-size: .875rem; margin: 0 0 1.5rem; }
@@ -84,6 +86,7 @@ dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; font-varian
   html { font-size: 11px; }
   body { max-width: none; padding: 0; background: none; }
   .scroll { overflow: visible; background: none; }
+  th:first-child { position: static; background: none; }
   th, td { padding-left: .5rem; } thead th { min-width: 0; }
   h2, h3, h4, .caption { break-after: avoid; }
   figure, .table, .plot, tr { break-inside: avoid; }

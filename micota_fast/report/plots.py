@@ -147,7 +147,7 @@ def _dots(
         )
     _name_rows(axes, [series for series, _ in rows])
     low, high = min(row.low for _, row in rows), max(row.high for _, row in rows)
-    pad = max(0.06 * (high - low), 0.005)
+    pad = max(0.06 * (high - low), 0.001)
     axes.set_xlim(100 * max(low - pad, -pad / 2), 100 * min(high + pad, 1 + pad / 2))
     axes.set_xlabel(xlabel)
     return _svg(figure, name)
@@ -340,6 +340,8 @@ def _svg(figure: "Figure", name: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
+    # Its style sheet would hold for the whole page; the page's own says the same of the plots.
+    svg = re.sub(r"\s*<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
     opening, rest = svg.split(">", 1)
     box = re.search(r'viewBox="[^"]*"', opening)
     assert box is not None  # matplotlib always writes one

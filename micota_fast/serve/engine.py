@@ -113,6 +113,7 @@ class Engine:
         self.error: BaseException | None = None
 
         self._waiting: collections.deque[Request] = collections.deque()
+        self._prefilling: list[Request] = []
         self._running: list[Request] = []  # slot b of the cache belongs to _running[b]
         self._lengths = np.zeros(max_running, dtype=np.int64)  # tokens in each slot's cache
         self._last_ids = torch.zeros(
@@ -195,7 +196,7 @@ class Engine:
             log.exception("the engine has failed")
             with self._wake:
                 self.error = error
-        for request in (*self._running, *self._waiting, *self._incoming):
+        for request in (*self._running, *self._prefilling, *self._waiting, *self._incoming):
             message = f"the engine has failed: {self.error!r}" if self.error else "the server is shutting down"
             self._finish(request, _abort(message, 500))
 
@@ -233,6 +234,7 @@ class Engine:
                 batch.append(self._waiting.popleft())
             if not batch:
                 return
+            self._prefilling = batch
             self._prefill(batch)
 
     def _prefill(self, batch: list[Request]) -> None:
@@ -255,6 +257,7 @@ class Engine:
             if request.return_logprob and request.logprob_start_len >= 0 and not request.input_logprobs:
                 self._keep_prompt_logprobs(request, hidden_TH[start : start + len(request.input_ids)])
         self._running += batch
+        self._prefilling = []
         self._lengths[first : first + len(batch)] = lengths
         self._advance(first, hidden_TH[torch.from_numpy(cu_seqlens[1:] - 1).to(device)])
 

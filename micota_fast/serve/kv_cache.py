@@ -71,7 +71,8 @@ class KVCache:
     def _empty(self, S: int, K: int, L: int, d: int) -> Tensor:
         if self._backend == "numba":
             return torch.empty(S, K, d, L, device=self._device, dtype=self._dtype).mT
-        return torch.empty(S, K, L, d, device=self._device, dtype=self._dtype)
+        # Zeros: SDPA multiplies surplus positions by a weight of 0, and 0 times a NaN left in memory is NaN.
+        return torch.zeros(S, K, L, d, device=self._device, dtype=self._dtype)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a sequence of `length` tokens into another slot."""

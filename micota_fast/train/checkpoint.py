@@ -72,6 +72,7 @@ class Checkpoints:
             if tensors is not None and not int(faults):
                 step = int(folder.name.removeprefix("step-"))
                 _load(tensors, model, optimizer, step)
+                self._world.say(f"going on after step {step}, from {folder}")
                 return step
             if fault is not None:
                 print(f"WARNING: {fault}; trying the checkpoint before it", flush=True)

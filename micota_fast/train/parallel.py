@@ -68,11 +68,11 @@ def world(device: str) -> Iterator[World]:
         chosen = torch.device("cpu")
         if int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: gloo otherwise looks the host's name up
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    backend, own_device = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
     if size > 1:
-        dist.init_process_group(backend, rank=rank, world_size=size)
+        dist.init_process_group(backend, rank=rank, world_size=size, device_id=own_device)
     else:  # FSDP wants a group, of one
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=own_device)
     try:
         yield World(rank, size, chosen)
         # Without these two, gloo's threads now and then outlive what they use and the process aborts at its exit.

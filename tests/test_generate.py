@@ -1,0 +1,397 @@
+"""The client: a corpus is complete, each sample once, the same bytes, whoever is killed in between."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from aiohttp import web
+
+from micota_fast import generate
+from micota_fast.errors import InputError
+from micota_fast.recipe import ChatConfig, GenerateConfig, ServeConfig
+from micota_fast.records import Problem, read_completions, write_rows
+from micota_fast.serve.launch import serving
+
+SERVE = ServeConfig(dtype="float64", startup_timeout_s=120)
+SAMPLES = 2
+
+
+@pytest.fixture(scope="module")
+def url(qwen2_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(qwen2_checkpoint, SERVE, tmp_path_factory.mktemp("server") / "log.txt") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
+    write_rows(path, [Problem(f"p{i}", f"{i} + {i * i} =", str(i + i * i)) for i in range(30)])
+    return path
+
+
+def config(checkpoint: Path, problems: Path, out: Path, url: str | None, **more: Any) -> GenerateConfig:
+    settings: dict[str, Any] = {"samples": SAMPLES, "temperature": 0.8, "max_new_tokens": 40, "concurrency": 6}
+    return GenerateConfig(
+        model=str(checkpoint),
+        problems=str(problems),
+        out=str(out),
+        url=url,
+        chat=ChatConfig(system=None, prompt="{problem}"),
+        serve=SERVE,
+        **{**settings, **more},
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(url: str, qwen2_checkpoint: Path, problems: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an uninterrupted run writes."""
+    out = tmp_path_factory.mktemp("corpus") / "out.jsonl"
+    generate.run(config(qwen2_checkpoint, problems, out, url))
+    return out
+
+
+def test_the_corpus_is_complete_and_in_order(corpus: Path, url: str) -> None:
+    rows = read_completions(corpus)
+    assert [(r.id, r.sample) for r in rows] == [(f"p{i}", s) for i in range(30) for s in range(SAMPLES)]
+    for row in rows:
+        assert row.problem == f"{(i := int(row.id[1:]))} + {i * i} ="
+        assert row.answer == str(i + i * i)
+        assert row.finish_reason in ("stop", "length")
+        assert row.completion_tokens == 40 or row.finish_reason == "stop"
+    assert len({row.seed for row in rows}) == len(rows)
+    assert len({row.completion for row in rows}) > len(rows) / 2
+    meta = json.loads(Path(f"{corpus}.meta.json").read_text())
+    assert meta["completions"] == 60
+    assert meta["completion_tokens"] == sum(row.completion_tokens for row in rows)
+    assert sum(reason["completions"] for reason in meta["by_finish_reason"].values()) == 60
+    assert not Path(f"{corpus}.part").exists()
+
+
+def test_a_row_is_what_the_server_answers_to_the_rendered_prompt(
+    corpus: Path, url: str, qwen2_checkpoint: Path
+) -> None:
+    from micota_fast.chat import Chat
+
+    row = read_completions(corpus)[7]
+    chat = Chat.from_checkpoint(qwen2_checkpoint, ChatConfig(system=None, prompt="{problem}"))
+    ids = chat.encode_prompt(row.problem)
+    assert row.prompt_tokens == len(ids)
+    params = {"temperature": 0.8, "max_new_tokens": 40, "sampling_seed": row.seed}
+    import urllib.request
+
+    body = json.dumps({"input_ids": ids, "sampling_params": params}).encode()
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/generate", body)) as response:
+        assert json.loads(response.read())["text"] == row.completion
+
+
+def test_a_finished_run_is_left_alone_and_another_is_refused(
+    corpus: Path, qwen2_checkpoint: Path, problems: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nobody = "http://127.0.0.1:9"  # no server is needed to see that all is done
+    before = corpus.stat()
+    generate.run(config(qwen2_checkpoint, problems, corpus, nobody, concurrency=1))
+    assert "done already" in capsys.readouterr().out
+    assert corpus.stat().st_mtime_ns == before.st_mtime_ns
+    with pytest.raises(InputError, match=r"belongs to another run \(it differs in: sampling\)"):
+        generate.run(config(qwen2_checkpoint, problems, corpus, nobody, temperature=0.9))
+    with pytest.raises(InputError, match=r"it differs in: problems"):
+        generate.run(config(qwen2_checkpoint, problems, corpus, nobody, limit=3))
+
+
+def test_a_foreign_file_is_not_overwritten(tmp_path: Path, qwen2_checkpoint: Path, problems: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("mine\n")
+    with pytest.raises(InputError, match="was not written by generate"):
+        generate.run(config(qwen2_checkpoint, problems, out, "http://127.0.0.1:9"))
+    assert out.read_text() == "mine\n"
+
+
+CLIENT = """
+import json, sys
+from micota_fast import config, generate
+from micota_fast.recipe import GenerateConfig
+generate.run(config.build(GenerateConfig, json.loads(sys.argv[1]), "test"))
+"""
+
+
+def start_client(checkpoint: Path, problems: Path, out: Path, url: str | None) -> subprocess.Popen[bytes]:
+    import dataclasses
+
+    slow = config(checkpoint, problems, out, url, concurrency=2)  # slow enough to be killed on the way
+    values = json.dumps(dataclasses.asdict(slow))
+    return subprocess.Popen([sys.executable, "-c", CLIENT, values], stderr=subprocess.DEVNULL)
+
+
+def rows_in(part: Path) -> int:
+    return max(part.read_bytes().count(b"\n") - 1, 0) if part.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def test_sigkill_of_the_client(tmp_path: Path, url: str, corpus: Path, qwen2_checkpoint: Path, problems: Path) -> None:
+    """Killed at a quarter and at a half, each time with requests in flight; the third run ends it: the same bytes."""
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    for rows in (15, 30):
+        client = start_client(qwen2_checkpoint, problems, out, url)
+        wait_for(lambda rows=rows: rows_in(part) >= rows)  # type: ignore[misc]
+        client.kill()
+        assert client.wait() == -signal.SIGKILL
+        assert not out.exists()
+        assert rows <= rows_in(part) < 60
+    kept = part.read_bytes().splitlines()[1:31]
+    generate.run(config(qwen2_checkpoint, problems, out, url))
+    assert out.read_bytes() == corpus.read_bytes()
+    assert Path(f"{out}.meta.json").read_bytes() == Path(f"{corpus}.meta.json").read_bytes()
+    assert set(kept) <= set(out.read_bytes().splitlines())
+    assert not part.exists()
+
+
+def test_sigkill_between_the_last_writes(tmp_path: Path, corpus: Path, qwen2_checkpoint: Path, problems: Path) -> None:
+    """The two moments at the end: OUT is there but its meta file is not; both are there but OUT.part still is."""
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    request = config(qwen2_checkpoint, problems, out, "http://127.0.0.1:9")
+    from micota_fast.records import CompletionWriter, read_problems
+
+    asked = read_problems(problems)
+    with CompletionWriter(part, generate.fingerprint(asked, request)) as writer:
+        for row in reversed(read_completions(corpus)):
+            writer.append(row)
+    saved = part.read_bytes()
+    shutil.copy(corpus, out)
+    rows = generate.generate_corpus(asked, request, request.url or "", out)
+    assert rows == read_completions(corpus)
+    assert out.read_bytes() == corpus.read_bytes()
+    assert not part.exists()
+    part.write_bytes(saved)
+    assert generate.generate_corpus(asked, request, request.url or "", out) == rows
+    assert not part.exists()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_sigkill_of_the_server(
+    tmp_path: Path, corpus: Path, qwen2_checkpoint: Path, problems: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client waits, gives up cleanly, keeps its rows; with the server back it ends with the same bytes."""
+    monkeypatch.setattr(generate, "PATIENCE_URL_S", 1.0)
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    port = free_port()
+    serve = ServeConfig(dtype="float64", port=port)
+    request = config(qwen2_checkpoint, problems, out, f"http://127.0.0.1:{port}")
+    failures: list[BaseException] = []
+
+    def client() -> None:
+        try:
+            generate.run(request)
+        except InputError as error:
+            failures.append(error)
+
+    before = {child.pid for child in psutil.Process().children()}
+    with serving(qwen2_checkpoint, serve, tmp_path / "log.txt"):
+        # The guard of `processes.spawn` is the one child that leads a group of its own.
+        [group] = {c.pid for c in psutil.Process().children() if os.getpgid(c.pid) == c.pid} - before
+        thread = threading.Thread(target=client)
+        thread.start()
+        wait_for(lambda: rows_in(part) >= 10)
+        os.killpg(group, signal.SIGKILL)
+        thread.join(60)
+    assert "has given no answer for" in str(failures[0])
+    assert "start again" in str(failures[0])
+    assert 10 <= rows_in(part) < 60
+    assert not out.exists()
+    with serving(qwen2_checkpoint, serve, tmp_path / "log.txt"):
+        generate.run(request)
+    assert out.read_bytes() == corpus.read_bytes()
+
+
+def test_it_starts_and_stops_a_server_of_its_own(
+    tmp_path: Path, corpus: Path, qwen2_checkpoint: Path, problems: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    generate.run(config(qwen2_checkpoint, problems, out, None, limit=3))
+    assert out.read_bytes() == b"".join(corpus.read_bytes().splitlines(keepends=True)[: 3 * SAMPLES])
+    [told] = [line for line in Path(f"{out}.server.log").read_text().splitlines() if line.startswith("listening")]
+    with socket.socket() as probe, pytest.raises(ConnectionRefusedError):
+        probe.connect(("127.0.0.1", int(told.rpartition(":")[2])))
+
+
+# -- a server that misbehaves ----------------------------------------------------------------------------------------
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@contextlib.contextmanager
+def http_server(handler: Handler) -> Iterator[str]:
+    """An aiohttp server in a thread that answers POST /generate with `handler`."""
+    loop = asyncio.new_event_loop()
+    app = web.Application()
+    app.router.add_post("/generate", handler)
+    runner = web.AppRunner(app)
+
+    async def start() -> int:
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        port: int = runner.addresses[0][1]
+        return port
+
+    port = loop.run_until_complete(start())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def answer(body: dict[str, Any], reason: str = "stop") -> dict[str, Any]:
+    """In SGLang's shape; the text is made of the request, so that a mix-up would show."""
+    seed = body["sampling_params"].get("sampling_seed")
+    finish = (
+        {"type": reason, "matched": 2} if reason == "stop" else {"type": reason, "message": "", "status_code": None}
+    )
+    meta = {"finish_reason": finish, "prompt_tokens": len(body["input_ids"]), "completion_tokens": 3}
+    return {"text": f"{sum(body['input_ids'])} {seed}", "meta_info": meta}
+
+
+def test_faults_are_retried_until_each_sample_is_there_once(
+    tmp_path: Path, qwen2_checkpoint: Path, problems: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "BACKOFF_S", (0.005, 0.02))
+    seen: dict[str, int] = {}
+    faults = ["429", "500", "503", "reset", "truncated", "not json", "wrong shape", "abort", "short body"]
+
+    async def handler(http: web.Request) -> web.StreamResponse:
+        body = await http.json()
+        key = json.dumps(body)
+        tries = seen[key] = seen.get(key, -1) + 1
+        # Each request meets three different faults before it is answered.
+        fault = faults[(sum(body["input_ids"]) + tries) % len(faults)] if tries < 3 else None
+        whole = json.dumps(answer(body)).encode()
+        match fault:
+            case "429" | "500" | "503":
+                return web.json_response({"error": {"message": "busy"}}, status=int(fault))
+            case "reset":
+                assert http.transport is not None
+                http.transport.abort()
+                return web.Response()
+            case "truncated":
+                return web.Response(body=whole[:-5])
+            case "not json":
+                return web.Response(body=b"<html>")
+            case "wrong shape":
+                return web.json_response([])
+            case "abort":
+                return web.json_response(answer(body, "abort"))
+            case "short body":  # promises more than it sends
+                response = web.StreamResponse(headers={"Content-Length": str(len(whole))})
+                await response.prepare(http)
+                await response.write(whole[:10])
+                assert http.transport is not None
+                http.transport.close()
+                return response
+        return web.Response(body=whole)
+
+    out = tmp_path / "out.jsonl"
+    with http_server(handler) as url:
+        generate.run(config(qwen2_checkpoint, problems, out, url, concurrency=16))
+    rows = read_completions(out)
+    assert [(r.id, r.sample) for r in rows] == [(f"p{i}", s) for i in range(30) for s in range(SAMPLES)]
+    assert all(row.completion.split()[1] == str(row.seed) for row in rows)
+    assert len(seen) == 60
+    assert set(seen.values()) == {3}
+
+
+def test_what_the_server_refuses_ends_the_run_and_names_the_problem(
+    tmp_path: Path, qwen2_checkpoint: Path, problems: Path
+) -> None:
+    calls = []
+
+    async def handler(http: web.Request) -> web.StreamResponse:
+        calls.append(http)
+        if len(calls) == 5:
+            return web.json_response({"error": {"message": "top_p is odd"}}, status=400)
+        return web.json_response(answer(await http.json()))
+
+    out = tmp_path / "out.jsonl"
+    with http_server(handler) as url, pytest.raises(InputError, match=r"problem 'p\d+': .*HTTP 400: top_p is odd"):
+        generate.run(config(qwen2_checkpoint, problems, out, url, concurrency=1))
+    assert len(calls) == 5
+    assert rows_in(tmp_path / "out.jsonl.part") == 4
+
+
+def test_nothing_that_could_kill_a_server_is_sent(tmp_path: Path, qwen2_checkpoint: Path, problems: Path) -> None:
+    async def handler(http: web.Request) -> web.StreamResponse:
+        raise AssertionError("it was sent")
+
+    small = tmp_path / "small"
+    shutil.copytree(qwen2_checkpoint, small)
+    raw = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**raw, "vocab_size": 100}))
+    with http_server(handler) as url:
+        with pytest.raises(InputError, match=r"problem 'p0': .*token id \d+; the model knows only 100"):
+            generate.run(config(small, problems, tmp_path / "a.jsonl", url))
+        (small / "config.json").write_text(json.dumps({**raw, "max_position_embeddings": 16}))
+        with pytest.raises(InputError, match=r"problem 'p0': .*context of 16"):
+            generate.run(config(small, problems, tmp_path / "b.jsonl", url))
+
+
+def test_the_answer_limit_fits_the_context(tmp_path: Path, qwen2_checkpoint: Path, problems: Path) -> None:
+    """SGLang refuses what could grow over its context (512 here): the limit sent is what is left of it."""
+    asked: list[dict[str, Any]] = []
+
+    async def handler(http: web.Request) -> web.StreamResponse:
+        asked.append(await http.json())
+        return web.json_response(answer(asked[-1]))
+
+    greedy = {"max_new_tokens": 16384, "temperature": 0.0, "samples": 1, "stop": ["\n\n"], "limit": 4}
+    with http_server(handler) as url:
+        generate.run(config(qwen2_checkpoint, problems, tmp_path / "out.jsonl", url, **greedy))
+    assert [a["sampling_params"]["max_new_tokens"] for a in asked] == [511 - len(a["input_ids"]) for a in asked]
+    assert all(a["sampling_params"]["stop"] == ["\n\n"] for a in asked)
+    assert all("sampling_seed" not in a["sampling_params"] for a in asked)
+    assert {row.seed for row in read_completions(tmp_path / "out.jsonl")} == {None}
+
+
+def test_seeds_depend_on_problem_and_sample_alone() -> None:
+    seeds = {generate.derive_seed(s, f"p{i}", k) for s in range(2) for i in range(50) for k in range(4)}
+    assert len(seeds) == 400
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert generate.derive_seed(0, "p1", 2) == generate.derive_seed(0, "p1", 2)
+
+
+def test_the_fingerprint_tells_checkpoints_apart(tmp_path: Path, qwen2_checkpoint: Path) -> None:
+    """Same files, same fingerprint; another weight, another. (Of large files only blocks are read.)"""
+    copy = tmp_path / "copy"
+    shutil.copytree(qwen2_checkpoint, copy)
+    assert generate.model_fingerprint(copy) == generate.model_fingerprint(qwen2_checkpoint)
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert generate.model_fingerprint(copy) != generate.model_fingerprint(qwen2_checkpoint)
