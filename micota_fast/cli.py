@@ -135,7 +135,7 @@ def _run(parsed: argparse.Namespace) -> None:
 
 def _stage(parsed: argparse.Namespace) -> None:
     cls, place = STAGES[parsed.verb]
-    options = config.load(cls, parsed.config, parsed.overrides)
+    options: Any = config.load(cls, parsed.config, parsed.overrides)
     module, _, function = place.partition(":")
     if getattr(importlib.import_module(module), function)(options) is False:
         raise KeyboardInterrupt  # stopped by a signal, with its work kept
