@@ -66,7 +66,7 @@ SIZES: dict[str, Size] = {
         2,
         192,
         1,
-        (Phase("short", 12000, 4e-3, 1.0), Phase("mixture", 4000, 4e-3, 0.03), Phase("short", 600, 1e-3, 0.03)),
+        (Phase("short", 15000, 4e-3, 1.0), Phase("mixture", 6000, 4e-3, 0.03), Phase("short", 1000, 1e-3, 0.03)),
     ),
     "assistant": Size(
         96,

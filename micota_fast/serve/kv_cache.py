@@ -152,16 +152,17 @@ def _attend_one(q, k_new, v_new, k, v, lengths, out):  # type: ignore[no-untyped
     K = k.shape[1]
     G = N // K
     scale = q.dtype.type(1.0 / np.sqrt(d))
+    zero = q.dtype.type(0.0)
     row = np.empty(k.shape[3], q.dtype)
     for b in range(B):
         n = lengths[b] + 1
         for h in range(K):
-            keys, values = k[b, h], v[b, h]
             for i in range(d):
-                keys[i, n - 1] = k_new[b, h, i]
-                values[i, n - 1] = v_new[b, h, i]
+                k[b, h, i, n - 1] = k_new[b, h, i]
+                v[b, h, i, n - 1] = v_new[b, h, i]
+            keys, values = k[b, h], v[b, h]
             for g in range(h * G, h * G + G):
-                row[:n] = q.dtype.type(0.0)
+                row[:n] = zero
                 for i in range(d):
                     x = q[b, g, i] * scale
                     for t in range(n):
@@ -169,12 +170,13 @@ def _attend_one(q, k_new, v_new, k, v, lengths, out):  # type: ignore[no-untyped
                 top = row[0]
                 for t in range(n):
                     top = max(top, row[t])
-                total = q.dtype.type(0.0)
                 for t in range(n):
                     row[t] = np.exp(row[t] - top)
+                total = zero
+                for t in range(n):
                     total += row[t]
                 for i in range(d):
-                    acc = q.dtype.type(0.0)
+                    acc = zero
                     for t in range(n):
                         acc += row[t] * values[i, t]
                     out[b, g, i] = acc / total

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from micota_fast import processes
 from micota_fast.errors import InputError
@@ -35,19 +36,36 @@ def serving(model: str | Path, config: ServeConfig, log_path: str | Path) -> Ite
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as log:
         start = log.tell()
-        if config.engine == "embedded":
-            port = config.port
-            process = processes.spawn(_embedded_command(str(model), config), stdout=log, stderr=subprocess.STDOUT)
-        else:
-            # SGLang takes no port 0, nor does it say which it took.
-            port = config.port or _free_port(config.host)
-            command = sglang.command(str(model), config, port)
-            environment = sglang.environment()
-            process = processes.spawn(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process, port = _start(str(model), config, log)
     try:
         yield _wait_ready(process, config, port, log_path, start)
     finally:
         processes.stop(process)
+
+
+def serve_in_foreground(model: str, config: ServeConfig) -> None:
+    """Run the engine that `config` names until it ends or is interrupted; its output is ours.
+
+    Raises:
+        InputError: the server ended by itself.
+    """
+    process, _ = _start(model, config, None)
+    try:
+        status = process.wait()
+    finally:
+        processes.stop(process)
+    raise InputError(f"the server for {model} ended with status {status}; its messages are above")
+
+
+def _start(model: str, config: ServeConfig, log: IO[bytes] | None) -> tuple[subprocess.Popen[bytes], int]:
+    """The engine's process, and its port; 0 where the server chooses one and says which."""
+    errors = subprocess.STDOUT if log else None
+    if config.engine == "embedded":
+        return processes.spawn(_embedded_command(model, config), stdout=log, stderr=errors), config.port
+    # SGLang takes no port 0, nor does it say which it took.
+    port = config.port or _free_port(config.host)
+    command = sglang.command(model, config, port)
+    return processes.spawn(command, env=sglang.environment(), stdout=log, stderr=errors), port
 
 
 def _embedded_command(model: str, config: ServeConfig) -> list[str]:

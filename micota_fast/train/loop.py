@@ -92,6 +92,7 @@ def _train(config: TrainConfig, world: World, stop: "StopSignals") -> bool:
             meters.sync()
             folder = checkpoints.save(done, model, optimizer)
         if stopping and done < total:
+            meters.close()
             world.say(f"stopped after step {done}, which {folder} holds; the same command goes on from there")
             return False
 
