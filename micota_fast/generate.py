@@ -41,6 +41,11 @@ BACKOFF_S = 0.25, 15.0  # first and longest pause between two tries of a request
 # How long every try may fail before the run gives up: a server elsewhere may be restarted, ours will not.
 PATIENCE_OWN_S, PATIENCE_URL_S = 20.0, 600.0
 PROGRESS_S = 5.0
+# SGLang takes `sampling_seed` from everyone, but heeds it in this mode alone.
+SEEDS_IGNORED = (
+    "{url}: this SGLang server ignores sampling seeds (it runs without --enable-deterministic-inference): "
+    "the answers are random, and another run's will differ"
+)
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 64, 1 << 16
 
 
@@ -232,7 +237,10 @@ class _Client:
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=30.0)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            self._context_length = await self._ask_context_length(session)
+            info = await self._server_info(session)
+            self._context_length = self._find_context_length(info)
+            if self._config.temperature > 0 and info.get("enable_deterministic_inference") is False:
+                print(SEEDS_IGNORED.format(url=self._url), file=sys.stderr, flush=True)
             jobs = self._jobs()
             progress = asyncio.create_task(self._report())
             try:
@@ -244,13 +252,17 @@ class _Client:
             finally:
                 progress.cancel()
 
-    async def _ask_context_length(self, session: aiohttp.ClientSession) -> int:
-        """Tokens of prompt and answer together: what the server says, else (SGLang at its default) the checkpoint's."""
+    async def _server_info(self, session: aiohttp.ClientSession) -> dict[str, Any]:
+        """What the server tells of its settings; nothing where it does not answer (a router, say)."""
         info = None
         with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
             async with asyncio.timeout(30.0), session.get(f"{self._url}/get_server_info") as response:
                 info = await response.json(content_type=None)
-        value = info.get("context_length") if isinstance(info, dict) else None
+        return info if isinstance(info, dict) else {}
+
+    def _find_context_length(self, info: Mapping[str, Any]) -> int:
+        """Tokens of prompt and answer together: what the server says, else (SGLang at its default) the checkpoint's."""
+        value = info.get("context_length")
         if isinstance(value, int):
             return value
         return ModelConfig.from_checkpoint(_checkpoint(self._config)).max_position_embeddings
@@ -291,7 +303,8 @@ class _Client:
         seed = None
         if self._config.temperature > 0:
             seed = params["sampling_seed"] = derive_seed(self._config.seed, job.problem.id, job.sample)
-        # SGLang refuses a request whose prompt and limit together reach the context length.
+        # SGLang refuses a request whose prompt and limit together exceed the context length (0.5.23; it then stops two
+        # short of it, with "length").
         room = self._context_length - len(job.input_ids) - 1
         params["max_new_tokens"] = min(params["max_new_tokens"], room)
         body = {"input_ids": job.input_ids, "sampling_params": params}

@@ -5,8 +5,6 @@ work folder, runs the production trainer (`python -m micota_fast.train`) on them
 the results. The same machine, torch version and thread count give the same bytes.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -60,31 +58,39 @@ class Size:
 PACK_TOKENS = 1024
 SIZES: dict[str, Size] = {
     "student": Size(
-        64,
-        3,
-        4,
-        2,
-        192,
-        1,
-        (Phase("short", 15000, 4e-3, 1.0), Phase("mixture", 6000, 4e-3, 0.03), Phase("short", 1000, 1e-3, 0.03)),
+        hidden=64,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        intermediate=192,
+        seed=1,
+        phases=(
+            Phase("short", 24000, 4e-3, 1.0),
+            Phase("mixture", 8000, 4e-3, 0.03),
+            Phase("short", 300, 1e-3, 0.03),
+        ),
     ),
     "assistant": Size(
-        96,
-        3,
-        6,
-        2,
-        256,
-        2,
-        (Phase("short", 9000, 3e-3, 1.0), Phase("mixture", 5000, 3e-3, 0.03), Phase("short", 1000, 1e-3, 0.03)),
+        hidden=96,
+        layers=3,
+        heads=6,
+        kv_heads=2,
+        intermediate=256,
+        seed=2,
+        phases=(
+            Phase("short", 20000, 3e-3, 1.0),
+            Phase("mixture", 24000, 3e-3, 0.03),
+            Phase("short", 1000, 1e-3, 0.03),
+        ),
     ),
     "teacher": Size(
-        128,
-        3,
-        8,
-        2,
-        384,
-        3,
-        (Phase("short", 9000, 2e-3, 1.0), Phase("mixture", 6000, 2e-3, 0.03), Phase("long", 2000, 1e-3, 0.03)),
+        hidden=128,
+        layers=3,
+        heads=8,
+        kv_heads=2,
+        intermediate=384,
+        seed=3,
+        phases=(Phase("short", 9000, 2e-3, 1.0), Phase("long", 10000, 2e-3, 0.03)),
     ),
 }
 

@@ -12,8 +12,6 @@ A :class:`Thoroughness` holds one probability for each decision. ``SHORT`` takes
 Everything here is a pure function of its arguments and of the ``random.Random`` passed in.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Iterator

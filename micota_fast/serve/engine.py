@@ -144,9 +144,8 @@ class Engine:
             )
         request = Request(rid, input_ids, params, **options)
         request.max_new_tokens = min(params.max_new_tokens, room)
-        request.stop_ids = params.stop_token_ids
-        if not params.ignore_eos:
-            request.stop_ids = request.stop_ids | set(self.chat.eos_ids)
+        if not params.ignore_eos:  # in SGLang it switches stop_token_ids off, too
+            request.stop_ids = params.stop_token_ids | set(self.chat.eos_ids)
         return request
 
     def submit(self, request: Request) -> None:
