@@ -62,8 +62,8 @@ class Chat:
         self._turn_tail = self._end_of_turn = ""
         token_ids = tokenizer.get_vocab(with_added_tokens=True)
         token_texts = {i: text for text, i in token_ids.items()}
+        special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
         if template is not None:
-            special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
             special += [token_texts[i] for i in eos_ids]
             self._turn_tail, self._end_of_turn = _probe_end_of_turn(template, special)
             if self._end_of_turn:
@@ -74,16 +74,24 @@ class Chat:
                 f"{where}: no token ends an answer: set `eos_token` in tokenizer_config.json or "
                 f"`eos_token_id` in generation_config.json"
             )
-        self._stop_texts = [token_texts[i] for i in self.eos_ids]
+        stop_texts = [token_texts[i] for i in self.eos_ids]
+        self._control_texts = tuple(dict.fromkeys([*stop_texts, *special]))
         self._bare_prefix = ""
         if template is None:
-            self._turn_tail = self._end_of_turn = self._stop_texts[0]
+            self._turn_tail = self._end_of_turn = stop_texts[0]
             if tokenizer.encode(self._end_of_turn, add_special_tokens=False).ids != [self.eos_ids[0]]:
                 raise InputError(f"{where}/tokenizer.json: stop token {self._end_of_turn!r} is not an added token")
             # A model whose tokenizer puts a BOS before bare text was pre-trained on it; templates write their own.
             with_special = tokenizer.encode("", add_special_tokens=True).ids
             if bos_token is not None and with_special[:1] == [tokenizer.token_to_id(bos_token)]:
                 self._bare_prefix = bos_token
+        two = [i for text in "ab" for i in tokenizer.encode(text, add_special_tokens=False).ids]
+        if tokenizer.decode(two, skip_special_tokens=False) != "ab":
+            raise InputError(
+                f"{where}/tokenizer.json: the tokenizer adds to every piece of text it is given, as Llama 2's does a "
+                f"space (Metaspace, Prepend, add_prefix_space), so a prompt and its answer cannot be tokenised one by "
+                f"one; such checkpoints are not supported (byte-level BPE as in Qwen and Llama 3 is)"
+            )
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, config: ChatConfig) -> "Chat":
@@ -132,7 +140,13 @@ class Chat:
         return cls(tokenizer, template, config, eos_ids, vocab_size, tokens.get("bos_token"), str(path))
 
     def prompt_messages(self, problem: str) -> list[Message]:
-        """The conversation that asks a problem: the configured system message (if any) and the user's."""
+        """The conversation that asks a problem: the configured system message (if any) and the user's.
+
+        Raises:
+            InputError: the problem holds the text of a control token, which would be read as that token.
+        """
+        if (token := self._control_token(problem.removeprefix(self._bare_prefix))) is not None:
+            raise InputError(f"the problem contains the control token {token!r} in its text")
         user = {"role": "user", "content": self._config.prompt.replace("{problem}", problem)}
         return [*self.system_messages(), user]
 
@@ -171,17 +185,18 @@ class Chat:
         through its end-of-turn token; what follows that token (a newline, say) belongs to the next prompt.
 
         Raises:
-            InputError: the conversation does not end with the assistant, a message holds a stop token, or the template
-                would have the model learn a text other than the messages' (it drops or rewrites part of a turn).
+            InputError: the conversation does not end with the assistant, a message holds the text of a control token
+                (which would be read, or learned, as that token), or the template would have the model learn a text
+                other than the messages' (it drops or rewrites part of a turn).
         """
         if not messages or messages[-1]["role"] != "assistant":
             raise InputError("the conversation does not end with an assistant message: there is nothing to learn")
         for number, message in enumerate(messages, 1):
-            for stop in self._stop_texts:
-                if stop in message["content"]:
-                    raise InputError(
-                        f"message {number} ({message['role']}) contains the stop token {stop!r} in its text"
-                    )
+            text = message["content"]
+            if self._template is None and message["role"] == "user":
+                text = self._without_own_markup(text)
+            if (token := self._control_token(text)) is not None:
+                raise InputError(f"message {number} ({message['role']}) contains the control token {token!r} in its text")
         if not self._end_of_turn:
             raise InputError(
                 f"{self._template_where()}: the chat template puts no special token after an assistant's message, so a "
@@ -238,13 +253,23 @@ class Chat:
         return encoded.input_ids.tolist(), encoded.supervised.tolist()
 
     def encode_prompt(self, problem: str) -> list[int]:
-        """The ids sent to the model to have a problem answered."""
+        """The ids sent to the model to have a problem answered; raises InputError as `prompt_messages`."""
         text = self.render(self.prompt_messages(problem), add_generation_prompt=True)
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def _control_token(self, text: str) -> str | None:
+        return next((token for token in self._control_texts if token in text), None)
+
+    def _without_own_markup(self, text: str) -> str:
+        """A bare prompt without the recipe's part of it, which may hold control tokens: no template writes them."""
+        before, _, after = self._config.prompt.partition("{problem}")
+        if text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):
+            text = text[len(before) : len(text) - len(after)]
+        return text.removeprefix(self._bare_prefix)
 
     def _template_where(self) -> str:
         return self._where if self._template is None else self._template.where

@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"micota {parsed.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"micota {parsed.verb}: interrupted; the same command goes on from here", file=sys.stderr)
+        went_on = "" if parsed.verb == "serve" else "; the same command goes on from here"
+        print(f"micota {parsed.verb}: interrupted{went_on}", file=sys.stderr)
         return 130
     return 0
 
@@ -90,10 +91,9 @@ def _add_set(verb: argparse.ArgumentParser) -> None:
         "--set",
         dest="overrides",
         metavar="KEY=VALUE",
-        nargs="+",
-        action="extend",
+        action="append",
         default=[],
-        help="set an option, nested ones as a.b=value; wins over the file",
+        help="set an option, nested ones as a.b=value; wins over the file; can be repeated",
     )
 
 

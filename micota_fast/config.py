@@ -105,10 +105,17 @@ def plain(value: Any) -> Any:
 
 
 def identity(value: Any) -> Any:
-    """As `plain`, without the operational options: what the result depends on."""
+    """As `plain`, without the operational options: what the result depends on.
+
+    A mapping becomes a list of pairs, since its order may matter (arms of a table, parts of a mix).
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [field for field in dataclasses.fields(value) if not field.metadata.get("operational")]
         return {field.name: identity(getattr(value, field.name)) for field in fields}
+    if isinstance(value, dict):
+        return [[key, identity(item)] for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [identity(item) for item in value]
     return plain(value)
 
 
@@ -157,6 +164,7 @@ def _apply_override(root: yaml.Node, override: str) -> None:
         raise InputError(f"{source}: expected key=value, for example --set train.lr=2e-5")
     if not isinstance(root, yaml.MappingNode):
         raise InputError(f"{source}: the configuration is not a mapping")
+    _unshare(root)
     value = _compose(text, source) or yaml.ScalarNode("tag:yaml.org,2002:null", "null")
     value.start_mark = yaml.Mark(source, 0, 0, 0, "", 0)
     node = root
@@ -180,6 +188,19 @@ def _apply_override(root: yaml.Node, override: str) -> None:
             node = child
         else:
             node = node.value[found][1]
+
+
+def _unshare(node: yaml.Node) -> None:
+    """Give every place of a YAML alias a node of its own, so that overriding one leaves the others alone."""
+    if isinstance(node, yaml.MappingNode):
+        node.value = [(key, copy.copy(child)) for key, child in node.value]
+        children = [child for _, child in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        node.value = children = [copy.copy(child) for child in node.value]
+    else:
+        return
+    for child in children:
+        _unshare(child)
 
 
 def _build(hint: Any, node: yaml.Node | None, where: _Where) -> Any:

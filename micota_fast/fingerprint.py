@@ -18,8 +18,8 @@ def of_json(value: Any) -> str:
 class Fingerprints:
     """Content hashes of files and folders.
 
-    A file whose size, inode and modification time (nanoseconds) are as remembered is not read again. So nothing is
-    judged by its time: a touched file is hashed anew and found equal.
+    A file whose size, inode, modification and change time (nanoseconds) are as remembered is not read again. So nothing
+    is judged by its time: a touched file is hashed anew and found equal.
 
     Args:
         memory: file that keeps the hashes between runs.
@@ -50,10 +50,10 @@ class Fingerprints:
 
     def _of_file(self, path: Path) -> str:
         stat = path.stat()
-        state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         known = self._known.get(str(path))
-        if known is not None and known[:3] == state:
-            return str(known[3])
+        if known is not None and known[:-1] == state:
+            return str(known[-1])
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self._known[str(path)] = [*state, digest]

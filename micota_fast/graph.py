@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
@@ -67,6 +68,8 @@ def plan(recipe: Recipe, recipe_path: Path, run_dir: Path) -> list[Stage]:
         InputError: a file or checkpoint that the recipe names is not there, an override is bad, or models and corpora
             are made of each other in a circle.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the report at the end needs matplotlib: pip install 'micota-fast[report]'")
     return _Planner(recipe, recipe_path, run_dir).stages()
 
 
@@ -154,7 +157,7 @@ class _Planner:
         assert spec is not None
         content = copy.deepcopy(spec.mergekit)
         inputs: list[Artefact] = []
-        for holder, key in _model_names(content):
+        for holder, key in _model_names(content, f"{self.path}, `models.{name}.merge.mergekit`"):
             if holder[key] not in self.recipe.models:
                 raise InputError(f"{self.path}, `models.{name}.merge`: {holder[key]!r} is not a name under `models`")
             artefact = self.model(holder[key])
@@ -219,7 +222,7 @@ class _Planner:
         """Settings with the server of this model in them."""
         spec = self.recipe.models[model]
         serve = self._settings(ServeConfig, defaults.serve, spec.serve, f"models.{model}.serve")
-        return dataclasses.replace(defaults, serve=serve, url=spec.url or defaults.url)
+        return dataclasses.replace(defaults, serve=serve, url=spec.url)
 
     def _evaluate(self, stage: str, model: Artefact, served_as: str) -> None:
         settings = self._served(self.recipe.evaluate, served_as)
@@ -262,7 +265,7 @@ class _Planner:
             corpora={name: {kind: a.location for kind, a in kinds.items()} for name, kinds in corpora.items()},
             training={arm: [artefact.location for artefact in of_arm] for arm, of_arm in metrics.items()},
             notes=recipe.notes,
-            provenance=provenance(recipe),
+            provenance=versions(),
         )
         self._add(Stage("report", "report", settings, tuple(inputs), ("report.html", "table.md", "report.json")))
 
@@ -288,12 +291,11 @@ class _Planner:
         return files
 
 
-def provenance(recipe: Recipe) -> dict[str, str]:
-    """What the numbers were made with: versions and machine, without times, so that equal runs give equal reports."""
+def versions() -> dict[str, str]:
+    """What a stage is made with: packages and machine, without times, so that equal runs give equal records."""
     packages = ("micota-fast", "torch", "numba", "tokenizers", "safetensors", "math-verify")
     found = {package: _version(package) for package in packages}
     return {
-        "recipe": recipe.name,
         "python": platform.python_version(),
         **{package: version for package, version in found.items() if version},
         "platform": f"{sys.platform} {platform.machine()}, {os.cpu_count()} cores, {_cpu_model()}",
@@ -328,10 +330,12 @@ def _merge(defaults: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any
     return merged
 
 
-def _model_names(content: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+def _model_names(content: dict[str, Any], where: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Places in a mergekit configuration that hold a model's name."""
-    if isinstance(content.get("base_model"), str):
+    if "base_model" in content:
         yield content, "base_model"
-    for entry in content.get("models", []):
-        if isinstance(entry, dict) and isinstance(entry.get("model"), str):
-            yield entry, "model"
+    entries = content.get("models")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "model" in entry for entry in entries):
+        raise InputError(f"{where}.models must be a list of mappings, each with a key `model`")
+    for entry in entries:
+        yield entry, "model"

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,12 +22,12 @@ from typing import IO, Any, Literal
 from micota_fast import config, processes
 from micota_fast.errors import InputError
 from micota_fast.fingerprint import Fingerprints, of_json
-from micota_fast.graph import Artefact, Stage
+from micota_fast.graph import Artefact, Stage, versions
 from micota_fast.recipe import LaunchConfig
 from micota_fast.records import write_atomic
 
 DONE, MAKING = "done.json", "making.json"
-LOCK_WAIT_S = 20.0  # the stages of a killed run take up to processes.GUARD_GRACE_S to end
+LOCK_WAIT_S = 30.0  # the stages of a killed run have up to 3 * processes.GUARD_GRACE_S to end
 POLL_S = 0.05
 SAY_EVERY_S = 5.0
 TAIL_LINES = 25
@@ -59,6 +60,8 @@ class Run:
         found: dict[str, Status] = {}
         for stage in self.stages:
             found[stage.name] = self._status(stage, {name: found[name].state for name in stage.needs})
+        if self.folder.is_dir():
+            self.fingerprints.save()
         return found
 
     def run(self, say: Callable[[str], None]) -> None:
@@ -99,20 +102,24 @@ class Run:
 
     def _identity(self, stage: Stage) -> dict[str, Any]:
         """What the stage's result depends on, free of where things lie."""
-        places = {artefact.location: self._content(artefact) for artefact in stage.inputs}
+        contents = {artefact.location: self._content(artefact) for artefact in stage.inputs}
+        places = contents | {str(self.folder): "RUN"}
+        # A place ends where its name ends: /models/qwen is not the beginning of /models/qwen-long.
+        longest_first = sorted(places, key=len, reverse=True)
+        pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})(?![\\w.+~-])")
 
         def placeless(value: Any) -> Any:
             if isinstance(value, dict):
-                return {placeless(key): placeless(item) for key, item in value.items()}
+                return {key: placeless(item) for key, item in value.items()}
             if isinstance(value, list):
                 return [placeless(item) for item in value]
-            if isinstance(value, str):
-                for place, content in places.items():
-                    value = value.replace(place, content)
-                return value.replace(str(self.folder), "RUN")
-            return value
+            return pattern.sub(lambda found: places[found[0]], value) if isinstance(value, str) else value
 
-        identity = {"verb": stage.verb, "options": placeless(config.identity(stage.settings))}
+        identity = {
+            "verb": stage.verb,
+            "options": placeless(config.identity(stage.settings)),
+            "inputs": list(contents.values()),
+        }
         if stage.files:
             identity["files"] = placeless(stage.files)
         # As it reads back from JSON, so that it compares equal.
@@ -138,14 +145,15 @@ class Run:
                         continue
                     waiting.remove(stage)
                     status = self._status(stage, {})
+                    restored = status.state != "done" and self._prepare(stage, status)
+                    if restored:
+                        status = self._status(stage, {})
+                        if status.state == "done":
+                            say(f"{stage.name}: taken up again as it was made before")
+                        else:  # what came back is damaged, or was never finished
+                            self._prepare(stage, status)
                     if status.state == "done":
                         done.add(stage.name)
-                        continue
-                    assert status.identity is not None
-                    self._prepare(stage, status.identity)
-                    if (self.folder / stage.name / DONE).exists():
-                        done.add(stage.name)
-                        say(f"[{len(done)}/{len(self.stages)}] {stage.name}: taken up again as it was made before")
                         continue
                     running[stage.name] = _Running(stage, self.folder / stage.name, self.launch, lock)
                     say(f"[{len(done)}/{len(self.stages)}] {stage.name}: {_reason(status)}")
@@ -170,30 +178,35 @@ class Run:
                 process.stop()
             self.fingerprints.save()
 
-    def _prepare(self, stage: Stage, identity: dict[str, Any]) -> None:
-        """Make the stage's folder ready: take up what was begun for this identity, set aside anything else."""
-        folder = self.folder / stage.name
+    def _prepare(self, stage: Stage, status: Status) -> bool:
+        """Make the stage's folder ready: keep what was begun for this identity, set aside anything else.
+
+        Returns whether a folder that had been set aside for this identity is back, to be looked at again.
+
+        Raises:
+            InputError: the folder holds files that are not ours.
+        """
+        folder, identity = self.folder / stage.name, status.identity
+        assert identity is not None
+        there = _read_json(folder / DONE) or _read_json(folder / MAKING)
+        if there is None and folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
+            raise InputError(f"{folder} holds files that no run has made; choose another --out, or move them away")
+        if there is not None and there["identity"] != identity:
+            aside = _aside(folder, there["identity"])
+            _remove(aside)
+            folder.rename(aside)
+        elif there is not None and status.state == "stale":
+            _remove(folder)  # made for this identity, and damaged since
         wanted = _aside(folder, identity)
-        current = _read_json(folder / MAKING)
-        if folder.exists() and (current is None or current["identity"] != identity or (folder / DONE).exists()):
-            there = _read_json(folder / DONE) or current
-            same = there is not None and there["identity"] == identity
-            if there is None or same:
-                shutil.rmtree(folder)  # nothing of worth: no stage was begun here, or its outputs are damaged
-            else:
-                aside = _aside(folder, there["identity"])
-                if aside.exists():
-                    shutil.rmtree(aside)
-                folder.rename(aside)
         if not folder.exists() and wanted.exists():
             wanted.rename(folder)
-            if (folder / DONE).exists():
-                return
+            return True
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / MAKING, [json.dumps({"identity": identity}, indent=1).encode()])
         write_atomic(folder / "config.yaml", [config.dump(stage.settings).encode()])
         for name, text in stage.files.items():
             write_atomic(folder / name, [text.encode()])
+        return False
 
     def _finish(self, process: "_Running") -> None:
         stage, folder = process.stage, process.folder
@@ -207,6 +220,7 @@ class Run:
             "command": process.command,
             "identity": making["identity"],
             "outputs": {name: self.fingerprints.of(folder / name) for name in stage.outputs},
+            "versions": versions(),
             "seconds": round(process.seconds(), 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
@@ -222,6 +236,8 @@ class _Running:
         self.log = folder / "log.txt"
         self.command = _command(stage, folder / "config.yaml", launch)
         env = os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if "torch.distributed.run" in self.command:
+            env["MICOTA_DIE_WITH_PARENT"] = "1"  # torchrun's workers leave our process group; they end with torchrun
         if launch.threads is not None:
             env |= {"OMP_NUM_THREADS": str(launch.threads), "NUMBA_NUM_THREADS": str(launch.threads)}
         self._started = self._said_at = time.monotonic()
@@ -288,6 +304,15 @@ def _aside(folder: Path, identity: dict[str, Any]) -> Path:
     return folder.with_name(f"{folder.name}~{of_json(identity)[:10]}")
 
 
+def _remove(folder: Path) -> None:
+    """Delete a folder such that no part of it is ever found under its name."""
+    if folder.exists():
+        trash = folder.with_name(f"{folder.name}~trash")
+        shutil.rmtree(trash, ignore_errors=True)
+        folder.rename(trash)
+        shutil.rmtree(trash)
+
+
 def _reason(status: Status) -> str:
     return {"to do": "starts", "partial": "goes on"}.get(status.state, f"again ({status.why})")
 
@@ -318,7 +343,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _locked(path: Path, say: Callable[[str], None]) -> Iterator[IO[bytes]]:
-    """Hold the run's lock. The stages' guards inherit it, so it is free only when the last process of a run is gone."""
+    """Hold the run's lock.
+
+    The stages' guards inherit it and end last, so it is free only when the last process of a run is gone.
+    """
     with path.open("ab") as file:
         started = time.monotonic()
         while True:

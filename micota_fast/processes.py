@@ -4,10 +4,11 @@ Two means, each for what it can do:
 
 - `die_with_parent()` is called *by a child of ours* at its start: the kernel then signals it when its parent dies.
 - `spawn()` starts *any* command, which knows nothing of us, behind a small guard process (this file, run as a script).
-  The guard leads a process group, starts the command inside it, and takes the whole group down when we stop it or die,
-  also by SIGKILL. Engines that start workers of their own (tensor parallel ranks, schedulers) go with it.
+  The guard starts the command in a process group, takes the whole group down when we stop it or die, also by SIGKILL,
+  and ends last. Engines that start workers of their own (tensor parallel ranks, schedulers) go with it.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 GUARD_GRACE_S = 5.0  # between the guard's SIGTERM and its SIGKILL to the group
 
 
@@ -56,9 +57,9 @@ def spawn(
 ) -> subprocess.Popen[bytes]:
     """Start `command` in a process group of its own that ends with this process.
 
-    Returns the guard's Popen: its pid is the group's id, its return code the command's (128 + n where signal n ended
-    it, 127 where it could not be started). End it with `stop()`. The guard, not the command, inherits `pass_fds`: a
-    lock among them is held until the last of the group is gone.
+    Returns the guard's Popen: its return code is the command's (128 + n where signal n ended it, 127 where it could not
+    be started), and it ends only after everything that the command has started has ended. The guard, not the command,
+    inherits `pass_fds`: a lock among them is held until then. End it with `stop()`.
     """
     guard = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(os.getpid()), *command]
     return subprocess.Popen(
@@ -68,54 +69,80 @@ def spawn(
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,
-        process_group=0,
+        process_group=0,  # a Ctrl-C at the terminal reaches us alone; we decide what ends
         pass_fds=pass_fds,
     )
 
 
-def stop(process: subprocess.Popen[bytes], grace_s: float = 10.0) -> int:
-    """End a process started by `spawn` and its whole group: SIGTERM, then SIGKILL after `grace_s` seconds.
+def stop(process: subprocess.Popen[bytes], grace_s: float = 2 * GUARD_GRACE_S + 5) -> int:
+    """End a process started by `spawn` and all it has started: SIGTERM, and SIGKILL after GUARD_GRACE_S seconds.
 
     Returns the return code. Does no harm to a process that has already ended.
     """
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
+        process.terminate()
         try:
             process.wait(grace_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
     return process.returncode
 
 
-def _guard(parent_pid: int, command: list[str]) -> int:
-    """Body of the guard process: run `command` in our group, take the group down with us. Returns the exit status."""
-    stopping = False
+class _Guard:
+    """Body of the guard process: runs the command, and outlives all that comes of it.
 
-    def take_down(_signal_number: int, _frame: FrameType | None) -> None:
-        nonlocal stopping
-        if not stopping:
-            stopping = True
-            signal.setitimer(signal.ITIMER_REAL, GUARD_GRACE_S)
-            os.killpg(0, signal.SIGTERM)  # reaches this process too: `stopping` ends the echo
+    The command leads a group of its own. Descendants that leave it (a nested guard, torchrun's workers) become children
+    of this process when their parent dies (PR_SET_CHILD_SUBREAPER) and are waited for too.
+    """
 
-    def kill_group(_signal_number: int, _frame: FrameType | None) -> None:
-        os.killpg(0, signal.SIGKILL)
+    def __init__(self, parent_pid: int, command: list[str]) -> None:
+        self.parent_pid, self.command = parent_pid, command
+        self.group: int | None = None
+        self.stopping = False
+        self.alarms = 0
 
-    # The handlers come before the death signal, which may be due at once.
-    signal.signal(signal.SIGALRM, kill_group)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, take_down)
-    die_with_parent(parent_pid, signal.SIGTERM)
-    try:
-        status = subprocess.Popen(command).wait()
-    except OSError as error:
-        print(f"cannot start {command[0]}: {error}", file=sys.stderr)
-        return 127
-    stopping = True
-    os.killpg(0, signal.SIGTERM)  # what the command has left behind
-    return status if status >= 0 else 128 - status
+    def run(self) -> int:
+        """Returns the exit status."""
+        # The handlers come before the death signal, which may be due at once.
+        signal.signal(signal.SIGALRM, self._on_alarm)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._take_down)
+        if sys.platform.startswith("linux"):
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        die_with_parent(self.parent_pid, signal.SIGTERM)
+        try:
+            process = subprocess.Popen(self.command, process_group=0)
+        except OSError as error:
+            print(f"cannot start {self.command[0]}: {error}", file=sys.stderr)
+            return 127
+        self.group = process.pid
+        if self.stopping:  # the signal came while the command was being started
+            self._signal_group(signal.SIGTERM)
+        status = process.wait()
+        self._take_down(signal.SIGTERM, None)  # what the command has left behind
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.wait()
+        return status if status >= 0 else 128 - status
+
+    def _take_down(self, _number: int, _frame: FrameType | None) -> None:
+        if not self.stopping:
+            self.stopping = True
+            signal.setitimer(signal.ITIMER_REAL, GUARD_GRACE_S, GUARD_GRACE_S)
+        self._signal_group(signal.SIGTERM)
+
+    def _on_alarm(self, _number: int, _frame: FrameType | None) -> None:
+        self.alarms += 1
+        self._signal_group(signal.SIGKILL)
+        if self.alarms > 2:  # descendants outside the group had their time, too
+            os._exit(128 + signal.SIGKILL)
+
+    def _signal_group(self, number: int) -> None:
+        if self.group is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.group, number)
 
 
 if __name__ == "__main__":
-    sys.exit(_guard(int(sys.argv[1]), sys.argv[2:]))
+    sys.exit(_Guard(int(sys.argv[1]), sys.argv[2:]).run())

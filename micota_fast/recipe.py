@@ -4,13 +4,40 @@
 MiCoTA builds on; "ours" marks what both leave open.
 """
 
+import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from micota_fast.config import option
 from micota_fast.errors import InputError
 
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # names become folders
 TEACHER_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+def check_names(where: str, names: Iterable[str]) -> None:
+    """Refuse names that would not do as a folder's.
+
+    Raises:
+        InputError: naming the first one.
+    """
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise InputError(f"`{where}`: {name!r} is no name; letters, digits and . _ + - will do")
+
+
+def at_least(options: object, **lows: float) -> None:
+    """Check that each named option is a number (no NaN or infinity) of at least the given value.
+
+    Raises:
+        InputError: one is not.
+    """
+    for name, low in lows.items():
+        value = getattr(options, name)
+        if not (math.isfinite(value) and value >= low):
+            raise InputError(f"`{name}` must be at least {low}, not {value}")
 
 
 @dataclass(kw_only=True)
@@ -18,7 +45,7 @@ class ChatConfig:
     """How a problem becomes the text that a model sees, in generation and in training alike."""
 
     system: str | None = option(
-        "You are a helpful assistant.", doc="system message; null: none is sent", source="Qwen2.5's default"
+        "You are a helpful assistant.", doc="system message; null: none is sent", source="MiCoTA"
     )
     prompt: str = option(TEACHER_PROMPT, doc="user message; `{problem}` is replaced by the problem", source="MiCoTA")
     use_template: bool = option(
@@ -53,6 +80,13 @@ class ServeConfig:
     args: list[str] = option([], doc="further arguments for sglang.launch_server, e.g. [--tp-size, '4']")
     startup_timeout_s: float = option(600.0, doc="seconds until /health_generate must answer", operational=True)
 
+    def __post_init__(self) -> None:
+        at_least(self, max_running=1, startup_timeout_s=0)
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"`port` must lie between 0 and 65535, not {self.port}")
+        if self.context_length is not None:
+            at_least(self, context_length=2)
+
 
 @dataclass(kw_only=True)
 class GenerateSettings:
@@ -75,9 +109,11 @@ class GenerateSettings:
     serve: ServeConfig = option(ServeConfig(), doc="the server started where url is null")
 
     def __post_init__(self) -> None:
-        for name, low in (("samples", 1), ("max_new_tokens", 1), ("concurrency", 1), ("temperature", 0)):
-            if getattr(self, name) < low:
-                raise InputError(f"`{name}` must be at least {low}, not {getattr(self, name)}")
+        at_least(self, samples=1, max_new_tokens=1, concurrency=1, temperature=0)
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"`top_p` must lie above 0 and at most at 1, not {self.top_p}")
+        if self.top_k != -1:
+            at_least(self, top_k=1)
         if self.samples > 1 and self.temperature == 0:
             raise InputError("`samples` > 1 needs `temperature` > 0: greedy answers would all be the same")
 
@@ -91,6 +127,11 @@ class GenerateConfig(GenerateSettings):
     out: str = option(doc="JSONL of completions; an interrupted run leaves OUT.part, from which the next one goes on")
     limit: int | None = option(None, doc="only the first so many problems; null: all")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limit is not None:
+            at_least(self, limit=1)
+
 
 @dataclass(kw_only=True)
 class FilterSettings:
@@ -101,6 +142,9 @@ class FilterSettings:
     require_boxed: bool = option(True, doc="a final \\boxed{} must be there", source="MiCoTA")
     timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
     workers: int = option(2, doc="grading processes", operational=True)
+
+    def __post_init__(self) -> None:
+        at_least(self, max_tokens=1, timeout_s=0.1, workers=1)
 
 
 @dataclass(kw_only=True)
@@ -144,22 +188,32 @@ class TrainSettings:
         "bfloat16", doc="compute type; weights, optimizer and gradient sums stay float32", source="MiCoTA"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", doc="auto: CUDA where there is one")
-    attention: Literal["auto", "flash", "varlen", "sdpa"] = option("auto", doc="auto: flash-attn, torch varlen, SDPA")
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = option(
+        "auto", doc="auto: flash-attn 3 or 2, torch varlen, SDPA"
+    )
     compile: bool = option(False, doc="torch.compile each block")
     activation_checkpointing: bool = option(False, doc="recompute each block in the backward pass")
     checkpoint_every: int | None = option(
         None, doc="steps between resume checkpoints; null: ten a run", operational=True
     )
-    log_every: int = option(1, doc="steps between progress lines", operational=True)
+    log_every: int = option(10, doc="steps between progress lines, at which the host waits", operational=True)
     tensorboard: bool = option(False, doc="write TensorBoard events to OUT/tensorboard", operational=True)
     wandb: str | None = option(None, doc="Weights & Biases project to report to", operational=True)
     init: Literal["pretrained", "random"] = option("pretrained", doc="random: fresh weights of the model's shape")
     save_dtype: Literal["bfloat16", "float32"] | None = option(None, doc="type of the saved weights; null: as loaded")
 
     def __post_init__(self) -> None:
+        # Each condition is put so that NaN fails it.
         for name in ("epochs", "lr", "max_grad_norm", "eps"):
             if not getattr(self, name) > 0:
                 raise InputError(f"`{name}` must be above 0, not {getattr(self, name)}")
+        for name in ("epochs", "lr", "eps", "weight_decay"):  # max_grad_norm: .inf switches clipping off
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"`{name}` must be finite and not negative, not {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"`betas` must lie between 0 and 1, 1 excluded, not {list(self.betas)}")
+        if self.seed < 0:
+            raise InputError(f"`seed` must be at least 0, not {self.seed}")
         for name in ("pack_tokens", "packs_per_step", "log_every", "max_steps", "max_doc_tokens", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -189,6 +243,10 @@ class BenchmarkConfig:
     prompt: str | None = option(None, doc="user message with {problem}; null: that of chat.prompt")
     limit: int | None = option(None, doc="only the first so many problems; null: all")
 
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            at_least(self, limit=1)
+
 
 @dataclass(kw_only=True)
 class EvaluateSettings(GenerateSettings):
@@ -198,6 +256,10 @@ class EvaluateSettings(GenerateSettings):
     timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
     workers: int = option(2, doc="grading processes", operational=True)
     benchmarks: list[BenchmarkConfig] = option([], doc="the sets, in the table's order")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, timeout_s=0.1, workers=1)
 
 
 @dataclass(kw_only=True)
@@ -237,6 +299,11 @@ class AlignConfig(AlignSettings):
     corpora: dict[str, str] = option(doc="name -> JSONL corpus")
     out: str = option(doc="folder: one NAME.json a corpus")
 
+    def __post_init__(self) -> None:
+        if not self.corpora:
+            raise InputError("`corpora` names no corpus")
+        check_names("corpora", self.corpora)
+
 
 @dataclass(kw_only=True)
 class ReportConfig:
@@ -249,7 +316,7 @@ class ReportConfig:
     corpora: dict[str, dict[str, str]] = option({}, doc="corpus -> {counts: FILE, alignment: FILE}")
     training: dict[str, list[str]] = option({}, doc="arm -> metrics.jsonl of each seed")
     notes: list[str] = option([], doc="paragraphs printed as they stand: what was tried, what is unusual")
-    provenance: dict[str, str] = option({}, doc="versions, recipe and machine, printed as they stand")
+    provenance: dict[str, str] = option({}, doc="versions and machine, printed as they stand", operational=True)
 
 
 @dataclass(kw_only=True)
@@ -258,6 +325,10 @@ class ProblemsSpec:
 
     path: str = option(doc="JSONL: id, problem, answer")
     limit: int | None = option(None, doc="only the first so many; null: all")
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            at_least(self, limit=1)
 
 
 @dataclass(kw_only=True)
@@ -290,6 +361,8 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if sum(way is not None for way in (self.checkpoint, self.train, self.merge)) != 1:
             raise InputError("exactly one of `checkpoint`, `train`, `merge` says where this model comes from")
+        if self.url is not None and self.checkpoint is None:
+            raise InputError("`url` goes with `checkpoint`: a model made in the run is served in the run")
 
 
 @dataclass(kw_only=True)
@@ -323,6 +396,11 @@ class LaunchConfig:
     nproc: int = option(1, doc="processes of a training stage (torchrun --nproc-per-node)")
     threads: int | None = option(None, doc="OMP_NUM_THREADS of a stage; null: as the environment says")
 
+    def __post_init__(self) -> None:
+        at_least(self, jobs=1, nproc=1)
+        if self.threads is not None:
+            at_least(self, threads=1)
+
 
 @dataclass(kw_only=True)
 class Recipe:
@@ -353,6 +431,12 @@ class Recipe:
             if name not in table:
                 raise InputError(f"`{where}` names the {kind} {name!r}; known: {', '.join(table) or 'none'}")
 
+        check_names("name", [self.name])
+        for table in ("problems", "models", "corpora", "arms"):
+            check_names(table, getattr(self, table))
+        for part in ("generate", "evaluate"):
+            if getattr(self, part).url is not None:
+                raise InputError(f"`{part}.url` would serve every model; give it to one: models.NAME.url")
         known(self.student, self.models, "student", "model")
         for name, model in self.models.items():
             if model.train is not None:

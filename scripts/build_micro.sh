@@ -3,4 +3,5 @@
 # production trainer. What was tried, and how long it takes: micota_fast/micro/README.md. Arguments go to the program.
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment report
+cd "$ROOT"
 .venv/bin/python -m micota_fast.micro.build "$@" || fail "the build stopped; the same command goes on from there"

@@ -2,4 +2,5 @@
 # From a fresh clone to the report of a whole MiCoTA run (recipe `micro`), on a CPU. Arguments go to `micota run micro`.
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment report
-.venv/bin/micota run micro "$@" || fail "the run stopped; the message is above. The same command goes on from there"
+"$VENV/bin/micota" run micro --out "$ROOT/runs/micro" "$@" ||
+    fail "the run stopped; the message is above. The same command goes on from there"

@@ -59,6 +59,12 @@ def test_errors_say_where(tmp_path: Path, extra: str, overrides: list[str], said
         config.load(TrainConfig, write(tmp_path, TRAIN + extra), overrides)
 
 
+def test_an_override_reaches_one_place_of_an_alias(tmp_path: Path) -> None:
+    text = "model: m\nproblems: p\nout: o\nstop: &x [a]\nserve:\n  args: *x\n"
+    loaded = config.load(GenerateConfig, write(tmp_path, text), ["serve.args=[b]"])
+    assert (loaded.stop, loaded.serve.args) == (["a"], ["b"])
+
+
 def test_missing_required_key(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"`out`: this key is required"):
         config.load(TrainConfig, write(tmp_path, "model: a\ndata: b\n"))

@@ -169,7 +169,7 @@ def test_stops(running: Running, qwen2_checkpoint: Path) -> None:
     free = running.answer(prompt, max_new_tokens=32).output_ids
     stop_id = free[10]
     first = free.index(stop_id)
-    stopped = running.answer(prompt, max_new_tokens=32, stop_token_ids=[stop_id])
+    stopped = running.answer(prompt, max_new_tokens=32, stop_token_ids=[stop_id], ignore_eos=False)
     assert stopped.output_ids == free[: first + 1]
     assert stopped.finish_reason == {"type": "stop", "matched": stop_id}
     text = running.engine.chat.decode(free)
@@ -179,7 +179,10 @@ def test_stops(running: Running, qwen2_checkpoint: Path) -> None:
     decoded = running.engine.chat.decode(by_string.output_ids)
     assert stop in decoded
     assert stop not in running.engine.chat.decode(by_string.output_ids[:-1])
-    kept_going = running.answer(prompt, max_new_tokens=32, stop_token_ids=[stop_id], min_new_tokens=20)
+    ignored = running.answer(prompt, max_new_tokens=32, stop_token_ids=[stop_id])
+    assert ignored.output_ids == free
+    stops = {"stop_token_ids": [stop_id], "ignore_eos": False}
+    kept_going = running.answer(prompt, max_new_tokens=32, min_new_tokens=20, **stops)
     assert len(kept_going.output_ids) >= 20
     assert stop_id not in kept_going.output_ids[:19]
     limited = running.answer(prompt, max_new_tokens=4)

@@ -244,11 +244,17 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @contextlib.contextmanager
-def http_server(handler: Handler) -> Iterator[str]:
-    """An aiohttp server in a thread that answers POST /generate with `handler`."""
+def http_server(handler: Handler, info: dict[str, Any] | None = None) -> Iterator[str]:
+    """An aiohttp server in a thread: POST /generate is answered by `handler`, GET /get_server_info with `info`."""
     loop = asyncio.new_event_loop()
     app = web.Application()
     app.router.add_post("/generate", handler)
+    if info is not None:
+
+        async def server_info(_: web.Request) -> web.Response:
+            return web.json_response(info)
+
+        app.router.add_get("/get_server_info", server_info)
     runner = web.AppRunner(app)
 
     async def start() -> int:
@@ -376,6 +382,27 @@ def test_the_answer_limit_fits_the_context(tmp_path: Path, qwen2_checkpoint: Pat
     assert all(a["sampling_params"]["stop"] == ["\n\n"] for a in asked)
     assert all("sampling_seed" not in a["sampling_params"] for a in asked)
     assert {row.seed for row in read_completions(tmp_path / "out.jsonl")} == {None}
+
+
+def test_a_server_that_ignores_seeds_is_told_of(
+    tmp_path: Path, qwen2_checkpoint: Path, problems: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SGLang without --enable-deterministic-inference answers the same request differently each time."""
+
+    async def handler(http: web.Request) -> web.StreamResponse:
+        return web.json_response(answer(await http.json()))
+
+    def told(info: dict[str, Any] | None, **more: Any) -> bool:
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}.jsonl"
+        with http_server(handler, info) as url:
+            generate.run(config(qwen2_checkpoint, problems, out, url, limit=2, **more))
+        return "ignores sampling seeds" in capsys.readouterr().err
+
+    default = {"context_length": None, "enable_deterministic_inference": False}
+    assert told(default)
+    assert not told(default, temperature=0.0)
+    assert not told({**default, "enable_deterministic_inference": True})
+    assert not told(None)
 
 
 def test_seeds_depend_on_problem_and_sample_alone() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,7 +24,16 @@ KINDS = ("answers", "corpus", "model", "student", "evaluate", "align", "report")
 
 
 def command(folder: Path) -> list[str]:
-    return [sys.executable, "-m", "micota_fast.cli", "run", "micro", "--out", str(folder), "--set", *SMALL]
+    return [
+        sys.executable,
+        "-m",
+        "micota_fast.cli",
+        "run",
+        "micro",
+        "--out",
+        str(folder),
+        *(f"--set={option}" for option in SMALL),
+    ]
 
 
 def run(folder: Path) -> str:
@@ -41,9 +51,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_finished_run_does_nothing_and_says_so_quickly(finished: Path) -> None:
     before = sorted((str(file), file.stat().st_mtime_ns) for file in finished.rglob("*") if file.is_file())
-    started = time.monotonic()
+    started = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (finished / "report" / "table.md").read_text() in run(finished)
-    assert time.monotonic() - started < 5
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)  # processor time: the machine may be busy
+    assert ended.ru_utime + ended.ru_stime - started.ru_utime - started.ru_stime < 5
     after = sorted((str(file), file.stat().st_mtime_ns) for file in finished.rglob("*") if file.is_file())
     assert [row for row in after if row not in before] == []
 
@@ -57,7 +68,7 @@ def test_killed_in_each_kind_of_stage_gives_the_same_table(finished: Path, tmp_p
         for line in process.stdout:
             kind = line.partition("] ")[2].partition("/")[0].partition(":")[0]
             if kind in KINDS and kind not in killed and line.rstrip().endswith((": starts", ": goes on")):
-                time.sleep(0.4 + 0.25 * len(killed))  # some before, some in the middle of the work
+                time.sleep(0.2 if kind in ("corpus", "report") else 0.4 + 0.3 * len(killed))  # some in mid-work
                 if process.poll() is None:
                     os.kill(process.pid, signal.SIGKILL)
                     killed.add(kind)
@@ -67,7 +78,7 @@ def test_killed_in_each_kind_of_stage_gives_the_same_table(finished: Path, tmp_p
         if (folder / "report" / "done.json").exists():
             break
     run(folder)
-    assert killed >= set(KINDS) - {"report"}, "the run ended before it was killed in each kind of stage"
+    assert killed == set(KINDS), "the run ended before it was killed in each kind of stage"
     for name in ("table.md", "report.json"):
         assert (folder / "report" / name).read_bytes() == (finished / "report" / name).read_bytes()
 

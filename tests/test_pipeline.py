@@ -139,6 +139,62 @@ def test_a_failing_stage_says_so_and_keeps_what_was_done(sources: Path) -> None:
     assert kept["corpus/short"] == "partial"
 
 
+def test_files_that_are_not_ours_are_left_alone(sources: Path) -> None:
+    thesis = sources / "run" / "corpus" / "mix" / "thesis.tex"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    with pytest.raises(InputError, match=r"corpus/mix holds files that no run has made"):
+        make(sources)
+    assert thesis.read_text() == "years of work"
+
+
+def test_what_comes_back_is_looked_at(sources: Path) -> None:
+    make(sources)
+    good = (sources / "run/corpus/mix/corpus.jsonl").read_bytes()
+    make(sources, seed=5)
+    (aside,) = (file for file in (sources / "run/corpus").glob("mix~*") if file.is_dir())
+    (aside / "corpus.jsonl").write_bytes(b"garbage")
+    make(sources)
+    assert (sources / "run/corpus/mix/corpus.jsonl").read_bytes() == good
+
+
+def test_a_file_rewritten_with_its_old_times_is_noticed(sources: Path) -> None:
+    run = make(sources)
+    source = sources / "long.jsonl"
+    before = source.stat()
+    with source.open("r+b") as file:
+        file.seek(10)
+        file.write(b"X")
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert states(run)["corpus/long"] == "stale"
+
+
+def test_a_name_that_begins_with_another_is_another(tmp_path: Path) -> None:
+    for name in ("qwen", "qwen-long"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    names = [str(tmp_path / "qwen"), str(tmp_path / "qwen-long")]
+    settings = FilterConfig(completions=names[1], out=str(tmp_path / "run/x/out"))
+    stage = Stage("x", "filter", settings, tuple(map(Artefact, names)), ("out",), {"names": " ".join(names)})
+    run = Run([stage], ONE_JOB, tmp_path / "run")
+    first = run.statuses()["x"].identity
+    (tmp_path / "qwen-long" / "weights").write_text("other")
+    second = run.statuses()["x"].identity
+    assert first is not None
+    assert second is not None
+    assert first["options"] != second["options"]
+    assert first["files"] != second["files"]
+    assert str(tmp_path) not in json.dumps(first)
+
+
+def test_the_order_of_names_counts(sources: Path) -> None:
+    make(sources)
+    turned = stages(sources, sources / "run")
+    mixed = turned[-1].settings
+    mixed.parts = dict(reversed(mixed.parts.items()))
+    assert states(Run(turned, ONE_JOB, sources / "run"))["corpus/mix"] == "stale"
+
+
 def test_two_runs_do_not_share_a_folder(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
@@ -156,7 +212,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_pipeline import ONE_JOB, Run, stages
 folder = Path(sys.argv[2])
-Run(stages(folder, folder / "run"), ONE_JOB, folder / "run").run(print)
+Run(stages(folder, folder / "run"), ONE_JOB, folder / "run").run(lambda line: print(line, flush=True))
 """
 
 
@@ -167,14 +223,17 @@ def test_sigkill_anywhere_then_the_same_bytes(sources: Path, tmp_path_factory: p
     make(calm)
     command = [sys.executable, "-c", RUNNER, str(Path(__file__).parent), str(sources)]
     kills = 0
-    for delay in (0.5, 0.9, 1.3, 1.7, 2.1):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    for line_number, delay in ((1, 0.0), (1, 0.3), (1, 0.6), (2, 0.0), (3, 0.3), (4, 0.0), (5, 0.2)):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(line_number)]
         time.sleep(delay)
-        if process.poll() is None:
+        if all(lines) and process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
+        process.stdout.close()
         process.wait()
-    assert kills > 0
+    assert kills >= 2
     make(sources)
     for name in ("long", "short", "mix"):
         relative = f"run/corpus/{name}/corpus.jsonl"

@@ -106,13 +106,16 @@ class PackedSteps:
             this rank's batches (maybe none), and over all ranks the number of targets and of tokens in the step, which
             every rank works out alike.
         """
-        packs = self._packs_of_step(index)
-        documents = np.concatenate(packs)
+        packs, documents = self._packs_of_step(index), self.documents(index)
         return (
             [packed_batch(self._documents, doc_ids) for doc_ids in packs[self._rank :: self._world]],
             int(self._documents.n_targets[documents].sum()),
             int(self._documents.lengths[documents].sum()),
         )
+
+    def documents(self, index: int) -> NDArray[np.int64]:
+        """Indices in Documents of all that a step trains on, over all ranks, in the order of its packs."""
+        return np.concatenate(self._packs_of_step(index))
 
     def micro_steps(self, index: int) -> int:
         """The most batches that any rank has in this step: how often every rank must join in collectives."""

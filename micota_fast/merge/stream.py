@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 import micota_fast
 from micota_fast.errors import InputError
 from micota_fast.merge.mergekit import MergePlan, read_mergekit
 from micota_fast.merge.methods import Array, counter_mask, merge_tensors
-from micota_fast.model.safetensors_io import COPIED_FILES, INDEX, SINGLE, resolve_checkpoint, tensor_files
+from micota_fast.model.config import ModelConfig
+from micota_fast.model.safetensors_io import COPIED_FILES, INDEX, SINGLE, publish, resolve_checkpoint, tensor_files
 from micota_fast.recipe import MergeConfig
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -74,8 +74,12 @@ class _Checkpoint:
         self._handles: dict[Path, Any] = {}
 
     def __enter__(self) -> "_Checkpoint":
-        for path in sorted(set(self.file_of.values())):
-            self._handles[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        try:
+            for path in sorted(set(self.file_of.values())):
+                self._handles[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            self._stack.close()
+            raise InputError(f"{path}: cannot be read: {error}") from None
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -90,7 +94,10 @@ class _Checkpoint:
 
     def read(self, tensor: str) -> Array:
         """The tensor in float32; also enters the fingerprint."""
-        value = self._handles[self.file_of[tensor]].get_tensor(tensor).contiguous()
+        try:
+            value = self._handles[self.file_of[tensor]].get_tensor(tensor).contiguous()
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.where(tensor)}: cannot be read: {error}") from None
         self._digest.update(f"{tensor} {tuple(value.shape)} {value.dtype}".encode())
         self._digest.update(_raw(value))
         array: Array = value.to(torch.float32).numpy()
@@ -124,6 +131,7 @@ def _check_same_tensors(base: _Checkpoint, model: _Checkpoint) -> None:
 def _write(
     plan: MergePlan, base: _Checkpoint, inputs: Sequence[_Checkpoint], folder: Path, seed: int, max_shard_bytes: int
 ) -> None:
+    config = ModelConfig.from_checkpoint(base.folder)
     layout = {}  # tensor -> (shape, type of the result)
     for tensor in sorted(base.file_of):
         shape, code = base.shape_and_code(tensor)
@@ -140,13 +148,14 @@ def _write(
                 if layout[tensor][1] == "F16" and not bool(torch.isfinite(result).all()):
                     raise InputError(f"{base.where(tensor)}: the result overflows float16; use out_dtype: bfloat16")
                 file.write(_raw(result))
-            file.flush()
-            os.fsync(file.fileno())
     if len(shards) > 1:
         weight_map = {tensor: name for name, tensors in zip(files, shards, strict=True) for tensor in tensors}
         total = sum(_size(*layout[tensor]) for tensor in layout)
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _copy_companions(base.folder, folder, plan)
+    kinds = {code for _, code in layout.values()}
+    names = [name for name, code in _CODES.items() if kinds == {code}]  # several, each tensor its own: as the base says
+    _write_json(folder / "config.json", config.to_dict(names[0] if names else config.dtype_name or "float32"))
+    _copy_companions(base.folder, folder)
     report = {
         "plan": asdict(plan)
         | {
@@ -206,19 +215,15 @@ def _raw(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _copy_companions(source: Path, folder: Path, plan: MergePlan) -> None:
-    """Tokenizer, chat template, generation_config and config.json, which names the type of the weights."""
-    for name in COPIED_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    path = source / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if plan.dtype is not None:
-            config["dtype" if "dtype" in config else "torch_dtype"] = plan.dtype  # transformers 5, and before
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    _write_json(folder / "config.json", config)
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, chat template and generation_config."""
+    for path in (source / name for name in COPIED_FILES):
+        if path.is_file():
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+            (folder / path.name).write_bytes(content)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -231,5 +236,5 @@ def _replace(out: Path, aside: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
     if out.exists():
         out.rename(former)
-    aside.rename(out)
+    publish(aside, out)
     shutil.rmtree(former, ignore_errors=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from micota_fast.errors import InputError
 
+# "flash": the varlen function of FlashAttention 3 (flash_attn_interface) or 2 (flash_attn); 4 is not supported.
 Backend = Literal["flash", "varlen", "sdpa"]
 
 
@@ -28,7 +29,7 @@ def choose_backend(requested: str, device: torch.device | str, dtype: torch.dtyp
     """Choose how to attend, once, at start.
 
     Args:
-        requested: "auto", "flash" (the flash-attn package), "varlen" (torch.nn.attention.varlen) or "sdpa".
+        requested: "auto", "flash" (FlashAttention 3 or 2), "varlen" (torch.nn.attention.varlen) or "sdpa".
         device: where the model runs.
         dtype: of queries, keys and values.
 
@@ -66,21 +67,30 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return reason
     try:
         _flash_function(device)
-    except ImportError as error:
+    except Exception as error:  # absent, or built for another torch or CUDA, which shows as almost anything
         return str(error)
     return None
 
 
 @lru_cache
 def _flash_function(device: torch.device) -> tuple[Callable[..., Any], str]:
-    """The package's varlen function: FlashAttention 3, which is for Hopper alone, or 2."""
+    """The varlen function of FlashAttention 3, which is for Hopper alone, or 2, and how to call it in the log.
+
+    Raises whatever the import of version 2 raises, with why 3 was not taken where it is installed.
+    """
+    why_not_3 = ""
     if importlib.util.find_spec("flash_attn_interface") and torch.cuda.get_device_capability(device)[0] == 9:
-        from flash_attn_interface import flash_attn_varlen_func as flash3
+        try:
+            from flash_attn_interface import flash_attn_varlen_func as flash3
 
-        return flash3, "FlashAttention 3 (flash_attn_interface)"
-    from flash_attn import flash_attn_varlen_func as flash2
-
-    return flash2, "FlashAttention 2 (flash_attn)"
+            return flash3, "FlashAttention 3 (flash_attn_interface)"
+        except Exception as error:  # built for another torch or CUDA, which shows as almost anything
+            why_not_3 = f"; flash_attn_interface is there and fails: {type(error).__name__}: {error}"
+    try:
+        from flash_attn import flash_attn_varlen_func as flash2
+    except Exception as error:
+        raise ImportError(f"{error}{why_not_3}") from error
+    return flash2, f"FlashAttention 2 (flash_attn{why_not_3})"
 
 
 def _varlen_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -28,6 +28,7 @@ COPIED_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
 # Buffers that old checkpoints carry and that the configuration alone determines.
@@ -209,13 +210,18 @@ def save_checkpoint(
         mode = (aside / "config.json").stat().st_mode & 0o777
         for path in aside.iterdir():
             path.chmod(mode)  # safetensors writes files that only their owner may read
-            _sync(path)
-        _sync(aside)
-        aside.rename(out_dir)
-        _sync(out_dir.parent)
+        publish(aside, out_dir)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def publish(aside: Path, out_dir: Path) -> None:
+    """Sync a flat folder with all its files, then rename it to `out_dir` (absent or empty), also after a power failure."""
+    for path in (*aside.iterdir(), aside):
+        sync(path)
+    aside.rename(out_dir)
+    sync(out_dir.parent)
 
 
 def _write_weights(
@@ -301,7 +307,8 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """fsync a file or folder."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -2,19 +2,20 @@
 
 import argparse
 import os
+import signal
 import sys
+from pathlib import Path
 
 from micota_fast.config import describe, load
 from micota_fast.errors import InputError
+from micota_fast.processes import die_with_parent
 from micota_fast.recipe import TrainConfig
 
 
 def main() -> int:
     """Train as the configuration says. Returns 0; 2 for what the user can mend; 130 where a signal ended it early."""
     if os.environ.get("MICOTA_DIE_WITH_PARENT") == "1":
-        from micota_fast.processes import die_with_parent
-
-        die_with_parent()
+        _die_with_parent()
     options = "\n".join(f"  {key} ({default}): {doc}" for key, default, doc in describe(TrainConfig))
     parser = argparse.ArgumentParser(
         prog="python -m micota_fast.train",
@@ -23,7 +24,13 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override an option")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override an option, nested ones as a.b=value; repeat it for more",
+    )
     args = parser.parse_args()
     try:
         config = load(TrainConfig, args.config, args.set)
@@ -33,6 +40,23 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _die_with_parent() -> None:
+    """Die by SIGKILL with the process that started this one; under torchrun, with the agent.
+
+    The agent starts its workers in sessions of their own, so what ends the agent's process group does not reach them.
+    An agent that died before this call is told by its heir, which was not started with our environment.
+    """
+    parent = os.getppid()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform.startswith("linux"):
+        try:
+            environment = Path(f"/proc/{parent}/environ").read_bytes().split(b"\0")
+        except OSError:  # it is gone by now, or belongs to someone else
+            environment = []
+        if b"MICOTA_DIE_WITH_PARENT=1" not in environment:
+            sys.exit("the process that started this one is gone")
+    die_with_parent(parent, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
         rank-00000.safetensors            that rank's shards of weights and optimizer
         rank-00000.json                   size and SHA-256 of the file beside it
 
-A folder is filled under a temporary name and renamed once every rank has synced its part. The order of the documents
+All ranks must see one and the same OUT: on several nodes, a shared filesystem. A folder is filled under a temporary name and renamed once every rank has synced its part. The order of the documents
 follows from the step number and nothing in training draws random numbers, so these are the whole state.
 """
 
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from micota_fast.errors import InputError
+from micota_fast.model.safetensors_io import sync
 from micota_fast.train.parallel import PackedLoss, World, local_part
 
 KEPT = 2
@@ -64,8 +65,14 @@ class Checkpoints:
         write_json(path, wanted)
 
     def restore(self, model: PackedLoss, optimizer: torch.optim.AdamW) -> int:
-        """Load the newest whole checkpoint into model and optimizer; returns its step, 0 where there is none."""
-        for folder in sorted(self._dir.glob("step-*"), reverse=True):
+        """Load the newest whole checkpoint into model and optimizer; returns its step, 0 where there is none.
+
+        Rank 0 says which folders there are: a rank that looked itself might see another list (a network filesystem's
+        cache), and the ranks would wait for each other in different collectives.
+        """
+        names = [sorted((path.name for path in self._dir.glob("step-*")), reverse=True)]
+        dist.broadcast_object_list(names)
+        for folder in (self._dir / name for name in names[0]):
             tensors, fault = self._read(folder)
             faults = torch.tensor(int(fault is not None), device=self._world.device)
             dist.all_reduce(faults)
@@ -163,12 +170,3 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     sync(aside)
     os.replace(aside, path)
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or folder."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

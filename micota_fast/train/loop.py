@@ -27,7 +27,8 @@ from micota_fast.model.attention import choose_backend
 from micota_fast.model.config import ModelConfig
 from micota_fast.recipe import TrainConfig
 from micota_fast.train.checkpoint import Checkpoints, describe_differences, sha256, write_json
-from micota_fast.train.meters import Meters
+from micota_fast.train.lock import only_trainer
+from micota_fast.train.meters import Meters, require_trackers
 from micota_fast.train.optim import clip_gradients, learning_rate, make_optimizer
 from micota_fast.train.parallel import PackedLoss, World, distribute, gathered_weights, world
 
@@ -42,9 +43,11 @@ def train(config: TrainConfig) -> bool:
         Whether the run is finished: False where SIGINT or SIGTERM ended it early, with a checkpoint.
 
     Raises:
-        InputError: bad input, or `config.out` holds another run.
+        InputError: bad input, `config.out` holds another run or has another trainer at work in it, or the loss or the
+            norm of its gradient is not finite (the checkpoints before that step are kept).
     """
-    with world(config.device) as here, StopSignals() as stop:
+    require_trackers(config)
+    with world(config.device) as here, only_trainer(Path(config.out), here), StopSignals() as stop:
         return _train(config, here, stop)
 
 
@@ -63,11 +66,12 @@ def _train(config: TrainConfig, world: World, stop: "StopSignals") -> bool:
     model = _load_model(config, source, world)
     facts = _facts(model, documents, steps, total, world)
     _introduce(config, facts, world)
+    _warn_of_positions(model.decoder.config.max_position_embeddings, documents, world)
     flops_per_token = model.decoder.flops_per_token(_mean_context(documents))
     distribute(model, config, world)
     optimizer = make_optimizer(model, config)
     start = checkpoints.restore(model, optimizer)
-    meters = Meters(config, out, world, start, total, steps.efficiency, flops_per_token)
+    meters = Meters(config, out, world, start, total, steps, flops_per_token)
 
     for step in range(start, total):
         packs, n_supervised, n_tokens = steps.step(step)
@@ -87,7 +91,9 @@ def _train(config: TrainConfig, world: World, stop: "StopSignals") -> bool:
         done = step + 1
         meters.record(loss, grad_norm, done, done / steps.steps_per_epoch, lr, n_supervised, n_tokens)
         save = done % checkpoint_every == 0 or done == total
-        stopping = (save or done % config.log_every == 0) and meters.report(stop.requested)
+        # Several ranks agree on stopping where they report; a lone one need not wait for that.
+        report = save or done % config.log_every == 0 or (world.size == 1 and stop.requested > 0)
+        stopping = report and meters.report(stop.requested)  # raises where a figure is not finite
         if save or stopping:
             meters.sync()
             folder = checkpoints.save(done, model, optimizer)
@@ -118,11 +124,13 @@ _IDLE = PackedBatch(
 
 def _on_device(pack: PackedBatch, model: PackedLoss, world: World) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """The arguments of `PackedLoss.forward`. SDPA groups documents on the host and wants their lengths there."""
-    input_ids, position_ids, targets = (
-        t.to(world.device, non_blocking=True) for t in (pack.input_ids, pack.position_ids, pack.targets)
-    )
-    cu_seqlens = pack.cu_seqlens if model.backend == "sdpa" else pack.cu_seqlens.to(world.device, non_blocking=True)
-    return input_ids, position_ids, targets, cu_seqlens, pack.max_seqlen
+
+    def copied(tensor: Tensor) -> Tensor:
+        # Only from pinned memory does a copy not wait for the device.
+        return tensor.pin_memory().to(world.device, non_blocking=True) if world.device.type == "cuda" else tensor
+
+    cu_seqlens = pack.cu_seqlens if model.backend == "sdpa" else copied(pack.cu_seqlens)
+    return copied(pack.input_ids), copied(pack.position_ids), copied(pack.targets), cu_seqlens, pack.max_seqlen
 
 
 class StopSignals:
@@ -147,7 +155,6 @@ class StopSignals:
 def _load_documents(config: TrainConfig, source: Path, out: Path) -> Documents:
     chat = Chat.from_checkpoint(source, config.chat)
     limit = config.max_doc_tokens or config.pack_tokens
-    out.mkdir(parents=True, exist_ok=True)
     return load_documents(config.data, chat, limit, config.over_length, config.skip_bad_rows, out / "bad_rows.jsonl")
 
 
@@ -244,6 +251,16 @@ def _introduce(config: TrainConfig, facts: dict[str, Any], world: World) -> None
         f"packs: {data['packs']:,} of {config.pack_tokens:,} tokens, {data['efficiency']:.1%} filled; "
         f"{data['steps_per_epoch']:,} steps an epoch, {facts['steps']:,} in all"
     )
+
+
+def _warn_of_positions(positions: int, documents: Documents, world: World) -> None:
+    over = int((documents.lengths > positions).sum())
+    if over:
+        world.say(
+            f"WARNING: {over:,} documents (longest: {int(documents.lengths.max()):,} tokens) go past the model's "
+            f"max_position_embeddings of {positions:,}: it is trained on positions it has not been made for, and a server "
+            f"will stop at {positions:,}. Raise that (and RoPE's scaling) in config.json, or set max_doc_tokens"
+        )
 
 
 def _export(out: Path, source: Path, model: PackedLoss, config: TrainConfig, world: World) -> None:

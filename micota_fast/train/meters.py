@@ -1,5 +1,6 @@
 """What people watch: progress lines, a row of metrics.jsonl a step, TensorBoard and Weights & Biases on request."""
 
+import importlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from micota_fast import config as configuration
+from micota_fast.data.batches import PackedSteps
 from micota_fast.errors import InputError
 from micota_fast.recipe import TrainConfig
 from micota_fast.train.parallel import World
@@ -51,11 +53,8 @@ class Meters:
         world: the processes; only the main one writes.
         start: steps done before; rows of metrics.jsonl after them are cut off, as those steps are done again.
         total: steps of the run.
-        efficiency: share of the packs that tokens fill.
+        steps: what is trained on: how full the packs are, and which documents to blame.
         flops_per_token: forward and backward, for the model-FLOP utilisation.
-
-    Raises:
-        InputError: TensorBoard or wandb is asked for and not installed.
     """
 
     def __init__(
@@ -65,10 +64,10 @@ class Meters:
         world: World,
         start: int,
         total: int,
-        efficiency: float,
+        steps: PackedSteps,
         flops_per_token: float,
     ) -> None:
-        self._world, self._total, self._efficiency = world, total, efficiency
+        self._world, self._total, self._steps, self._data = world, total, steps, config.data
         self._flops_per_token = flops_per_token
         self._tensorboard: Any
         self._wandb: Any
@@ -108,6 +107,10 @@ class Meters:
         """Print and write the steps recorded since the last report; returns whether any rank wants to `stop`.
 
         One all-reduce for everything; the only place of a run's steady course where the host waits for the device.
+
+        Raises:
+            InputError: on all ranks, for the first step whose loss or gradient norm is not finite; the steps before it
+                are written.
         """
         shares = torch.stack([*self._losses, self._losses[0].new_tensor(float(stop))])
         dist.all_reduce(shares)
@@ -116,6 +119,9 @@ class Meters:
         now = time.perf_counter()
         timing = self._timing(now)
         for row, loss, grad_norm in zip(self._rows, losses, norms, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                self.close()
+                raise InputError(self._not_finite(row["step"], loss, grad_norm))
             self.last = {"step": row["step"], "loss": loss, "grad_norm": grad_norm, **row}
             if self._world.is_main:
                 self._file.write(json.dumps(self.last | {"timing": timing}) + "\n")
@@ -125,6 +131,15 @@ class Meters:
             print(self._line(self.last, timing), flush=True)
         self._rows, self._losses, self._grad_norms, self._since = [], [], [], now
         return stops > 0
+
+    def _not_finite(self, step: int, loss: float, grad_norm: float) -> str:
+        documents = self._steps.documents(step - 1).tolist()
+        listed = ", ".join(map(str, documents[:20])) + (", ..." if len(documents) > 20 else "")
+        return (
+            f"step {step}: the loss is {loss} and the norm of its gradient {grad_norm}; the checkpoint before it is the "
+            f"last that was saved. The step's documents, counted from 0 in {self._data} without the rows left out: "
+            f"{listed}. A lower `lr`, more `warmup_ratio` or a sound checkpoint to start from may help"
+        )
 
     def _timing(self, now: float) -> dict[str, float]:
         """Speeds since the last report, and seconds since start and until the end at this pace."""
@@ -150,7 +165,7 @@ class Meters:
             f"lr {row['lr']:.2e}",
             f"{timing['supervised_per_s']:,.0f} supervised tok/s",
             f"{timing['tokens_per_s']:,.0f} tok/s",
-            f"packed {self._efficiency:.1%}",
+            f"packed {self._steps.efficiency:.1%}",
         ]
         if "mfu" in timing:
             parts.append(f"MFU {timing['mfu']:.1%}")
@@ -181,19 +196,28 @@ class Meters:
         return {"seconds": round(seconds, 3), "tokens_per_s": round(self._tokens / seconds, 1)}
 
 
+def require_trackers(config: TrainConfig) -> None:
+    """Raise InputError where TensorBoard or wandb is asked for and not installed."""
+    for wanted, module, name in (
+        (config.tensorboard, "torch.utils.tensorboard", "tensorboard"),
+        (config.wandb is not None, "wandb", "wandb"),
+    ):
+        if wanted:
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                raise InputError(f"`{name}` needs a package that is not here: pip install {name}") from None
+
+
 def _trackers(config: TrainConfig, out: Path, start: int) -> tuple[Any, Any]:
     tensorboard = wandb_run = None
     if config.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError("tensorboard: true needs a package that is not here: pip install tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
     if config.wandb is not None:
-        try:
-            import wandb
-        except ImportError:
-            raise InputError("wandb: needs a package that is not here: pip install wandb") from None
+        import wandb
+
         wandb_run = wandb.init(project=config.wandb, dir=str(out), config=configuration.plain(config))
     return tensorboard, wandb_run
 
