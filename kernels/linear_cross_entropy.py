@@ -34,8 +34,9 @@ def linear_cross_entropy(
     """Negative log-likelihood of `targets` under `softmax(hidden @ weight.T)`.
 
     Logits are products of the inputs' type, summed in float32; CUDA keeps them so, a CPU rounds them to the inputs'
-    type. Softmax, loss and the sum over rows of the weight's gradient are float32 (float64 for float64 inputs). Rows whose target is `ignore_index` add nothing; on a CPU they are left out of the
-    work as well. Deterministic on a CPU at one thread count.
+    type. Softmax, loss and the sum over rows of the weight's gradient are float32 (float64 for float64 inputs). Rows
+    whose target is `ignore_index` add nothing; on a CPU they are left out of the work as well. Deterministic on a CPU
+    at one thread count.
 
     Args:
         hidden: [N, H], float32, bfloat16, float16 or float64.

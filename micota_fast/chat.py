@@ -145,9 +145,9 @@ class Chat:
         Raises:
             InputError: the problem holds the text of a control token, which would be read as that token.
         """
-        if (token := self._control_token(problem.removeprefix(self._bare_prefix))) is not None:
-            raise InputError(f"the problem contains the control token {token!r} in its text")
         user = {"role": "user", "content": self._config.prompt.replace("{problem}", problem)}
+        if (token := self._control_token(user)) is not None:
+            raise InputError(f"the problem's prompt contains the control token {token!r} in its text")
         return [*self.system_messages(), user]
 
     def system_messages(self) -> list[Message]:
@@ -192,11 +192,10 @@ class Chat:
         if not messages or messages[-1]["role"] != "assistant":
             raise InputError("the conversation does not end with an assistant message: there is nothing to learn")
         for number, message in enumerate(messages, 1):
-            text = message["content"]
-            if self._template is None and message["role"] == "user":
-                text = self._without_own_markup(text)
-            if (token := self._control_token(text)) is not None:
-                raise InputError(f"message {number} ({message['role']}) contains the control token {token!r} in its text")
+            if (token := self._control_token(message)) is not None:
+                raise InputError(
+                    f"message {number} ({message['role']}) contains the control token {token!r} in its text"
+                )
         if not self._end_of_turn:
             raise InputError(
                 f"{self._template_where()}: the chat template puts no special token after an assistant's message, so a "
@@ -261,15 +260,17 @@ class Chat:
         """The text of token ids."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def _control_token(self, text: str) -> str | None:
+    def _control_token(self, message: Message) -> str | None:
+        """A control token that the text of a message would turn into; None: there is none."""
+        text = message["content"]
+        if self._template is None and message["role"] == "user":
+            # No template writes control tokens here, so the recipe's part of the prompt may, and a BOS may lead it.
+            before, _, after = self._config.prompt.partition("{problem}")
+            if text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):
+                text = text[len(before) : len(text) - len(after)]
+            if not before:
+                text = text.removeprefix(self._bare_prefix)
         return next((token for token in self._control_texts if token in text), None)
-
-    def _without_own_markup(self, text: str) -> str:
-        """A bare prompt without the recipe's part of it, which may hold control tokens: no template writes them."""
-        before, _, after = self._config.prompt.partition("{problem}")
-        if text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):
-            text = text[len(before) : len(text) - len(after)]
-        return text.removeprefix(self._bare_prefix)
 
     def _template_where(self) -> str:
         return self._where if self._template is None else self._template.where

@@ -15,10 +15,11 @@ import micota_fast
 from micota_fast.errors import InputError
 from micota_fast.generate import fingerprint, finished, generate_corpus, server_for
 from micota_fast.grade import Grader, Verdict
+from micota_fast.intervals import wilson95
 from micota_fast.recipe import BenchmarkConfig, EvaluateConfig
-from micota_fast.records import Completion, Problem, read_problems, write_atomic, write_rows
+from micota_fast.records import Completion, Problem, model_name, read_problems, write_atomic, write_rows
 
-Z95 = 1.959963984540054  # 97.5% quantile of the standard normal distribution
+OUTCOMES = ("correct", "wrong", "no_answer", "truncated", "aborted", "timeout", "crashed")
 
 
 def run(config: EvaluateConfig) -> None:
@@ -29,9 +30,9 @@ def run(config: EvaluateConfig) -> None:
     depends on the clock stands in timing.json.
 
     results.json: for each benchmark `n` answers = `correct` + `wrong` + `no_answer` (no complete box) + `truncated`
-    (cut off at the token limit, and not right by then) + `timeout` + `crashed` (the comparison hit its limit),
-    `accuracy` = correct / n, `wilson95`, `mean_tokens` of an answer; `average` is the plain mean of the accuracies, as
-    in the paper.
+    (cut off at the token limit, and not right by then) + `aborted` (the server failed on it) + `timeout` + `crashed`
+    (the comparison hit its limit), `accuracy` = correct / n, `wilson95` over the `problems`, `mean_tokens` of an
+    answer; `average` is the plain mean of the accuracies, as in the paper.
 
     Raises:
         InputError: as `micota_fast.generate`; or two benchmarks have one name.
@@ -64,7 +65,7 @@ def run(config: EvaluateConfig) -> None:
             print(_line(name, benchmarks[name]), flush=True)
     average = math.fsum(entry["accuracy"] for entry in benchmarks.values()) / len(benchmarks)
     results = {
-        "model": Path(config.model).name if Path(config.model).is_dir() else config.model,
+        "model": model_name(config.model),
         "average": average,
         "benchmarks": benchmarks,
         "versions": {"micota_fast": micota_fast.__version__},
@@ -85,28 +86,16 @@ def score(problems: Sequence[Problem], rows: Sequence[Completion], verdicts: Seq
     return {
         "problems": len(problems),
         "n": len(rows),
-        **{
-            outcome: counts[outcome] for outcome in ("correct", "wrong", "no_answer", "truncated", "timeout", "crashed")
-        },
+        **{outcome: counts[outcome] for outcome in OUTCOMES},
         "accuracy": accuracy,
         "wilson95": list(wilson95(accuracy, len(problems))),
         "mean_tokens": sum(row.completion_tokens for row in rows) / len(rows),
     }
 
 
-def wilson95(share: float, n: int) -> tuple[float, float]:
-    """95% score interval of a proportion observed in n independent trials.
-
-    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927); recommended for all
-    n by Brown, Cai & DasGupta, Statistical Science 16 (2001). Unlike p +- 1.96 sd it holds its level near 0 and 1.
-    """
-    centre = share + Z95**2 / (2 * n)
-    half = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    scale = 1 + Z95**2 / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
 def _outcome(row: Completion, verdict: Verdict) -> str:
+    if row.finish_reason == "abort":
+        return "aborted"
     if row.finish_reason != "stop" and verdict.status != "correct":
         return "truncated"
     return verdict.status
@@ -128,7 +117,7 @@ def _file_names(benchmarks: Sequence[BenchmarkConfig]) -> dict[str, str]:
 
 def _line(name: str, entry: dict[str, Any]) -> str:
     low, high = entry["wilson95"]
-    apart = ", ".join(f"{entry[k]} {k}" for k in ("no_answer", "truncated", "timeout", "crashed") if entry[k])
+    apart = ", ".join(f"{entry[k]} {k}" for k in OUTCOMES[2:] if entry[k])
     return (
         f"{name}: {100 * entry['accuracy']:.2f}% [{100 * low:.2f}, {100 * high:.2f}] "
         f"({entry['correct']} of {entry['n']}{'; ' + apart if apart else ''})"

@@ -1,8 +1,12 @@
 """Completions from any SGLang-compatible server: concurrent, resumable, nothing lost, nothing twice.
 
 Speaks HTTP alone (SGLang's native /generate with `input_ids`), so it does not matter which engine answers. Every row is
-appended to OUT.part as it comes; a run that was killed goes on from there, and the finished OUT is the same as an
-uninterrupted run's.
+appended to OUT.part as it comes; a run that was killed goes on from there.
+
+Whether the finished OUT then has the same bytes as an uninterrupted run's is the server's doing. The embedded engine in
+float64 gives them. In lower precision, and on SGLang also when greedy, near-ties between tokens fall one way or the
+other with the batch that a request happens to share; --enable-deterministic-inference removes that, too, and without it
+SGLang ignores sampling seeds (`sglang.seeded` asks for it where it can be had).
 """
 
 import asyncio
@@ -14,12 +18,14 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
+from micota_fast import config as configuration
 from micota_fast.chat import Chat
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
@@ -29,17 +35,24 @@ from micota_fast.records import (
     CompletionWriter,
     Problem,
     encode_row,
+    model_name,
     read_completions,
     read_problems,
     write_atomic,
 )
+from micota_fast.serve import sglang
 from micota_fast.serve.launch import serving
 
 REQUEST_TIMEOUT_S = 4 * 3600.0  # one answer, its time in the server's queue included
 RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+UNAVAILABLE_STATUSES = RETRY_STATUSES - {500}  # of a GET: the server (or the one behind a router) is not up yet
 BACKOFF_S = 0.25, 15.0  # first and longest pause between two tries of a request
-# How long every try may fail before the run gives up: a server elsewhere may be restarted, ours will not.
+# How long one request may fail, with no other answered, before the run gives up: a server elsewhere may be restarted,
+# ours will not.
 PATIENCE_OWN_S, PATIENCE_URL_S = 20.0, 600.0
+POISONED_AFTER = 8  # failures in a row of one request, while the server answers others, that are the request's fault
+HEALTH_TIMEOUT_S = 30.0
+OFFENDERS_NAMED = 3
 PROGRESS_S = 5.0
 # SGLang takes `sampling_seed` from everyone, but heeds it in this mode alone.
 SEEDS_IGNORED = (
@@ -67,28 +80,48 @@ def run(config: GenerateConfig) -> None:
 
 @contextlib.contextmanager
 def server_for(config: GenerateConfig | EvaluateConfig, log_path: str | Path) -> Iterator[str]:
-    """The URL named in the config, or that of a server started for its model."""
+    """The URL named in the config, or that of a server started for its model.
+
+    Raises:
+        InputError: the URL is none, there is no such checkpoint, or the server did not start.
+    """
+    _checkpoint(config)  # its tokenizer is needed in any case
     if config.url is not None:
-        yield config.url.rstrip("/")
+        yield _checked_url(config.url)
         return
-    with serving(config.model, config.serve, log_path) as url:
+    serve = sglang.seeded(config.serve) if config.temperature > 0 else config.serve
+    with serving(config.model, serve, log_path) as url:
         yield url
 
 
+def _checked_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not set(url) & set(" \t\n")
+    except ValueError:  # a port that is no number, brackets that do not match
+        good = False
+    if not good:
+        raise InputError(f"`url`: {url!r} is no address of a server; it looks like http://localhost:30000")
+    return url.rstrip("/")
+
+
 def fingerprint(problems: Sequence[Problem], config: GenerateConfig | EvaluateConfig) -> dict[str, Any]:
-    """What the completions depend on, and nothing else: neither URL nor concurrency."""
+    """What the completions depend on, and nothing else: neither URL nor concurrency.
+
+    Of `serve` it is what the pipeline's identity holds, also where a URL is given: it is then what the server there is
+    meant to run with, so a run may move from one to the other.
+    """
     digest = hashlib.sha256()
     for problem in problems:
         digest.update(encode_row(problem))
     return {
         "model": model_fingerprint(_checkpoint(config)),
-        "dtype": config.serve.dtype if config.url is None else "the server's",
         "problems": digest.hexdigest(),
         "prompt": asdict(config.chat),
         "samples": config.samples,
         "seed": config.seed if config.temperature > 0 else None,
         "sampling": _sampling_params(config),
-        "context_length": config.serve.context_length,
+        "serve": configuration.identity(config.serve),
     }
 
 
@@ -116,7 +149,7 @@ def model_fingerprint(path: Path) -> str:
 
 
 def finished(problems: Sequence[Problem], config: GenerateConfig | EvaluateConfig, out: str | Path) -> bool:
-    """Whether `out` is complete and of this very request.
+    """Whether `out` is complete, unchanged since it was written (sha256, rows), and of this very request.
 
     Raises:
         InputError: a file is there that belongs to another request, or to none that is known.
@@ -128,10 +161,14 @@ def finished(problems: Sequence[Problem], config: GenerateConfig | EvaluateConfi
         if part_path.exists():
             return False  # killed between writing the two
         raise InputError(f"{out} exists and was not written by generate; delete it or write elsewhere")
-    theirs = json.loads(meta_path.read_bytes())["fingerprint"]
+    try:
+        meta = json.loads(meta_path.read_bytes())
+        theirs, content = meta["fingerprint"], (meta["sha256"], meta["completions"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{meta_path} is damaged ({error!r}); delete it and {out}, or write elsewhere") from None
     ours = json.loads(json.dumps(fingerprint(problems, config)))
     if theirs == ours:
-        return True
+        return bool(_content(out) == content)
     differing = ", ".join(sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)))
     raise InputError(f"{out} belongs to another run (it differs in: {differing}); delete it or write elsewhere")
 
@@ -155,16 +192,21 @@ def generate_corpus(
         InputError: see `run`.
     """
     out = Path(out_path)
+    part, meta_path = Path(f"{out}.part"), Path(f"{out}.meta.json")
     if finished(problems, config, out):
-        Path(f"{out}.part").unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         return read_completions(out)
+    if out.exists() and not part.exists():
+        aside = out.with_name(f"{out.name}.damaged")
+        print(f"{out} was cut off or changed; it is kept as {aside.name} and made anew", file=sys.stderr, flush=True)
+        out.replace(aside)
     request_fingerprint = fingerprint(problems, config)
-    with CompletionWriter(f"{out}.part", request_fingerprint) as writer:
+    with CompletionWriter(part, request_fingerprint) as writer:
         if len(writer.rows) < len(problems) * config.samples:
             asyncio.run(_Client(problems, config, url, writer).run())
         rows = writer.finalise(out, (problem.id for problem in problems))
-        meta = {"fingerprint": request_fingerprint, **_counts(rows)}
-        write_atomic(Path(f"{out}.meta.json"), [json.dumps(meta, indent=2).encode() + b"\n"])
+        meta = {"fingerprint": request_fingerprint, "sha256": _content(out)[0], **_counts(rows)}
+        write_atomic(meta_path, [json.dumps(meta, indent=2).encode() + b"\n"])
         writer.discard()
     return rows
 
@@ -176,12 +218,22 @@ def derive_seed(seed: int, problem_id: str, sample: int) -> int:
 
 
 def _checkpoint(config: GenerateConfig | EvaluateConfig) -> Path:
-    """The checkpoint's folder. A hub name is looked up by code that imports torch, which a folder does not need."""
+    """The checkpoint's folder. Raises InputError where there is none."""
     if Path(config.model).is_dir():
         return Path(config.model)
-    from micota_fast.model.safetensors_io import resolve_checkpoint
+    from micota_fast.model.safetensors_io import resolve_checkpoint  # imports torch, which a folder does not need
 
     return resolve_checkpoint(config.model)
+
+
+def _content(path: Path) -> tuple[str, int]:
+    """sha256 and number of lines of a file."""
+    digest, lines = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            lines += block.count(b"\n")
+    return digest.hexdigest(), lines
 
 
 def _sampling_params(config: GenerateConfig | EvaluateConfig) -> dict[str, Any]:
@@ -207,11 +259,14 @@ def _counts(rows: Sequence[Completion]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
     problem: Problem
     sample: int
     input_ids: list[int]
+    failures: int = 0  # in a row
+    failing_since: float = 0.0  # the first of them
+    answered_then: int = 0  # how many others had been answered by then
 
 
 class _Temporary(Exception):
@@ -228,29 +283,87 @@ class _Client:
         self._chat = Chat.from_checkpoint(_checkpoint(config), config.chat)
         self._patience_s = PATIENCE_OWN_S if config.url is None else PATIENCE_URL_S
         self._params = _sampling_params(config)
-        self._model_name = Path(config.model).name
-        self._failing_since: float | None = None  # the first failure after the last answer
+        self._model_name = model_name(config.model)
+        self._todo: deque[_Job] = deque()
+        self._sent: dict[tuple[str, int], float] = {}  # when the tries now under way were sent
         self._in_flight = 0
-        self._tokens = 0
+        self._said_failing = False
+        self._answered = self._aborted = self._tokens = 0
+        self._well = sum(row.finish_reason != "abort" for row in writer.rows.values())
 
     async def run(self) -> None:
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=30.0)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            await self._check_model(session)
             info = await self._server_info(session)
             self._context_length = self._find_context_length(info)
             if self._config.temperature > 0 and info.get("enable_deterministic_inference") is False:
                 print(SEEDS_IGNORED.format(url=self._url), file=sys.stderr, flush=True)
-            jobs = self._jobs()
+            self._todo.extend(self._jobs())
             progress = asyncio.create_task(self._report())
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(self._config.concurrency):
-                        group.create_task(self._work(session, jobs))
+                        group.create_task(self._work(session))
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None  # the first ended the run; any others are its echo
             finally:
                 progress.cancel()
+        if self._aborted:
+            print(
+                f"{self._aborted} of {len(self._problems) * self._config.samples} completions aborted: the server "
+                f"failed on each {POISONED_AFTER} times in a row and answered others; they are empty rows",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    async def _check_model(self, session: aiohttp.ClientSession) -> None:
+        """Wait until the server answers, and see that it serves the model asked for."""
+        started, (pause, longest_pause) = time.monotonic(), BACKOFF_S
+        while True:
+            try:
+                served = await self._served_model(session)
+                break
+            except _Temporary as error:
+                self._say_failing(error)
+                if time.monotonic() - started > self._patience_s:
+                    raise self._given_up(time.monotonic() - started, error) from None
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, longest_pause)
+        if served is None:
+            print(f"{self._url} does not tell which model it serves: taken on trust", file=sys.stderr, flush=True)
+        elif not self._is_wanted(served):
+            raise InputError(f"{self._url} serves {served}, but `model` is {self._config.model}")
+
+    async def _served_model(self, session: aiohttp.ClientSession) -> str | None:
+        for path in ("/get_model_info", "/model_info"):
+            try:
+                timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+                async with session.get(self._url + path, timeout=timeout) as response:
+                    if response.status in UNAVAILABLE_STATUSES:
+                        raise _Temporary(f"HTTP {response.status}: {_message(await response.text())}")
+                    if response.status != 200:
+                        continue
+                    info = json.loads(await response.read())
+            except aiohttp.InvalidURL:
+                raise InputError(f"`url`: {self._url!r} is no address of a server") from None
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise _Temporary(f"{type(error).__name__}: {error}") from None
+            except ValueError:
+                continue
+            if isinstance(info, dict) and isinstance(info.get("model_path"), str):
+                return str(info["model_path"])
+        return None
+
+    def _is_wanted(self, served: str) -> bool:
+        """The same folder or hub name; or, as another machine's folders lie elsewhere, the same last component."""
+        ours, theirs = _checkpoint(self._config), Path(served)
+        if served == self._config.model or ours.resolve() == theirs.resolve():
+            return True
+        # NAME/model is called NAME: of our own making, all of them end in `model`.
+        last = theirs.parent.name if theirs.name == "model" else theirs.name
+        return last in {self._model_name.rpartition("/")[2], ours.name} - {"model"}
 
     async def _server_info(self, session: aiohttp.ClientSession) -> dict[str, Any]:
         """What the server tells of its settings; nothing where it does not answer (a router, say)."""
@@ -267,8 +380,10 @@ class _Client:
             return value
         return ModelConfig.from_checkpoint(_checkpoint(self._config)).max_position_embeddings
 
-    def _jobs(self) -> Iterator[_Job]:
-        """What is still to be done, in order; prompts are encoded when their turn comes."""
+    def _jobs(self) -> list[_Job]:
+        """What is still to be done, in order, every prompt checked."""
+        jobs: list[_Job] = []
+        bad: list[str] = []
         for problem in self._problems:
             samples = [s for s in range(self._config.samples) if (problem.id, s) not in self._writer.rows]
             if not samples:
@@ -276,26 +391,36 @@ class _Client:
             input_ids = self._chat.encode_prompt(problem.problem)
             # An id outside the vocabulary kills an SGLang server.
             if max(input_ids, default=0) >= self._chat.vocab_size:
-                raise InputError(
+                bad.append(
                     f"problem {problem.id!r}: its prompt has token id {max(input_ids)}; the model knows only "
                     f"{self._chat.vocab_size}: the tokenizer does not belong to this checkpoint"
                 )
-            if len(input_ids) + 1 >= self._context_length:
-                raise InputError(
+            elif len(input_ids) + 1 >= self._context_length:
+                bad.append(
                     f"problem {problem.id!r}: its prompt of {len(input_ids)} tokens leaves no room for an answer in "
                     f"the server's context of {self._context_length}"
                 )
-            for sample in samples:
-                yield _Job(problem, sample, input_ids)
+            jobs += [_Job(problem, sample, input_ids) for sample in samples]
+        if bad:
+            named = "; ".join(bad[:OFFENDERS_NAMED]) + ("; ..." if len(bad) > OFFENDERS_NAMED else "")
+            raise InputError(f"{len(bad)} of {len(self._problems)} prompts cannot be sent: {named}")
+        return jobs
 
-    async def _work(self, session: aiohttp.ClientSession, jobs: Iterator[_Job]) -> None:
-        for job in jobs:
+    async def _work(self, session: aiohttp.ClientSession) -> None:
+        while self._todo:
+            job = self._todo.popleft()
             self._in_flight += 1
             try:
                 row = await self._answer(session, job)
             finally:
                 self._in_flight -= 1
             self._writer.append(row)
+            if row.finish_reason == "abort":
+                self._aborted += 1
+            else:
+                self._said_failing = False
+                self._answered += 1
+                self._well += 1
             self._tokens += row.completion_tokens
 
     async def _answer(self, session: aiohttp.ClientSession, job: _Job) -> Completion:
@@ -313,20 +438,57 @@ class _Client:
             try:
                 return self._row(job, seed, await self._post(session, job, body))
             except _Temporary as error:
-                if self._failing_since is None:
-                    self._failing_since = time.monotonic()
-                    print(f"{self._url}: {error}; trying again", file=sys.stderr, flush=True)
-                silent_s = time.monotonic() - self._failing_since
-                if silent_s > self._patience_s:
-                    kept = f"{len(self._writer.rows)} completions are kept in {self._writer.path}"
-                    raise InputError(
-                        f"{self._url} has given no answer for {silent_s:.0f} s (last: {error}); {kept}: start again "
-                        "to go on from there"
-                    ) from None
+                self._say_failing(error)
+                if not job.failures:
+                    job.failing_since, job.answered_then = time.monotonic(), self._answered
+                job.failures += 1
+                if await self._is_poisoned(session, job, error):
+                    return self._aborted_row(job, seed)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # spread out: not all at once again
                 pause = min(2 * pause, longest_pause)
 
+    async def _is_poisoned(self, session: aiohttp.ClientSession, job: _Job, error: _Temporary) -> bool:
+        """Whether a failed request will never be answered though the server is well. False: try again.
+
+        Raises:
+            InputError: the server is not well, and has had its time.
+        """
+        failing_s = time.monotonic() - job.failing_since
+        often = job.failures >= POISONED_AFTER
+        if self._answered > job.answered_then:
+            return often
+        if failing_s <= self._patience_s:
+            return False
+        # Nothing was answered for long. That may be because the others' answers take long.
+        if any(sent < time.monotonic() - self._patience_s / 2 for sent in self._sent.values()):
+            if await self._healthy(session, "/health"):
+                return False
+        # Or because only requests that fail are left: the server has answered others and still generates.
+        elif self._well and not self._todo and await self._healthy(session, "/health_generate"):
+            return often
+        raise self._given_up(failing_s, error) from None
+
+    async def _healthy(self, session: aiohttp.ClientSession, path: str) -> bool:
+        try:
+            timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+            async with session.get(self._url + path, timeout=timeout) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    def _say_failing(self, error: Exception) -> None:
+        if not self._said_failing:
+            self._said_failing = True
+            print(f"{self._url}: {error}; trying again", file=sys.stderr, flush=True)
+
+    def _given_up(self, silent_s: float, error: Exception) -> InputError:
+        return InputError(
+            f"{self._url} has given no answer for {silent_s:.0f} s (last: {error}); {len(self._writer.rows)} "
+            f"completions are kept in {self._writer.path}: start again to go on from there"
+        )
+
     async def _post(self, session: aiohttp.ClientSession, job: _Job, body: Mapping[str, Any]) -> Any:
+        self._sent[job.problem.id, job.sample] = time.monotonic()
         try:
             async with session.post(f"{self._url}/generate", json=body) as response:
                 if response.status == 200:
@@ -339,6 +501,8 @@ class _Client:
                 )
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise _Temporary(f"{type(error).__name__}: {error}") from None
+        finally:
+            del self._sent[job.problem.id, job.sample]
 
     def _row(self, job: _Job, seed: int | None, answer: Any) -> Completion:
         try:
@@ -349,16 +513,24 @@ class _Client:
             raise _Temporary(f"an answer that is not SGLang's: {error!r}") from None
         if reason not in ("stop", "length"):
             raise _Temporary(f"the server ended the answer with {meta['finish_reason']}")
-        self._failing_since = None
+        return replace(
+            self._aborted_row(job, seed),
+            completion=text,
+            finish_reason=reason,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+        )
+
+    def _aborted_row(self, job: _Job, seed: int | None) -> Completion:
         return Completion(
             id=job.problem.id,
             sample=job.sample,
             problem=job.problem.problem,
             answer=job.problem.answer,
-            completion=text,
-            finish_reason=reason,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
+            completion="",
+            finish_reason="abort",
+            prompt_tokens=len(job.input_ids),
+            completion_tokens=0,
             seed=seed,
             model=self._model_name,
         )

@@ -112,7 +112,8 @@ class _Guard:
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         die_with_parent(self.parent_pid, signal.SIGTERM)
         try:
-            process = subprocess.Popen(self.command, process_group=0)
+            # The death signal is for the case that this guard itself is killed. One thread only: preexec_fn is safe.
+            process = subprocess.Popen(self.command, process_group=0, preexec_fn=die_with_parent)
         except OSError as error:
             print(f"cannot start {self.command[0]}: {error}", file=sys.stderr)
             return 127

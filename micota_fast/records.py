@@ -173,6 +173,17 @@ def write_atomic(path: Path, chunks: Iterable[bytes]) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
+def model_name(model: str | Path) -> str:
+    """What a model is called in rows and results: a hub name as it is; of a folder its last component.
+
+    Trained and merged models lie in NAME/model, so where the last component is `model` the one before it.
+    """
+    if not os.path.isdir(model):
+        return str(model)
+    folder = Path(os.path.abspath(model))
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
 def write_rows(path: str | Path, rows: Iterable[Problem | Completion | Mapping[str, Any]]) -> None:
     """Write a JSONL file atomically."""
     write_atomic(Path(path), (encode_row(row) for row in rows))

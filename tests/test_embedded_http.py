@@ -400,6 +400,46 @@ def test_launch_tells_why_a_server_did_not_start(tmp_path: Path, qwen2_checkpoin
         pass
 
 
+def test_launch_takes_no_other_server_for_its_own(server: Server, qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    port = int(server.url.rpartition(":")[2])
+    log = tmp_path / "log.txt"
+    with (
+        pytest.raises(InputError, match=rf"127\.0\.0\.1: port {port} is taken"),
+        serving(qwen2_checkpoint, ServeConfig(port=port), log),
+    ):
+        pass
+    assert not log.exists()
+    assert server.get("/health")[0] == 200
+
+
+BROKEN = """
+import asyncio, sys
+from micota_fast.serve import embedded
+server = embedded.load_server(sys.argv[1])
+def fail(*_):
+    raise RuntimeError("the device is lost")
+server.engine.model.forward = fail
+status = asyncio.run(embedded.serve(server, "127.0.0.1", 0))
+sys.exit(status)
+"""
+
+
+def test_a_dead_engine_shows_and_ends_the_process(qwen2_checkpoint: Path) -> None:
+    command = [sys.executable, "-c", BROKEN, str(qwen2_checkpoint)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        server = Server(process.stdout.readline().decode().removeprefix("listening on ").strip(), "embedded")
+        assert server.get("/health")[0] == 200
+        status, answer = server.post("/generate", {"input_ids": PROMPT, "sampling_params": greedy()})
+        assert status == 500
+        assert "the device is lost" in answer["error"]["message"]
+        for path in ("/health", "/health_generate"):
+            status, text = server.get(path)
+            assert status == 503
+            assert "the device is lost" in text
+        assert process.wait(20) == 1
+
+
 def test_a_server_dies_with_a_parent_that_was_killed(tmp_path: Path, qwen2_checkpoint: Path) -> None:
     code = (
         "import sys, time\n"
@@ -447,3 +487,21 @@ def test_sglang_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     ]
     with pytest.raises(InputError, match="float64"):
         sglang.command("m", ServeConfig(engine="sglang", dtype="float64"), 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "passed"),
+    [
+        (ServeConfig(engine="sglang"), True),
+        (ServeConfig(engine="sglang", args=["--attention-backend", "triton"]), True),
+        (ServeConfig(engine="sglang", args=["--attention-backend=torch_native"]), False),
+        (ServeConfig(engine="sglang", args=["--device", "cpu"]), False),
+        (ServeConfig(engine="sglang", device="cpu"), False),
+        (ServeConfig(), False),
+    ],
+)
+def test_seeds_are_asked_for_where_sglang_has_them(config: ServeConfig, passed: bool) -> None:
+    before = list(config.args)
+    assert sglang.seeded(config).args == before + [sglang.DETERMINISTIC] * passed
+    assert sglang.seeded(sglang.seeded(config)) == sglang.seeded(config)
+    assert config.args == before

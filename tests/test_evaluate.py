@@ -1,5 +1,6 @@
 """Evaluation through a real server: counts, intervals, killed and started again, graded again."""
 
+import hashlib
 import json
 import math
 import os
@@ -16,8 +17,9 @@ import yaml
 
 from micota_fast import config as configuration
 from micota_fast.errors import InputError
-from micota_fast.evaluate import run, score, wilson95
+from micota_fast.evaluate import OUTCOMES, run, score
 from micota_fast.grade import Verdict
+from micota_fast.intervals import wilson95
 from micota_fast.recipe import BenchmarkConfig, EvaluateConfig, ServeConfig
 from micota_fast.records import Completion, Problem, write_rows
 
@@ -42,16 +44,17 @@ def test_score_keeps_each_kind_of_failure_apart() -> None:
         (row("stop", 30), "no_answer"),
         (row("length", 50), "no_answer"),
         (row("length", 50), "wrong"),
+        (row("abort", 0), "no_answer"),
         (row("stop", 5), "timeout"),
         (row("stop", 5), "crashed"),
     ]
     rows = [case[0] for case in cases]
-    got = score([Problem(str(i), "?", "7") for i in range(8)], rows, [Verdict(case[1], None) for case in cases])
-    assert {key: got[key] for key in ("correct", "wrong", "no_answer", "truncated", "timeout", "crashed")} == {
-        "correct": 2, "wrong": 1, "no_answer": 1, "truncated": 2, "timeout": 1, "crashed": 1,
+    got = score([Problem(str(i), "?", "7") for i in range(9)], rows, [Verdict(case[1], None) for case in cases])
+    assert {key: got[key] for key in OUTCOMES} == {
+        "correct": 2, "wrong": 1, "no_answer": 1, "truncated": 2, "aborted": 1, "timeout": 1, "crashed": 1,
     }  # fmt: skip
-    assert (got["n"], got["accuracy"], got["mean_tokens"]) == (8, 0.25, 27.5)
-    assert got["wilson95"] == list(wilson95(0.25, 8))
+    assert (got["n"], got["accuracy"], got["mean_tokens"]) == (9, 2 / 9, 220 / 9)
+    assert got["wilson95"] == list(wilson95(2 / 9, 9))
 
 
 def test_samples_of_one_problem_do_not_narrow_the_interval() -> None:
@@ -112,6 +115,9 @@ def test_a_real_model_twice_and_graded_again(settings: EvaluateConfig) -> None:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows[1]["completion"] = "It is \\boxed{2}."
     write_rows(file, rows)
+    meta = file.with_name(f"{file.name}.meta.json")
+    told = json.loads(meta.read_text())
+    meta.write_text(json.dumps(told | {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}))
     run(settings)
     assert json.loads((out / "results.json").read_text())["benchmarks"]["small"]["correct"] == 1
 

@@ -209,10 +209,11 @@ def test_sigkill_of_the_server(
         except InputError as error:
             failures.append(error)
 
-    before = {child.pid for child in psutil.Process().children()}
+    before = set(psutil.Process().children())
     with serving(qwen2_checkpoint, serve, tmp_path / "log.txt"):
-        # The guard of `processes.spawn` is the one child that leads a group of its own.
-        [group] = {c.pid for c in psutil.Process().children() if os.getpgid(c.pid) == c.pid} - before
+        # The guard of `processes.spawn` is the one child that leads a group of its own; the server is the guard's.
+        [guard] = {c for c in psutil.Process().children() if os.getpgid(c.pid) == c.pid} - before
+        [group] = {os.getpgid(c.pid) for c in guard.children()}
         thread = threading.Thread(target=client)
         thread.start()
         wait_for(lambda: rows_in(part) >= 10)
@@ -244,11 +245,18 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @contextlib.contextmanager
-def http_server(handler: Handler, info: dict[str, Any] | None = None) -> Iterator[str]:
+def http_server(handler: Handler, info: dict[str, Any] | None = None, healthy: bool = False) -> Iterator[str]:
     """An aiohttp server in a thread: POST /generate is answered by `handler`, GET /get_server_info with `info`."""
     loop = asyncio.new_event_loop()
     app = web.Application()
     app.router.add_post("/generate", handler)
+    if healthy:
+
+        async def health(_: web.Request) -> web.Response:
+            return web.Response()
+
+        app.router.add_get("/health", health)
+        app.router.add_get("/health_generate", health)
     if info is not None:
 
         async def server_info(_: web.Request) -> web.Response:
@@ -400,9 +408,183 @@ def test_a_server_that_ignores_seeds_is_told_of(
 
     default = {"context_length": None, "enable_deterministic_inference": False}
     assert told(default)
-    assert not told(default, temperature=0.0)
+    assert not told(default, temperature=0.0, samples=1)
     assert not told({**default, "enable_deterministic_inference": True})
     assert not told(None)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a row less", "changed"])
+def test_a_damaged_output_is_not_taken_as_done(
+    damage: str, tmp_path: Path, corpus: Path, url: str, qwen2_checkpoint: Path, problems: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    for end in ("", ".meta.json"):
+        shutil.copy(f"{corpus}{end}", f"{out}{end}")
+    good = corpus.read_bytes()
+    bad = {"cut off": good[:-200], "a row less": good[: good.rindex(b"\n", 0, -1) + 1], "changed": good[:-9] + good[9:]}
+    out.write_bytes(bad[damage])
+    generate.run(config(qwen2_checkpoint, problems, out, url))
+    assert out.read_bytes() == good
+    assert Path(f"{out}.damaged").read_bytes() == bad[damage]
+
+
+def test_another_model_behind_the_url_is_refused(
+    tmp_path: Path, url: str, qwen2_checkpoint: Path, qwen3_checkpoint: Path, problems: Path
+) -> None:
+    with serving(qwen3_checkpoint, SERVE, tmp_path / "log.txt") as other:
+        with pytest.raises(InputError) as caught:
+            generate.run(config(qwen2_checkpoint, problems, tmp_path / "a.jsonl", other, limit=1))
+        assert f"serves {qwen3_checkpoint}, but `model` is {qwen2_checkpoint}" in str(caught.value)
+        generate.run(config(qwen3_checkpoint, problems, tmp_path / "b.jsonl", other, limit=1))
+    elsewhere = tmp_path / "elsewhere" / qwen2_checkpoint.name  # the same name in another place: another machine's
+    shutil.copytree(qwen2_checkpoint, elsewhere)
+    generate.run(config(elsewhere, problems, tmp_path / "c.jsonl", url, limit=1))
+
+
+def test_folders_called_model_are_told_apart(
+    tmp_path: Path, qwen2_checkpoint: Path, problems: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained models lie in NAME/model: NAME is what they are called, and what is compared."""
+    a, b = (tmp_path / name / "model" for name in ("arm-a", "arm-b"))
+    for folder in (a, b):
+        shutil.copytree(qwen2_checkpoint, folder)
+    with serving(a, SERVE, tmp_path / "log.txt") as url:
+        with pytest.raises(InputError, match="arm-a/model, but `model` is .*arm-b/model"):
+            generate.run(config(b, problems, tmp_path / "b.jsonl", url, limit=1))
+        generate.run(config(a, problems, tmp_path / "a.jsonl", url, limit=1))
+    assert {row.model for row in read_completions(tmp_path / "a.jsonl")} == {"arm-a"}
+    assert "on trust" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:30000", "http://", "http://a:port", "http://[::1", "ftp://a:1", "http://a b:3"]
+)
+def test_what_is_no_url_is_refused_at_once(url: str, tmp_path: Path, qwen2_checkpoint: Path, problems: Path) -> None:
+    with pytest.raises(InputError, match="no address of a server"):
+        generate.run(config(qwen2_checkpoint, problems, tmp_path / "out.jsonl", url))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_is_not_there_starts_no_server(tmp_path: Path, problems: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        generate.run(config(tmp_path / "gone", problems, tmp_path / "out.jsonl", None))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_may_move_between_a_url_and_a_server_of_its_own(
+    tmp_path: Path, qwen2_checkpoint: Path, problems: Path
+) -> None:
+    from dataclasses import replace
+
+    from micota_fast.records import read_problems
+
+    asked = read_problems(problems)
+    here = config(qwen2_checkpoint, problems, tmp_path / "out.jsonl", None)
+    made_by = generate.fingerprint(asked, here)
+    assert made_by == generate.fingerprint(asked, replace(here, url="http://a:1", serve=replace(SERVE, port=7)))
+    for change in ({"dtype": "float32"}, {"engine": "sglang"}, {"args": ["--tp-size", "2"]}, {"context_length": 99}):
+        for url in (None, "http://a:1"):
+            assert made_by != generate.fingerprint(asked, replace(here, url=url, serve=replace(SERVE, **change)))
+
+
+def test_all_prompts_are_checked_before_the_first_is_sent(tmp_path: Path, qwen2_checkpoint: Path) -> None:
+    async def handler(http: web.Request) -> web.StreamResponse:
+        raise AssertionError("it was sent")
+
+    path = tmp_path / "problems.jsonl"
+    write_rows(path, [Problem(f"p{i}", "1 + " * (400 if i > 5 else 1), "1") for i in range(12)])
+    with http_server(handler) as url, pytest.raises(InputError) as caught:
+        generate.run(config(qwen2_checkpoint, path, tmp_path / "out.jsonl", url))
+    assert "6 of 12 prompts cannot be sent: problem 'p6': " in str(caught.value)
+    assert "problem 'p8': " in str(caught.value)
+    assert "problem 'p9'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", ["500", "abort"])
+def test_one_poisoned_request_neither_ends_the_run_nor_keeps_it(
+    fault: str,
+    tmp_path: Path,
+    qwen2_checkpoint: Path,
+    problems: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(generate, "BACKOFF_S", (0.005, 0.02))
+    monkeypatch.setattr(generate, "PATIENCE_URL_S", 0.5)
+    poison: list[int] = []
+    tries: list[int] = []
+
+    async def handler(http: web.Request) -> web.StreamResponse:
+        body = await http.json()
+        poison.extend([] if poison else body["input_ids"])  # the first that comes
+        if body["input_ids"] != poison:
+            await asyncio.sleep(0.02)
+            return web.json_response(answer(body))
+        tries.append(1)
+        if fault == "500":
+            return web.json_response({"error": {"message": "no"}}, status=500)
+        return web.json_response(answer(body, "abort"))
+
+    out = tmp_path / "out.jsonl"
+    greedy = {"samples": 1, "temperature": 0.0}
+    with http_server(handler, healthy=True) as url:
+        generate.run(config(qwen2_checkpoint, problems, out, url, **greedy))
+        assert "1 of 30 completions aborted" in capsys.readouterr().err
+        assert len(tries) == generate.POISONED_AFTER
+        rows = read_completions(out)
+        assert [row.finish_reason for row in rows] == ["abort"] + ["stop"] * 29
+        assert (rows[0].completion, rows[0].completion_tokens) == ("", 0)
+        assert json.loads(Path(f"{out}.meta.json").read_text())["by_finish_reason"]["abort"]["completions"] == 1
+        # Taken up with nothing but it left: no other can be answered meanwhile, but the server says it is well.
+        from micota_fast.records import CompletionWriter, read_problems
+
+        again = tmp_path / "again.jsonl"
+        request = config(qwen2_checkpoint, problems, again, url, **greedy)
+        with CompletionWriter(f"{again}.part", generate.fingerprint(read_problems(problems), request)) as writer:
+            for row in rows[1:]:
+                writer.append(row)
+        generate.run(request)
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_a_server_that_fails_on_everything_is_given_up_on_though_it_calls_itself_healthy(
+    tmp_path: Path, qwen2_checkpoint: Path, problems: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "BACKOFF_S", (0.005, 0.02))
+    monkeypatch.setattr(generate, "PATIENCE_URL_S", 0.5)
+
+    async def handler(http: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "broken"}}, status=500)
+
+    with http_server(handler, healthy=True) as url, pytest.raises(InputError, match="no answer for .*broken"):
+        generate.run(config(qwen2_checkpoint, problems, tmp_path / "out.jsonl", url))
+
+
+def test_long_answers_and_a_few_faults_are_no_silence(
+    tmp_path: Path, qwen2_checkpoint: Path, problems: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request fails early, one late, each once, while no answer comes for longer than the patience."""
+    monkeypatch.setattr(generate, "BACKOFF_S", (0.005, 0.02))
+    monkeypatch.setattr(generate, "PATIENCE_URL_S", 0.3)
+    started = time.monotonic()
+    tries: dict[str, int] = {}
+
+    async def handler(http: web.Request) -> web.StreamResponse:
+        body = await http.json()
+        key = str(body["input_ids"])
+        tries[key] = tries.get(key, 0) + 1
+        if tries[key] == 1:  # at once, and after 0.5 s
+            await asyncio.sleep(0.5 * (len(tries) - 1))
+            return web.json_response({"error": {"message": "busy"}}, status=503)
+        await asyncio.sleep(1.0)
+        return web.json_response(answer(body))
+
+    with http_server(handler, healthy=True) as url:
+        generate.run(
+            config(qwen2_checkpoint, problems, tmp_path / "out.jsonl", url, limit=2, samples=1, temperature=0.0)
+        )
+    assert time.monotonic() - started > 1.0
+    assert [row.finish_reason for row in read_completions(tmp_path / "out.jsonl")] == ["stop", "stop"]
 
 
 def test_seeds_depend_on_problem_and_sample_alone() -> None:

@@ -1,6 +1,7 @@
 """Merging: each method against arithmetic done by hand, the properties they share, and checkpoints in and out."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -336,6 +337,50 @@ class TestCheckpoints:
         assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
         for name in ("tokenizer.json", "generation_config.json"):
             assert (tmp_path / "out" / name).read_bytes() == (checkpoints / "base" / name).read_bytes()
+
+    @pytest.mark.parametrize("out_dtype", [None, "bfloat16"])
+    def test_the_config_names_one_type_under_both_keys(
+        self, checkpoints: Path, tmp_path: Path, out_dtype: str | None
+    ) -> None:
+        models = shutil.copytree(checkpoints, tmp_path / "models")
+        config = json.loads((models / "base" / "config.json").read_text())
+        # As our own trainer writes it, for transformers 4 and 5.
+        changed = config | {"dtype": "float16", "torch_dtype": "float16"}
+        (models / "base" / "config.json").write_text(json.dumps(changed))
+        merge_plan(read_mergekit(mergekit_file(models, out_dtype=out_dtype)), tmp_path / "out", seed=0)
+        merged = json.loads((tmp_path / "out" / "config.json").read_text())
+        (stored,) = {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()}
+        assert (
+            merged["dtype"] == merged["torch_dtype"] == (out_dtype or "float32") == str(stored).removeprefix("torch.")
+        )
+        assert merged["rope_theta"] == config["rope_parameters"]["rope_theta"], "written by ModelConfig.to_dict"
+
+    def test_everything_is_on_the_disk_before_the_merge_appears(
+        self, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fsync, synced = os.fsync, []
+
+        def note(fd: int) -> None:
+            synced.append((Path(os.readlink(f"/proc/self/fd/{fd}")).name, (tmp_path / "out").exists()))
+            fsync(fd)
+
+        monkeypatch.setattr(os, "fsync", note)
+        merge_plan(read_mergekit(mergekit_file(checkpoints)), tmp_path / "out", seed=0, max_shard_bytes=60_000)
+        files = {path.name for path in (tmp_path / "out").iterdir()}
+        assert {name for name, visible in synced if not visible} == files | {".out.partial"}
+        assert synced[-1] == (tmp_path.name, True)
+
+    def test_an_input_that_cannot_be_read_is_not_called_an_output(self, checkpoints: Path, tmp_path: Path) -> None:
+        models = shutil.copytree(checkpoints, tmp_path / "models")
+        path = models / "base" / "generation_config.json"
+        plan = read_mergekit(mergekit_file(models))
+        path.unlink()
+        path.symlink_to("/proc/self/mem")  # a file whose first page nobody can read
+        with pytest.raises(InputError, match=rf"{path}: cannot be read"):
+            merge_plan(plan, tmp_path / "out", seed=0)
+        (tmp_path / "file").touch()
+        with pytest.raises(InputError, match="cannot write"):
+            merge_plan(read_mergekit(mergekit_file(checkpoints)), tmp_path / "file" / "out", seed=0)
 
     def test_equal_bytes_however_the_inputs_are_sharded(self, checkpoints: Path, tmp_path: Path) -> None:
         plan = read_mergekit(mergekit_file(checkpoints))

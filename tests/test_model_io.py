@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from micota_fast.chat import Chat
 from micota_fast.errors import InputError
 from micota_fast.model.attention import PackedAttention
 from micota_fast.model.config import ModelConfig
@@ -26,6 +27,7 @@ from micota_fast.model.safetensors_io import (
     save_checkpoint,
     tensor_files,
 )
+from micota_fast.recipe import ChatConfig
 
 FAMILIES = ["qwen2", "qwen3", "llama"]
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -161,6 +163,30 @@ def test_tensors_are_taken_once_and_file_by_file(qwen2_checkpoint: Path, tmp_pat
 
     save_checkpoint(Lazy(), model.config, qwen2_checkpoint, tmp_path / "out", max_shard_bytes=100_000)
     assert taken == list(parameter_shapes(model.config))
+
+
+def test_a_saved_chat_is_the_one_of_the_source(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    """Wherever a checkpoint keeps its chat template."""
+    config_name, key = "tokenizer_config.json", "chat_template"
+    plain = json.loads((qwen2_checkpoint / config_name).read_text())
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    for place in (config_name, "named", "chat_template.jinja", "chat_template.json"):
+        source = shutil.copytree(qwen2_checkpoint, tmp_path / place / "source")
+        kept = {k: v for k, v in plain.items() if k != key}
+        if place == config_name:
+            kept[key] = template
+        elif place == "named":
+            kept[key] = [{"name": "default", "template": template}]
+        elif place == "chat_template.jinja":
+            (source / place).write_text(template)
+        else:
+            (source / place).write_text(json.dumps({key: template}))
+        (source / config_name).write_text(json.dumps(kept))
+        model, saved = load_model(source), tmp_path / place / "saved"
+        save_checkpoint(model.state_dict(), model.config, source, saved)
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+        texts = [Chat.from_checkpoint(path, ChatConfig()).render(messages, False) for path in (source, saved)]
+        assert texts == ["user: Hi<|im_end|>assistant: Ho<|im_end|>"] * 2, place
 
 
 def test_nothing_is_left_of_a_save_that_fails(qwen2_checkpoint: Path, tmp_path: Path) -> None:

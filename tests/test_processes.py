@@ -66,6 +66,14 @@ def test_stragglers_end_after_a_normal_end(tmp_path: Path) -> None:
     assert not alive(pid)
 
 
+def test_a_killed_guard_takes_the_command_with_it(tmp_path: Path) -> None:
+    guard = processes.spawn(["bash", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 60"])
+    pid = pid_in(tmp_path / "pid")
+    guard.kill()
+    assert wait_for(lambda: not alive(pid), 5)
+    guard.wait()
+
+
 NESTED = """
 import sys, time
 sys.path.insert(0, {root!r})

@@ -1,6 +1,7 @@
 """The report: its numbers are the inputs', its marks are honest, its page stands alone and is the same every time."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -13,11 +14,11 @@ from typing import Any
 import pytest
 
 from micota_fast.errors import InputError
+from micota_fast.intervals import difference, macro_average, student_t95, wilson95
 from micota_fast.recipe import ReportConfig
 from micota_fast.report.build import run
 from micota_fast.report.inputs import LossCurve
-from micota_fast.report.intervals import difference, macro_average, student_t95, wilson
-from micota_fast.report.plots import _thinned
+from micota_fast.report.plots import _thinned, log_ticks
 from micota_fast.report.tables import MARK
 
 N = {"gsm": 1000, "aime": 200}
@@ -117,14 +118,14 @@ def rows_of(markdown: str) -> dict[str, list[str]]:
 class TestIntervals:
     def test_wilson_by_hand(self) -> None:
         # 8 of 10: centre (0.8 + z²/20) / (1 + z²/10), as in any textbook: 0.4902 to 0.9433.
-        assert wilson(0.8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
-        low, high = wilson(0.0, 20)
+        assert wilson95(0.8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+        low, high = wilson95(0.0, 20)
         assert low == 0.0
         assert high == pytest.approx(1.959964**2 / (20 + 1.959964**2), abs=1e-7)
 
     def test_one_seed_and_benchmark_is_wilson(self) -> None:
         estimate = macro_average([[0.3]], [50])
-        assert (estimate.low, estimate.high) == pytest.approx(wilson(0.3, 50))
+        assert (estimate.low, estimate.high) == pytest.approx(wilson95(0.3, 50))
         assert estimate.sd is None
 
     def test_student_t(self) -> None:
@@ -134,7 +135,7 @@ class TestIntervals:
 
     def test_seeds_widen_by_their_own_interval(self) -> None:
         estimate = macro_average([[0.50], [0.52], [0.54]], [400])
-        low, high = wilson(0.52, 400)
+        low, high = wilson95(0.52, 400)
         of_seeds = 4.30265 * 0.02 / math.sqrt(3)
         assert estimate.sd == pytest.approx(0.02)
         assert estimate.mean - estimate.low == pytest.approx(math.hypot(0.52 - low, of_seeds))
@@ -142,7 +143,7 @@ class TestIntervals:
 
     def test_average_weights_benchmarks_alike(self) -> None:
         estimate = macro_average([[0.2, 0.6]], [30, 1000])
-        halves = [(0.2 - wilson(0.2, 30)[0]) / 2, (0.6 - wilson(0.6, 1000)[0]) / 2]
+        halves = [(0.2 - wilson95(0.2, 30)[0]) / 2, (0.6 - wilson95(0.6, 1000)[0]) / 2]
         assert estimate.mean == pytest.approx(0.4)
         assert estimate.below == pytest.approx(math.hypot(*halves))
 
@@ -234,6 +235,33 @@ class TestNumbers:
         markdown, _, _ = made(dataclasses.replace(config, arms={"mid": [bare]}))
         assert rows_of(markdown[markdown.index("**Length of the answers") :])["mid"] == ["mid", "–", "–", "–", "–"]
 
+    def test_several_answers_a_problem_do_not_narrow_the_interval(self, config: ReportConfig, tmp_path: Path) -> None:
+        """16 answers to each of 200 problems are 200 problems, in the interval and in the headings; shares are of
+        answers."""
+        n = {"aime": 200}
+        base = results(tmp_path / "one.json", {"aime": 50}, n, problems=200, truncated=20)
+        sampled = results(tmp_path / "avg.json", {"aime": 800}, {"aime": 3200}, problems=200, truncated=320)
+        markdown, numbers, html = made(dataclasses.replace(config, base=base, arms={"mid": [sampled]}))
+        assert numbers["arms"]["mid"]["benchmarks"]["aime"]["interval95"] == pytest.approx(wilson95(0.25, 200))
+        assert numbers["problems"] == {"aime": 200}
+        assert "aime (n = 200)" in markdown
+        assert "3200" not in html
+        assert numbers["arms"]["mid"]["answers"]["truncated"] == pytest.approx(0.1)
+        results(tmp_path / "avg.json", {"aime": 50}, n, problems=201)
+        with pytest.raises(InputError, match=r"avg\.json: key 'benchmarks\.aime\.problems' is 201, more than"):
+            run(dataclasses.replace(config, base=base, arms={"mid": [sampled]}))
+
+    def test_metrics_may_hold_more_than_the_loss(self, config: ReportConfig, report: Made, tmp_path: Path) -> None:
+        training = {}
+        for arm, paths in config.training.items():
+            rows = [json.loads(line) for line in Path(paths[0]).read_text().splitlines()]
+            path = tmp_path / f"timed-{arm}.jsonl"
+            timed = [row | {"timing": {"step_s": 0.1, "tokens_per_s": 10.0, "mfu": None}} for row in rows]
+            path.write_text("".join(json.dumps(row) + "\n" for row in timed))
+            training[arm] = [str(path), str(path)]
+        _, numbers, _ = made(dataclasses.replace(config, training=training))
+        assert numbers["training"] == report[1]["training"]
+
     def test_a_diverged_run_is_shown_not_refused(self, config: ReportConfig, tmp_path: Path) -> None:
         path = tmp_path / "diverged.jsonl"
         path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n')
@@ -260,6 +288,7 @@ class _Page(HTMLParser):
         self.ids: list[str] = []
         self.references: list[str] = []
         self.tags: set[str] = set()
+        self.attributes: set[str] = set()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
@@ -278,6 +307,7 @@ class _Page(HTMLParser):
     def _attributes(self, attrs: list[tuple[str, str | None]]) -> None:
         names = [name for name, _ in attrs]
         assert len(names) == len(set(names))
+        self.attributes.update(names)
         for name, value in attrs:
             if name == "id":
                 self.ids.append(value or "")
@@ -335,6 +365,39 @@ class TestPage:
         )
         subprocess.run([sys.executable, "-c", program, json.dumps(dataclasses.asdict(again))], check=True)
         assert {path.name: path.read_bytes() for path in Path(again.out).iterdir()} == first
+
+    @pytest.mark.parametrize("name", ["<b>x", "--><script>alert(1)</script>", "\"' onload=x &amp;"])
+    def test_names_are_text(self, name: str, config: ReportConfig, tmp_path: Path) -> None:
+        n = {name: 100, "other": 50}
+        config = dataclasses.replace(
+            config,
+            base=results(tmp_path / "b.json", {name: 10, "other": 5}, n),
+            arms={name: [results(tmp_path / "x.json", {name: 20, "other": 5}, n)]},
+            corpora={name: config.corpora["mid"]},
+            training={name: config.training["mid"]},
+            provenance={name: name},
+        )
+        _, _, html = made(config)
+        page = _Page()
+        page.feed(html)
+        page.close()
+        assert page.open == []
+        assert page.tags.isdisjoint({"script"})
+        assert "<b>x" not in html
+        assert "--><" not in html
+        assert "onload" not in page.attributes
+
+    @pytest.mark.parametrize(
+        ("low", "high"),
+        [(0.95, 1.7), (0.93, 2.1), (1.02, 3.2), (1.4, 9.0), (480, 520), (501, 9999), (30, 40000), (1, 1e9), (0.01, 2)],
+    )
+    def test_labels_of_a_logarithmic_axis_have_room(self, low: float, high: float) -> None:
+        ticks = log_ticks(low, high)
+        assert 3 <= len(ticks) <= 8
+        assert all(low <= tick <= high for tick in ticks)
+        gaps = [math.log(b / a) / math.log(high / low) for a, b in itertools.pairwise(ticks)]
+        assert min(gaps) > 0.12
+        assert all(float(f"{tick:.2g}") == pytest.approx(tick) for tick in ticks), "not round"
 
     @pytest.mark.parametrize("benchmarks", [1, 8])
     def test_awkward_inputs(self, benchmarks: int, tmp_path: Path) -> None:

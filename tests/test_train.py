@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,15 +128,69 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_weights(
     train(config)
     for low, exact in zip(metrics(config), metrics(trained), strict=True):
         assert low["loss"] == pytest.approx(exact["loss"], rel=0.01)
+        assert low["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.03)
         assert low["loss"] != exact["loss"]
     weights = weights_of(config)
     assert {t.dtype for t in weights.values()} == {torch.float32}, "of the checkpoint it started from"
     assert any((t != t.bfloat16().float()).any() for t in weights.values()), "the weights were rounded on the way"
 
 
+def test_activation_checkpointing_changes_nothing_in_bfloat16(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    plain, checkpointed = (
+        train_config(
+            qwen2_checkpoint, tmp_path, out=str(tmp_path / str(on)), dtype="bfloat16", activation_checkpointing=on
+        )
+        for on in (False, True)
+    )
+    train(plain)
+    train(checkpointed)
+    assert metrics(plain) == metrics(checkpointed)
+    assert all(torch.equal(tensor, weights_of(plain)[name]) for name, tensor in weights_of(checkpointed).items())
+
+
+@pytest.mark.parametrize("log_every", [1, 10])
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(
+    log_every: int, qwen2_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = train_config(qwen2_checkpoint, tmp_path, lr=1e30, checkpoint_every=4, log_every=log_every, epochs=4)
+    with pytest.raises(InputError, match=r"step [23]: the loss is (nan|inf).*corpus\.jsonl.*: \d+, \d+") as error:
+        train(config)
+    step = int(str(error.value).split(":")[0].removeprefix("step "))
+    out = Path(config.out)
+    assert [row["step"] for row in metrics(config)] == list(range(1, step))
+    assert "NaN" not in (out / "metrics.jsonl").read_text()
+    assert not list((out / "checkpoints").glob("step-*"))
+    assert not (out / "model").exists()
+
+
+def test_the_checkpoints_before_a_loss_that_is_not_finite_are_kept(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    config = train_config(qwen2_checkpoint, tmp_path, lr=1e30, checkpoint_every=1)
+    with pytest.raises(InputError, match=r"step \d: the loss is"):
+        train(config)
+    steps = [row["step"] for row in metrics(config)]
+    assert steps
+    folders = (Path(config.out) / "checkpoints").glob("step-*")
+    assert sorted(int(p.name.removeprefix("step-")) for p in folders) == steps[-2:]
+
+
+def test_documents_past_the_models_positions_are_told(
+    qwen2_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = shutil.copytree(qwen2_checkpoint, tmp_path / "short")
+    changed = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 60}
+    (short / "config.json").write_text(json.dumps(changed))
+    lengths = documents_of(train_config(short, tmp_path)).lengths
+    over = int((lengths > 60).sum())
+    assert 0 < over < len(lengths)
+    train(train_config(short, tmp_path, max_steps=1))
+    assert f"WARNING: {over} documents (longest: {lengths.max()} tokens)" in capsys.readouterr().out
+    train(train_config(qwen2_checkpoint, tmp_path, out=str(tmp_path / "other"), max_steps=1))
+    assert "WARNING" not in capsys.readouterr().out
+
+
 def test_outputs(trained: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = Path(trained.out)
-    assert {p.name for p in out.iterdir()} == {"model", "metrics.jsonl", "summary.json"}
+    assert {p.name for p in out.iterdir()} == {"model", "metrics.jsonl", "summary.json", ".lock"}
     summary = json.loads((out / "summary.json").read_text())
     documents = documents_of(trained)
     assert summary["final"] == metrics(trained)[-1]
@@ -214,6 +270,31 @@ def test_a_missing_tracker_is_named(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match=f"pip install {package}"):
         train(train_config(qwen2_checkpoint, tmp_path, **option))
+    with pytest.raises(InputError, match=f"pip install {package}"):  # said before anything is read
+        train(train_config(tmp_path / "nowhere", tmp_path, **option))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seed": -1},
+        {"betas": (0.9, 1.0)},
+        {"betas": (-0.1, 0.9)},
+        {"betas": (math.nan, 0.9)},
+        {"weight_decay": -0.1},
+        {"max_grad_norm": math.nan},
+        *({name: math.inf} for name in ("epochs", "lr", "eps", "weight_decay", "warmup_ratio", "min_lr_ratio")),
+        *({name: math.nan} for name in ("epochs", "lr", "eps", "weight_decay", "warmup_ratio", "min_lr_ratio")),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"`{next(iter(wrong))}` must"):
+        TrainConfig(model="", data="", out="", **wrong)
+
+
+def test_the_default_does_not_wait_for_the_device_at_every_step() -> None:
+    assert TrainConfig(model="", data="", out="").log_every == 10
 
 
 def test_learning_rate_schedule() -> None:
@@ -275,6 +356,7 @@ def test_command_line_errors(tmp_path: Path) -> None:
 def test_dump_of_a_config_is_a_config_file(trained: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump(trained))
     command = [sys.executable, "-m", "micota_fast.train", str(tmp_path / "config.yaml"), "--set", "log_every=3"]
+    command += ["--set", "checkpoint_every=2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "finished result of this run already" in done.stdout

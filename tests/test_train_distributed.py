@@ -1,9 +1,12 @@
 """Two gloo ranks train as one process does."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -83,3 +86,49 @@ def test_two_ranks_in_bfloat16_equal_one(qwen2_checkpoint: Path, tmp_path: Path)
     finish(start_training(two, world=2), two)
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.02)
+
+
+def test_workers_die_with_a_killed_agent(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    config = train_config(qwen2_checkpoint, tmp_path, epochs=1e6)
+    agent = start_agent(config, tmp_path / "config.yaml")
+    try:
+        while len(metrics(config)) < 3:
+            assert agent.poll() is None
+            time.sleep(0.05)
+        workers = psutil.Process(agent.pid).children(recursive=True)
+        assert len(workers) == 2
+        agent.kill()
+        _, alive = psutil.wait_procs(workers, timeout=5)
+        assert not alive
+    finally:
+        end_family(agent)
+
+
+def test_a_worker_whose_agent_died_before_it_started_ends(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    config = train_config(qwen2_checkpoint, tmp_path, max_steps=1)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    env = os.environ | {"MICOTA_DIE_WITH_PARENT": "1", "TORCHELASTIC_RUN_ID": "none"}
+    command = [sys.executable, "-m", "micota_fast.train", str(tmp_path / "config.yaml")]
+    # This process was not started with that variable, like whoever inherits an orphan.
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "the process that started this one is gone" in done.stderr
+    assert not Path(config.out).exists()
+
+
+def start_agent(config: TrainConfig, path: Path) -> subprocess.Popen[bytes]:
+    """torchrun with two workers, as the pipeline starts it."""
+    path.write_text(dump(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "micota_fast.train", str(path)]
+    return subprocess.Popen(command, env=os.environ | {"MICOTA_DIE_WITH_PARENT": "1"}, stderr=subprocess.DEVNULL)
+
+
+def end_family(agent: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of it, whatever the test came to."""
+    if agent.poll() is None:
+        for process in psutil.Process(agent.pid).children(recursive=True):
+            process.kill()
+        agent.kill()
+    agent.wait()

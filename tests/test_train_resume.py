@@ -1,6 +1,7 @@
 """A training run killed at any moment ends as the one that never was."""
 
 import json
+import os
 import random
 import signal
 import time
@@ -11,6 +12,7 @@ from training_runs import finish, kill, metrics, start_training, train_config, w
 
 from micota_fast.errors import InputError
 from micota_fast.recipe import TrainConfig
+from micota_fast.train import lock
 from micota_fast.train.loop import train
 
 
@@ -85,12 +87,54 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 def test_killed_in_the_export(uninterrupted: TrainConfig, qwen2_checkpoint: Path, tmp_path: Path) -> None:
     config = train_config(qwen2_checkpoint, tmp_path, max_steps=12, epochs=4)
+    out = Path(config.out)
+    out.mkdir()
+    os.mkfifo(out / ".summary.json.part")  # nobody reads it: whoever goes on to write the summary waits here
     processes = start_training(config)
-    wait_until(lambda: newest_step(config) == 12, processes)
+    wait_until((out / "model").exists, processes)
+    time.sleep(0.2)
+    assert processes[0].is_alive()
     kill(processes)
-    if not (Path(config.out) / "summary.json").exists():
-        (Path(config.out) / "model").mkdir(exist_ok=True)  # as if half written
+    (out / ".summary.json.part").unlink()
+    assert not (out / "summary.json").exists()
+    assert newest_step(config) == 12
     finish(start_training(config), config)
+    assert result(config) == result(uninterrupted)
+
+
+def test_killed_with_the_export_half_written(
+    uninterrupted: TrainConfig, qwen2_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = train_config(qwen2_checkpoint, tmp_path, max_steps=12, epochs=4)
+    partial = Path(config.out) / ".model.partial"
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").write_bytes(b"torn")
+    finish(start_training(config), config)
+    assert not partial.exists()
+    assert result(config) == result(uninterrupted)
+
+
+def test_one_trainer_at_a_time(
+    uninterrupted: TrainConfig, qwen2_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_config(qwen2_checkpoint, tmp_path, max_steps=12, epochs=4)
+    out = Path(config.out)
+    out.mkdir()
+    os.mkfifo(out / ".summary.json.part")
+    first = start_training(config)
+    wait_until((out / "model").exists, first)  # and it stays there
+    monkeypatch.setattr(lock, "WAIT_S", 0.3)
+    before = time.monotonic()
+    with pytest.raises(InputError, match=r"another trainer is at work in .*\.lock"):
+        train(config)
+    assert time.monotonic() - before > 0.3
+    # One that ends within the wait is waited for.
+    monkeypatch.undo()
+    second = start_training(config)
+    time.sleep(1)
+    (out / ".summary.json.part").unlink()
+    kill(first)
+    finish(second, config)
     assert result(config) == result(uninterrupted)
 
 

@@ -43,6 +43,7 @@ def train_config(checkpoint: Path, folder: Path, **options: Any) -> TrainConfig:
         "device": "cpu",
         "pack_tokens": 256,
         "packs_per_step": 2,
+        "log_every": 1,  # so that a test sees each step when it is done
         "chat": ChatConfig(system=None, prompt="{problem} =\n", use_template=False),
         **options,
     }

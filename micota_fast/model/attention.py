@@ -124,9 +124,9 @@ class PackedAttention:
         if backend == "sdpa":
             self._attend = _sdpa_per_document(cu_seqlens)
         elif backend == "varlen":
-            self._attend = _torch_varlen(cu_seqlens.to(device, non_blocking=True), max_seqlen)
+            self._attend = _torch_varlen(cu_seqlens.to(device), max_seqlen)
         elif backend == "flash":
-            self._attend = _flash_varlen(cu_seqlens.to(device, non_blocking=True), max_seqlen)
+            self._attend = _flash_varlen(cu_seqlens.to(device), max_seqlen)
         else:
             raise ValueError(f"unknown attention backend {backend!r}")
 

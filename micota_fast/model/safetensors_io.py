@@ -217,7 +217,7 @@ def save_checkpoint(
 
 
 def publish(aside: Path, out_dir: Path) -> None:
-    """Sync a flat folder with all its files, then rename it to `out_dir` (absent or empty), also after a power failure."""
+    """Sync a flat folder with all its files and rename it to `out_dir` (absent or empty), which is then on the disk."""
     for path in (*aside.iterdir(), aside):
         sync(path)
     aside.rename(out_dir)

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from micota_fast.intervals import Difference, Estimate, difference
 from micota_fast.recipe import ReportConfig
 from micota_fast.records import write_atomic
 from micota_fast.report.inputs import Inputs, load
-from micota_fast.report.intervals import Difference, Estimate, difference
 from micota_fast.report.page import render
 from micota_fast.report.plots import drawing_style, require_matplotlib
 from micota_fast.report.summary import INTERVAL_METHOD, Arm, Summary, headline, mean_curve, summarise

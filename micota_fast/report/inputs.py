@@ -13,8 +13,12 @@ from micota_fast.recipe import ReportConfig
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """One benchmark of one model. `accuracy` is a fraction; the optional counts are None where the file has none."""
+    """One benchmark of one model: `n` answers to `problems` problems, more than one each where answers were sampled.
 
+    `accuracy` is a fraction of the answers; the optional counts, of answers too, are None where the file has none.
+    """
+
+    problems: int
     n: int
     accuracy: float
     truncated: int | None
@@ -187,6 +191,9 @@ def _results(path: Path) -> Results:
     for name in listed.data:
         entry = listed.child(name)
         n, accuracy = entry.count("n", low=1), entry.number("accuracy", 0.0, 1.0)
+        problems = entry.optional_count("problems", low=1) or n
+        if problems > n:
+            raise InputError(f"{path}: key 'benchmarks.{name}.problems' is {problems}, more than 'n', {n} answers")
         correct = entry.optional_count("correct")
         if correct is not None and abs(correct / n - accuracy) > 1e-6:
             raise InputError(
@@ -194,6 +201,7 @@ def _results(path: Path) -> Results:
                 f"{correct / n:.6f}"
             )
         benchmarks[name] = BenchmarkResult(
+            problems=problems,
             n=n,
             accuracy=accuracy,
             truncated=entry.optional_count("truncated"),
@@ -205,8 +213,8 @@ def _results(path: Path) -> Results:
 
 
 def _same_benchmarks(results: Results, base: Results) -> None:
-    mine = {name: result.n for name, result in results.benchmarks.items()}
-    theirs = {name: result.n for name, result in base.benchmarks.items()}
+    mine = {name: result.problems for name, result in results.benchmarks.items()}
+    theirs = {name: result.problems for name, result in base.benchmarks.items()}
     if mine != theirs:
         raise InputError(
             f"{results.path}: key 'benchmarks' holds {mine} (problems each) but the base, {base.path}, holds {theirs}; "

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from micota_fast.errors import InputError
+from micota_fast.intervals import Estimate
 from micota_fast.report.inputs import Corpus, LossCurve
-from micota_fast.report.intervals import Estimate
 from micota_fast.report.summary import BASE, Summary, mean_curve, percent
 from micota_fast.report.tables import significant
 
@@ -50,6 +50,10 @@ _KNOWN = dict(zip((BASE, "short", "long", "mix", "mid"), _SERIES, strict=False))
 
 _COLUMN = 360.0
 """Width of a plot in points; the page shows it at 330 to 510 CSS pixels, so 10 points read as 9 to 14."""
+
+
+_LABEL_SHARE = 0.13
+"""Room for a tick's label (up to five digits) on the shortest horizontal axis, as a share of its length."""
 
 
 def series_colours(names: Iterable[str]) -> dict[str, str]:
@@ -307,26 +311,34 @@ def _name_rows(axes: "Axes", names: Sequence[str], offset: float = 0.0) -> None:
 
 
 def _log_axis(axes: "Axes", which: str, low: float, high: float) -> None:
-    """A logarithmic axis with plain numbers at round values: as many of 1, 2, 5 a decade as there is room for."""
+    """A logarithmic axis with plain numbers at round values."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    for steps in (
-        (1.0,),
-        (1.0, 3.0),
-        (1.0, 2.0, 5.0),
-        (1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
-        tuple(i / 10 for i in range(10, 100)),
-    ):
-        ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
-        if len(ticks) >= 4:
-            break
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
-    axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // 7)]))
+    axis.set_major_locator(FixedLocator(log_ticks(low, high)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"))
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round values from `low` to `high`: of several scales of them the densest whose labels have room side by side.
+
+    1, 2, 5 (or fewer, or more) a decade, or whole decades where there are many; in a range so narrow that the axis is
+    nearly linear, evenly spaced values.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    scales = [[10.0**decade for decade in decades if decade % every == 0] for every in (1, 2, 3, 5, 10)]
+    a_decade = ((1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+    scales += [[step * 10.0**decade for decade in decades for step in steps] for steps in a_decade]
+    scales += [list(map(float, MaxNLocator(bins, steps=[1, 2, 5, 10]).tick_values(low, high))) for bins in (6, 5, 4, 3)]
+    inside = [[tick for tick in scale if low <= tick <= high] for scale in scales]
+    room = _LABEL_SHARE * math.log(high / low)
+    fitting = [s for s in inside if all(math.log(b / a) >= room for a, b in itertools.pairwise(s))]
+    return max(fitting, key=len)
 
 
 def _svg(figure: "Figure", name: str) -> str:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from micota_fast.intervals import Difference, Estimate, difference, macro_average, mean_and_sd
 from micota_fast.report.inputs import BenchmarkResult, Inputs, LossCurve, Results
-from micota_fast.report.intervals import Difference, Estimate, difference, macro_average, mean_and_sd
 
 BASE = "base"
 METHOD_ARM = "mid"
@@ -73,7 +73,7 @@ class Summary:
 
 def summarise(inputs: Inputs) -> Summary:
     """Compute every arm's row from checked inputs."""
-    problems = {name: result.n for name, result in inputs.base.benchmarks.items()}
+    problems = {name: result.problems for name, result in inputs.base.benchmarks.items()}
     base = _arm(BASE, [inputs.base], problems, None)
     arms = (_arm(name, runs, problems, base.average) for name, runs in inputs.arms.items())
     return Summary(problems, (base, *arms))

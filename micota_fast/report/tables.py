@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from micota_fast.intervals import Estimate
 from micota_fast.report.inputs import Corpus
-from micota_fast.report.intervals import Estimate
 from micota_fast.report.summary import BASE, Arm, Summary, percent, points
 
 MARK = "†"

@@ -1,6 +1,7 @@
 """A server for the length of a `with` block: started, waited for, and stopped with everything it has started."""
 
 import contextlib
+import errno
 import http.client
 import re
 import socket
@@ -30,13 +31,15 @@ def serving(model: str | Path, config: ServeConfig, log_path: str | Path) -> Ite
     Its output is appended to `log_path`.
 
     Raises:
-        InputError: the server ended or was not ready within `config.startup_timeout_s`; with the tail of its log.
+        InputError: the port is taken; or the server ended, or was not ready within `config.startup_timeout_s`, with the
+            tail of its log.
     """
+    command, port = _command(str(model), config)
     log_path = Path(log_path)
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as log:
         start = log.tell()
-        process, port = _start(str(model), config, log)
+        process = _spawn(command, config, log)
     try:
         yield _wait_ready(process, config, port, log_path, start)
     finally:
@@ -47,9 +50,10 @@ def serve_in_foreground(model: str, config: ServeConfig) -> None:
     """Run the engine that `config` names until it ends or is interrupted; its output is ours.
 
     Raises:
-        InputError: the server ended by itself.
+        InputError: the port is taken, or the server ended by itself.
     """
-    process, _ = _start(model, config, None)
+    command, _ = _command(model, config)
+    process = _spawn(command, config, None)
     try:
         status = process.wait()
     finally:
@@ -57,15 +61,18 @@ def serve_in_foreground(model: str, config: ServeConfig) -> None:
     raise InputError(f"the server for {model} ended with status {status}; its messages are above")
 
 
-def _start(model: str, config: ServeConfig, log: IO[bytes] | None) -> tuple[subprocess.Popen[bytes], int]:
-    """The engine's process, and its port; 0 where the server chooses one and says which."""
-    errors = subprocess.STDOUT if log else None
+def _command(model: str, config: ServeConfig) -> tuple[list[str], int]:
+    """The engine's command line, and its port; 0 where it says itself on which it listens."""
+    free = _free_port(config.host, config.port)
     if config.engine == "embedded":
-        return processes.spawn(_embedded_command(model, config), stdout=log, stderr=errors), config.port
+        return _embedded_command(model, config), 0
     # SGLang takes no port 0, nor does it say which it took.
-    port = config.port or _free_port(config.host)
-    command = sglang.command(model, config, port)
-    return processes.spawn(command, env=sglang.environment(), stdout=log, stderr=errors), port
+    return sglang.command(model, config, free), free
+
+
+def _spawn(command: list[str], config: ServeConfig, log: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    environment = sglang.environment() if config.engine == "sglang" else None
+    return processes.spawn(command, env=environment, stdout=log, stderr=subprocess.STDOUT if log else None)
 
 
 def _embedded_command(model: str, config: ServeConfig) -> list[str]:
@@ -80,7 +87,8 @@ def _embedded_command(model: str, config: ServeConfig) -> list[str]:
 def _wait_ready(process: subprocess.Popen[bytes], config: ServeConfig, port: int, log_path: Path, start: int) -> str:
     """The URL, once /health_generate has answered 200."""
     deadline = time.monotonic() + config.startup_timeout_s
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    host = f"[{host}]" if ":" in host else host
     url = f"http://{host}:{port}" if port else None
     while True:
         if process.poll() is not None:
@@ -106,9 +114,21 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def _free_port(host: str) -> int:
+def _free_port(host: str, port: int) -> int:
+    """`port`, or a free one where it is 0. A server already there would be taken for ours.
+
+    Raises:
+        InputError: the port is taken, or the host is none of this machine's addresses.
+    """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended do not count
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            what = f"port {port} is taken" if error.errno == errno.EADDRINUSE else f"cannot listen there ({error})"
+            raise InputError(
+                f"`serve`: {host}: {what}; choose another (0: a free one), or name the server that runs there in `url`"
+            ) from None
         return int(probe.getsockname()[1])
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 from micota_fast.errors import InputError
 from micota_fast.recipe import ServeConfig
@@ -13,6 +14,9 @@ INSTALL_HINT = (
     "install it in an environment of its own (python -m venv sglang && sglang/bin/pip install sglang) and name that "
     "interpreter in `serve.python` or in $SGLANG_PYTHON"
 )
+
+DETERMINISTIC = "--enable-deterministic-inference"
+DETERMINISTIC_BACKENDS = ("flashinfer", "fa3", "triton")
 
 
 def find_python(config: ServeConfig) -> str:
@@ -35,6 +39,32 @@ def find_python(config: ServeConfig) -> str:
     if subprocess.run([python, "-c", probe], check=False, stdin=subprocess.DEVNULL).returncode != 0:
         raise InputError(f"{where} names {python}, where sglang is not installed; {INSTALL_HINT}")
     return python
+
+
+def seeded(config: ServeConfig) -> ServeConfig:
+    """The same server made to heed sampling seeds, where it can.
+
+    SGLang takes `sampling_seed` from everyone but acts on it with --enable-deterministic-inference alone, which works
+    on a GPU with the attention backends flashinfer, fa3 and triton (its default there is fa3, or flashinfer on
+    Blackwell: older GPUs need `args: [--attention-backend, triton]`). With others, and on a CPU, the flag is not
+    passed: sampled answers are then random, and the client says so. Another engine's config is left as it is.
+    """
+    if config.engine != "sglang" or DETERMINISTIC in config.args:
+        return config
+    backend = _argument(config, "--attention-backend")
+    if "cpu" in (config.device, _argument(config, "--device")) or backend not in (None, *DETERMINISTIC_BACKENDS):
+        return config
+    return replace(config, args=[*config.args, DETERMINISTIC])
+
+
+def _argument(config: ServeConfig, name: str) -> str | None:
+    """The value of a further argument, written `--name value` or `--name=value`."""
+    for i, argument in enumerate(config.args):
+        if argument == name:
+            return config.args[i + 1] if i + 1 < len(config.args) else None
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return None
 
 
 def command(model: str, config: ServeConfig, port: int) -> list[str]:

@@ -5,8 +5,9 @@
         rank-00000.safetensors            that rank's shards of weights and optimizer
         rank-00000.json                   size and SHA-256 of the file beside it
 
-All ranks must see one and the same OUT: on several nodes, a shared filesystem. A folder is filled under a temporary name and renamed once every rank has synced its part. The order of the documents
-follows from the step number and nothing in training draws random numbers, so these are the whole state.
+A folder is filled under a temporary name and renamed once every rank has synced its part, so all ranks must see one
+and the same OUT: several nodes need a shared filesystem. The order of the documents follows from the step number and
+nothing in training draws random numbers, so these are the whole state.
 """
 
 import hashlib

@@ -66,7 +66,7 @@ def _train(config: TrainConfig, world: World, stop: "StopSignals") -> bool:
     model = _load_model(config, source, world)
     facts = _facts(model, documents, steps, total, world)
     _introduce(config, facts, world)
-    _warn_of_positions(model.decoder.config.max_position_embeddings, documents, world)
+    _warn_of_positions(config.model, model.decoder.config.max_position_embeddings, documents, world)
     flops_per_token = model.decoder.flops_per_token(_mean_context(documents))
     distribute(model, config, world)
     optimizer = make_optimizer(model, config)
@@ -253,13 +253,13 @@ def _introduce(config: TrainConfig, facts: dict[str, Any], world: World) -> None
     )
 
 
-def _warn_of_positions(positions: int, documents: Documents, world: World) -> None:
+def _warn_of_positions(model: str, positions: int, documents: Documents, world: World) -> None:
     over = int((documents.lengths > positions).sum())
     if over:
         world.say(
             f"WARNING: {over:,} documents (longest: {int(documents.lengths.max()):,} tokens) go past the model's "
-            f"max_position_embeddings of {positions:,}: it is trained on positions it has not been made for, and a server "
-            f"will stop at {positions:,}. Raise that (and RoPE's scaling) in config.json, or set max_doc_tokens"
+            f"max_position_embeddings of {positions:,}, which it was not made for and where a server ends an answer. "
+            f"Raise that (and RoPE's scaling) in the config.json of {model}, or set max_doc_tokens"
         )
 
 

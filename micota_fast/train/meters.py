@@ -136,8 +136,8 @@ class Meters:
         documents = self._steps.documents(step - 1).tolist()
         listed = ", ".join(map(str, documents[:20])) + (", ..." if len(documents) > 20 else "")
         return (
-            f"step {step}: the loss is {loss} and the norm of its gradient {grad_norm}; the checkpoint before it is the "
-            f"last that was saved. The step's documents, counted from 0 in {self._data} without the rows left out: "
+            f"step {step}: the loss is {loss} and the norm of its gradient {grad_norm}; no checkpoint was saved after "
+            f"that. The step's documents, counted from 0 in {self._data} without the rows left out: "
             f"{listed}. A lower `lr`, more `warmup_ratio` or a sound checkpoint to start from may help"
         )
 

@@ -5,7 +5,8 @@ squared distances from the estimate to each bound (MOVER: Zou & Donner 2008, "Co
 effect measures", Statistics in Medicine 27; for two proportions it is method 10 of Newcombe 1998, Statistics in
 Medicine 17). With one benchmark and one seed it is exactly the Wilson interval; it never collapses at 0% or 100%.
 
-- Problems: the Wilson interval of the accuracy on n problems. The mean over seeds is treated as one run: all seeds
+- Problems: the Wilson interval of the accuracy on n problems. Several answers to one problem count as one: they are
+  taken for copies of each other (conservative). The mean over seeds is treated as one run: all seeds
   answer the same problems, so more seeds do not make the sample of problems larger (conservative).
 - Training: Student's t interval of the mean over S seeds, S - 1 degrees of freedom. One seed tells nothing about
   it; its interval then covers the problems only.
@@ -61,8 +62,12 @@ class Difference:
         return self.low <= 0.0 <= self.high
 
 
-def wilson(accuracy: float, n: int) -> tuple[float, float]:
-    """Wilson score interval (95%) of a fraction `accuracy` of `n` problems (Wilson 1927, JASA 22)."""
+def wilson95(accuracy: float, n: int) -> tuple[float, float]:
+    """Wilson score interval (95%) of a fraction `accuracy` of `n` independent problems.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927); recommended for all
+    n by Brown, Cai & DasGupta, Statistical Science 16 (2001). Unlike p +- 1.96 sd it holds its level near 0 and 1.
+    """
     z2 = Z95 * Z95
     centre = (accuracy + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(accuracy * (1 - accuracy) / n + z2 / (4 * n * n))
@@ -103,7 +108,7 @@ def macro_average(accuracies: Sequence[Sequence[float]], n: Sequence[int]) -> Es
     below2 = above2 = 0.0
     for column, problems in zip(zip(*accuracies, strict=True), n, strict=True):
         accuracy = math.fsum(column) / len(column)
-        low, high = wilson(accuracy, problems)
+        low, high = wilson95(accuracy, problems)
         below2 += ((accuracy - low) / count) ** 2
         above2 += ((high - accuracy) / count) ** 2
     if sd is not None:
