@@ -449,7 +449,7 @@ def test_folders_called_model_are_told_apart(
     for folder in (a, b):
         shutil.copytree(qwen2_checkpoint, folder)
     with serving(a, SERVE, tmp_path / "log.txt") as url:
-        with pytest.raises(InputError, match="arm-a/model, but `model` is .*arm-b/model"):
+        with pytest.raises(InputError, match=r"arm-a/model, but `model` is .*arm-b/model"):
             generate.run(config(b, problems, tmp_path / "b.jsonl", url, limit=1))
         generate.run(config(a, problems, tmp_path / "a.jsonl", url, limit=1))
     assert {row.model for row in read_completions(tmp_path / "a.jsonl")} == {"arm-a"}
@@ -556,7 +556,7 @@ def test_a_server_that_fails_on_everything_is_given_up_on_though_it_calls_itself
     async def handler(http: web.Request) -> web.StreamResponse:
         return web.json_response({"error": {"message": "broken"}}, status=500)
 
-    with http_server(handler, healthy=True) as url, pytest.raises(InputError, match="no answer for .*broken"):
+    with http_server(handler, healthy=True) as url, pytest.raises(InputError, match=r"no answer for .*broken"):
         generate.run(config(qwen2_checkpoint, problems, tmp_path / "out.jsonl", url))
 
 

@@ -79,7 +79,7 @@ SIZES: dict[str, Size] = {
         seed=2,
         phases=(
             Phase("short", 20000, 3e-3, 1.0),
-            Phase("mixture", 24000, 3e-3, 0.03),
+            Phase("varied", 24000, 3e-3, 0.03),
             Phase("short", 1000, 1e-3, 0.03),
         ),
     ),
@@ -136,6 +136,7 @@ WRITERS: dict[str, Writer] = {
     "short": _solved(lambda rng: world.SHORT),
     "long": _solved(lambda rng: world.LONG),
     "mixture": _solved(lambda rng: world.random_thoroughness(rng, slip=0.1)),
+    "varied": _solved(lambda rng: world.varied_thoroughness(rng, slip=0.1)),
 }
 
 

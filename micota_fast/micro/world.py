@@ -107,6 +107,11 @@ def random_thoroughness(rng: random.Random, slip: float) -> Thoroughness:
     return Thoroughness(float(rng.random() < 0.5), check_easy, check_hard, float(rng.random() < 0.5), slip)
 
 
+def varied_thoroughness(rng: random.Random, slip: float) -> Thoroughness:
+    """A writer who makes each decision for itself, so that every length between terse and thorough is common."""
+    return Thoroughness(float(rng.random() < 0.5), rng.random(), rng.random(), float(rng.random() < 0.5), slip)
+
+
 def write_solution(chain: Chain, how: Thoroughness, rng: random.Random) -> str:
     """A chain of thought for ``chain`` that ends in its boxed answer. Slips happen only where a check mends them."""
     parts = []
