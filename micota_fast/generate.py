@@ -388,7 +388,11 @@ class _Client:
             samples = [s for s in range(self._config.samples) if (problem.id, s) not in self._writer.rows]
             if not samples:
                 continue
-            input_ids = self._chat.encode_prompt(problem.problem)
+            try:
+                input_ids = self._chat.encode_prompt(problem.problem)
+            except InputError as error:
+                bad.append(f"problem {problem.id!r}: {error}")
+                continue
             # An id outside the vocabulary kills an SGLang server.
             if max(input_ids, default=0) >= self._chat.vocab_size:
                 bad.append(

@@ -106,7 +106,9 @@ class GenerateSettings:
         operational=True,
     )
     chat: ChatConfig = option(ChatConfig(), doc="the prompt")
-    serve: ServeConfig = option(ServeConfig(), doc="the server started where url is null")
+    serve: ServeConfig = option(
+        ServeConfig(), doc="the server that answers: started where url is null, described where one runs already"
+    )
 
     def __post_init__(self) -> None:
         at_least(self, samples=1, max_new_tokens=1, concurrency=1, temperature=0)
