@@ -55,7 +55,8 @@ fi
 
 # The run has measured the held-out solutions under the base; the same measurement for the trained model.
 OMP_NUM_THREADS=2 .venv/bin/micota align "$run/align/config.yaml" --set "model=$run/student/gsm8k-seed0/model" \
-    --set "corpora={heldout: $rows/heldout_solutions.jsonl}" --set "out=$run/heldout-after" || fail "the held-out loss stays unknown"
+    --set "corpora={heldout: $rows/heldout_solutions.jsonl}" --set "out=$run/heldout-after" ||
+    fail "the held-out loss after training stays unknown; the message is above"
 "$python" scripts/smollm_gsm8k.py heldout --before "$run/align/heldout.json" --after "$run/heldout-after/heldout.json" \
     --out "$run/heldout.json" || fail "see above"
 echo "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s."
