@@ -113,7 +113,7 @@ def _run(parsed: argparse.Namespace) -> None:
     from micota_fast.pipeline import Run
 
     path = Path(parsed.config)
-    if not path.exists() and (RECIPES / f"{parsed.config}.yaml").exists():
+    if not path.is_file() and (RECIPES / f"{parsed.config}.yaml").exists():
         path = RECIPES / f"{parsed.config}.yaml"
     loaded = config.load(recipe.Recipe, path, parsed.overrides)
     folder = Path(parsed.out or f"runs/{loaded.name}").resolve()

@@ -39,6 +39,12 @@ def test_errors_are_one_message_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_of_a_recipes_name_is_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "micro").mkdir()
+    assert main(["run", "micro", "--dry-run"]) == 0
+
+
 def test_the_command_line_starts_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom micota_fast.cli import main\n"
