@@ -19,6 +19,7 @@ import psutil
 import pytest
 from aiohttp import web
 
+from micota_fast import client as http_client
 from micota_fast import generate
 from micota_fast.errors import InputError
 from micota_fast.recipe import ChatConfig, GenerateConfig, ServeConfig
@@ -196,7 +197,7 @@ def test_sigkill_of_the_server(
     tmp_path: Path, corpus: Path, qwen2_checkpoint: Path, problems: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client waits, gives up cleanly, keeps its rows; with the server back it ends with the same bytes."""
-    monkeypatch.setattr(generate, "PATIENCE_URL_S", 1.0)
+    monkeypatch.setattr(http_client, "PATIENCE_URL_S", 1.0)
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     port = free_port()
     serve = ServeConfig(dtype="float64", port=port)
@@ -296,7 +297,7 @@ def answer(body: dict[str, Any], reason: str = "stop") -> dict[str, Any]:
 def test_faults_are_retried_until_each_sample_is_there_once(
     tmp_path: Path, qwen2_checkpoint: Path, problems: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "BACKOFF_S", (0.005, 0.02))
+    monkeypatch.setattr(http_client, "BACKOFF_S", (0.005, 0.02))
     seen: dict[str, int] = {}
     faults = ["429", "500", "503", "reset", "truncated", "not json", "wrong shape", "abort", "short body"]
 
@@ -509,8 +510,8 @@ def test_one_poisoned_request_neither_ends_the_run_nor_keeps_it(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(generate, "BACKOFF_S", (0.005, 0.02))
-    monkeypatch.setattr(generate, "PATIENCE_URL_S", 0.5)
+    monkeypatch.setattr(http_client, "BACKOFF_S", (0.005, 0.02))
+    monkeypatch.setattr(http_client, "PATIENCE_URL_S", 0.5)
     poison: list[int] = []
     tries: list[int] = []
 
@@ -530,7 +531,7 @@ def test_one_poisoned_request_neither_ends_the_run_nor_keeps_it(
     with http_server(handler, healthy=True) as url:
         generate.run(config(qwen2_checkpoint, problems, out, url, **greedy))
         assert "1 of 30 completions aborted" in capsys.readouterr().err
-        assert len(tries) == generate.POISONED_AFTER
+        assert len(tries) == http_client.POISONED_AFTER
         rows = read_completions(out)
         assert [row.finish_reason for row in rows] == ["abort"] + ["stop"] * 29
         assert (rows[0].completion, rows[0].completion_tokens) == ("", 0)
@@ -550,8 +551,8 @@ def test_one_poisoned_request_neither_ends_the_run_nor_keeps_it(
 def test_a_server_that_fails_on_everything_is_given_up_on_though_it_calls_itself_healthy(
     tmp_path: Path, qwen2_checkpoint: Path, problems: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "BACKOFF_S", (0.005, 0.02))
-    monkeypatch.setattr(generate, "PATIENCE_URL_S", 0.5)
+    monkeypatch.setattr(http_client, "BACKOFF_S", (0.005, 0.02))
+    monkeypatch.setattr(http_client, "PATIENCE_URL_S", 0.5)
 
     async def handler(http: web.Request) -> web.StreamResponse:
         return web.json_response({"error": {"message": "broken"}}, status=500)
@@ -564,8 +565,8 @@ def test_long_answers_and_a_few_faults_are_no_silence(
     tmp_path: Path, qwen2_checkpoint: Path, problems: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request fails early, one late, each once, while no answer comes for longer than the patience."""
-    monkeypatch.setattr(generate, "BACKOFF_S", (0.005, 0.02))
-    monkeypatch.setattr(generate, "PATIENCE_URL_S", 0.3)
+    monkeypatch.setattr(http_client, "BACKOFF_S", (0.005, 0.02))
+    monkeypatch.setattr(http_client, "PATIENCE_URL_S", 0.3)
     started = time.monotonic()
     tries: dict[str, int] = {}
 
@@ -588,10 +589,10 @@ def test_long_answers_and_a_few_faults_are_no_silence(
 
 
 def test_seeds_depend_on_problem_and_sample_alone() -> None:
-    seeds = {generate.derive_seed(s, f"p{i}", k) for s in range(2) for i in range(50) for k in range(4)}
+    seeds = {http_client.derive_seed(s, f"p{i}", k) for s in range(2) for i in range(50) for k in range(4)}
     assert len(seeds) == 400
     assert all(0 <= seed < 2**31 for seed in seeds)
-    assert generate.derive_seed(0, "p1", 2) == generate.derive_seed(0, "p1", 2)
+    assert http_client.derive_seed(0, "p1", 2) == http_client.derive_seed(0, "p1", 2)
 
 
 def test_the_fingerprint_tells_checkpoints_apart(tmp_path: Path, qwen2_checkpoint: Path) -> None:
