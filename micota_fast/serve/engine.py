@@ -55,7 +55,6 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     output_ids: list[int] = field(default_factory=list)
     finish_reason: dict[str, Any] | None = None
-    matched_stop: str | None = None
     retractions: int = 0
     input_logprobs: list[TokenLogprob] = field(default_factory=list)
     output_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -318,7 +317,6 @@ class Engine:
         if request.params.stop and len(request.output_ids) >= request.params.min_new_tokens:
             matched = self._match_stop(request)
             if matched is not None:
-                request.matched_stop = matched
                 return {"type": "stop", "matched": matched}
         if len(request.output_ids) >= request.max_new_tokens:
             return {"type": "length", "length": len(request.output_ids)}
