@@ -8,15 +8,13 @@ with ours; elsewhere its row says so. Numba's compilation is not counted.
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
+from machine import provenance
 
 from micota_fast.data.packing import pack
 
@@ -46,19 +44,11 @@ def trl(n: int) -> Callable[[], int] | None:
     return lambda: len(pack_dataset(table, CAPACITY, "bfd"))
 
 
-def version(package: str) -> str | None:
-    """Its version; None where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def main() -> None:
-    """Measure, print a table, write rows."""
+    """Measure, print a table, append rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, three runs: under a minute")
-    parser.add_argument("--json", metavar="FILE", help="write the rows here")
+    parser.add_argument("--json", metavar="FILE", help="append the rows here")
     arguments = parser.parse_args()
     runs = 3 if arguments.quick else 7
     # TRL takes whole token lists, so its sizes are bounded by memory.
@@ -74,14 +64,13 @@ def main() -> None:
                 started = time.perf_counter()
                 packs[case] = run()
                 seconds[case].append(time.perf_counter() - started)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    common = {"benchmark": "packing", **provenance("micota-fast", "trl", "numpy", "numba")}
     rows = []
-    print(f"capacity {CAPACITY:,} tokens; median of {runs} runs [min, max]; {machine}")
+    print(f"capacity {CAPACITY:,} tokens; median of {runs} runs [min, max]; {common['machine']}")
     for name, n in cases:
         row: dict[str, object] = {
             "program": name,
             "documents": n,
-            "version": version({"micota": "micota-fast"}.get(name, name)),
         }
         times = seconds[name, n]
         if times:
@@ -94,9 +83,9 @@ def main() -> None:
             )
         else:
             print(f"{name:8} {n:>9,} documents  not measured: not installed")
-        rows.append(row | {"machine": machine, "numpy": np.__version__, "numba": version("numba")})
+        rows.append(common | row)
     if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
+        with open(arguments.json, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 

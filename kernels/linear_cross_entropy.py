@@ -1,25 +1,21 @@
 """Cross entropy of a linear head without ever holding the logits: `hidden @ weight.T` chunk by chunk.
 
 Where gradients are wanted, each chunk of logits is turned into its own gradient in place during the forward pass
-(the idea of Liger-Kernel's fused loss, arXiv 2410.10989), so one pass costs 6 N H V operations. Memory above the inputs
-and the gradient of `hidden`, which has its type:
-
-- one chunk of logits, float32, and its copy in the inputs' type where that is another (bfloat16: half as much again);
-- the gradient of `weight`, [V, H] in float32, until the backward pass gives it in the weight's type, beside it for a
-  moment (V = 151,936, H = 3,584: 2.2 GB and 1.1 GB);
-- on a CPU, for inputs below float32, one more chunk: a product is rounded to the inputs' type before it is widened.
+(the idea of Liger-Kernel's fused loss, arXiv 2410.10989), so one pass costs 6 N H V operations. `chunks.py` has the
+chunks, the memory they take and what happens in each.
 """
 
+import math
+import os
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Bytes of the float32 logits held at a time. Large enough for a GEMM to run at full speed whatever the vocabulary
-# (1,766 rows at V = 151,936 on a GPU, 110 on a CPU), small beside the activations of a pack. A chunk never depends on
-# N, so neither does the peak.
-LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+from . import chunks
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def linear_cross_entropy(
@@ -30,169 +26,196 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: Literal["none", "sum", "mean"] = "mean",
     normalizer: float | Tensor | None = None,
+    n_supervised: int | None = None,
+    token_weights: Tensor | None = None,
+    row_filter: float = 0.0,
 ) -> Tensor:
     """Negative log-likelihood of `targets` under `softmax(hidden @ weight.T)`.
 
-    Logits are products of the inputs' type, summed in float32; CUDA keeps them so, a CPU rounds them to the inputs'
-    type. Softmax, loss and the sum over rows of the weight's gradient are float32 (float64 for float64 inputs). Rows
-    whose target is `ignore_index` add nothing; on a CPU they are left out of the work as well. Deterministic on a CPU
-    at one thread count.
+    Logits are products of the inputs' type, summed in float32 and rounded to the inputs' type, as a dense head rounds
+    them. Softmax, loss and the sum over rows of the weight's gradient are float32 (float64 for float64 inputs). The
+    same bits come out twice (on a CPU: at one thread count; on CUDA: on one stream, as cuBLAS promises).
+
+    Rows whose target is `ignore_index` cost nothing: they are left out of every product. On CUDA only where
+    `n_supervised` says how many stay, as asking the device would stall it; without it they add nothing and cost as
+    much as others.
 
     Args:
-        hidden: [N, H], float32, bfloat16, float16 or float64.
+        hidden: [N, H], bfloat16, float32 or float64.
         weight: [V, H], same type.
         targets: [N] int64 in [0, V), or `ignore_index`.
         ignore_index: the target that marks a row to ignore.
         reduction: "none": [N], 0 where ignored; "sum": over the rows; "mean": sum / normalizer.
         normalizer: divisor of "mean", a host number or a 0-d tensor: the count of supervised tokens over all ranks
             and micro-steps, so that the loss does not depend on the split. None: the supervised rows of this call.
+        n_supervised: how many targets are not `ignore_index`, a host integer, which packing knows. A wrong one is an
+            error on a CPU and makes loss and gradients NaN on CUDA.
+        token_weights: [N] float32 or float64, factor of each row's loss in "sum" and "mean"; no gradient flows to it.
+        row_filter: leave out of the backward products each row in whose gradient, softmax - onehot, no entry exceeds
+            this, which is to say whose target has a probability of at least 1 - row_filter. The loss is exact. A row
+            left out takes an error of at most row_filter * (|weight[target]| + max |weight[j]|) * its factor to its
+            gradient of `hidden`, and a matrix of rank one and of Frobenius norm at most
+            sqrt(2) * row_filter * |hidden[row]| * its factor out of the gradient of `weight`. 0: exact.
 
     Returns:
         Float32 (float64 for float64 inputs) scalar, or [N] for "none". No supervised row: 0, with zero gradients.
 
     Raises:
-        ValueError: shapes, types or arguments that do not fit together.
-        IndexError: a target outside [0, V) (on CUDA: a device-side assertion, as checking would stall the device).
-        RuntimeError: a second backward pass through the same loss, as the first consumes the stored gradients.
+        ValueError: shapes, types or arguments that do not fit together; on a CPU a wrong `n_supervised`.
+        IndexError: a target outside [0, V). On CUDA the loss is NaN instead, as checking would stall the device;
+            MICOTA_DEBUG=1 in the environment makes it check, and raise, there too.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden [N, H] and weight [V, H] expected, not {list(hidden.shape)}, {list(weight.shape)}")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets: int64 [{hidden.shape[0]}] expected, not {targets.dtype} {list(targets.shape)}")
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}; both must have one type")
+    if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
+        raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}; both must have one type of {DTYPES}")
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction {reduction!r} is not one of none, sum, mean")
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"a normalizer goes with reduction='mean', not {reduction!r}")
+    if token_weights is not None and (reduction == "none" or token_weights.shape != targets.shape):
+        raise ValueError("token_weights: [N] with reduction 'sum' or 'mean' expected; multiply what 'none' returns")
+    if not 0 <= row_filter < 1:
+        raise ValueError(f"row_filter {row_filter} is not in [0, 1)")
+
+    options = (ignore_index, n_supervised, -math.log1p(-row_filter))
     if reduction == "none":
-        return _TokenLoss.apply(hidden, weight, targets, ignore_index)
-    total = _SummedLoss.apply(hidden, weight, targets, ignore_index, torch.is_grad_enabled())
-    if reduction == "sum":
-        return total
-    return total / ((targets != ignore_index).sum().clamp(min=1) if normalizer is None else normalizer)
+        return _TokenLoss.apply(hidden, weight, targets, *options)
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    scale = torch.ones((), dtype=exact, device=hidden.device) if token_weights is None else token_weights.to(exact)
+    if reduction == "mean":
+        scale = scale / ((targets != ignore_index).sum().clamp(min=1) if normalizer is None else normalizer)
+    recording = torch.is_grad_enabled()
+    wants = (recording and hidden.requires_grad, recording and weight.requires_grad)
+    return _SummedLoss.apply(hidden, weight, targets, scale.detach(), *options, *wants)
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Sum over rows; the gradients are made in the forward pass and scaled in the backward pass."""
+    """Sum over rows of scale * nll; the gradients are made in the forward pass and passed on in the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grad_enabled: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        ignore_index: int,
+        n_supervised: int | None,
+        threshold: float,
+        want_hidden: bool,
+        want_weight: bool,
     ) -> Tensor:
-        wants = [grad_enabled and wanted for wanted in ctx.needs_input_grad[:2]]
-        nll, ctx.grad_hidden, ctx.grad_weight = _by_chunks(hidden, weight, targets, ignore_index, None, *wants)
-        ctx.weight_dtype, ctx.spent = weight.dtype, False
-        return nll.sum()
+        nll_N, scale, grad_hidden, grad_weight = _by_chunks(
+            hidden, weight, targets, scale, ignore_index, n_supervised, threshold, want_hidden, want_weight
+        )
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.wants, ctx.dtype = (want_hidden, want_weight), weight.dtype
+        return (nll_N * scale).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.spent:
-            raise RuntimeError("linear_cross_entropy runs backward once: its gradients are scaled in place")
-        grad_hidden, grad_weight = ctx.grad_hidden, ctx.grad_weight
-        ctx.grad_hidden = ctx.grad_weight = None
-        ctx.spent = True
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(grad_loss)
-        if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return *_scaled(ctx, grad_loss), None, None, None, None, None, None, None
 
 
 class _TokenLoss(torch.autograd.Function):
     """Loss of each row; the backward pass computes the logits again, as rows are weighted by the incoming gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        n_supervised: int | None,
+        threshold: float,
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.ignore_index = ignore_index
-        return _by_chunks(hidden, weight, targets, ignore_index, None, False, False)[0]
+        ctx.options = ignore_index, n_supervised, threshold
+        one = torch.ones((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        nll_N, scale, _, _ = _by_chunks(hidden, weight, targets, one, *ctx.options, False, False)
+        return nll_N * scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_nll_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         wants = ctx.needs_input_grad[:2]
-        _, grad_hidden, grad_weight = _by_chunks(hidden, weight, targets, ctx.ignore_index, grad_nll, *wants)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        _, _, grad_hidden, grad_weight = _by_chunks(hidden, weight, targets, grad_nll_N, *ctx.options, *wants)
+        return grad_hidden if wants[0] else None, grad_weight.to(weight.dtype) if wants[1] else None, *[None] * 4
 
 
+def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
+    """The stored gradients times that of the loss (1 as a rule), in the inputs' type, in one pass over each."""
+    return [
+        torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=ctx.dtype)) if wanted else None
+        for gradient, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)
+    ]
+
+
+@torch.library.custom_op("micota::linear_cross_entropy", mutates_args=())
 def _by_chunks(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    scale: Tensor,
     ignore_index: int,
-    row_scale: Tensor | None,
+    n_supervised: int | None,
+    threshold: float,
     want_hidden: bool,
     want_weight: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Loss of each row [N], and the gradients of their sum (of `row_scale`-weighted sum where given).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss of each row [N], and the gradients of sum(scale * loss); one operator, which a compiler leaves whole.
 
-    The gradient of `hidden` has its type; that of `weight` is float32 (float64).
+    Args:
+        hidden, weight, targets, ignore_index, n_supervised: as in `linear_cross_entropy`.
+        scale: float32 (float64), 0-d or [N].
+        threshold: rows of at most this loss stay out of the gradients; 0: none does.
+        want_hidden, want_weight: which gradients to make; the others are returned empty.
+
+    Returns:
+        nll_N (0 where ignored); `scale`, NaN where the targets belie `n_supervised`; the gradient of `hidden`, of its
+        type; that of `weight`, of its type or wider (see `chunks.Plan`).
     """
-    (n, h), v = hidden.shape, weight.shape[0]
-    exact = torch.promote_types(hidden.dtype, torch.float32)
+    if targets.device.type == "cpu" or os.environ.get("MICOTA_DEBUG") == "1":
+        n_supervised = _checked(targets, weight.shape[0], ignore_index, n_supervised)
+    return chunks.run(hidden, weight, targets, scale, ignore_index, n_supervised, threshold, want_hidden, want_weight)
+
+
+@_by_chunks.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    n_supervised: int | None,
+    threshold: float,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n_rows = hidden.shape[0] if n_supervised is None else n_supervised
+    plan = chunks.Plan.of(hidden, weight, n_rows, want_weight)
+    return (
+        torch.empty_like(targets, dtype=scale.dtype, memory_format=torch.contiguous_format),
+        torch.empty_like(scale, memory_format=torch.contiguous_format),
+        hidden.new_empty(hidden.shape if want_hidden else 0),
+        weight.new_empty(weight.shape if want_weight else 0, dtype=plan.grad_weight_dtype),
+    )
+
+
+def _checked(targets: Tensor, vocabulary: int, ignore_index: int, n_supervised: int | None) -> int:
+    """The number of supervised targets, each of which lies in the vocabulary."""
     supervised = targets != ignore_index
-    rows = None  # indices of the rows to compute; None: all
-    if hidden.device.type == "cpu":
-        if not bool(supervised.all()):
-            rows = supervised.nonzero().squeeze(1)
-        wrong = supervised & ((targets < 0) | (targets >= v))
-        if bool(wrong.any()):
-            first = int(wrong.nonzero()[0])
-            raise IndexError(f"targets[{first}] = {int(targets[first])} lies outside the vocabulary [0, {v})")
-    n_rows = n if rows is None else len(rows)
-
-    nll_N = torch.zeros(n, dtype=exact, device=hidden.device)
-    # Ignored rows are never written where they are compacted out.
-    grad_hidden = (torch.empty_like if rows is None else torch.zeros_like)(hidden) if want_hidden else None
-    grad_weight = torch.empty(v, h, dtype=exact, device=weight.device) if want_weight else None
-    if grad_weight is not None and n_rows == 0:
-        grad_weight.zero_()
-
-    chunk = max(1, LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES["cuda"]) // (v * exact.itemsize))
-    buffer = torch.empty(min(chunk, n_rows), v, dtype=exact, device=hidden.device)
-    for start in range(0, n_rows, chunk):
-        stop = min(start + chunk, n_rows)
-        at = slice(start, stop) if rows is None else rows[start:stop]
-        h_CH, target_C1, kept_C1 = hidden[at], targets[at].unsqueeze(1), supervised[at].unsqueeze(1)
-        if rows is None:
-            target_C1 = target_C1.where(kept_C1, 0)  # an ignored row takes part, to no effect
-        logits_CV = _logits(h_CH, weight, buffer[: stop - start])
-
-        top_C1 = logits_CV.amax(1, keepdim=True)
-        logits_CV.sub_(top_C1)
-        target_logit_C1 = logits_CV.gather(1, target_C1)
-        logits_CV.exp_()
-        sum_C1 = logits_CV.sum(1, keepdim=True)
-        nll_N[at] = (sum_C1.log() - target_logit_C1).where(kept_C1, 0).squeeze(1)
-        if not (want_hidden or want_weight):
-            continue
-
-        scale_C1 = kept_C1.to(exact) if row_scale is None else kept_C1 * row_scale[at].unsqueeze(1)
-        grad_CV = logits_CV.mul_(scale_C1 / sum_C1).scatter_add_(1, target_C1, -scale_C1)
-        low_CV = grad_CV.to(hidden.dtype)
-        if grad_hidden is not None:
-            grad_hidden[at] = low_CV @ weight
-        if grad_weight is not None:
-            _accumulate(grad_weight, grad_CV, low_CV, h_CH, first=start == 0)
-    return nll_N, grad_hidden, grad_weight
-
-
-def _logits(hidden_CH: Tensor, weight_VH: Tensor, out_CV: Tensor) -> Tensor:
-    """hidden @ weight.T in `out` (float32 or float64), the GEMM in the inputs' type."""
-    if hidden_CH.dtype == out_CV.dtype:
-        return torch.mm(hidden_CH, weight_VH.T, out=out_CV)
-    if hidden_CH.is_cuda:
-        return torch.mm(hidden_CH, weight_VH.T, out_dtype=out_CV.dtype, out=out_CV)
-    return out_CV.copy_(hidden_CH @ weight_VH.T)
-
-
-def _accumulate(total_VH: Tensor, grad_CV: Tensor, low_CV: Tensor, hidden_CH: Tensor, first: bool) -> None:
-    """total (+)= grad.T @ hidden, summed in `total`'s type; the first chunk is written, as `total` is uninitialised."""
-    beta = 0 if first else 1  # beta = 0 ignores what stands in `total`, NaN included
-    if total_VH.dtype != hidden_CH.dtype and hidden_CH.is_cuda:
-        torch.addmm(total_VH, low_CV.T, hidden_CH, out_dtype=total_VH.dtype, beta=beta, out=total_VH)
-    else:  # a CPU GEMM cannot sum bfloat16 products into float32, so the factors are widened
-        total_VH.addmm_(grad_CV.T, hidden_CH.to(total_VH.dtype), beta=beta)
+    wrong = supervised & ((targets < 0) | (targets >= vocabulary))
+    if bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
+        raise IndexError(f"targets[{first}] = {int(targets[first])} lies outside the vocabulary [0, {vocabulary})")
+    count = int(supervised.sum())
+    if n_supervised not in (None, count):
+        raise ValueError(f"n_supervised is {n_supervised}, and {count} targets differ from ignore_index {ignore_index}")
+    return count

@@ -76,7 +76,13 @@ def document_nll(model: Decoder, documents: Documents, pack_tokens: int, backend
         cu_seqlens = batch.cu_seqlens if backend == "sdpa" else batch.cu_seqlens.to(device)
         attend = PackedAttention(cu_seqlens, batch.max_seqlen, backend, device)
         hidden_TH = model(batch.input_ids.to(device), batch.position_ids.to(device), attend)
-        nll_T = linear_cross_entropy(hidden_TH, model.lm_head_weight, batch.targets.to(device), reduction="none")
+        nll_T = linear_cross_entropy(
+            hidden_TH,
+            model.lm_head_weight,
+            batch.targets.to(device),
+            reduction="none",
+            n_supervised=batch.n_supervised,
+        )
         starts_B = batch.cu_seqlens[:-1].numpy()
         nll_D[doc_ids] = np.add.reduceat(nll_T.cpu().numpy(), starts_B, dtype=np.float64)
     return nll_D

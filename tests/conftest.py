@@ -1,8 +1,13 @@
 """Fixtures that many tests share: one tiny checkpoint per family, made once a session. Do not write to them."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on CPU tensors
 
 
 @pytest.fixture(scope="session")

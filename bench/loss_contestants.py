@@ -1,0 +1,152 @@
+"""The losses that bench/loss.py compares: ours, torch's, and other projects' as their documentation has them called."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from loss_cases import IGNORE_INDEX, Case, Inputs
+from torch import Tensor
+
+from micota_fast.kernels import linear_cross_entropy
+from micota_fast.kernels.reference import dense_linear_cross_entropy
+
+ROW_FILTER = 1e-3
+GEMMS = "bare GEMMs"
+
+Forward = Callable[[Inputs], Tensor]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to the mean loss over the supervised tokens.
+
+    Attributes:
+        package: the distribution it comes from.
+        load: imports it and returns the forward pass; ImportError where it is not there.
+        needs_gpu: it is written in Triton or CUDA alone.
+        trained_only: takes part in cases with trained-like logits alone.
+    """
+
+    name: str
+    package: str
+    load: Callable[[], Forward]
+    needs_gpu: bool = False
+    trained_only: bool = False
+
+    def takes_part(self, case: Case) -> bool:
+        """Whether this case is for it."""
+        return case.logits != "random" or not self.trained_only
+
+
+def available(device: str) -> tuple[dict[str, Forward], dict[str, str]]:
+    """Forward passes by contestant's name, and why the others are absent."""
+    present: dict[str, Forward] = {}
+    absent: dict[str, str] = {}
+    for contestant in CONTESTANTS:
+        try:
+            forward = contestant.load()
+        except Exception as error:  # a package may be broken in more ways than by not being there
+            absent[contestant.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        if contestant.needs_gpu and device != "cuda":
+            absent[contestant.name] = "needs an NVIDIA GPU"
+        else:
+            present[contestant.name] = forward
+    return present, absent
+
+
+def backward(name: str, output: Tensor, given: Inputs) -> None:
+    """The second half; of the bare products the two that give the gradients, with the logits in place of theirs."""
+    if name != GEMMS:
+        output.backward()
+        return
+    hidden = given.hidden.detach()[: given.n_supervised]
+    given.hidden.grad, given.weight.grad = torch.empty_like(given.hidden), torch.mm(output.T, hidden)
+    torch.mm(output, given.weight.detach(), out=given.hidden.grad[: given.n_supervised])
+
+
+def _gemms() -> Forward:
+    """hidden @ weight.T over as many rows as are supervised: the first of the three products without which no loss."""
+    return lambda given: torch.mm(given.hidden.detach()[: given.n_supervised], given.weight.detach().T)
+
+
+def _micota(row_filter: float) -> Forward:
+    return lambda given: linear_cross_entropy(
+        given.hidden,
+        given.weight,
+        given.targets,
+        normalizer=given.n_supervised,
+        n_supervised=given.n_supervised,
+        row_filter=row_filter,
+    )
+
+
+def _dense() -> Forward:
+    return lambda given: dense_linear_cross_entropy(
+        given.hidden, given.weight, given.targets, normalizer=given.n_supervised
+    )
+
+
+def _torch() -> Forward:
+    """torch >= 2.13; the options' defaults are its own choice of chunks and precision for device and dtype."""
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise ImportError(f"torch {torch.__version__} has no chunked linear_cross_entropy; 2.13 has")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda given: torch.nn.functional.linear_cross_entropy(
+        given.hidden, given.weight, given.targets, ignore_index=IGNORE_INDEX, options=options
+    )
+
+
+def _liger(accum_dtype: torch.dtype | None) -> Forward:
+    """Sums the weight's gradient in the weight's type unless told otherwise."""
+    loss = importlib.import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
+    return lambda given: loss(
+        given.hidden, given.weight, given.targets, ignore_index=IGNORE_INDEX, accum_dtype=accum_dtype
+    )
+
+
+def _cce(exact: bool) -> Forward:
+    """Filters small gradients by default. Exact: neither filtered nor summed in bfloat16.
+
+    The release on PyPI (25.1.1) has no such choice; there exact is without the filter alone.
+    """
+    loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    options: dict[str, object] = {}
+    if exact:
+        presets = "accum_c_fp32" in inspect.signature(loss).parameters
+        options = {"impl": "cce_exact"} if presets else {"filter_eps": None}
+    return lambda given: loss(given.hidden, given.weight, given.targets, ignore_index=IGNORE_INDEX, **options)
+
+
+def _quack() -> Forward:
+    loss = importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    return lambda given: loss(given.hidden, given.weight, given.targets, ignore_index=IGNORE_INDEX)
+
+
+def _trl() -> Forward:
+    """As TRL 1.16's trainer calls it: supervised rows alone, 32,768 entries of the vocabulary at a time."""
+    log_prob = importlib.import_module("trl.kernels").ChunkedLogProbFunction
+
+    def forward(given: Inputs) -> Tensor:
+        kept = given.targets != IGNORE_INDEX
+        chosen = given.hidden[kept], given.weight, None, given.targets[kept]
+        return -log_prob.apply(*chosen, 1.0, 32768, None, 1.0, ())[0].sum() / given.n_supervised
+
+    return forward
+
+
+CONTESTANTS = (
+    Contestant(GEMMS, "torch", _gemms),
+    Contestant("micota", "micota-fast", lambda: _micota(0.0)),
+    Contestant(f"micota, filter {ROW_FILTER:g}", "micota-fast", lambda: _micota(ROW_FILTER), trained_only=True),
+    Contestant("dense torch", "torch", _dense),
+    Contestant("torch chunked", "torch", _torch),
+    Contestant("liger", "liger-kernel", lambda: _liger(None), needs_gpu=True),
+    Contestant("liger, fp32 dW", "liger-kernel", lambda: _liger(torch.float32), needs_gpu=True),
+    Contestant("cce", "cut-cross-entropy", lambda: _cce(exact=False), needs_gpu=True),
+    Contestant("cce, exact", "cut-cross-entropy", lambda: _cce(exact=True), needs_gpu=True),
+    Contestant("quack", "quack-kernels", _quack, needs_gpu=True),
+    Contestant("trl", "trl", _trl),
+)

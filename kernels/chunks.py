@@ -1,0 +1,140 @@
+"""The rows of the loss, chunk by chunk: logits, their softmax, and the two products of the backward pass.
+
+Memory above the inputs and their gradients:
+
+- one chunk of logits: of the inputs' type where Triton's kernels run; float32, and a copy in the inputs' type where
+  that is another, where torch's own operations do (and there for bfloat16 once more what a product is rounded from);
+- the gradient of `weight` in float32 until the backward pass (V = 151,936, H = 3,584: 2.2 GB), where there are several
+  chunks: sums over chunks must not be rounded in between. On CUDA one chunk alone writes it in the weight's type, so
+  such a chunk may be larger by as much memory as that saves.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .torch_chunk import torch_chunk
+
+# Bytes of logits held at a time: large enough that a product reads the weight seldom (5,300 rows of 151,936 in bfloat16
+# on CUDA), small beside the activations of a pack. N has no part in it, so it has none in the peak.
+LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 3 << 29}
+# Rows of a chunk are a multiple of the largest tile of a GEMM, columns of the buffer one of 128 bytes, which the
+# fastest GEMMs need for their loads (a vocabulary of odd size would get the slow ones).
+TILE_ROWS = 256
+ALIGNED_BYTES = 128
+
+
+def takes_triton(hidden: Tensor) -> bool:
+    """Whether Triton's kernels run: on CUDA, except in float64, which is for tests."""
+    return hidden.is_cuda and hidden.dtype != torch.float64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How `n_rows` rows are cut."""
+
+    chunk_rows: int  # of each chunk but the last, which has what is left
+    logits_dtype: torch.dtype
+    row_stride: int  # of the buffer of logits, elements
+    grad_weight_dtype: torch.dtype  # float32 (float64) where chunks are summed, else the weight's
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, n_rows: int, want_weight: bool) -> "Plan":
+        """The plan for these inputs, of which only shapes, types and device count."""
+        v, h = weight.shape
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        budget = LOGITS_BYTES["cuda" if hidden.is_cuda else "cpu"]
+        if not takes_triton(hidden):
+            return cls(max(1, budget // (v * exact.itemsize)), exact, v, exact)
+        aligned = ALIGNED_BYTES // hidden.dtype.itemsize
+        stride = math.ceil(v / aligned) * aligned
+        row_bytes = stride * hidden.dtype.itemsize
+        sums_bytes = v * h * exact.itemsize if want_weight else 0
+        if n_rows * row_bytes <= budget + sums_bytes:
+            return cls(max(1, n_rows), hidden.dtype, stride, weight.dtype)
+        n_chunks = math.ceil(n_rows / max(1, budget // row_bytes))
+        rows = math.ceil(n_rows / n_chunks)  # alike, as a small last one would waste its share of reading the weight
+        if rows > TILE_ROWS:
+            rows = rows // TILE_ROWS * TILE_ROWS
+        return cls(rows, hidden.dtype, stride, exact)
+
+
+def run(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    n_supervised: int | None,
+    threshold: float,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `linear_cross_entropy._by_chunks`, of which this is the body."""
+    (n, h), v = hidden.shape, weight.shape[0]
+    rows_S = None  # indices of the rows to compute; None: all
+    n_rows = n
+    if n_supervised is not None and n_supervised < n:
+        kept_N = targets != ignore_index
+        rows_S, n_rows = kept_rows(kept_N, n_supervised), n_supervised
+        scale = scale.where(kept_N.sum() == n_supervised, math.nan)
+    else:
+        scale = scale.clone()
+
+    plan = Plan.of(hidden, weight, n_rows, want_weight)
+    chunk = _triton_chunk() if takes_triton(hidden) else torch_chunk
+    nll_N = torch.zeros(n, dtype=scale.dtype, device=hidden.device)
+    # What a chunk leaves unwritten: rows that are ignored, and rows below the threshold.
+    make = torch.zeros_like if rows_S is not None or threshold > 0 else torch.empty_like
+    grad_hidden = make(hidden, memory_format=torch.contiguous_format) if want_hidden else hidden.new_empty(0)
+    grad_weight = weight.new_empty((v, h) if want_weight else 0, dtype=plan.grad_weight_dtype)
+    if n_rows == 0:
+        grad_weight.zero_()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    buffer = torch.empty(min(plan.chunk_rows, n_rows), plan.row_stride, dtype=plan.logits_dtype, device=hidden.device)
+
+    for start in range(0, n_rows, plan.chunk_rows):
+        stop = min(start + plan.chunk_rows, n_rows)
+        at = slice(start, stop) if rows_S is None else rows_S[start:stop]
+        hidden_CH, target_C = hidden[at].contiguous(), targets[at].contiguous()
+        grad_CH = None
+        if want_hidden:  # in place, or gathered as its rows were
+            grad_CH = grad_hidden[start:stop] if rows_S is None else torch.zeros_like(hidden_CH)
+        nll_C = torch.empty(stop - start, dtype=scale.dtype, device=hidden.device)
+        chunk(
+            hidden_CH,
+            weight,
+            target_C,
+            scale[at].contiguous() if scale.ndim else scale,
+            buffer[: stop - start, :v],
+            ignore_index=ignore_index,
+            threshold=threshold,
+            nll_C=nll_C,
+            grad_CH=grad_CH,
+            grad_VH=grad_weight if want_weight else None,
+            first=start == 0,
+        )
+        nll_N[at] = nll_C
+        if grad_CH is not None and rows_S is not None:
+            grad_hidden[at] = grad_CH
+    return nll_N, scale, grad_hidden, grad_weight
+
+
+def kept_rows(kept_N: Tensor, size: int) -> Tensor:
+    """Indices where `kept_N` is true, in order, int64 [size], without waiting for the device.
+
+    Where there are more, the last are left out; where there are fewer, zeros follow.
+    """
+    slot_N = kept_N.cumsum(0) - 1
+    slot_N = slot_N.where(kept_N & (slot_N < size), size)  # all others share one slot more, which is then dropped
+    rows = torch.zeros(size + 1, dtype=torch.int64, device=kept_N.device)
+    return rows.scatter_(0, slot_N, torch.arange(len(kept_N), device=kept_N.device))[:size]
+
+
+def _triton_chunk() -> Callable[..., None]:
+    from .triton_chunk import triton_chunk  # where there is no GPU there need be no Triton
+
+    return triton_chunk

@@ -1,0 +1,135 @@
+"""One chunk of rows on CUDA: products by cuBLAS, the softmax between them by one Triton kernel, in place."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .kept_products import grad_hidden_of_kept, grad_weight_of_kept
+
+# 16 logits of a thread at a time, loaded 16 bytes at once; 512 threads, so that few rows are in flight and the second
+# pass finds much of its row in the L2 cache.
+BLOCK_V = 8192
+NUM_WARPS = 16
+
+
+def triton_chunk(
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    target_C: Tensor,
+    scale: Tensor,
+    logits_CV: Tensor,
+    *,
+    ignore_index: int,
+    threshold: float,
+    nll_C: Tensor,
+    grad_CH: Tensor | None,
+    grad_VH: Tensor | None,
+    first: bool,
+) -> None:
+    """As `torch_chunk`, with logits of the inputs' type and `grad_VH` float32 or, for a lone chunk, of the weight's."""
+    torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
+    want_gradient = grad_CH is not None or grad_VH is not None
+    softmax_rows[(len(target_C),)](
+        logits_CV,
+        target_C,
+        scale,
+        nll_C,
+        logits_CV.shape[1],
+        logits_CV.stride(0),
+        threshold,
+        ignore_index,
+        SCALE_STRIDE=1 if scale.ndim else 0,
+        WANT_GRADIENT=want_gradient,
+        FILTER=threshold > 0,
+        BLOCK_V=BLOCK_V,
+        num_warps=NUM_WARPS,
+    )
+    if not want_gradient:
+        return
+    if threshold > 0:
+        kept_C = ~(nll_C <= threshold)  # NaN is kept
+        if grad_CH is not None:
+            grad_hidden_of_kept(logits_CV, weight_VH, kept_C, grad_CH)
+        if grad_VH is not None:
+            grad_weight_of_kept(logits_CV, hidden_CH, kept_C, grad_VH, first)
+        return
+    if grad_CH is not None:
+        torch.mm(logits_CV, weight_VH, out=grad_CH)
+    if grad_VH is not None:
+        _add_product(logits_CV.T, hidden_CH, grad_VH, first)
+
+
+def _add_product(a: Tensor, b: Tensor, total: Tensor, first: bool) -> None:
+    """total = a @ b, or += for all but the first, summed in float32."""
+    if a.dtype == total.dtype:
+        if first:
+            torch.mm(a, b, out=total)
+        else:
+            total.addmm_(a, b)
+    elif first:
+        torch.mm(a, b, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+@triton.jit
+def softmax_rows(
+    logits_ptr,
+    target_ptr,
+    scale_ptr,
+    nll_ptr,
+    n_columns,
+    row_stride,
+    threshold,
+    ignore_index,
+    SCALE_STRIDE: tl.constexpr,
+    WANT_GRADIENT: tl.constexpr,
+    FILTER: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Loss of one row, then scale * (softmax - onehot) in place of its logits. One program a row.
+
+    The maximum and the sum of exponentials are kept together over one pass (arXiv 1805.02867). With FILTER, rows that
+    are ignored or of at most `threshold` keep their logits, which nobody reads again.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * row_stride
+    target = tl.load(target_ptr + row)
+    if target == ignore_index:
+        tl.store(nll_ptr + row, 0.0)
+        if WANT_GRADIENT and not FILTER:
+            for start in range(0, n_columns, BLOCK_V):
+                columns = start + tl.arange(0, BLOCK_V)
+                zeros = tl.zeros((BLOCK_V,), logits_ptr.dtype.element_ty)
+                tl.store(logits_ptr + columns, zeros, mask=columns < n_columns)
+        return
+
+    top = -float("inf")
+    total = 0.0
+    for start in range(0, n_columns, BLOCK_V):
+        columns = start + tl.arange(0, BLOCK_V)
+        x = tl.load(logits_ptr + columns, mask=columns < n_columns, other=-float("inf")).to(tl.float32)
+        new_top = tl.maximum(top, tl.max(x, 0))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing but -inf so far: no inf - inf
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift), 0)
+        top = new_top
+    lse = top + tl.log(total)
+    in_range = (target >= 0) & (target < n_columns)
+    target_logit = tl.load(logits_ptr + target, mask=in_range, other=float("nan")).to(tl.float32)
+    nll = lse - target_logit
+    tl.store(nll_ptr + row, nll)
+
+    if WANT_GRADIENT:
+        if FILTER and nll <= threshold:
+            return
+        scale = tl.load(scale_ptr + row * SCALE_STRIDE)
+        scale = tl.where(in_range, scale, float("nan"))
+        # Backwards: the end of the row was read last and may still be in the cache.
+        last = (n_columns - 1) // BLOCK_V * BLOCK_V
+        for back in range(0, n_columns, BLOCK_V):
+            columns = last - back + tl.arange(0, BLOCK_V)
+            mask = columns < n_columns
+            x = tl.load(logits_ptr + columns, mask=mask, other=-float("inf")).to(tl.float32)
+            gradient = scale * (tl.exp(x - lse) - tl.where(columns == target, 1.0, 0.0))
+            tl.store(logits_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
