@@ -194,9 +194,15 @@ class TrainSettings:
         "auto", doc="auto: flash-attn 3 or 2, torch varlen, SDPA"
     )
     compile: bool = option(False, doc="torch.compile each block")
+    row_filter: float = option(
+        0.0, doc="leave tokens of at least 1 - this probability out of the loss's gradients; 0: exact", source="ours"
+    )
     activation_checkpointing: bool = option(False, doc="recompute each block in the backward pass")
     checkpoint_every: int | None = option(
         None, doc="steps between resume checkpoints; null: ten a run", operational=True
+    )
+    keep_checkpoints: int = option(
+        2, doc="newest resume checkpoints that stay, beside the best", source="ours", operational=True
     )
     log_every: int = option(10, doc="steps between progress lines, at which the host waits", operational=True)
     tensorboard: bool = option(False, doc="write TensorBoard events to OUT/tensorboard", operational=True)
@@ -216,10 +222,20 @@ class TrainSettings:
             raise InputError(f"`betas` must lie between 0 and 1, 1 excluded, not {list(self.betas)}")
         if self.seed < 0:
             raise InputError(f"`seed` must be at least 0, not {self.seed}")
-        for name in ("pack_tokens", "packs_per_step", "log_every", "max_steps", "max_doc_tokens", "checkpoint_every"):
+        for name in (
+            "pack_tokens",
+            "packs_per_step",
+            "log_every",
+            "max_steps",
+            "max_doc_tokens",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"`{name}` must be at least 1, not {value}")
+        if not 0 <= self.row_filter < 1:
+            raise InputError(f"`row_filter` must be at least 0 and below 1, not {self.row_filter}")
         for name in ("warmup_ratio", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"`{name}` must lie between 0 and 1, not {getattr(self, name)}")

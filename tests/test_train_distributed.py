@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,6 @@ from safetensors.torch import load_file
 from training_runs import finish, kill, metrics, start_training, train_config, wait_until
 
 from micota_fast.config import dump
-from micota_fast.errors import InputError
 from micota_fast.recipe import TrainConfig
 from micota_fast.train.loop import train
 
@@ -69,13 +69,33 @@ def test_killed_ranks_resume_bitwise(dtype: str, qwen2_checkpoint: Path, tmp_pat
     processes = start_training(config, world=2)
     wait_until(lambda: len(metrics(config)) >= 5, processes)
     kill(processes[::-1])
-    with pytest.raises(InputError, match=r"processes: 2 there, 1 here"):
-        train(config)
     finish(start_training(config, world=2), config)
     assert "going on after step" in Path(f"{config.out}.log").read_text()
     assert metrics(config) == metrics(whole)
     expected = weights_of(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(config).items())
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_two_killed_ranks_go_on_as_another_number(
+    ranks: int, pair: tuple[TrainConfig, TrainConfig], tmp_path: Path
+) -> None:
+    whole = pair[1]
+    config = replace(whole, out=str(tmp_path / "out"), checkpoint_every=2)
+    processes = start_training(config, world=2)
+    wait_until(lambda: any((tmp_path / "out" / "checkpoints").glob("step-*")), processes)
+    kill(processes)
+    done = len(metrics(config))
+    assert done < len(metrics(whole))
+    finish(start_training(config, world=ranks), config)
+    log = Path(f"{config.out}.log").read_text()
+    assert f"going on with {ranks} processes where 2 wrote" in log
+    assert "equal up to rounding" in log
+    for a, b in zip(metrics(config), metrics(whole), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    expected = weights_of(whole)
+    for name, tensor in weights_of(config).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-5)
 
 
 def test_two_ranks_in_bfloat16_equal_one(qwen2_checkpoint: Path, tmp_path: Path) -> None:

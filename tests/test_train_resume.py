@@ -82,6 +82,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     finish(start_training(config), config)
     log = Path(f"{config.out}.log").read_text()
     assert f"WARNING: {weights} is not what was written" in log
+    assert "trying the checkpoint before it" in log
     assert result(config) == result(uninterrupted)
 
 

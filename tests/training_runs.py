@@ -14,8 +14,8 @@ from typing import Any
 from micota_fast.recipe import ChatConfig, TrainConfig
 
 # A server that has imported torch once and forks a fresh process for each request: real processes without the seconds.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["micota_fast.train.loop"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["micota_fast.train.loop"])
 
 
 def write_corpus(path: Path, rows: int = 23, seed: int = 0) -> Path:
@@ -59,17 +59,23 @@ def metrics(config: TrainConfig) -> list[dict[str, Any]]:
 
 def start_training(config: TrainConfig, world: int = 1) -> list[BaseProcess]:
     """Train in `world` new processes, as torchrun would start them; their output goes to OUT.log."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes: list[BaseProcess] = []
     for rank in range(world):
         env = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        process = _FORKS.Process(target=_child, args=(config, {k: str(v) for k, v in env.items()}))
+        process = FORKS.Process(target=_child, args=(config, {k: str(v) for k, v in env.items()}))
         process.start()
         processes.append(process)
     return processes
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def finish(processes: list[BaseProcess], config: TrainConfig) -> None:

@@ -171,19 +171,21 @@ def save_checkpoint(
     out_dir: Path | str,
     dtype: torch.dtype | str | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    extra_files: Mapping[str, str] | None = None,
 ) -> None:
     """Write a checkpoint that transformers opens unchanged; equal inputs give equal bytes.
 
     The folder appears whole: it is filled under a temporary name beside `out_dir`, synced and then renamed.
 
     Args:
-        state_dict: a tensor for each parameter, on any device, of any float dtype. Each is taken once, when its file is
-            written, so a lazy mapping keeps one file's tensors in memory at a time.
+        state_dict: a tensor for each parameter, on any device, of any float dtype. Each is taken once, in the model's
+            order, when its file is written, so a lazy mapping keeps one file's tensors in memory at a time.
         config: of the model; its config.json is written with the dtype of the saved tensors.
         source_dir: the checkpoint it was made from; tokenizer, chat template and generation_config are copied from it.
         out_dir: must not exist, or be empty.
         dtype: to store; None or "auto": the one `config` states, else fp32.
         max_shard_bytes: largest size of a file, unless one tensor alone is larger; beyond it, shards with an index.
+        extra_files: name and text of what else the folder is to hold, such as README.md.
 
     Raises:
         InputError: `out_dir` holds something, or the tensors are not those `config` describes.
@@ -207,6 +209,8 @@ def save_checkpoint(
         for file in COPIED_FILES:
             if (Path(source_dir) / file).is_file():
                 shutil.copyfile(Path(source_dir) / file, aside / file)
+        for file, text in (extra_files or {}).items():
+            (aside / file).write_text(text, encoding="utf-8")
         mode = (aside / "config.json").stat().st_mode & 0o777
         for path in aside.iterdir():
             path.chmod(mode)  # safetensors writes files that only their owner may read
@@ -250,6 +254,7 @@ def _write_weights(
                 raise InputError(f"{name}: shape {list(tensor.shape)} to be saved, {list(shapes[name])} in config.json")
             tensors[name] = tensor.to("cpu", dtype).contiguous()
         save_file(tensors, directory / file, metadata={"format": "pt"})
+        del tensor, tensors  # before the next file's are made
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -1,146 +1,321 @@
-"""Resume checkpoints: a run killed at any moment goes on from the newest whole one, bit for bit.
+"""Resume checkpoints: a run killed at any moment goes on from the newest whole one.
 
-    OUT/checkpoints/run.json              what the run is: its identity and number of processes
+    OUT/checkpoints/run.json              what the run is: its identity
     OUT/checkpoints/step-00000040/        after 40 steps
-        rank-00000.safetensors            that rank's shards of weights and optimizer
-        rank-00000.json                   size and SHA-256 of the file beside it
+        rank-00000.safetensors            what that rank wrote of weights, optimizer and random-number generators
+        manifest.json                     progress and score; size and SHA-256 of every file
+        manifest.sha256                   of the manifest, as `sha256sum -c` reads it
+    OUT/checkpoints/damaged-step-*/       one that was found damaged, moved out of the way
 
-A folder is filled under a temporary name and renamed once every rank has synced its part, so all ranks must see one
-and the same OUT: several nodes need a shared filesystem. The order of the documents follows from the step number and
-nothing in training draws random numbers, so these are the whole state.
+`torch.distributed.checkpoint` plans who writes and who reads what, so a run may go on with another number of processes,
+and replicas are written once. A folder is filled under a temporary name and renamed once every rank has synced its
+part, so all ranks must see one and the same OUT: several nodes need a shared filesystem.
+
+On the same number of processes the run goes on bit for bit. The learning rate and the order of the documents follow
+from the step, which the caller keeps in `progress`.
 """
 
-import hashlib
 import json
-import os
+import math
 import re
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from micota_fast.errors import InputError
 from micota_fast.model.safetensors_io import sync
 from micota_fast.train.parallel import PackedLoss, World, local_part
-
-KEPT = 2
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from micota_fast.train.storage import CheckpointWriter, first_fault, read_manifest, write_json
 
 
 class Checkpoints:
-    """The resume checkpoints of one run in one output folder.
+    """The resume checkpoints of one run in one output folder. Every method is to be called on all ranks.
 
     Args:
         out: the run's folder.
         identity: all that the result depends on (plain JSON values); a run goes on only with an equal one.
-        world: the processes; a run goes on only with as many.
+        world: the processes; a run may go on with another number of them.
+        keep: so many of the newest stay, and the one of the lowest score.
 
     Raises:
-        InputError: the folder holds an unfinished run of another identity or number of processes.
+        InputError: the folder holds an unfinished run of another identity.
     """
 
-    def __init__(self, out: Path, identity: dict[str, Any], world: World) -> None:
-        self._dir, self._world = out / "checkpoints", world
+    def __init__(self, out: Path, identity: dict[str, Any], world: World, keep: int = 2) -> None:
+        self._dir, self._identity, self._world, self._keep = out / "checkpoints", identity, world, keep
         if world.is_main:
-            self._claim(out, identity)
+            self._claim(out)
         world.barrier()
+        # The writer's collectives must not mix with those of the training thread; gloo needs no device.
+        self._group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        self._staged: dict[str, Tensor] = {}
 
-    def _claim(self, out: Path, identity: dict[str, Any]) -> None:
+    def _claim(self, out: Path) -> None:
         path = self._dir / "run.json"
-        wanted = {"identity": identity, "processes": self._world.size}
         if path.is_file():
-            differences = describe_differences(json.loads(path.read_text(encoding="utf-8")), wanted)
+            differences = describe_differences(
+                json.loads(path.read_text(encoding="utf-8")), {"identity": self._identity}
+            )
             if differences:
                 raise InputError(
                     f"{out} holds an unfinished run of other making ({differences}). Start as that one was started to "
                     f"finish it, choose another `out`, or delete {out} to start over"
                 )
+            for torn in self._dir.glob(".step-*"):
+                shutil.rmtree(torn)
             return
         if (out / "model").exists():
             raise InputError(f"{out / 'model'} is there and no run of this folder made it; choose another `out`")
         self._dir.mkdir(parents=True, exist_ok=True)
-        write_json(path, wanted)
+        write_json(path, {"identity": self._identity})
 
-    def restore(self, model: PackedLoss, optimizer: torch.optim.AdamW) -> int:
-        """Load the newest whole checkpoint into model and optimizer; returns its step, 0 where there is none.
+    def save(
+        self, progress: dict[str, Any], model: PackedLoss, optimizer: torch.optim.Optimizer, score: float | None = None
+    ) -> Path:
+        """Copy the state to the host and write it while training goes on; waits for the save before this one.
+
+        The copies are enqueued on the device's current stream into pinned memory and the writer waits for them, so the
+        host does not (torch's `async_save` does). It takes the rank's share of weights and optimizer in host memory.
+
+        Args:
+            progress: plain JSON values, "step" (steps done) among them; that of rank 0 is what `restore` returns.
+            model: its decoder's parameters, plain or sharded.
+            optimizer: of `model`; every tensor of its state.
+            score: a validation loss; the checkpoint with the lowest one is kept.
+
+        Returns:
+            The folder that will hold it.
+
+        Raises:
+            InputError: on all ranks, where the save before this one failed.
+        """
+        self.wait()
+        tensors = dict(_state(model, optimizer)) | _generators(self._world)
+        on_cuda = self._world.device.type == "cuda"
+        for name, tensor in tensors.items():
+            local = local_part(tensor)
+            if name not in self._staged:
+                self._staged[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=on_cuda)
+            self._staged[name].copy_(local, non_blocking=True)
+        copied = torch.cuda.current_stream().record_event() if on_cuda else None
+        manifest = {
+            "progress": json.loads(json.dumps(progress)),  # as it is now: the caller goes on changing it
+            "score": score if score is not None and math.isfinite(score) else None,
+            "processes": self._world.size,
+            "torch": torch.__version__,
+            "identity": self._identity,
+        }
+        folder = self._dir / f"step-{progress['step']:08d}"
+        self._pending = self._thread.submit(self._write, folder, tensors, manifest, copied)
+        return folder
+
+    def _write(
+        self, folder: Path, tensors: dict[str, Tensor], manifest: dict[str, Any], copied: torch.cuda.Event | None
+    ) -> None:
+        """The background thread's part of `save`."""
+        if copied is not None:
+            copied.synchronize()
+        aside = folder.with_name(f".{folder.name}.part")
+        writer = CheckpointWriter(aside, self._world.rank, manifest, lambda: self._publish(aside, folder))
+        try:
+            dcp.save(tensors, storage_writer=writer, planner=_StagedPlanner(self._staged), process_group=self._group)
+        except dcp.CheckpointException as error:  # the same one on every rank, and all have stopped writing
+            if self._world.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
+            cause = next(iter(error.failures.values()))[0]
+            if not isinstance(cause, InputError | OSError):
+                raise RuntimeError(f"{folder} could not be written") from error
+            raise InputError(
+                f"{folder} could not be saved: {cause}. The checkpoints before it are untouched; make room (or set a "
+                f"smaller `keep_checkpoints`) and give the same command again to go on from the last one"
+            ) from None
+
+    def _publish(self, aside: Path, folder: Path) -> None:
+        if folder.exists():
+            _remove(folder)
+        aside.rename(folder)
+        sync(self._dir)
+        steps = sorted(self._dir.glob("step-*"))
+        best = self._lowest()
+        for old in steps[: -self._keep]:
+            if old != best:
+                _remove(old)
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises InputError, on all ranks, where it could not be written."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def restore(self, model: PackedLoss, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Load the newest whole checkpoint into model and optimizer; returns its progress, None where there is none.
 
         Rank 0 says which folders there are: a rank that looked itself might see another list (a network filesystem's
-        cache), and the ranks would wait for each other in different collectives.
+        cache), and the ranks would wait for each other in different collectives. A damaged one is passed over, loudly,
+        and moved aside, so that it is not counted among those to keep.
         """
-        names = [sorted((path.name for path in self._dir.glob("step-*")), reverse=True)]
-        dist.broadcast_object_list(names)
-        for folder in (self._dir / name for name in names[0]):
-            tensors, fault = self._read(folder)
-            faults = torch.tensor(int(fault is not None), device=self._world.device)
-            dist.all_reduce(faults)
-            if tensors is not None and not int(faults):
-                step = int(folder.name.removeprefix("step-"))
-                _load(tensors, model, optimizer, step)
-                self._world.say(f"going on after step {step}, from {folder}")
-                return step
-            if fault is not None:
-                print(f"WARNING: {fault}; trying the checkpoint before it", flush=True)
-        return 0
+        names = self._from_main(sorted((path.name for path in self._dir.glob("step-*")), reverse=True))
+        for folder in (self._dir / name for name in names):
+            progress = self.load(folder, model, optimizer)
+            if progress is not None:
+                self._world.say(f"going on after step {progress['step']}, from {folder}")
+                return progress
+            if self._world.is_main:
+                aside = folder.with_name(f"damaged-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                print(f"WARNING: {folder} is moved to {aside.name}; trying the checkpoint before it", flush=True)
+        if names:
+            self._world.say("WARNING: no whole checkpoint is left; starting over")
+        return None
 
-    def _read(self, folder: Path) -> tuple[dict[str, Tensor] | None, str | None]:
-        path = folder / f"rank-{self._world.rank:05d}.safetensors"
-        try:
-            recorded = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            if path.stat().st_size != recorded["bytes"] or sha256(path) != recorded["sha256"]:
-                return None, f"{path} is not what was written"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return None, f"{path} cannot be read ({type(error).__name__}: {error})"
-        return load_file(path), None
+    def load(
+        self, folder: Path, model: PackedLoss, optimizer: torch.optim.Optimizer | None = None
+    ) -> dict[str, Any] | None:
+        """Check `folder` against its manifest and load it; without an optimizer, the weights alone.
 
-    def save(self, step: int, model: PackedLoss, optimizer: torch.optim.AdamW) -> Path:
-        """Write the state after `step` steps, then drop all but the newest checkpoints."""
-        folder = self._dir / f"step-{step:08d}"
-        aside = self._dir / f".{folder.name}.part"
-        if self._world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-        self._world.barrier()
-        path = aside / f"rank-{self._world.rank:05d}.safetensors"
-        save_file(_state(model, optimizer), path)
-        sync(path)
-        write_json(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": sha256(path)})
-        self._world.barrier()
-        if self._world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # a damaged one that `restore` passed over
-            sync(aside)
-            aside.rename(folder)
-            sync(self._dir)
-            for old in sorted(self._dir.glob("step-*"))[:-KEPT]:
-                shutil.rmtree(old)
-        return folder
+        Returns its progress; None, with a warning and nothing changed, where the checkpoint is damaged.
+        """
+        manifest, fault = self._from_main(self._manifest(folder) if self._world.is_main else None)
+        faults = [fault]
+        if manifest is not None:  # every file is read by one rank
+            mine = sorted(manifest["files"].items())[self._world.rank :: self._world.size]
+            faults = [None] * self._world.size
+            dist.all_gather_object(faults, first_fault(folder, mine), group=self._group)
+        if any(faults):
+            for text in filter(None, faults):
+                self._world.say(f"WARNING: {text}")
+            return None
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        stored = reader.read_metadata().state_dict_metadata
+        if optimizer is None:
+            targets = {f"model.{name}": p.detach() for name, p in model.decoder.named_parameters()}
+        else:
+            _make_state(stored, model, optimizer)
+            targets = dict(_state(model, optimizer))
+            if manifest["processes"] == self._world.size:
+                targets |= {name: state for name, state in _generators(self._world).items() if name in stored}
+            else:
+                self._world.say(
+                    f"going on with {self._world.size} processes where {manifest['processes']} wrote {folder}: equal "
+                    f"up to rounding, no longer bit for bit"
+                )
+        dcp.load(targets, storage_reader=reader, planner=_load_planner(), process_group=self._group)
+        _set_generators(targets, self._world)
+        progress: dict[str, Any] = manifest["progress"]
+        return progress
+
+    def _manifest(self, folder: Path) -> tuple[dict[str, Any] | None, str | None]:
+        manifest, fault = read_manifest(folder)
+        if manifest is not None and manifest["identity"] != self._identity:
+            differences = describe_differences(manifest["identity"], self._identity)
+            return None, f"{folder} belongs to another run ({differences})"
+        return manifest, fault
+
+    def best(self) -> Path | None:
+        """The checkpoint of the lowest score; None where none has one."""
+        self.wait()
+        found: Path | None = self._from_main(self._lowest() if self._world.is_main else None)
+        return found
+
+    def _lowest(self) -> Path | None:
+        read = [(read_manifest(path)[0], path) for path in sorted(self._dir.glob("step-*"))]
+        scored = [(m["score"], path) for m, path in read if m is not None and m["score"] is not None]
+        return min(scored)[1] if scored else None
 
     def discard(self) -> None:
         """Remove them all: the run is finished."""
+        self.wait()
         if self._world.is_main:
             shutil.rmtree(self._dir)
 
+    def __enter__(self) -> "Checkpoints":
+        return self
 
-def _state(model: PackedLoss, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    tensors = {}
+    def __exit__(self, *_: object) -> None:
+        """Let a write in flight end, whatever ends the run: the process group goes next, and the write needs it."""
+        self._thread.shutdown()
+
+    def _from_main(self, value: Any) -> Any:
+        held = [value]
+        dist.broadcast_object_list(held, group=self._group)
+        return held[0]
+
+
+def _state(model: PackedLoss, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor, sharing memory, of all that is restored by name and may be sharded."""
     for name, parameter in model.decoder.named_parameters():
-        tensors[f"weight.{name}"] = parameter
-        for moment in _MOMENTS:
-            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    return {name: local_part(tensor.detach()).contiguous() for name, tensor in tensors.items()}
+        yield f"model.{name}", parameter.detach()
+        for field, value in optimizer.state.get(parameter, {}).items():
+            yield f"optimizer.{field}.{name}", value
 
 
-@torch.no_grad()
-def _load(tensors: dict[str, Tensor], model: PackedLoss, optimizer: torch.optim.AdamW, step: int) -> None:
-    for name, parameter in model.decoder.named_parameters():
-        state = {"step": torch.tensor(float(step), device=parameter.device)}
-        state |= {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
-        for target, stored in ((parameter, "weight"), *((state[moment], moment) for moment in _MOMENTS)):
-            local_part(target).copy_(tensors[f"{stored}.{name}"])
-        optimizer.state[parameter] = state
+def _make_state(stored: dict[str, Any], model: PackedLoss, optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer a tensor for each that is stored: it makes its own only at its first step."""
+    names = dict(model.decoder.named_parameters())
+    on_device = {
+        id(p): bool(g.get("fused") or g.get("capturable")) for g in optimizer.param_groups for p in g["params"]
+    }
+    optimizer.state.clear()
+    for key, metadata in stored.items():
+        kind, _, rest = key.partition(".")
+        if kind != "optimizer":
+            continue
+        field, _, name = rest.partition(".")
+        parameter, dtype = names[name], metadata.properties.dtype
+        if metadata.size == parameter.shape:
+            value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        else:  # the count of steps; only a fused or capturable step wants it on the device
+            device = parameter.device if on_device[id(parameter)] else torch.device("cpu")
+            value = torch.zeros(metadata.size, dtype=dtype, device=device)
+        optimizer.state[parameter][field] = value
+
+
+def _generators(world: World) -> dict[str, Tensor]:
+    """State of this rank's random-number generators, uint8."""
+    states = {f"rng.cpu.{world.rank}": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        states[f"rng.cuda.{world.rank}"] = torch.cuda.get_rng_state(world.device)
+    return states
+
+
+def _set_generators(states: dict[str, Tensor], world: World) -> None:
+    if (state := states.get(f"rng.cpu.{world.rank}")) is not None:
+        torch.set_rng_state(state)
+    if (state := states.get(f"rng.cuda.{world.rank}")) is not None:
+        torch.cuda.set_rng_state(state, world.device)
+
+
+class _StagedPlanner(dcp.DefaultSavePlanner):
+    """Plans by the live tensors' shapes and placements, and writes their copies."""
+
+    def __init__(self, staged: dict[str, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._staged = staged
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._staged[index.fqn]
+
+
+def _load_planner() -> dcp.DefaultLoadPlanner:
+    return dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+
+def _remove(folder: Path) -> None:
+    """A folder of that name is there whole or not at all."""
+    aside = folder.with_name(f".{folder.name}.old")
+    folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def describe_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
@@ -156,18 +331,3 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         name = re.sub(r"^identity\.", "", f"{prefix}{key}")
         pairs += _flat(item, f"{name}.") if isinstance(item, dict) else [(name, item)]
     return pairs
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is there whole or not at all, also after a power failure."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(aside)
-    os.replace(aside, path)
-    sync(path.parent)

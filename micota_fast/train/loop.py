@@ -7,6 +7,7 @@ import platform
 import shutil
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,11 +27,13 @@ from micota_fast.model import safetensors_io
 from micota_fast.model.attention import choose_backend
 from micota_fast.model.config import ModelConfig
 from micota_fast.recipe import TrainConfig
-from micota_fast.train.checkpoint import Checkpoints, describe_differences, sha256, write_json
+from micota_fast.train.checkpoint import Checkpoints, describe_differences
+from micota_fast.train.export import export, model_card
 from micota_fast.train.lock import only_trainer
 from micota_fast.train.meters import Meters, require_trackers
 from micota_fast.train.optim import clip_gradients, learning_rate, make_optimizer
-from micota_fast.train.parallel import PackedLoss, World, distribute, gathered_weights, world
+from micota_fast.train.parallel import PackedLoss, World, distribute, world
+from micota_fast.train.storage import sha256, write_json
 
 
 def train(config: TrainConfig) -> bool:
@@ -47,18 +50,23 @@ def train(config: TrainConfig) -> bool:
             norm of its gradient is not finite (the checkpoints before that step are kept).
     """
     require_trackers(config)
-    with world(config.device) as here, only_trainer(Path(config.out), here), StopSignals() as stop:
-        return _train(config, here, stop)
+    with (
+        world(config.device) as here,
+        only_trainer(Path(config.out), here),
+        StopSignals() as stop,
+        ExitStack() as stack,
+    ):
+        return _train(config, here, stop, stack)
 
 
-def _train(config: TrainConfig, world: World, stop: "StopSignals") -> bool:
+def _train(config: TrainConfig, world: World, stop: "StopSignals", stack: ExitStack) -> bool:
     torch.manual_seed(config.seed)
     out, source = Path(config.out), safetensors_io.resolve_checkpoint(config.model)
     documents = _load_documents(config, source, out)
     identity = _identity(config, source, documents, world)
     if _is_finished(out, identity, world):
         return True
-    checkpoints = Checkpoints(out, identity, world)
+    checkpoints = stack.enter_context(Checkpoints(out, identity, world, config.keep_checkpoints))
     steps = PackedSteps(documents, config.pack_tokens, config.packs_per_step, world.rank, world.size, config.seed)
     total = min(steps.total_steps(config.epochs), config.max_steps or sys.maxsize)
     checkpoint_every = config.checkpoint_every or math.ceil(total / 10)
@@ -70,7 +78,8 @@ def _train(config: TrainConfig, world: World, stop: "StopSignals") -> bool:
     flops_per_token = model.decoder.flops_per_token(_mean_context(documents))
     distribute(model, config, world)
     optimizer = make_optimizer(model, config)
-    start = checkpoints.restore(model, optimizer)
+    progress = checkpoints.restore(model, optimizer) or {"step": 0}
+    start = progress["step"]
     meters = Meters(config, out, world, start, total, steps, flops_per_token)
 
     for step in range(start, total):
@@ -96,13 +105,17 @@ def _train(config: TrainConfig, world: World, stop: "StopSignals") -> bool:
         stopping = report and meters.report(stop.requested)  # raises where a figure is not finite
         if save or stopping:
             meters.sync()
-            folder = checkpoints.save(done, model, optimizer)
+            folder = checkpoints.save({"step": done}, model, optimizer)
         if stopping and done < total:
             meters.close()
+            checkpoints.wait()
             world.say(f"stopped after step {done}, which {folder} holds; the same command goes on from there")
             return False
 
-    _export(out, source, model, config, world)
+    checkpoints.wait()
+    chosen = f"The weights are those after the last step, {total:,}."
+    card = model_card(config.model, config.data, identity, facts, meters.last, chosen)
+    export(model.decoder, source, out / "model", world, card, config.save_dtype)
     if world.is_main:
         speed = {"steps": total - start, **meters.close()}
         write_json(out / "summary.json", {"identity": identity, **facts, "final": meters.last, "timing": speed})
@@ -122,7 +135,7 @@ _IDLE = PackedBatch(
 )
 
 
-def _on_device(pack: PackedBatch, model: PackedLoss, world: World) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+def _on_device(pack: PackedBatch, model: PackedLoss, world: World) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
     """The arguments of `PackedLoss.forward`. SDPA groups documents on the host and wants their lengths there."""
 
     def copied(tensor: Tensor) -> Tensor:
@@ -130,7 +143,8 @@ def _on_device(pack: PackedBatch, model: PackedLoss, world: World) -> tuple[Tens
         return tensor.pin_memory().to(world.device, non_blocking=True) if world.device.type == "cuda" else tensor
 
     cu_seqlens = pack.cu_seqlens if model.backend == "sdpa" else copied(pack.cu_seqlens)
-    return copied(pack.input_ids), copied(pack.position_ids), copied(pack.targets), cu_seqlens, pack.max_seqlen
+    tokens = copied(pack.input_ids), copied(pack.position_ids), copied(pack.targets)
+    return *tokens, cu_seqlens, pack.max_seqlen, pack.n_supervised
 
 
 class StopSignals:
@@ -207,7 +221,7 @@ def _load_model(config: TrainConfig, source: Path, world: World) -> PackedLoss:
         decoder = safetensors_io.load_model(source, torch.float32, world.device)
     backend, reason = choose_backend(config.attention, world.device, getattr(torch, config.dtype))
     world.say(f"attention: {backend} ({reason})")
-    return PackedLoss(decoder, backend)
+    return PackedLoss(decoder, backend, config.row_filter)
 
 
 def _mean_context(documents: Documents) -> float:
@@ -261,12 +275,3 @@ def _warn_of_positions(model: str, positions: int, documents: Documents, world: 
             f"max_position_embeddings of {positions:,}, which it was not made for and where a server ends an answer. "
             f"Raise that (and RoPE's scaling) in the config.json of {model}, or set max_doc_tokens"
         )
-
-
-def _export(out: Path, source: Path, model: PackedLoss, config: TrainConfig, world: World) -> None:
-    """Write out/model, a Hugging Face checkpoint."""
-    weights = gathered_weights(model.decoder, world)
-    if world.is_main:
-        for partial in (out / "model", *out.glob(".model.*")):  # of an export that was killed
-            shutil.rmtree(partial, ignore_errors=True)
-        safetensors_io.save_checkpoint(weights, model.decoder.config, source, out / "model", config.save_dtype)

@@ -85,9 +85,9 @@ def world(device: str) -> Iterator[World]:
 class PackedLoss(nn.Module):
     """The decoder and its loss as one module: under FSDP the output projection is gathered once for both."""
 
-    def __init__(self, decoder: Decoder, backend: Backend) -> None:
+    def __init__(self, decoder: Decoder, backend: Backend, row_filter: float = 0.0) -> None:
         super().__init__()
-        self.decoder, self.backend = decoder, backend
+        self.decoder, self.backend, self.row_filter = decoder, backend, row_filter
 
     def forward(
         self,
@@ -96,12 +96,20 @@ class PackedLoss(nn.Module):
         targets_T: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
+        n_supervised: int,
         normalizer: int,
     ) -> Tensor:
-        """Sum of the tokens' losses over `normalizer`, a float32 scalar."""
+        """Sum of the losses of these tokens, of which `n_supervised` have one, over `normalizer`; a float32 scalar."""
         attend = PackedAttention(cu_seqlens, max_seqlen, self.backend, input_ids_T.device)
         hidden_TH = self.decoder(input_ids_T, position_ids_T, attend)
-        return linear_cross_entropy(hidden_TH, self.decoder.lm_head_weight, targets_T, normalizer=normalizer)
+        return linear_cross_entropy(
+            hidden_TH,
+            self.decoder.lm_head_weight,
+            targets_T,
+            normalizer=normalizer,
+            n_supervised=n_supervised,
+            row_filter=self.row_filter,
+        )
 
 
 def distribute(model: PackedLoss, config: TrainSettings, world: World) -> None:
@@ -129,13 +137,3 @@ def distribute(model: PackedLoss, config: TrainSettings, world: World) -> None:
 def local_part(tensor: Tensor) -> Tensor:
     """The shard of `tensor` that this rank holds, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gathered_weights(decoder: Decoder, world: World) -> dict[str, Tensor]:
-    """Every parameter whole, on the CPU of rank 0; the other ranks take part and get nothing."""
-    weights: dict[str, Tensor] = {}
-    for name, parameter in decoder.named_parameters():
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if world.is_main:
-            weights[name] = whole.detach().cpu()
-    return weights

@@ -1,0 +1,139 @@
+"""The trained model as a Hugging Face checkpoint: streamed, with a card that says how it was made."""
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from micota_fast.errors import InputError
+from micota_fast.model.decoder import Decoder, parameter_shapes
+from micota_fast.model.safetensors_io import save_checkpoint
+from micota_fast.train.parallel import World
+
+
+def export(
+    decoder: Decoder,
+    source: Path,
+    out: Path,
+    world: World,
+    card: str,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write `decoder`, plain or sharded, to `out`. To be called on all ranks; rank 0 writes.
+
+    Parameters are gathered one by one: beside its shards, a rank holds one whole parameter, and rank 0 the tensors of
+    the one file that it writes.
+
+    Args:
+        decoder: the trained weights.
+        source: the checkpoint they were trained from: its tokenizer, chat template and generation_config are copied.
+        out: replaced if it is there; it appears whole or not at all.
+        world: the processes.
+        card: text of README.md.
+        dtype: to store; None: the one that the configuration states.
+        max_shard_bytes: largest size of a file.
+
+    Raises:
+        InputError: on all ranks, where rank 0 could not write.
+    """
+    weights = _Gathered(decoder)
+    fault: list[str | None] = [None]
+    if world.is_main:
+        for partial in (out, *out.parent.glob(f".{out.name}.*")):  # of an export that was killed
+            shutil.rmtree(partial, ignore_errors=True)
+        try:
+            save_checkpoint(
+                weights, decoder.config, source, out, dtype, max_shard_bytes, extra_files={"README.md": card}
+            )
+        except (InputError, OSError) as error:
+            fault = [f"{out} could not be written: {error}"]
+    weights.drain()
+    dist.broadcast_object_list(fault)
+    if fault[0] is not None:
+        raise InputError(f"{fault[0]}. The checkpoints are kept; mend it and give the same command again")
+
+
+class _Gathered(Mapping[str, Tensor]):
+    """Each parameter whole when it is asked for. All ranks must ask in one order: the model's."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._parameters = dict(decoder.named_parameters())
+        self._names = list(parameter_shapes(decoder.config))
+        self._taken = 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name != self._names[self._taken]:
+            raise RuntimeError(f"{name} is asked for where {self._names[self._taken]} comes next: ranks would deadlock")
+        self._taken += 1
+        parameter = self._parameters[name].detach()
+        return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def drain(self) -> None:
+        """Take part in gathering all that was not asked for: for other ranks, or here after an error."""
+        for name in self._names[self._taken :]:
+            self[name]
+
+
+def model_card(
+    model: str, data: str, identity: dict[str, Any], facts: dict[str, Any], metrics: dict[str, Any], chosen: str
+) -> str:
+    """README.md of a trained model: equal runs give equal text, so it has no date and no place of this machine.
+
+    Args:
+        model: what training started from, as the recipe names it.
+        data: the corpus, as the recipe names it.
+        identity: fingerprints of model and documents, and the options, as in summary.json.
+        facts: parameters, processes, data and versions, as in summary.json.
+        metrics: plain values by name, of the step whose weights these are.
+        chosen: which step that is, and why.
+    """
+    base = model if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not Path(model).is_dir() else Path(model).name
+    front: dict[str, Any] = {"base_model": base, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    front["tags"] = ["micota-fast", "fine-tuned"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    counts = facts["data"]
+    recipe = identity["options"]
+    return f"""---
+{_yaml(front)}---
+
+# {base}, fine-tuned
+
+{facts["parameters"]:,} parameters, trained on chains of thought with micota-fast. {chosen}
+
+## Metrics
+
+{_table(metrics)}
+## Data
+
+{Path(data).name}: {counts["documents"]:,} documents of {counts["rows"]:,} rows, {counts["tokens"]:,} tokens, of which \
+{counts["supervised"]:,} supervised. Their fingerprint: `{identity["documents"]}`.
+
+## Making
+
+Versions: {versions}; {facts["processes"]} processes. Fingerprint of the model it started from: `{identity["model"]}`.
+
+```yaml
+{_yaml(recipe)}```
+"""
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _table(values: dict[str, Any]) -> str:
+    rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
+    return f"| | |\n|---|---|\n{rows}"

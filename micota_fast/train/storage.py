@@ -1,0 +1,165 @@
+"""How a resume checkpoint lies on the disk: a safetensors file from each rank, and a manifest.
+
+`torch.distributed.checkpoint` says which rank writes what; torch's own storage would write and read pickles. The header
+of a file has, beside each tensor's shape, its offsets in the whole one under the key where torch's
+`HuggingFaceStorageReader` looks for them.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+
+from micota_fast.errors import InputError
+from micota_fast.model.safetensors_io import sync
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL"}
+_SLACK = 1 << 20  # bytes beside the tensors: headers and manifest
+
+
+class CheckpointWriter(StorageWriter):
+    """Writes each rank's part of a checkpoint into one safetensors file, and then the manifest, from rank 0.
+
+    A file is streamed and hashed as it goes: nothing is held twice. `dcp.save` raises an error of any rank on all.
+
+    Args:
+        aside: the folder to fill, made by rank 0.
+        rank: of this process.
+        manifest: JSON values; the files' sizes and digests are added to it.
+        publish: called on rank 0 with `aside` filled and synced.
+    """
+
+    def __init__(self, aside: Path, rank: int, manifest: dict[str, Any], publish: Callable[[], None]) -> None:
+        self._aside, self._rank, self._manifest, self._publish = aside, rank, manifest, publish
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing is kept between saves."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Rank 0 makes the folder; the others write to it only after the plan, so later."""
+        if is_coordinator:
+            shutil.rmtree(self._aside, ignore_errors=True)
+            self._aside.mkdir()
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On rank 0, which knows what all will write: is there room?"""
+        pieces = [item.tensor_data for plan in plans for item in plan.items if item.tensor_data is not None]
+        needed = _SLACK + sum(piece.chunk.sizes.numel() * piece.properties.dtype.itemsize for piece in pieces)
+        free = shutil.disk_usage(self._aside).free
+        if needed > free:
+            raise InputError(f"it needs {_gb(needed)} and {_gb(free)} are free on the disk of {self._aside.parent}")
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        path = self._aside / f"rank-{self._rank:05d}.safetensors"
+        offsets = {item.index.fqn: list(item.index.offset or ()) for item in plan.items}
+        tensors = {item.index.fqn: cast(Tensor, planner.resolve_data(item)) for item in plan.items}
+        try:
+            size, digest = _write_safetensors(path, tensors, offsets)
+        except OSError as error:
+            needed = sum(tensor.nbytes for tensor in tensors.values())
+            free = shutil.disk_usage(self._aside).free
+            raise InputError(f"{path}: {error.strerror} ({_gb(needed)} to write, {_gb(free)} free)") from None
+        written: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        written.set_result([WriteResult(MetadataIndex(path.name), size, digest)])
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On rank 0, when all have written."""
+        files = {r.index.fqn: {"bytes": r.size_in_bytes, "sha256": r.storage_data} for rank in results for r in rank}
+        path = self._aside / "manifest.json"
+        write_json(path, self._manifest | {"files": files})
+        path.with_suffix(".sha256").write_text(f"{sha256(path)}  {path.name}\n")
+        sync(path.with_suffix(".sha256"))
+        sync(self._aside)
+        self._publish()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+def _write_safetensors(path: Path, tensors: dict[str, Tensor], offsets: dict[str, list[int]]) -> tuple[int, str]:
+    """Write and sync; returns size in bytes and SHA-256. `offsets`: where each tensor lies in the whole one."""
+    # The format wants every tensor aligned to its own type, so wide types go first.
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    sharding = {name: {"saved_offsets": offsets[name]} for name in ordered}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "DCP_SHARDING_INFO": json.dumps(sharding)}}
+    end = 0
+    for name in ordered:
+        start, end = end, end + tensors[name].nbytes
+        dtype, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for piece in (len(text).to_bytes(8, "little"), text, *(_bytes(tensors[name]) for name in ordered)):
+            digest.update(piece)
+            rest = memoryview(piece)
+            while rest:  # the system writes at most 2 GiB at a time, and less where the disk is nearly full
+                rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    return 8 + len(text) + end, digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    # A view of the tensor's memory; to typing, any buffer is bytes.
+    return cast(bytes, tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """The manifest and None; or None and what is wrong with it."""
+    path = folder / "manifest.json"
+    try:
+        text = path.read_bytes()
+        expected = path.with_suffix(".sha256").read_bytes()
+    except OSError as error:
+        return None, f"{folder} is torn: {error}"
+    if expected != f"{hashlib.sha256(text).hexdigest()}  {path.name}\n".encode():
+        return None, f"{path} is not what was written, by manifest.sha256"
+    return json.loads(text), None
+
+
+def first_fault(folder: Path, files: list[tuple[str, dict[str, Any]]]) -> str | None:
+    """What is wrong with the first of `files` that is not as the manifest has it; None if all are."""
+    for name, recorded in files:
+        path = folder / name
+        try:
+            if path.stat().st_size != recorded["bytes"] or sha256(path) != recorded["sha256"]:
+                return f"{path} is not what was written"
+        except OSError as error:
+            return f"{path} cannot be read ({error})"
+    return None
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:,.3f} GB"
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is there whole or not at all, also after a power failure."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(aside)
+    os.replace(aside, path)
+    sync(path.parent)
