@@ -61,7 +61,7 @@ def test_outputs_and_gradients_equal_the_dense_reference(
     tensors = inputs(lengths, *heads)
     packed = PackedAttention(cu_seqlens(lengths), max(lengths), "sdpa")
     expected = results(lambda q, k, v: reference(q, k, v, lengths), tensors, torch.float64)
-    found = results(lambda q, k, v: packed(0, q, k, v), tensors, dtype)
+    found = results(lambda q, k, v: packed(0)(q, k, v), tensors, dtype)
     for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -79,7 +79,7 @@ def test_backends_on_a_gpu_equal_the_dense_reference(backend: str, lengths: list
     packed = PackedAttention(cu_seqlens(lengths), max(lengths), chosen, "cuda")
     expected = results(lambda q, k, v: reference(q, k, v, lengths), tensors, torch.float64)
     for a, b in zip(
-        results(lambda q, k, v: packed(0, q, k, v), tensors, torch.bfloat16, "cuda"), expected, strict=True
+        results(lambda q, k, v: packed(0)(q, k, v), tensors, torch.bfloat16, "cuda"), expected, strict=True
     ):
         torch.testing.assert_close(a, b, atol=0.06, rtol=0.06)
 

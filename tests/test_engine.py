@@ -341,7 +341,7 @@ def test_decode_attention_equals_its_definition(qwen2_checkpoint: Path, backend:
     cache.move(4, 3, 64)
     q = torch.randn(4, heads, d, generator=generator, dtype=dtype)
     new = torch.stack([x[:, -1] for x in history], dim=1)
-    out = cache.decode(lengths)(1, q, new[0], new[1])
+    out = cache.decode(lengths)(1)(q, new[0], new[1])
     for b, (k, v) in enumerate(history):
         k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
         weights = (torch.einsum("nd,tnd->nt", q[b], k) / d**0.5).softmax(-1)

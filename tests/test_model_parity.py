@@ -1,5 +1,6 @@
 """The decoder computes what transformers computes: families, RoPE types, dtypes, gradients, packing, caching."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,10 @@ def test_one_token_at_a_time_with_cached_keys_equals_the_whole(qwen3_checkpoint:
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)[0].transpose(0, 1)
 
     with torch.no_grad():
-        steps = [model(ids[t : t + 1], torch.tensor([t]), attend) @ model.lm_head_weight.T for t in range(20)]
+        steps = [
+            model(ids[t : t + 1], torch.tensor([t]), lambda layer: partial(attend, layer)) @ model.lm_head_weight.T
+            for t in range(20)
+        ]
         whole = packed_logits(model, [ids])[0]
     torch.testing.assert_close(torch.cat(steps), whole, atol=1e-10, rtol=0)
 

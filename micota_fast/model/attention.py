@@ -4,7 +4,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,11 @@ from micota_fast.errors import InputError
 Backend = Literal["flash", "varlen", "sdpa"]
 
 
-class Attend(Protocol):
-    """How the decoder reaches other tokens.
-
-    Takes queries `[T, N, d]`, keys and values `[T, K, d]` of T new tokens (N a multiple of K) and returns `[T, N, d]`.
-    """
-
-    def __call__(self, layer: int, q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor, /) -> Tensor: ...
+# How a layer reaches other tokens: takes queries `[T, N, d]`, keys and values `[T, K, d]` of T new tokens (N a multiple
+# of K) and returns `[T, N, d]`.
+AttendLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
+# The same by number of the layer.
+Attend = Callable[[int], AttendLayer]
 
 
 def choose_backend(requested: str, device: torch.device | str, dtype: torch.dtype) -> tuple[Backend, str]:
@@ -120,7 +118,7 @@ class PackedAttention:
         self, cu_seqlens: Tensor, max_seqlen: int, backend: Backend = "sdpa", device: torch.device | str | None = None
     ) -> None:
         device = cu_seqlens.device if device is None else torch.device(device)
-        self._attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+        self._attend: AttendLayer
         if backend == "sdpa":
             self._attend = _sdpa_per_document(cu_seqlens)
         elif backend == "varlen":
@@ -130,12 +128,12 @@ class PackedAttention:
         else:
             raise ValueError(f"unknown attention backend {backend!r}")
 
-    def __call__(self, layer: int, q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor, /) -> Tensor:
+    def __call__(self, layer: int, /) -> AttendLayer:
         """Causal attention within each document, scores scaled by 1/sqrt(d). The layer makes no difference here."""
-        return self._attend(q_TNd, k_TKd, v_TKd)
+        return self._attend
 
 
-def _flash_varlen(cu_seqlens: Tensor, max_seqlen: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _flash_varlen(cu_seqlens: Tensor, max_seqlen: int) -> AttendLayer:
     function, _ = _flash_function(cu_seqlens.device)
 
     def attend(q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
@@ -145,7 +143,7 @@ def _flash_varlen(cu_seqlens: Tensor, max_seqlen: int) -> Callable[[Tensor, Tens
     return attend
 
 
-def _torch_varlen(cu_seqlens: Tensor, max_seqlen: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _torch_varlen(cu_seqlens: Tensor, max_seqlen: int) -> AttendLayer:
     from torch.nn.attention.varlen import varlen_attn
 
     def attend(q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
@@ -159,7 +157,7 @@ def _torch_varlen(cu_seqlens: Tensor, max_seqlen: int) -> Callable[[Tensor, Tens
     return attend
 
 
-def _sdpa_per_document(cu_seqlens: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _sdpa_per_document(cu_seqlens: Tensor) -> AttendLayer:
     """One call of SDPA a document.
 
     Right-padded batches of documents of like length were measured too (fp32, one CPU thread, packs of 2k tokens, 4 or 8

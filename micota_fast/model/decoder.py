@@ -1,39 +1,52 @@
 """The decoder: Qwen2, Qwen3 and Llama on packed tokens. Parameter names are those of the Hugging Face checkpoints."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from micota_fast.model.attention import Attend
+from micota_fast.model.attention import Attend, AttendLayer
 from micota_fast.model.config import ModelConfig
-from micota_fast.model.rope import RotaryEmbedding, rotate
+from micota_fast.model.pointwise import TORCH, Pointwise
+from micota_fast.model.rope import RotaryEmbedding
 
 # Shape suffixes: T tokens, H hidden, N query heads, K key-value heads, d channels of a head, V vocabulary.
+
+
+class RMSNorm(nn.Module):
+    """Root mean square layer normalisation (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.pointwise = eps, TORCH
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise.rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
     """Grouped-query self-attention; what a token may see is up to `attend`."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         H, N, K, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layer, self.head_dim = layer, d
+        self.head_dim, self.pointwise = d, TORCH
         self.q_proj = nn.Linear(H, N * d, bias=config.qkv_bias)
         self.k_proj = nn.Linear(H, K * d, bias=config.qkv_bias)
         self.v_proj = nn.Linear(H, K * d, bias=config.qkv_bias)
         self.o_proj = nn.Linear(N * d, H, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm: nn.Module = nn.RMSNorm(d, eps=config.rms_norm_eps)
-            self.k_norm: nn.Module = nn.RMSNorm(d, eps=config.rms_norm_eps)
+            self.q_norm: nn.Module = RMSNorm(d, config.rms_norm_eps)
+            self.k_norm: nn.Module = RMSNorm(d, config.rms_norm_eps)
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x_TH: Tensor, cos_T1R: Tensor, sin_T1R: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x_TH: Tensor, cos_T1R: Tensor, sin_T1R: Tensor, attend: AttendLayer) -> Tensor:
         heads = (x_TH.shape[0], -1, self.head_dim)
-        q_TNd = rotate(self.q_norm(self.q_proj(x_TH).view(heads)), cos_T1R, sin_T1R)
-        k_TKd = rotate(self.k_norm(self.k_proj(x_TH).view(heads)), cos_T1R, sin_T1R)
+        q_TNd = self.q_norm(self.q_proj(x_TH).view(heads))
+        k_TKd = self.k_norm(self.k_proj(x_TH).view(heads))
         v_TKd = self.v_proj(x_TH).view(heads)
-        return self.o_proj(attend(self.layer, q_TNd, k_TKd, v_TKd).flatten(1))
+        q_TNd, k_TKd = self.pointwise.rotate(q_TNd, k_TKd, cos_T1R, sin_T1R)
+        return self.o_proj(attend(q_TNd, k_TKd, v_TKd).flatten(1))
 
 
 class MLP(nn.Module):
@@ -44,22 +57,26 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.pointwise = TORCH
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TH)) * self.up_proj(x_TH))
+        return self.down_proj(self.pointwise.swiglu(self.gate_proj(x_TH), self.up_proj(x_TH)))
 
 
 class Block(nn.Module):
-    """One layer: the unit that is sharded, checkpointed and compiled."""
+    """One layer: the unit that is sharded, checkpointed and compiled.
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    Nothing in it tells which layer it is, so that one compiled graph serves all.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_TH: Tensor, cos_T1R: Tensor, sin_T1R: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x_TH: Tensor, cos_T1R: Tensor, sin_T1R: Tensor, attend: AttendLayer) -> Tensor:
         x_TH = x_TH + self.self_attn(self.input_layernorm(x_TH), cos_T1R, sin_T1R, attend)
         return x_TH + self.mlp(self.post_attention_layernorm(x_TH))
 
@@ -70,8 +87,8 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config.rope, config.head_dim)
 
 
@@ -94,7 +111,7 @@ class Decoder(nn.Module):
         Args:
             input_ids_T: int64 `[T]`, tokens of any number of documents, one after the other.
             position_ids_T: int64 `[T]`, position of each token in its own document.
-            attend: `attend(layer, q_TNd, k_TKd, v_TKd) -> out_TNd` decides which keys each query sees, its own token's
+            attend: `attend(layer)(q_TNd, k_TKd, v_TKd) -> out_TNd` decides which keys each query sees, its own token's
                 among them. `PackedAttention` for whole documents; a server's writes k and v to its cache first.
 
         Returns:
@@ -102,9 +119,15 @@ class Decoder(nn.Module):
         """
         x_TH = self.model.embed_tokens(input_ids_T)
         cos_T1R, sin_T1R = self.model.rotary_emb(position_ids_T, x_TH.dtype)
-        for block in self.model.layers:
-            x_TH = block(x_TH, cos_T1R, sin_T1R, attend)
+        for layer, block in enumerate(self.model.layers):
+            x_TH = block(x_TH, cos_T1R, sin_T1R, attend(layer))
         return self.model.norm(x_TH)
+
+    def use(self, pointwise: Pointwise) -> None:
+        """Take these operations from now on instead of torch's own."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm | Attention | MLP):
+                module.pointwise = pointwise
 
     @property
     def lm_head_weight(self) -> nn.Parameter:

@@ -1,5 +1,6 @@
 """Keys and values of the running sequences, and the attention of one new token of each to all of its own."""
 
+from functools import partial
 from typing import Literal
 
 import numba
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from micota_fast.model.attention import PackedAttention
+from micota_fast.model.attention import AttendLayer, PackedAttention
 from micota_fast.model.config import ModelConfig
 
 # Shape suffixes as in the decoder: T tokens, N query heads, K key-value heads, d channels of a head; B sequences,
@@ -94,12 +95,15 @@ class PrefillAttention:
     """Attend within packed prompts and keep their keys and values."""
 
     def __init__(self, cache: KVCache, slots_T: Tensor, position_ids_T: Tensor, attend_packed: PackedAttention) -> None:
-        self._cache, self._slots_T, self._position_ids_T, self._attend = cache, slots_T, position_ids_T, attend_packed
+        self._cache, self._slots_T, self._position_ids_T, self._packed = cache, slots_T, position_ids_T, attend_packed
 
-    def __call__(self, layer: int, q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor, /) -> Tensor:
+    def __call__(self, layer: int, /) -> AttendLayer:
+        return partial(self._attend, layer)
+
+    def _attend(self, layer: int, q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
         self._cache.k[layer][self._slots_T, :, self._position_ids_T] = k_TKd
         self._cache.v[layer][self._slots_T, :, self._position_ids_T] = v_TKd
-        return self._attend(layer, q_TNd, k_TKd, v_TKd)
+        return self._packed(layer)(q_TNd, k_TKd, v_TKd)
 
 
 class SDPADecode:
@@ -114,7 +118,10 @@ class SDPADecode:
         self._lengths_B = torch.from_numpy(lengths).to(device)
         self._mask_B11L = (torch.arange(self._L, device=device) <= self._lengths_B[:, None])[:, None, None, :]
 
-    def __call__(self, layer: int, q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor, /) -> Tensor:
+    def __call__(self, layer: int, /) -> AttendLayer:
+        return partial(self._attend, layer)
+
+    def _attend(self, layer: int, q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
         k, v = self._cache.k[layer], self._cache.v[layer]
         k[self._slots_B, :, self._lengths_B] = k_TKd
         v[self._slots_B, :, self._lengths_B] = v_TKd
@@ -133,7 +140,10 @@ class NumbaDecode:
     ) -> None:
         self._arrays, self._lengths = arrays, lengths
 
-    def __call__(self, layer: int, q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor, /) -> Tensor:
+    def __call__(self, layer: int, /) -> AttendLayer:
+        return partial(self._attend, layer)
+
+    def _attend(self, layer: int, q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
         k, v = self._arrays[layer]
         out_TNd = torch.empty_like(q_TNd)
         _attend_one(q_TNd.numpy(), k_TKd.numpy(), v_TKd.numpy(), k, v, self._lengths, out_TNd.numpy())
