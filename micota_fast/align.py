@@ -21,7 +21,8 @@ from micota_fast.data.tokenise import Documents, load_documents
 from micota_fast.kernels import linear_cross_entropy
 from micota_fast.model.attention import Backend, PackedAttention, choose_backend
 from micota_fast.model.decoder import Decoder
-from micota_fast.model.safetensors_io import load_model, resolve_checkpoint
+from micota_fast.model.folder import resolve_checkpoint
+from micota_fast.model.safetensors_io import load_model
 from micota_fast.recipe import AlignConfig
 from micota_fast.records import write_atomic
 

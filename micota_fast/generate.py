@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from micota_fast import config as configuration
 from micota_fast.client import Client, sampling_params
 from micota_fast.errors import InputError
+from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.recipe import EvaluateConfig, GenerateConfig
 from micota_fast.records import (
     Completion,
@@ -63,7 +64,7 @@ def server_for(config: GenerateConfig | EvaluateConfig, log_path: str | Path) ->
     Raises:
         InputError: the URL is none, there is no such checkpoint, or the server did not start.
     """
-    _checkpoint(config)  # its tokenizer is needed in any case
+    resolve_checkpoint(config.model)  # its tokenizer is needed in any case
     if config.url is not None:
         yield _checked_url(config.url)
         return
@@ -93,7 +94,7 @@ def fingerprint(problems: Sequence[Problem], config: GenerateConfig | EvaluateCo
     for problem in problems:
         digest.update(encode_row(problem))
     return {
-        "model": model_fingerprint(_checkpoint(config)),
+        "model": model_fingerprint(resolve_checkpoint(config.model)),
         "problems": digest.hexdigest(),
         "prompt": asdict(config.chat),
         "samples": config.samples,
@@ -181,21 +182,12 @@ def generate_corpus(
     request_fingerprint = fingerprint(problems, config)
     with CompletionWriter(part, request_fingerprint) as writer:
         if len(writer.rows) < len(problems) * config.samples:
-            asyncio.run(Client(problems, config, _checkpoint(config), url, writer).run())
+            asyncio.run(Client(problems, config, resolve_checkpoint(config.model), url, writer).run())
         rows = writer.finalise(out, (problem.id for problem in problems))
         meta = {"fingerprint": request_fingerprint, "sha256": _content(out)[0], **_counts(rows)}
         write_atomic(meta_path, [json.dumps(meta, indent=2).encode() + b"\n"])
         writer.discard()
     return rows
-
-
-def _checkpoint(config: GenerateConfig | EvaluateConfig) -> Path:
-    """The checkpoint's folder. Raises InputError where there is none."""
-    if Path(config.model).is_dir():
-        return Path(config.model)
-    from micota_fast.model.safetensors_io import resolve_checkpoint  # imports torch, which a folder does not need
-
-    return resolve_checkpoint(config.model)
 
 
 def _content(path: Path) -> tuple[str, int]:

@@ -150,7 +150,11 @@ class _Planner:
             data=data.location,
             out=str(self.run_dir / stage),
         )
-        self._add(Stage(stage, "train", settings, (model, data), ("model", "metrics.jsonl", "summary.json")))
+        inputs = [model, data]
+        if settings.validation_data is not None:
+            inputs.append(self._file(settings.validation_data, f"{where}.validation_data"))
+            settings.validation_data = inputs[-1].location
+        self._add(Stage(stage, "train", settings, tuple(inputs), ("model", "metrics.jsonl", "summary.json")))
 
     def _merge_stage(self, stage: str, name: str) -> None:
         spec = self.recipe.models[name].merge

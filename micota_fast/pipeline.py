@@ -212,7 +212,10 @@ class Run:
         stage, folder = process.stage, process.folder
         missing = [name for name in stage.outputs if not (folder / name).exists()]
         if missing:
-            raise InputError(f"{stage.name} ended well but left no {', '.join(missing)}; its log: {process.log}")
+            raise InputError(
+                f"{stage.name} ended before it was finished and left no {', '.join(missing)}; its log: {process.log}. "
+                f"The same command goes on from there"
+            )
         making = _read_json(folder / MAKING)
         assert making is not None
         record = {

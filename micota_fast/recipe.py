@@ -167,6 +167,19 @@ class MixConfig:
 
 
 @dataclass(kw_only=True)
+class MeshConfig:
+    """How the processes of a training share the model: `replicate` copies, each sharded over `shard` processes."""
+
+    replicate: int = option(1, doc="copies; above 1 as a rule the number of nodes (hybrid sharding)", source="ours")
+    shard: int | None = option(None, doc="processes that share a copy; null: all there are / replicate")
+
+    def __post_init__(self) -> None:
+        at_least(self, replicate=1)
+        if self.shard is not None:
+            at_least(self, shard=1)
+
+
+@dataclass(kw_only=True)
 class TrainSettings:
     """How a model is trained."""
 
@@ -193,11 +206,27 @@ class TrainSettings:
     attention: Literal["auto", "flash", "varlen", "sdpa"] = option(
         "auto", doc="auto: flash-attn 3 or 2, torch varlen, SDPA"
     )
+    mesh: MeshConfig = option(MeshConfig(), doc="how processes share the model", operational=True)
     compile: bool = option(False, doc="torch.compile each block")
     row_filter: float = option(
         0.0, doc="leave tokens of at least 1 - this probability out of the loss's gradients; 0: exact", source="ours"
     )
-    activation_checkpointing: bool = option(False, doc="recompute each block in the backward pass")
+    activation_checkpointing: Literal["none", "selective", "full"] = option(
+        "none", doc="what the backward pass computes again: gate and what is cheap (selective), or whole blocks (full)"
+    )
+    freeze: list[str] = option(
+        [], doc="parameters that stay as they are, by pattern of their names: [model.embed_tokens.*, '*.layers.0.*']"
+    )
+    validation_data: str | None = option(
+        None, doc="JSONL of held-out rows, whose loss is measured during training; null: none is"
+    )
+    validate_every: int | None = option(None, doc="steps between validations; null: ten a run")
+    early_stop: int | None = option(
+        None, doc="end after so many validations without a new lowest loss, and keep the weights that had it; null: no"
+    )
+    max_skipped_steps: int = option(
+        5, doc="stop after so many steps in a row whose loss or gradient is not finite (they change nothing)"
+    )
     checkpoint_every: int | None = option(
         None, doc="steps between resume checkpoints; null: ten a run", operational=True
     )
@@ -230,6 +259,9 @@ class TrainSettings:
             "max_doc_tokens",
             "checkpoint_every",
             "keep_checkpoints",
+            "validate_every",
+            "early_stop",
+            "max_skipped_steps",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -239,6 +271,8 @@ class TrainSettings:
         for name in ("warmup_ratio", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"`{name}` must lie between 0 and 1, not {getattr(self, name)}")
+        if self.early_stop is not None and self.validation_data is None:
+            raise InputError("`early_stop` needs `validation_data`, whose loss it watches")
         if self.max_doc_tokens is not None and self.max_doc_tokens > self.pack_tokens:
             raise InputError(f"`max_doc_tokens` {self.max_doc_tokens} exceeds `pack_tokens` {self.pack_tokens}")
 
@@ -295,6 +329,10 @@ class MergeConfig:
     config: str = option(doc="mergekit YAML file; its model names are folders (relative to it) or hub names")
     out: str = option(doc="folder of the merged checkpoint; it appears whole or not at all")
     seed: int = option(0, doc="seed of DARE's mask")
+    weights: list[float] = option(
+        [],
+        doc="merge once for each of these weights (slerp: t) of the one model, into OUT/weight-W; []: as the file says",
+    )
 
 
 @dataclass(kw_only=True)

@@ -104,7 +104,7 @@ def test_state_goes_on_with_any_number_of_ranks(wrote: int, reads: int, tmp_path
     out, log = tmp_path / "out", tmp_path / "log"
     run_ranks(wrote, _save, log, out)
     run_ranks(reads, _restore, log, out, wrote)
-    changed = f"going on with {reads} processes where {wrote} wrote"
+    changed = f"going on with {reads} processes where {wrote} processes wrote"
     assert (changed in log.read_text()) == (wrote != reads)
 
 

@@ -19,14 +19,8 @@ from micota_fast.errors import InputError
 from micota_fast.model.attention import PackedAttention
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder, parameter_shapes
-from micota_fast.model.safetensors_io import (
-    init_random,
-    iter_tensors,
-    load_model,
-    resolve_checkpoint,
-    save_checkpoint,
-    tensor_files,
-)
+from micota_fast.model.folder import resolve_checkpoint, tensor_files
+from micota_fast.model.safetensors_io import init_random, iter_tensors, load_model, save_checkpoint
 from micota_fast.recipe import ChatConfig
 
 FAMILIES = ["qwen2", "qwen3", "llama"]

@@ -1,6 +1,7 @@
 """Training rows of every accepted format, the ways in which a row can be bad, and the count of what became of each."""
 
 import json
+import math
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -155,6 +156,10 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ),
     ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "key 'history' is not supported"),
     ({"instruction": "a", "input": 1, "output": "b"}, "key 'input' must be a string, got int 1"),
+    *(
+        ({**OURS, "weight": weight}, "key 'weight' must be a number from 1.2e-38 to 3.4e\\+38, got ")
+        for weight in (0, -1, 1e-39, 1e39, 10**400, math.nan, math.inf, True, "2", [1])
+    ),
 ]
 
 
@@ -280,6 +285,37 @@ def test_arrays_do_not_depend_on_how_rows_are_batched(
     assert whole.offsets[-1] == len(whole.input_ids) == len(whole.supervised)
     assert len(whole) == 51
     assert whole.n_targets.sum() == whole.supervised.sum()  # no document here begins with a supervised token
+
+
+def test_a_rows_weight_stays_with_its_document(chat: Chat, tmp_path: Path) -> None:
+    long = {**OURS, "completion": "x1 " * 100}
+    rows = [
+        OURS,
+        {**OURS, "weight": 0.3},
+        {**long, "weight": 7},
+        {**OURS, "weight": None},
+        {"messages": PLAIN, "weight": 2},
+    ]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    documents = load_documents(path, chat, 512)
+    assert documents.weights is not None
+    assert documents.weights.dtype == np.float32
+    assert documents.weights.tolist() == [1, np.float32(0.3), 7, 1, 2]
+    assert documents.weighted_targets.tolist() == [
+        w * n for w, n in zip(documents.weights.tolist(), documents.n_targets, strict=True)
+    ]
+    limit = int(documents.lengths[0])
+    dropped = load_documents(path, chat, limit, "drop")
+    assert dropped.weights is not None
+    assert dropped.weights.tolist() == [1, np.float32(0.3), 1, 2]
+
+    plain = load_documents(write(tmp_path / "plain.jsonl", OURS, long), chat, 512)
+    ones = load_documents(write(tmp_path / "ones.jsonl", {**OURS, "weight": 1}, {**long, "weight": 1.0}), chat, 512)
+    twos = load_documents(write(tmp_path / "twos.jsonl", {**OURS, "weight": 2}, long), chat, 512)
+    assert plain.weights is None
+    assert ones.weights is None
+    assert plain.weighted_targets.dtype == np.int64
+    assert plain.fingerprint == ones.fingerprint != twos.fingerprint
 
 
 def test_the_fingerprint_tells_ids_mask_and_bounds_apart() -> None:

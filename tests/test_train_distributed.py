@@ -89,7 +89,7 @@ def test_two_killed_ranks_go_on_as_another_number(
     assert done < len(metrics(whole))
     finish(start_training(config, world=ranks), config)
     log = Path(f"{config.out}.log").read_text()
-    assert f"going on with {ranks} processes where 2 wrote" in log
+    assert f"going on with {ranks} processes where 2 processes wrote" in log
     assert "equal up to rounding" in log
     for a, b in zip(metrics(config), metrics(whole), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)

@@ -139,9 +139,9 @@ def test_one_trainer_at_a_time(
     assert result(config) == result(uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGUSR1, 0)])
 def test_a_signal_leaves_a_checkpoint(
-    number: signal.Signals, uninterrupted: TrainConfig, qwen2_checkpoint: Path, tmp_path: Path
+    number: signal.Signals, status: int, uninterrupted: TrainConfig, qwen2_checkpoint: Path, tmp_path: Path
 ) -> None:
     config = train_config(qwen2_checkpoint, tmp_path, max_steps=12, epochs=4, checkpoint_every=12)
     (process,) = start_training(config)
@@ -149,7 +149,7 @@ def test_a_signal_leaves_a_checkpoint(
     process._popen._send_signal(number)  # type: ignore[attr-defined]
     process.join(60)
     log = Path(f"{config.out}.log").read_text()
-    assert process.exitcode == 130, log
+    assert process.exitcode == status, log
     assert "the same command goes on from there" in log
     assert newest_step(config) == len(metrics(config)) >= 2
     finish(start_training(config), config)

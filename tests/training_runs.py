@@ -111,4 +111,7 @@ def _child(config: TrainConfig, env: dict[str, str]) -> None:
     from micota_fast.train.loop import train
 
     torch.set_num_threads(1)
-    raise SystemExit(0 if train(config) else 130)
+    try:
+        train(config)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

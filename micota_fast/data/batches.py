@@ -2,16 +2,19 @@
 
 Each epoch shuffles the documents by (seed, epoch) and packs them again: documents of equal length trade places, and the
 order of the packs is shuffled as well. The number of packs depends on the lengths alone (see `packing.pack`), so every
-epoch has the same number of steps, and any step can be made from its number: resuming needs nothing else.
+epoch has the same number of steps, and any step can be made from its number: resuming needs nothing else. A step has
+the same documents whatever the number of ranks; that decides only who runs which pack (see `dealing`).
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from micota_fast.data.dealing import deal, idle_share, pack_costs
 from micota_fast.data.packing import efficiency, pack
 from micota_fast.data.tokenise import Documents
 from micota_fast.errors import InputError
@@ -31,6 +34,7 @@ class PackedBatch:
     cu_seqlens: torch.Tensor  # int32 [B+1], where each document begins, and T
     max_seqlen: int  # longest document, tokens
     targets: torch.Tensor  # int64 [T]: the next token where it is supervised and of the same document, else -100
+    token_weights: torch.Tensor | None  # float32 [T], factor of each target's loss; None: Documents has no weights
     n_supervised: int  # targets that are not -100
     doc_ids: tuple[int, ...]  # index in Documents of each, [B]
 
@@ -45,23 +49,44 @@ def packed_batch(documents: Documents, doc_ids: NDArray[np.int64]) -> PackedBatc
     targets_T = np.full_like(input_ids_T, IGNORE_INDEX)
     targets_T[:-1] = np.where(documents.supervised[source_T[1:]], input_ids_T[1:], IGNORE_INDEX)
     targets_T[cu_seqlens[1:] - 1] = IGNORE_INDEX  # a document's last token has nothing to predict
+    weights_D = documents.weights
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids_T),
         position_ids=torch.from_numpy(position_T),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         max_seqlen=int(lengths_B.max()),
         targets=torch.from_numpy(targets_T),
+        token_weights=None if weights_D is None else torch.from_numpy(np.repeat(weights_D[doc_ids], lengths_B)),
         n_supervised=int(documents.n_targets[doc_ids].sum()),
         doc_ids=tuple(doc_ids.tolist()),
     )
 
 
+class Step(NamedTuple):
+    """What one rank needs for an optimizer step; all but `batches` is the same on every rank."""
+
+    batches: list[PackedBatch]  # this rank's, one a micro-step; it may have none in the last micro-step
+    normalizer: int | float  # of the summed loss, over all ranks: targets times their weights; int if there are none
+    n_supervised: int  # targets of the step, over all ranks
+    n_tokens: int  # tokens of the step, over all ranks
+
+
+class _Plan(NamedTuple):
+    """Of an epoch with P packs of D documents."""
+
+    doc_ids: NDArray[np.int64]  # [D], pack after pack
+    pack_offsets: NDArray[np.int64]  # [P+1], where each pack begins in them
+    turn: NDArray[np.int64]  # [P], packs in order of use
+    costs: NDArray[np.float64]  # [P], of each pack, in that order
+
+
 class PackedSteps:
     """Optimizer steps over packed documents, by step number.
 
-    A step takes the next `packs_per_step` packs of its epoch and deals them to the ranks in turn: rank r has packs r,
-    r + world, ... of the step. The last step of an epoch has what is left, so every document is seen once an epoch;
-    in it (or where packs_per_step is no multiple of world) some ranks have fewer packs than others, or none.
+    A step takes the next `packs_per_step` packs of its epoch and deals them to the ranks so that they wait for one
+    another as little as can be. The last step of an epoch has what is left, so every document is seen once an epoch; in
+    it (or where packs_per_step is no multiple of world) some ranks have one pack fewer than others, at their end.
+    With one pack a rank there is nothing to choose; the more packs a rank has in a step, the less it waits.
 
     Args:
         documents: what to train on; equal on all ranks.
@@ -69,13 +94,28 @@ class PackedSteps:
         packs_per_step: packs in a step, over all ranks.
         rank, world: this process among how many.
         seed: of the shuffles.
+        parity_tokens: length of the document whose attention costs the model what its matrix products do
+            (`dealing.attention_parity`); infinite: work is counted in tokens alone.
+
+    Attributes:
+        n_packs, steps_per_epoch: in each epoch.
+        efficiency: share of the packs' tokens that documents fill, 0 to 1.
+        idle_share: share of the ranks' time spent waiting for the slowest in the first epoch, 0 to 1, by the model's
+            FLOPs; other epochs differ from it only as their shuffles do.
 
     Raises:
         InputError: a document is longer than a pack, or packs_per_step is less than 1.
     """
 
     def __init__(
-        self, documents: Documents, pack_tokens: int, packs_per_step: int, rank: int = 0, world: int = 1, seed: int = 0
+        self,
+        documents: Documents,
+        pack_tokens: int,
+        packs_per_step: int,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        parity_tokens: float = math.inf,
     ) -> None:
         if packs_per_step < 1:
             raise InputError(f"packs_per_step must be at least 1, not {packs_per_step}")
@@ -84,12 +124,12 @@ class PackedSteps:
         self._documents = documents
         self._pack_tokens = pack_tokens
         self._packs_per_step = packs_per_step
-        self._rank, self._world, self._seed = rank, world, seed
-        self._epoch = -1  # whose order `_plan` returns without making it
-        self._planned = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64)
-        self.n_packs = len(self._plan(0)[2])  # in an epoch
+        self._rank, self._world, self._seed, self._parity_tokens = rank, world, seed, parity_tokens
+        self._planned, self._epoch = self._plan(0), 0
+        self.n_packs = len(self._planned.turn)
         self.steps_per_epoch = math.ceil(self.n_packs / packs_per_step)
-        self.efficiency = efficiency(documents.lengths, self.n_packs, pack_tokens)  # share of pack_tokens filled
+        self.efficiency = efficiency(documents.lengths, self.n_packs, pack_tokens)
+        self.idle_share = idle_share(self._planned.costs, packs_per_step, world)
 
     def total_steps(self, epochs: float) -> int:
         """Steps in a number of epochs; of 2.5, the third takes the first half of its packs, up to a whole step."""
@@ -99,45 +139,45 @@ class PackedSteps:
         rest = math.ceil(round((epochs - whole) * self.n_packs, 6))  # 2.1 - 2 is a little more than 0.1
         return whole * self.steps_per_epoch + math.ceil(rest / self._packs_per_step)
 
-    def step(self, index: int) -> tuple[list[PackedBatch], int, int]:
-        """The step with a number, counted over all epochs from 0.
-
-        Returns:
-            this rank's batches (maybe none), and over all ranks the number of targets and of tokens in the step, which
-            every rank works out alike.
-        """
-        packs, documents = self._packs_of_step(index), self.documents(index)
-        return (
-            [packed_batch(self._documents, doc_ids) for doc_ids in packs[self._rank :: self._world]],
+    def step(self, index: int) -> Step:
+        """The step with a number, counted over all epochs from 0."""
+        packs, costs = self._packs_of_step(index)
+        dealt_M = deal(costs, self._world)[:, self._rank]
+        documents = np.concatenate(packs)
+        return Step(
+            [packed_batch(self._documents, packs[p]) for p in dealt_M[dealt_M >= 0]],
+            self._documents.weighted_targets[documents].sum().item(),
             int(self._documents.n_targets[documents].sum()),
             int(self._documents.lengths[documents].sum()),
         )
 
     def documents(self, index: int) -> NDArray[np.int64]:
-        """Indices in Documents of all that a step trains on, over all ranks, in the order of its packs."""
-        return np.concatenate(self._packs_of_step(index))
+        """Indices in Documents of all that a step trains on, over all ranks, in the same order for every world size."""
+        return np.concatenate(self._packs_of_step(index)[0])
 
     def micro_steps(self, index: int) -> int:
         """The most batches that any rank has in this step: how often every rank must join in collectives."""
-        return math.ceil(len(self._packs_of_step(index)) / self._world)
+        return math.ceil(len(self._packs_of_step(index)[0]) / self._world)
 
-    def _packs_of_step(self, index: int) -> list[NDArray[np.int64]]:
+    def _packs_of_step(self, index: int) -> tuple[list[NDArray[np.int64]], NDArray[np.float64]]:
+        """Document ids of each pack over all ranks, and the packs' costs, in order of use."""
         if index < 0:
             raise IndexError(f"step {index}")
         epoch, in_epoch = divmod(index, self.steps_per_epoch)
-        first = in_epoch * self._packs_per_step
-        doc_ids, pack_offsets, turn = self._plan(epoch)
-        return [doc_ids[pack_offsets[p] : pack_offsets[p + 1]] for p in turn[first : first + self._packs_per_step]]
-
-    def _plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Of an epoch: document ids by pack [D], where each pack begins in them [P+1], packs in order of use [P]."""
         if epoch != self._epoch:
-            bits = np.random.PCG64([self._seed, epoch])
-            shuffled = _permutation(bits, len(self._documents))
-            order, pack_offsets = pack(self._documents.lengths[shuffled], self._pack_tokens)
-            self._planned = shuffled[order], pack_offsets, _permutation(bits, len(pack_offsets) - 1)
-            self._epoch = epoch
-        return self._planned
+            self._planned, self._epoch = self._plan(epoch), epoch
+        doc_ids, pack_offsets, turn, costs = self._planned
+        step = slice(in_epoch * self._packs_per_step, (in_epoch + 1) * self._packs_per_step)
+        return [doc_ids[pack_offsets[p] : pack_offsets[p + 1]] for p in turn[step]], costs[step]
+
+    def _plan(self, epoch: int) -> _Plan:
+        bits = np.random.PCG64([self._seed, epoch])
+        shuffled = _permutation(bits, len(self._documents))
+        order, pack_offsets = pack(self._documents.lengths[shuffled], self._pack_tokens)
+        doc_ids = shuffled[order]
+        costs = pack_costs(self._documents.lengths[doc_ids], pack_offsets, self._parity_tokens)
+        turn = _permutation(bits, len(costs))
+        return _Plan(doc_ids, pack_offsets, turn, costs[turn])
 
 
 def _permutation(bits: np.random.PCG64, n: int) -> NDArray[np.int64]:

@@ -10,7 +10,8 @@
 
 Only a problem is put through the recipe's prompt. Completion, solution and Alpaca rows without a `system` of their own
 get the recipe's; `messages` and `conversations` are taken as they stand. Keys whose value is null count as absent, and
-other keys are left aside, except those that would change what the model reads (`tools`, `history`, ...).
+other keys are left aside, except those that would change what the model reads (`tools`, `history`, ...). A row's
+`weight` is read by `load_documents`.
 """
 
 from collections.abc import Callable, Mapping

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ class Documents:
     truncated: int  # over the limit and kept, cut at its end
     rejected: int  # bad rows set aside
     rejects_path: Path | None  # where they lie; None: none
+    weights: NDArray[np.float32] | None = None  # [D], factor of the loss of each document's tokens; None: all 1
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -45,14 +47,21 @@ class Documents:
     @cached_property
     def n_targets(self) -> NDArray[np.int64]:
         """Supervised tokens of each document that something precedes, which is how many terms its loss has, [D]."""
-        counts = np.add.reduceat(self.supervised, self.offsets[:-1], dtype=np.int64)
-        return counts - self.supervised[self.offsets[:-1]]
+        # Document by document: numpy's reduceat takes 28 ns a token for this, count_nonzero a hundredth of that.
+        counts = (np.count_nonzero(self.supervised[a:b]) for a, b in pairwise(self.offsets.tolist()))
+        return np.fromiter(counts, np.int64, len(self)) - self.supervised[self.offsets[:-1]]
+
+    @cached_property
+    def weighted_targets(self) -> NDArray[np.int64] | NDArray[np.float64]:
+        """`n_targets` times `weights`, [D]: what a document counts in its step's normalizer."""
+        return self.n_targets if self.weights is None else self.n_targets * self.weights.astype(np.float64)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of ids, mask and offsets: equal exactly where training sees the same documents."""
+        """SHA-256 (hex) of ids, mask, offsets and weights: equal exactly where training sees the same documents."""
         digest = hashlib.sha256()
-        for array in (self.input_ids, self.supervised, self.offsets):
+        arrays = (self.input_ids, self.supervised, self.offsets)
+        for array in arrays if self.weights is None else (*arrays, self.weights):
             digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
         return digest.hexdigest()
 
@@ -62,6 +71,7 @@ class _Row:
     where: str  # "path:line"
     line: bytes
     segments: list[Segment]
+    weight: float
 
 
 def load_documents(
@@ -74,6 +84,9 @@ def load_documents(
 ) -> Documents:
     """Tokenise every row of a JSONL file (formats: `micota_fast.data.rows`), in file order.
 
+    A row's key `weight` (default 1) is the factor of its tokens' loss. It must be positive: a row that is to teach
+    nothing has no place in the file.
+
     Args:
         max_doc_tokens: longest document. A longer one is left out ("drop") or loses its end ("truncate", which also
             takes its end-of-turn token, so the model does not learn to stop there).
@@ -83,8 +96,8 @@ def load_documents(
 
     Raises:
         InputError: the file cannot be read, holds no usable row, or (with file:line) a row is not a JSON object, is of
-            no accepted format, cannot be rendered by the template as it stands, has no supervised token, or has a
-            token outside the model's vocabulary.
+            no accepted format, cannot be rendered by the template as it stands, has no supervised token, has a
+            token outside the model's vocabulary, or its weight is not a positive float32.
     """
     path = Path(path)
     if max_doc_tokens < 2:
@@ -100,6 +113,7 @@ def load_documents(
 
     n_rows = dropped = truncated = 0
     documents: list[Encoded] = []
+    weights: list[float] = []
 
     def tokenise(batch: list[_Row]) -> None:
         nonlocal dropped, truncated
@@ -116,19 +130,22 @@ def load_documents(
                     continue
                 truncated += 1
             documents.append(Encoded(ids, supervised))
+            weights.append(row.weight)
 
     batch: list[_Row] = []
     chars = 0
     for where, line in read_lines(path):
         n_rows += 1
         try:
-            segments = chat.segments(to_messages(_parse(line), chat))
+            parsed = _parse(line)
+            segments = chat.segments(to_messages(parsed, chat))
+            weight = _weight(parsed)
         except InputError as reason:
             if not skip_bad_rows:
                 tokenise(batch)  # an earlier line may hold an earlier error
             reject(where, line, reason)
             continue
-        batch.append(_Row(where, line, segments))
+        batch.append(_Row(where, line, segments, weight))
         chars += sum(len(segment.text) for segment in segments)
         if chars >= _BATCH_CHARS:
             tokenise(batch)
@@ -154,6 +171,7 @@ def load_documents(
         truncated=truncated,
         rejected=len(rejects),
         rejects_path=aside if rejects else None,
+        weights=None if all(weight == 1 for weight in weights) else np.array(weights, np.float32),
     )
 
 
@@ -165,6 +183,19 @@ def _parse(line: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise InputError(f"expected a JSON object, got {type(row).__name__}")
     return row
+
+
+def _weight(row: dict[str, Any]) -> float:
+    weight = row.get("weight")
+    if weight is None:
+        return 1.0
+    low, high = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not low <= weight <= high:
+        raise InputError(
+            f"key 'weight' must be a number from {low:.2g} to {high:.2g}, got {weight!r:.60}; "
+            f"leave out a row that is to teach nothing"
+        )
+    return float(np.float32(weight))
 
 
 def _check(ids: NDArray[np.int32], supervised: NDArray[np.bool_], chat: Chat) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from micota_fast.errors import InputError
+from micota_fast.model.cpu_attention import cpu_attention
 
 # "flash": the varlen function of FlashAttention 3 (flash_attn_interface) or 2 (flash_attn); 4 is not supported.
 Backend = Literal["flash", "varlen", "sdpa"]
@@ -120,7 +121,7 @@ class PackedAttention:
         device = cu_seqlens.device if device is None else torch.device(device)
         self._attend: AttendLayer
         if backend == "sdpa":
-            self._attend = _sdpa_per_document(cu_seqlens)
+            self._attend = _on_cpu(cu_seqlens) if device.type == "cpu" else _sdpa_per_document(cu_seqlens)
         elif backend == "varlen":
             self._attend = _torch_varlen(cu_seqlens.to(device), max_seqlen)
         elif backend == "flash":
@@ -158,12 +159,7 @@ def _torch_varlen(cu_seqlens: Tensor, max_seqlen: int) -> AttendLayer:
 
 
 def _sdpa_per_document(cu_seqlens: Tensor) -> AttendLayer:
-    """One call of SDPA a document.
-
-    Right-padded batches of documents of like length were measured too (fp32, one CPU thread, packs of 2k tokens, 4 or 8
-    heads of 16 or 32 channels, forward and backward). They take 13 to 33% less time for documents of 10 to 30 tokens,
-    the same within 8% for 35 to 100 tokens, and 9 to 15% more for 100 to 250, where padding costs more than calls.
-    """
+    """One call of torch's SDPA a document: for GPUs in types that FlashAttention does not take."""
     lengths = [length for length in cu_seqlens.diff().tolist() if length]
 
     def attend(q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
@@ -171,5 +167,13 @@ def _sdpa_per_document(cu_seqlens: Tensor) -> AttendLayer:
         documents = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q_TNd, k_TKd, v_TKd)), strict=True)
         outs = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa) for q, k, v in documents]
         return torch.cat([out.transpose(1, 2) for out in outs], dim=1)[0]
+
+    return attend
+
+
+def _on_cpu(cu_seqlens: Tensor) -> AttendLayer:
+    def attend(q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+        out_TNd: Tensor = cpu_attention(q_TNd, k_TKd, v_TKd, cu_seqlens)[0]
+        return out_TNd
 
     return attend

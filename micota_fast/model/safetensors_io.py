@@ -1,8 +1,6 @@
 """Hugging Face checkpoint folders: read strictly, written whole or not at all. safetensors only."""
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,77 +13,17 @@ from torch import Tensor
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder, parameter_shapes
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-# What a folder needs beside weights and config.json to tokenise, to render a chat and to know where to stop.
-COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
+from micota_fast.model.folder import (
+    COPIED_FILES,
+    DERIVED_BUFFERS,
+    INDEX,
+    SINGLE,
+    publish,
+    read_header,
+    tensor_files,
 )
-# Buffers that old checkpoints carry and that the configuration alone determines.
-_IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-
-
-def resolve_checkpoint(name_or_path: str | Path) -> Path:
-    """A local folder as it is; a name like "Qwen/Qwen2.5-3B-Instruct" from the Hugging Face hub or its local cache.
-
-    Raises InputError where there is neither.
-    """
-    path = Path(name_or_path)
-    if path.is_dir():
-        return path
-    name = str(name_or_path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise InputError(
-            f"{name}: no such folder; name a checkpoint's folder, or a model of the hub as organisation/name"
-        )
-    import huggingface_hub
-
-    try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except (OSError, ValueError, RuntimeError) as error:  # what the hub raises derives from one of these
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{name}: no such folder here, and the Hugging Face hub did not give it ({type(error).__name__}: {why}). "
-            f"With a network, check the name and your access; without one, fetch it elsewhere with "
-            f"`hf download {name} --local-dir DIR` and name that DIR"
-        ) from None
-
-
-def tensor_files(directory: Path | str) -> dict[str, Path]:
-    """Which file holds each tensor of a checkpoint. Raises InputError naming a file that is missing or damaged."""
-    directory = Path(directory)
-    index_path, path = directory / INDEX, directory / SINGLE
-    if path.is_file():  # as in transformers, it goes before an index
-        return dict.fromkeys(_tensor_names(path), path)
-    if not index_path.is_file():
-        raise InputError(f"{directory}: neither {SINGLE} nor {INDEX} is there (pickled weights are not read)")
-    try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: directory / file for name, file in weight_map.items()}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index_path}: not an index with a weight_map: {type(error).__name__}: {error}") from None
-    for path in sorted(set(files.values())):
-        listed = {name for name, file in files.items() if file == path}
-        if path.parent != directory or not path.is_file():
-            raise InputError(f"{index_path}: {min(listed)} should be in {path.name}, which is not in the folder")
-        held = set(_tensor_names(path))
-        for name in sorted(listed - held):
-            raise InputError(f"{path}: tensor {name} is missing, though {INDEX} places it there")
-        for name in sorted(held - listed):
-            raise InputError(f"{path}: tensor {name} is not listed in {INDEX}")
-    return files
 
 
 def iter_tensors(directory: Path | str) -> Iterator[tuple[str, Tensor]]:
@@ -107,7 +45,7 @@ def load_model(
     config = ModelConfig.from_checkpoint(directory)
     resolved = _as_dtype(dtype, config)
     shapes = parameter_shapes(config)
-    files = {name: path for name, path in tensor_files(directory).items() if not _IGNORED.search(name)}
+    files = {name: path for name, path in tensor_files(directory).items() if not DERIVED_BUFFERS.search(name)}
     copy_of_tied = files.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     where = Path(directory) / "config.json"
     if missing := shapes.keys() - files.keys():
@@ -220,14 +158,6 @@ def save_checkpoint(
         raise
 
 
-def publish(aside: Path, out_dir: Path) -> None:
-    """Sync a flat folder with all its files and rename it to `out_dir` (absent or empty), which is then on the disk."""
-    for path in (*aside.iterdir(), aside):
-        sync(path)
-    aside.rename(out_dir)
-    sync(out_dir.parent)
-
-
 def _write_weights(
     state_dict: Mapping[str, Tensor],
     shapes: Mapping[str, torch.Size],
@@ -271,28 +201,8 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: damaged or not a safetensors file: {_diagnosis(path) or error}") from None
-
-
-def _tensor_names(path: Path) -> list[str]:
-    with _open(path) as shard:
-        return list(shard.keys())
-
-
-def _diagnosis(path: Path) -> str | None:
-    """Name the first tensor that a truncated file lacks. The header is a length (u64, little-endian) and JSON."""
-    try:
-        with path.open("rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
-            if start > size:
-                return f"it ends within its header ({size} bytes)"
-            header = json.loads(file.read(start - 8))
-        ends = {name: start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    cut = [name for name in sorted(ends, key=lambda name: ends[name]) if ends[name] > size]
-    return f"it ends at byte {size}, within tensor {cut[0]}, and should have {max(ends.values())}" if cut else None
+        read_header(path)  # says more, where it sees what is wrong
+        raise InputError(f"{path}: damaged or not a safetensors file: {error}") from None
 
 
 def _as_dtype(dtype: torch.dtype | str | None, config: ModelConfig) -> torch.dtype:
@@ -310,12 +220,3 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def sync(path: Path) -> None:
-    """fsync a file or folder."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

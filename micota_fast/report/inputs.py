@@ -269,8 +269,9 @@ def _loss_curve(path: Path) -> LossCurve:
     by_step: dict[int, float] = {}
     for row in _rows(path):
         loss = row.data.get("loss")
-        # A diverged loss is a result to show, not a malformed file; after a resume the later row of a step holds.
-        diverged = isinstance(loss, float) and not math.isfinite(loss)
+        # A loss that is not finite (null: a step that was skipped for it) is a result to show, not a malformed file;
+        # after a resume the later row of a step holds.
+        diverged = ("loss" in row.data and loss is None) or (isinstance(loss, float) and not math.isfinite(loss))
         by_step[row.count("step")] = math.nan if diverged else row.number("loss")
     if not by_step:
         raise InputError(f"{path}: no rows; rerun the training that writes it")

@@ -13,7 +13,11 @@ from micota_fast.recipe import TrainConfig
 
 
 def main() -> int:
-    """Train as the configuration says. Returns 0; 2 for what the user can mend; 130 where a signal ended it early."""
+    """Train as the configuration says.
+
+    Returns 0, also where SIGTERM or SIGUSR1 ended it early with a checkpoint (OUT/summary.json is there only once it is
+    finished); 2 for what the user can mend; 130 where Ctrl-C ended it early, with a checkpoint, too.
+    """
     if os.environ.get("MICOTA_DIE_WITH_PARENT") == "1":
         _die_with_parent()
     options = "\n".join(f"  {key} ({default}): {doc}" for key, default, doc in describe(TrainConfig))
@@ -31,12 +35,16 @@ def main() -> int:
         metavar="KEY=VALUE",
         help="override an option, nested ones as a.b=value; repeat it for more",
     )
+    parser.add_argument("--profile", action="store_true", help="also trace two steps, into OUT/profile")
     args = parser.parse_args()
     try:
         config = load(TrainConfig, args.config, args.set)
         from micota_fast.train.loop import train  # torch takes seconds to import: errors above come at once
 
-        return 0 if train(config) else 130
+        train(config, args.profile)
+        return 0
+    except KeyboardInterrupt:
+        return 130
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from micota_fast.errors import InputError
-from micota_fast.model.safetensors_io import sync
+from micota_fast.model.folder import sync
 from micota_fast.train.parallel import PackedLoss, World, local_part
 from micota_fast.train.storage import CheckpointWriter, first_fault, read_manifest, write_json
 
@@ -112,6 +112,7 @@ class Checkpoints:
             "progress": json.loads(json.dumps(progress)),  # as it is now: the caller goes on changing it
             "score": score if score is not None and math.isfinite(score) else None,
             "processes": self._world.size,
+            "replicas": self._world.replicas,
             "torch": torch.__version__,
             "identity": self._identity,
         }
@@ -203,12 +204,13 @@ class Checkpoints:
         else:
             _make_state(stored, model, optimizer)
             targets = dict(_state(model, optimizer))
-            if manifest["processes"] == self._world.size:
+            if (manifest["processes"], manifest["replicas"]) == (self._world.size, self._world.replicas):
                 targets |= {name: state for name, state in _generators(self._world).items() if name in stored}
             else:
                 self._world.say(
-                    f"going on with {self._world.size} processes where {manifest['processes']} wrote {folder}: equal "
-                    f"up to rounding, no longer bit for bit"
+                    f"going on with {_layout(self._world.size, self._world.replicas)} where "
+                    f"{_layout(manifest['processes'], manifest['replicas'])} wrote {folder}: equal up to rounding, no "
+                    f"longer bit for bit"
                 )
         dcp.load(targets, storage_reader=reader, planner=_load_planner(), process_group=self._group)
         _set_generators(targets, self._world)
@@ -305,6 +307,10 @@ class _StagedPlanner(dcp.DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self._staged[index.fqn]
+
+
+def _layout(processes: int, replicas: int) -> str:
+    return f"{processes} processes" + (f" and {replicas} copies of the model" if replicas > 1 else "")
 
 
 def _load_planner() -> dcp.DefaultLoadPlanner:

@@ -4,12 +4,12 @@ import importlib
 import json
 import math
 import os
+import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from micota_fast import config as configuration
@@ -17,6 +17,7 @@ from micota_fast.data.batches import PackedSteps
 from micota_fast.errors import InputError
 from micota_fast.recipe import TrainConfig
 from micota_fast.train.parallel import World
+from micota_fast.train.stopwatch import Stopwatch
 
 # Dense bfloat16 TFLOP/s from NVIDIA's data sheets, by a part of the device's name; the first match counts.
 PEAK_TFLOPS = (
@@ -44,6 +45,17 @@ def peak_flops(device_name: str) -> float | None:
     return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS if part in device_name), None)
 
 
+def memory(device: torch.device) -> dict[str, int]:
+    """Bytes that this process holds and has held at most: of the device, or (CPU) of the host."""
+    if device.type == "cuda":
+        return {
+            "allocated": torch.cuda.memory_allocated(device),
+            "reserved": torch.cuda.memory_reserved(device),
+            "peak": torch.cuda.max_memory_allocated(device),
+        }
+    return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
 class Meters:
     """Collects each step's figures on the device and reads those of several steps together.
 
@@ -51,10 +63,12 @@ class Meters:
         config: `tensorboard`, `wandb`, `dtype`.
         out: the run's folder.
         world: the processes; only the main one writes.
-        start: steps done before; rows of metrics.jsonl after them are cut off, as those steps are done again.
+        progress: of the checkpoint that the run goes on from: "step", after which rows of metrics.jsonl are cut off, as
+            those steps are done again, and "skipped", as `skipped` was.
         total: steps of the run.
         steps: what is trained on: how full the packs are, and which documents to blame.
         flops_per_token: forward and backward, for the model-FLOP utilisation.
+        watch: where the time goes.
     """
 
     def __init__(
@@ -62,21 +76,23 @@ class Meters:
         config: TrainConfig,
         out: Path,
         world: World,
-        start: int,
+        progress: dict[str, Any],
         total: int,
         steps: PackedSteps,
         flops_per_token: float,
+        watch: Stopwatch,
     ) -> None:
         self._world, self._total, self._steps, self._data = world, total, steps, config.data
-        self._flops_per_token = flops_per_token
+        self._flops_per_token, self._watch = flops_per_token, watch
         self._tensorboard: Any
         self._wandb: Any
         on_cuda = world.device.type == "cuda" and config.dtype == "bfloat16"
         self._peak = peak_flops(torch.cuda.get_device_name(world.device)) if on_cuda else None
         self._rows: list[dict[str, Any]] = []
-        self._losses: list[Tensor] = []
-        self._grad_norms: list[Tensor] = []
+        self._figures: list[Tensor] = []  # loss and norm of each row
+        start: int = progress["step"]
         self._tensorboard, self._wandb = _trackers(config, out, start) if world.is_main else (None, None)
+        self.skipped: dict[str, int] = progress["skipped"]  # steps without effect: in a row until now, and in all
         self.last: dict[str, Any] = {}
         path = out / "metrics.jsonl"
         if world.is_main:
@@ -92,61 +108,62 @@ class Meters:
         """Take note of a step without waiting for the device.
 
         Args:
-            loss: this rank's share of the step's loss, a 0-d tensor; the shares of all ranks add up to it.
+            loss: over all ranks, a 0-d tensor.
             grad_norm: over all ranks, before clipping, a 0-d tensor.
             step: steps done, this one included.
             epoch: passes over the documents done, in steps.
             lr: learning rate of the step.
             supervised, tokens: supervised and all tokens of the step, over all ranks.
         """
-        self._losses.append(loss)
-        self._grad_norms.append(grad_norm)
+        self._figures.append(torch.stack((loss, grad_norm)))
         self._rows.append({"step": step, "epoch": epoch, "lr": lr, "supervised": supervised, "tokens": tokens})
 
-    def report(self, stop: int) -> bool:
-        """Print and write the steps recorded since the last report; returns whether any rank wants to `stop`.
+    def report(self, validation_loss: float | None = None) -> None:
+        """Print and write the steps recorded since the last report; all ranks see the same figures.
 
-        One all-reduce for everything; the only place of a run's steady course where the host waits for the device.
+        The only place of a run's steady course where the host waits for the device.
 
-        Raises:
-            InputError: on all ranks, for the first step whose loss or gradient norm is not finite; the steps before it
-                are written.
+        Args:
+            validation_loss: of the last step, where it was measured.
         """
-        shares = torch.stack([*self._losses, self._losses[0].new_tensor(float(stop))])
-        dist.all_reduce(shares)
-        *losses, stops = shares.tolist()
-        norms = torch.stack(self._grad_norms).tolist()
+        figures = torch.stack(self._figures).tolist()
         now = time.perf_counter()
         timing = self._timing(now)
-        for row, loss, grad_norm in zip(self._rows, losses, norms, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                self.close()
-                raise InputError(self._not_finite(row["step"], loss, grad_norm))
-            self.last = {"step": row["step"], "loss": loss, "grad_norm": grad_norm, **row}
+        for row, (loss, grad_norm) in zip(self._rows, figures, strict=True):
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            if finite:
+                self.skipped["in_a_row"] = 0
+                self.last = {"step": row["step"], "loss": loss, "grad_norm": grad_norm, **row}
+            else:
+                self.skipped = {key: count + 1 for key, count in self.skipped.items()}
+                self._world.say(self._not_finite(row["step"], loss, grad_norm))
+                self.last = {"step": row["step"], "loss": None, "grad_norm": None, **row, "skipped": True}
+            if validation_loss is not None and row is self._rows[-1]:
+                finite_loss = validation_loss if math.isfinite(validation_loss) else None
+                self.last["validation_loss"] = finite_loss
             if self._world.is_main:
                 self._file.write(json.dumps(self.last | {"timing": timing}) + "\n")
                 self._track(self.last | timing)
         if self._world.is_main:
             self._file.flush()
-            print(self._line(self.last, timing), flush=True)
-        self._rows, self._losses, self._grad_norms, self._since = [], [], [], now
-        return stops > 0
+            print(self._lines(self.last, timing), flush=True)
+        self._rows, self._figures, self._since = [], [], now
 
     def _not_finite(self, step: int, loss: float, grad_norm: float) -> str:
         documents = self._steps.documents(step - 1).tolist()
         listed = ", ".join(map(str, documents[:20])) + (", ..." if len(documents) > 20 else "")
         return (
-            f"step {step}: the loss is {loss} and the norm of its gradient {grad_norm}; no checkpoint was saved after "
-            f"that. The step's documents, counted from 0 in {self._data} without the rows left out: "
-            f"{listed}. A lower `lr`, more `warmup_ratio` or a sound checkpoint to start from may help"
+            f"WARNING: step {step} is skipped: its loss is {loss} and the norm of its gradient {grad_norm}; the "
+            f"weights stay as they are. Its documents, counted from 0 in {self._data} without the rows left out: "
+            f"{listed}"
         )
 
-    def _timing(self, now: float) -> dict[str, float]:
-        """Speeds since the last report, and seconds since start and until the end at this pace."""
+    def _timing(self, now: float) -> dict[str, Any]:
+        """Speeds since the last report, seconds since start and until the end at this pace, phases and memory."""
         seconds = max(now - self._since, 1e-9)
         tokens = sum(row["tokens"] for row in self._rows)
         self._tokens += tokens
-        timing = {
+        timing: dict[str, Any] = {
             "seconds": round(now - self._started, 3),
             "tokens_per_s": round(tokens / seconds, 1),
             "supervised_per_s": round(sum(row["supervised"] for row in self._rows) / seconds, 1),
@@ -155,13 +172,14 @@ class Meters:
         if self._peak is not None:
             flops = tokens / seconds * self._flops_per_token
             timing["mfu"] = round(flops / (self._peak * self._world.size), 4)
+        timing["phase_s"] = {phase: round(s, 4) for phase, s in self._watch.read().items()}
+        timing["memory_gb"] = {name: round(size / 1e9, 3) for name, size in memory(self._world.device).items()}
         return timing
 
-    def _line(self, row: dict[str, Any], timing: dict[str, float]) -> str:
+    def _lines(self, row: dict[str, Any], timing: dict[str, Any]) -> str:
         parts = [
             f"step {row['step']}/{self._total}",
-            f"loss {row['loss']:.4f}",
-            f"grad {row['grad_norm']:.3f}",
+            "skipped" if row["loss"] is None else f"loss {row['loss']:.4f} | grad {row['grad_norm']:.3f}",
             f"lr {row['lr']:.2e}",
             f"{timing['supervised_per_s']:,.0f} supervised tok/s",
             f"{timing['tokens_per_s']:,.0f} tok/s",
@@ -169,10 +187,19 @@ class Meters:
         ]
         if "mfu" in timing:
             parts.append(f"MFU {timing['mfu']:.1%}")
-        return " | ".join([*parts, f"left {duration(timing['left_s'])}"])
+        if row.get("validation_loss") is not None:
+            parts.insert(2, f"validation {row['validation_loss']:.4f}")
+        whole = sum(timing["phase_s"].values()) or 1.0
+        phases = " ".join(f"{phase} {seconds / whole:.0%}" for phase, seconds in timing["phase_s"].items())
+        sizes = ", ".join(f"{size:.1f} {name}" for name, size in timing["memory_gb"].items())
+        return (
+            " | ".join([*parts, f"left {duration(timing['left_s'])}"]) + f"\n    time: {phases} | memory, GB: {sizes}"
+        )
 
     def _track(self, row: dict[str, Any]) -> None:
-        flat = {key: value for key, value in row.items() if key != "step"}
+        flat = {key: value for key, value in row.items() if key != "step" and value is not None}
+        for nested in ("phase_s", "memory_gb"):
+            flat |= {f"{nested}/{key}": value for key, value in flat.pop(nested).items()}
         if self._tensorboard is not None:
             for key, value in flat.items():
                 self._tensorboard.add_scalar(key, value, row["step"])

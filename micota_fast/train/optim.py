@@ -1,12 +1,34 @@
-"""AdamW, its learning rate at each step, and the clipping of gradients."""
+"""AdamW: which parameters it trains, its learning rate, and steps that wait for nothing and survive a bad gradient."""
 
+import fnmatch
 import math
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from micota_fast.errors import InputError
 from micota_fast.recipe import TrainSettings
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> int:
+    """Keep the parameters whose names match a pattern (as the shell's: * ? [seq]) as they are; returns how many values.
+
+    Raises:
+        InputError: a pattern matches no parameter, or nothing is left to train.
+    """
+    named = dict(model.named_parameters())
+    for pattern in patterns:
+        matching = fnmatch.filter(named, pattern)
+        if not matching:
+            raise InputError(
+                f"`freeze`: {pattern!r} matches no parameter; their names are like {', '.join([*named][:3])}"
+            )
+        for name in matching:
+            named[name].requires_grad_(False)
+    if not any(p.requires_grad for p in named.values()):
+        raise InputError("`freeze` leaves no parameter to train")
+    return sum(p.numel() for p in named.values() if not p.requires_grad)
 
 
 def make_optimizer(model: nn.Module, config: TrainSettings) -> torch.optim.AdamW:
@@ -43,3 +65,13 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
         norm = norm.full_tensor()
     torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
     return norm
+
+
+def step_if_finite(optimizer: torch.optim.AdamW, loss: Tensor, grad_norm: Tensor) -> None:
+    """One step of the optimizer; none, with weights and moments as they were, if loss or norm is not finite.
+
+    The fused kernel itself reads on the device whether to do anything, by the attribute through which
+    `torch.amp.GradScaler` tells it, so nothing waits. Both figures are to be equal on all ranks.
+    """
+    optimizer.found_inf = 1.0 - (loss + grad_norm).isfinite().float()  # type: ignore[attr-defined]
+    optimizer.step()

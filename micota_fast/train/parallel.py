@@ -1,25 +1,27 @@
 """Processes and the model spread over them. FSDP2 does the work: one process is the same code with one shard."""
 
-import functools
 import gc
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
+from micota_fast.data.batches import IGNORE_INDEX, PackedBatch
 from micota_fast.errors import InputError
 from micota_fast.kernels import linear_cross_entropy
 from micota_fast.model.attention import Backend, PackedAttention
 from micota_fast.model.decoder import Decoder
-from micota_fast.recipe import TrainSettings
+from micota_fast.recipe import MeshConfig, TrainSettings
+from micota_fast.train.recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    replicas: int = 1  # copies of the model; size / replicas processes share one
+    hosts: dist.ProcessGroup | None = None  # of all, for what the host decides: never waits for a device
 
     @property
     def is_main(self) -> bool:
@@ -47,16 +51,19 @@ class World:
 
 
 @contextmanager
-def world(device: str) -> Iterator[World]:
+def world(device: str, mesh: MeshConfig | None = None) -> Iterator[World]:
     """Join the processes that torchrun started (alone without it) and leave them cleanly.
 
     Args:
         device: "auto", "cpu" or "cuda"; each process takes the CUDA device of its local rank.
+        mesh: how they share the model.
 
     Raises:
-        InputError: CUDA is asked for and absent, or there are more local processes than devices.
+        InputError: the mesh does not fit their number, CUDA is asked for and absent, or there are more local processes
+            than devices.
     """
     rank, size, local_rank = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    replicas = _replicas(mesh or MeshConfig(), size)
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda is asked for and torch sees no CUDA device; choose auto or cpu")
     if device != "cpu" and torch.cuda.is_available():
@@ -74,12 +81,22 @@ def world(device: str) -> Iterator[World]:
     else:  # FSDP wants a group, of one
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=own_device)
     try:
-        yield World(rank, size, chosen)
+        yield World(rank, size, chosen, replicas, dist.new_group(backend="gloo") if size > 1 else None)
         # Without these two, gloo's threads now and then outlive what they use and the process aborts at its exit.
         dist.barrier()
         gc.collect()
     finally:
         dist.destroy_process_group()
+
+
+def _replicas(mesh: MeshConfig, size: int) -> int:
+    shard = mesh.shard or max(size // mesh.replicate, 1)
+    if mesh.replicate * shard != size:
+        raise InputError(
+            f"`mesh` describes {mesh.replicate} x {shard} processes (replicate x shard) and {size} are started: change "
+            f"it, or torchrun's --nnodes and --nproc-per-node"
+        )
+    return mesh.replicate
 
 
 class PackedLoss(nn.Module):
@@ -94,10 +111,11 @@ class PackedLoss(nn.Module):
         input_ids_T: Tensor,
         position_ids_T: Tensor,
         targets_T: Tensor,
+        token_weights_T: Tensor | None,
         cu_seqlens: Tensor,
         max_seqlen: int,
         n_supervised: int,
-        normalizer: int,
+        normalizer: float,
     ) -> Tensor:
         """Sum of the losses of these tokens, of which `n_supervised` have one, over `normalizer`; a float32 scalar."""
         attend = PackedAttention(cu_seqlens, max_seqlen, self.backend, input_ids_T.device)
@@ -108,30 +126,78 @@ class PackedLoss(nn.Module):
             targets_T,
             normalizer=normalizer,
             n_supervised=n_supervised,
+            token_weights=token_weights_T,
             row_filter=self.row_filter,
         )
+
+
+# For a rank that has run out of packs, as all must join in the collectives: one token without a target, so a loss and
+# gradients of zero.
+IDLE = PackedBatch(
+    input_ids=torch.zeros(1, dtype=torch.int64),
+    position_ids=torch.zeros(1, dtype=torch.int64),
+    cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+    max_seqlen=1,
+    targets=torch.full((1,), IGNORE_INDEX),
+    token_weights=None,
+    n_supervised=0,
+    doc_ids=(),
+)
+
+
+def on_device(pack: PackedBatch, model: PackedLoss, world: World) -> dict[str, Any]:
+    """The arguments of `PackedLoss.forward` but the normalizer, on their way to the device."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        # Only from pinned memory does a copy not wait for the device.
+        return tensor.pin_memory().to(world.device, non_blocking=True) if world.device.type == "cuda" else tensor
+
+    return {
+        "input_ids_T": copied(pack.input_ids),
+        "position_ids_T": copied(pack.position_ids),
+        "targets_T": copied(pack.targets),
+        "token_weights_T": None if pack.token_weights is None else copied(pack.token_weights),
+        # SDPA takes documents apart on the host and wants their lengths there.
+        "cu_seqlens": pack.cu_seqlens if model.backend == "sdpa" else copied(pack.cu_seqlens),
+        "max_seqlen": pack.max_seqlen,
+        "n_supervised": pack.n_supervised,
+    }
 
 
 def distribute(model: PackedLoss, config: TrainSettings, world: World) -> None:
     """Checkpoint, compile and shard `model` in place, as the configuration says.
 
-    Parameters stay float32 and sharded over all ranks. Each block is gathered in the compute type for its forward and
-    backward pass; gradients are summed over the ranks in float32. One process computing in float32 needs none of it.
+    Parameters stay float32 and sharded over the processes that share a copy. Each block is gathered in the compute type
+    for its forward and backward pass, while the one before it computes; gradients are summed in float32, over the
+    shards and, where there are several copies, over those. One process computing in float32 needs none of it.
     """
-    for block in model.decoder.model.layers:
-        if config.activation_checkpointing:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    blocks = model.decoder.model.layers
+    for block in blocks:
+        if config.activation_checkpointing != "none":
+            block.forward = recomputed(block.forward, config.activation_checkpointing)
         if config.compile:
-            block.compile()
+            block.compile(dynamic=True)  # packs differ in length: one graph for all, not one for each
     if world.size == 1 and config.dtype == "float32":
         return
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    if world.replicas == 1:
+        mesh = init_device_mesh(world.device.type, (world.size,))
+    else:
+        shape = (world.replicas, world.size // world.replicas)
+        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)
-    for module in (*model.decoder.model.layers, model):
-        sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
+    modules = [fully_shard(module, mesh=mesh, mp_policy=policy) for module in (*blocks, model)]
+    for module in modules:
         # The loss is divided by the count over all ranks already, so gradients are summed, not averaged.
-        sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    for module, following in itertools.pairwise([modules[-1], *modules[:-1]]):  # the root runs first
+        module.set_modules_to_forward_prefetch([following])
+
+
+def last_micro_step(model: PackedLoss, last: bool) -> None:
+    """Say whether the next backward pass is a step's last: copies of the model exchange their gradients only then."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -1,0 +1,154 @@
+"""A checkpoint's folder in Hugging Face layout: which file holds what, found here or on the hub, published whole.
+
+Imports no torch, so that what only reads or copies files starts at once.
+"""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from micota_fast.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# What a folder needs beside weights and config.json to tokenise, to render a chat and to know where to stop.
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+# Buffers that old checkpoints carry and that the configuration alone determines.
+DERIVED_BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a safetensors file: type by the format's name ("BF16"), shape, first byte, and the first after it."""
+
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def resolve_checkpoint(name_or_path: str | Path) -> Path:
+    """A local folder as it is; a name like "Qwen/Qwen2.5-3B-Instruct" from the Hugging Face hub or its local cache.
+
+    Raises InputError where there is neither.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise InputError(
+            f"{name}: no such folder; name a checkpoint's folder, or a model of the hub as organisation/name"
+        )
+    import huggingface_hub
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except (OSError, ValueError, RuntimeError) as error:  # what the hub raises derives from one of these
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{name}: no such folder here, and the Hugging Face hub did not give it ({type(error).__name__}: {why}). "
+            f"With a network, check the name and your access; without one, fetch it elsewhere with "
+            f"`hf download {name} --local-dir DIR` and name that DIR"
+        ) from None
+
+
+def tensor_files(directory: Path | str) -> dict[str, Path]:
+    """Which file holds each tensor of a checkpoint. Raises InputError naming a file that is missing or damaged."""
+    directory = Path(directory)
+    index_path, path = directory / INDEX, directory / SINGLE
+    if path.is_file():  # as in transformers, it goes before an index
+        return dict.fromkeys(read_header(path), path)
+    if not index_path.is_file():
+        raise InputError(f"{directory}: neither {SINGLE} nor {INDEX} is there (pickled weights are not read)")
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: directory / file for name, file in weight_map.items()}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index_path}: not an index with a weight_map: {type(error).__name__}: {error}") from None
+    for path in sorted(set(files.values())):
+        listed = {name for name, file in files.items() if file == path}
+        if path.parent != directory or not path.is_file():
+            raise InputError(f"{index_path}: {min(listed)} should be in {path.name}, which is not in the folder")
+        held = set(read_header(path))
+        for name in sorted(listed - held):
+            raise InputError(f"{path}: tensor {name} is missing, though {INDEX} places it there")
+        for name in sorted(held - listed):
+            raise InputError(f"{path}: tensor {name} is not listed in {INDEX}")
+    return files
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, in the header's order.
+
+    A file starts with the header's length (u64, little-endian) and the header (JSON); the tensors fill the rest.
+
+    Raises:
+        InputError: the file cannot be read, is cut short, or its header does not describe its bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            data = 8 + int.from_bytes(file.read(8), "little")
+            if data > size:
+                raise ValueError(f"it ends within its header ({size} bytes)")
+            header = json.loads(file.read(data - 8))
+        header.pop("__metadata__", None)
+        tensors = {
+            name: StoredTensor(str(entry["dtype"]), tuple(entry["shape"]), *(data + at for at in entry["data_offsets"]))
+            for name, entry in header.items()
+        }
+        _check_header(tensors, data, size)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = str(error) if type(error) is ValueError else f"its header is not one ({type(error).__name__}: {error})"
+        raise InputError(f"{path}: damaged or not a safetensors file: {why}") from None
+    return tensors
+
+
+def _check_header(tensors: dict[str, StoredTensor], data: int, size: int) -> None:
+    at = data
+    for name, (code, shape, start, end) in sorted(tensors.items(), key=lambda item: item[1][2:]):
+        if start != at or end < start:
+            raise ValueError(f"tensor {name} does not follow on the one before it")
+        if code in _BYTES and end - start != math.prod(shape) * _BYTES[code]:
+            raise ValueError(f"tensor {name} has {end - start} bytes, which is not {list(shape)} of {code}")
+        if end > size:
+            whole = max(tensor.end for tensor in tensors.values())
+            raise ValueError(f"it ends at byte {size}, within tensor {name}, and should have {whole}")
+        at = end
+    if at != size:
+        raise ValueError(f"{size - at} bytes follow its last tensor")
+
+
+def publish(aside: Path, out_dir: Path) -> None:
+    """Sync a flat folder with all its files and rename it to `out_dir` (absent or empty), which is then on the disk."""
+    for path in (*aside.iterdir(), aside):
+        sync(path)
+    aside.rename(out_dir)
+    sync(out_dir.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or folder."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

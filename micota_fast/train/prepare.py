@@ -1,0 +1,168 @@
+"""What a training run is made of: documents, identity, model; and what it says of them before its first step."""
+
+import hashlib
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from micota_fast import __version__
+from micota_fast import config as configuration
+from micota_fast.chat import Chat
+from micota_fast.data.batches import PackedSteps
+from micota_fast.data.dealing import attention_parity
+from micota_fast.data.tokenise import Documents, load_documents
+from micota_fast.errors import InputError
+from micota_fast.model import safetensors_io
+from micota_fast.model.attention import choose_backend
+from micota_fast.model.config import ModelConfig
+from micota_fast.model.folder import COPIED_FILES, tensor_files
+from micota_fast.model.pointwise import choose_pointwise
+from micota_fast.recipe import TrainConfig
+from micota_fast.train.checkpoint import describe_differences
+from micota_fast.train.optim import freeze
+from micota_fast.train.parallel import PackedLoss, World
+from micota_fast.train.storage import sha256
+
+
+def documents_of(config: TrainConfig, source: Path, out: Path) -> tuple[Documents, Documents | None]:
+    """To train on, and held out."""
+    chat = Chat.from_checkpoint(source, config.chat)
+    limit = config.max_doc_tokens or config.pack_tokens
+    options = (chat, limit, config.over_length, config.skip_bad_rows)
+    documents = load_documents(config.data, *options, out / "bad_rows.jsonl")
+    if config.validation_data is None:
+        return documents, None
+    return documents, load_documents(config.validation_data, *options, out / "bad_validation_rows.jsonl")
+
+
+def identity_of(
+    config: TrainConfig, source: Path, documents: Documents, held_out: Documents | None, world: World
+) -> dict[str, Any]:
+    """All that the result depends on: the options, and the contents (not the places) of what they name."""
+    held: list[Any] = [None]
+    if world.is_main:
+        files = {path.name: path for name in ("config.json", *COPIED_FILES) if (path := source / name).exists()}
+        if config.init == "pretrained":
+            files |= {path.name: path for path in tensor_files(source).values()}
+        listing = "".join(f"{name} {sha256(path)}\n" for name, path in sorted(files.items()))
+        places = ("model", "data", "out", "validation_data")
+        options = {k: v for k, v in configuration.identity(config).items() if k not in places}
+        model = hashlib.sha256(listing.encode()).hexdigest()
+        held = [{"model": model, "documents": documents.fingerprint, "options": options}]
+        if held_out is not None:
+            held[0]["held_out"] = held_out.fingerprint
+    dist.broadcast_object_list(held)
+    identity: dict[str, Any] = held[0]
+    return identity
+
+
+def is_finished(out: Path, identity: dict[str, Any], world: World) -> bool:
+    """Whether `out` holds this run's result.
+
+    Raises:
+        InputError: it holds another run's.
+    """
+    try:
+        theirs = json.loads((out / "summary.json").read_text(encoding="utf-8"))["identity"]
+    except FileNotFoundError:
+        return False
+    if differences := describe_differences(theirs, identity):
+        raise InputError(
+            f"{out} holds the result of another run ({differences}); "
+            f"choose another `out`, or delete {out} to replace it"
+        )
+    if not (out / "model" / "config.json").is_file():
+        return False
+    world.say(f"{out} holds the finished result of this run already")
+    world.barrier()
+    if world.is_main:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # killed between writing summary.json and their removal
+    return True
+
+
+def model_of(config: TrainConfig, source: Path, world: World) -> PackedLoss:
+    """The decoder in float32 on this rank's device, with its loss, and with its kernels chosen."""
+    if config.init == "random":
+        decoder = safetensors_io.init_random(
+            ModelConfig.from_checkpoint(source), config.seed, torch.float32, world.device
+        )
+    else:
+        decoder = safetensors_io.load_model(source, torch.float32, world.device)
+    backend, reason = choose_backend(config.attention, world.device, getattr(torch, config.dtype))
+    pointwise, whose = choose_pointwise(world.device, config.compile)
+    decoder.use(pointwise)
+    world.say(f"attention: {backend} ({reason}); norms, rotation and SwiGLU: {whose}")
+    if frozen := freeze(decoder, config.freeze):
+        world.say(f"frozen: {frozen:,} of {decoder.num_params():,} parameters")
+    return PackedLoss(decoder, backend, config.row_filter)
+
+
+def steps_of(config: TrainConfig, documents: Documents, model: PackedLoss, world: World) -> PackedSteps:
+    """The optimizer steps, dealt to the ranks by what the packs cost this model."""
+    parity = attention_parity(model.decoder.flops_per_token)
+    return PackedSteps(
+        documents, config.pack_tokens, config.packs_per_step, world.rank, world.size, config.seed, parity
+    )
+
+
+def mean_context(documents: Documents) -> float:
+    """Length of the document that a token lies in, on average over tokens: attention's cost is linear in it."""
+    lengths = documents.lengths.astype(np.float64)
+    return float((lengths**2).sum() / lengths.sum())
+
+
+def facts_of(model: PackedLoss, documents: Documents, steps: PackedSteps, total: int, world: World) -> dict[str, Any]:
+    """What summary.json says besides results; equal in every run of one identity, except where versions differ."""
+    return {
+        "parameters": model.decoder.num_params(),
+        "attention": model.backend,
+        "processes": world.size,
+        "steps": total,
+        "data": {
+            "rows": documents.rows,
+            "documents": len(documents),
+            "dropped": documents.dropped,
+            "truncated": documents.truncated,
+            "rejected": documents.rejected,
+            "tokens": int(documents.lengths.sum()),
+            "supervised": int(documents.n_targets.sum()),
+            "packs": steps.n_packs,
+            "steps_per_epoch": steps.steps_per_epoch,
+            "efficiency": round(steps.efficiency, 6),
+            "idle_share": round(steps.idle_share, 6),
+        },
+        "versions": {"micota_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def introduce(config: TrainConfig, facts: dict[str, Any], positions: int, documents: Documents, world: World) -> None:
+    """Say what is trained on what, and what looks wrong about it."""
+    data = facts["data"]
+    start = "fresh weights" if config.init == "random" else "pre-trained"
+    copies = f", {world.replicas} copies of the model" if world.replicas > 1 else ""
+    world.say(
+        f"model: {config.model} ({facts['parameters']:,} parameters, {start}); compute {config.dtype} on "
+        f"{world.size} x {world.device.type}{copies}, {torch.get_num_threads()} threads each\n"
+        f"data: {config.data}: {data['documents']:,} documents of {data['rows']:,} rows ({data['dropped']} dropped and "
+        f"{data['truncated']} truncated for length, {data['rejected']} bad), {data['tokens']:,} tokens, "
+        f"{data['supervised']:,} supervised\n"
+        f"packs: {data['packs']:,} of {config.pack_tokens:,} tokens, {data['efficiency']:.1%} filled; "
+        f"{data['steps_per_epoch']:,} steps an epoch, {facts['steps']:,} in all"
+    )
+    if world.size > 1:
+        world.say(
+            f"ranks: {data['idle_share']:.1%} of their time is spent waiting for the slowest, by the model's FLOPs"
+        )
+    over = int((documents.lengths > positions).sum())
+    if over:
+        world.say(
+            f"WARNING: {over:,} documents (longest: {int(documents.lengths.max()):,} tokens) go past the model's "
+            f"max_position_embeddings of {positions:,}, which it was not made for and where a server ends an answer. "
+            f"Raise that (and RoPE's scaling) in the config.json of {config.model}, or set max_doc_tokens"
+        )

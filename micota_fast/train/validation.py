@@ -1,0 +1,61 @@
+"""The loss on held-out rows, and when to stop because of it."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from micota_fast.data.batches import PackedBatch, packed_batch
+from micota_fast.data.packing import pack
+from micota_fast.data.tokenise import Documents
+from micota_fast.train.parallel import IDLE, PackedLoss, World, on_device
+
+
+class Validation:
+    """Measures, and remembers the lowest loss.
+
+    Args:
+        documents: held out; equal on all ranks. None: there is nothing to measure.
+        pack_tokens: tokens a pack holds at most.
+        world: the processes, each of which takes its share of the packs.
+        early_stop: measurements without a new lowest loss after which it is enough; None: never.
+    """
+
+    def __init__(self, documents: Documents | None, pack_tokens: int, world: World, early_stop: int | None) -> None:
+        self._batches: list[PackedBatch] = []
+        if documents is not None:
+            order, offsets = pack(documents.lengths, pack_tokens)
+            packs = np.split(order, offsets[1:-1])
+            mine = [packed_batch(documents, ids) for ids in packs[world.rank :: world.size]]
+            # Its weights are for training; every rank must join in the collectives.
+            self._batches = [replace(batch, token_weights=None) for batch in mine]
+            self._batches += [IDLE] * (math.ceil(len(packs) / world.size) - len(mine))
+            self._n_targets = int(documents.n_targets.sum())
+        self._world, self._early_stop = world, early_stop
+        self.state: dict[str, Any] = {"lowest": None, "step": None, "since": 0}  # plain values, kept in checkpoints
+
+    @torch.no_grad()
+    def measure(self, model: PackedLoss, step: int) -> float:
+        """Mean loss over the held-out supervised tokens after `step` steps. Waits for the device."""
+        total = torch.zeros((), device=self._world.device)
+        for batch in self._batches:
+            total += model(**on_device(batch, model, self._world), normalizer=self._n_targets)
+        if isinstance(model, FSDPModule):
+            model.reshard()  # no backward pass does it
+        dist.all_reduce(total)
+        loss = total.item()
+        lowest = self.state["lowest"]
+        if math.isfinite(loss) and (lowest is None or loss < lowest):
+            self.state = {"lowest": loss, "step": step, "since": 0}
+        else:
+            self.state["since"] += 1
+        return loss
+
+    @property
+    def enough(self) -> bool:
+        """Whether the run should end now."""
+        return self._early_stop is not None and self.state["since"] >= self._early_stop
