@@ -66,7 +66,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
     checkpoint_every = config.checkpoint_every or math.ceil(total / 10)
     validate_every = config.validate_every or math.ceil(total / 10)
     facts = prepare.facts_of(model, documents, steps, total, world)
-    prepare.introduce(config, facts, model.decoder.config.max_position_embeddings, documents, world)
+    prepare.introduce(config, facts, model.decoder.config, documents, world)
     flops_per_token = model.decoder.flops_per_token(prepare.mean_context(documents))
     distribute(model, config, world)
     optimizer = make_optimizer(model, config)

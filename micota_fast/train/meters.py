@@ -16,7 +16,7 @@ from micota_fast import config as configuration
 from micota_fast.data.batches import PackedSteps
 from micota_fast.errors import InputError
 from micota_fast.recipe import TrainConfig
-from micota_fast.train.parallel import World
+from micota_fast.train.parallel import World, compiled_graphs
 from micota_fast.train.stopwatch import Stopwatch
 
 # Dense bfloat16 TFLOP/s from NVIDIA's data sheets, by a part of the device's name; the first match counts.
@@ -60,7 +60,7 @@ class Meters:
     """Collects each step's figures on the device and reads those of several steps together.
 
     Args:
-        config: `tensorboard`, `wandb`, `dtype`.
+        config: `tensorboard`, `wandb`, `dtype`, `compile`.
         out: the run's folder.
         world: the processes; only the main one writes.
         progress: of the checkpoint that the run goes on from: "step", after which rows of metrics.jsonl are cut off, as
@@ -99,6 +99,7 @@ class Meters:
             _keep_steps(path, start)
             self._file = path.open("a", encoding="utf-8")
             self.last = _last_row(path)
+        self._compiling = config.compile
         self._started = self._since = time.perf_counter()
         self._tokens = 0
 
@@ -147,6 +148,9 @@ class Meters:
         if self._world.is_main:
             self._file.flush()
             print(self._lines(self.last, timing), flush=True)
+            if self._compiling:
+                print(compiled_graphs(), flush=True)
+        self._compiling = False
         self._rows, self._figures, self._since = [], [], now
 
     def _not_finite(self, step: int, loss: float, grad_norm: float) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -192,6 +193,13 @@ def distribute(model: PackedLoss, config: TrainSettings, world: World) -> None:
         module.set_force_sum_reduction_for_comms(True)
     for module, following in itertools.pairwise([modules[-1], *modules[:-1]]):  # the root runs first
         module.set_modules_to_forward_prefetch([following])
+
+
+def compiled_graphs() -> str:
+    """What torch.compile has made of the blocks so far: one graph without a break is as it should be."""
+    made, breaks = counters["stats"]["unique_graphs"], counters["graph_break"]
+    text = f"torch.compile: graphs {made}, breaks {sum(breaks.values())}"
+    return text + "".join(f"\nWARNING: graph break: {reason.splitlines()[0]}" for reason in breaks)
 
 
 def last_micro_step(model: PackedLoss, last: bool) -> None:

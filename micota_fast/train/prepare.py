@@ -25,6 +25,7 @@ from micota_fast.model.folder import COPIED_FILES, tensor_files
 from micota_fast.model.pointwise import choose_pointwise
 from micota_fast.recipe import TrainConfig
 from micota_fast.train.checkpoint import describe_differences
+from micota_fast.train.memory import estimate, longest_pack
 from micota_fast.train.optim import freeze
 from micota_fast.train.parallel import PackedLoss, World
 from micota_fast.train.storage import sha256
@@ -141,7 +142,9 @@ def facts_of(model: PackedLoss, documents: Documents, steps: PackedSteps, total:
     }
 
 
-def introduce(config: TrainConfig, facts: dict[str, Any], positions: int, documents: Documents, world: World) -> None:
+def introduce(
+    config: TrainConfig, facts: dict[str, Any], model: ModelConfig, documents: Documents, world: World
+) -> None:
     """Say what is trained on what, and what looks wrong about it."""
     data = facts["data"]
     start = "fresh weights" if config.init == "random" else "pre-trained"
@@ -159,6 +162,9 @@ def introduce(config: TrainConfig, facts: dict[str, Any], positions: int, docume
         world.say(
             f"ranks: {data['idle_share']:.1%} of their time is spent waiting for the slowest, by the model's FLOPs"
         )
+    if world.device.type == "cuda":
+        world.say(_memory(config, model, world))
+    positions = model.max_position_embeddings
     over = int((documents.lengths > positions).sum())
     if over:
         world.say(
@@ -166,3 +172,22 @@ def introduce(config: TrainConfig, facts: dict[str, Any], positions: int, docume
             f"max_position_embeddings of {positions:,}, which it was not made for and where a server ends an answer. "
             f"Raise that (and RoPE's scaling) in the config.json of {config.model}, or set max_doc_tokens"
         )
+
+
+def _memory(config: TrainConfig, model: ModelConfig, world: World) -> str:
+    """What this rank's GPU will hold, by the shapes, beside what it has."""
+    dtype, shards = getattr(torch, config.dtype), world.size // world.replicas
+    need = estimate(model, config.pack_tokens, shards, config.activation_checkpointing, dtype, "cuda")
+    there = torch.cuda.get_device_properties(world.device).total_memory
+    text = (
+        f"memory: {need.total / 1e9:.1f} GB of {there / 1e9:.1f} by the model's shapes: weights, gradients and optimizer"
+        f" {need.state / 1e9:.1f}, gathered {need.gathered / 1e9:.1f}, activations {need.activations / 1e9:.1f}, loss "
+        f"{need.loss / 1e9:.1f}"
+    )
+    if need.total > 0.95 * there:
+        fits = longest_pack(model, 0.9 * there, shards, config.activation_checkpointing, dtype)
+        text += (
+            f"\nWARNING: that may not fit. `pack_tokens` of {fits:,} would, as would more processes or "
+            f"`activation_checkpointing: full`"
+        )
+    return text

@@ -1,0 +1,74 @@
+"""What a rank's memory must hold, worked out from shapes, so that a run that cannot fit is known before it starts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from micota_fast.kernels.chunks import LOGITS_BYTES
+from micota_fast.model.config import ModelConfig
+from micota_fast.model.decoder import parameter_shapes
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank at the worst moment, which is when the first block's backward pass begins."""
+
+    state: int  # weights, gradients and both of AdamW's moments, float32, this rank's share
+    gathered: int  # what FSDP holds whole: embedding and output matrix, two blocks, one block's gradient
+    activations: int  # kept from the forward pass, and one block's worked on
+    loss: int  # logits of a chunk, the float32 gradient of the output matrix, the hidden states and their gradient
+
+    @property
+    def total(self) -> int:
+        return self.state + self.gathered + self.activations + self.loss
+
+
+def estimate(model: ModelConfig, tokens: int, shards: int, how: Recompute, dtype: torch.dtype, device: str) -> Memory:
+    """Memory for packs of `tokens` tokens, without the allocator's gaps and the driver's own.
+
+    Args:
+        model: its shapes.
+        tokens: in a pack; a document is no longer than that.
+        shards: processes that share a copy of the model.
+        how: activation checkpointing.
+        dtype: compute type.
+        device: "cuda" or "cpu", which differ in how many logits the loss holds.
+    """
+    sizes = {name: shape.numel() for name, shape in parameter_shapes(model).items()}
+    block = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
+    total = sum(sizes.values())
+    root = total - block * model.num_hidden_layers
+    head = model.vocab_size * model.hidden_size
+    low = dtype.itemsize
+    whole = shards == 1 and dtype == torch.float32  # then the model is not wrapped, and nothing is gathered
+    return Memory(
+        state=16 * total // shards,
+        gathered=0 if whole else low * (root + 3 * block),
+        activations=tokens * low * (model.num_hidden_layers * kept(model, how) + kept(model, "none")),
+        loss=LOGITS_BYTES[device] + 4 * head + 2 * tokens * model.hidden_size * low,
+    )
+
+
+def kept(model: ModelConfig, how: Recompute) -> int:
+    """Values a token that one block keeps for its backward pass."""
+    H, intermediate = model.hidden_size, model.intermediate_size
+    q, kv = model.num_attention_heads * model.head_dim, 2 * model.num_key_value_heads * model.head_dim
+    if how == "full":
+        return H
+    if how == "selective":  # the block's input, q, k, v, attention, o, up
+        return H + q + kv + q + H + intermediate
+    # Both norms' inputs and results; q, k and v as turned; attention; gate, up, their product; and before they are
+    # turned q and k, where they have norms of their own. So with kernels that keep no more than they must.
+    return 4 * H + q + kv + q + 3 * intermediate + (q + kv // 2 if model.qk_norm else 0)
+
+
+def longest_pack(
+    model: ModelConfig, capacity: float, shards: int, how: Recompute, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Tokens in the largest pack, a multiple of 1024, that `capacity` bytes of a GPU hold; 0: none fits."""
+    fixed = estimate(model, 0, shards, how, dtype, "cuda").total
+    each = estimate(model, 1, shards, how, dtype, "cuda").total - fixed
+    return max(0, int((capacity - fixed) / each) // 1024 * 1024)
