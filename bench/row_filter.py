@@ -35,7 +35,8 @@ from micota_fast.data.tokenise import load_documents
 from micota_fast.kernels import linear_cross_entropy
 from micota_fast.micro import build
 from micota_fast.model.attention import PackedAttention, choose_backend
-from micota_fast.model.safetensors_io import load_model, resolve_checkpoint
+from micota_fast.model.folder import resolve_checkpoint
+from micota_fast.model.safetensors_io import load_model
 from micota_fast.recipe import ChatConfig
 from micota_fast.records import write_rows
 

@@ -4,7 +4,7 @@ Memory above the inputs and their gradients:
 
 - one chunk of logits: of the inputs' type where Triton's kernels run; float32, and a copy in the inputs' type where
   that is another, where torch's own operations do (and there for bfloat16 once more what a product is rounded from);
-- the gradient of `weight` in float32 until the backward pass (V = 151,936, H = 3,584: 2.2 GB), where there are several
+- the gradient of `weight` in float32 until the last chunk (V = 151,936, H = 3,584: 2.2 GB), where there are several
   chunks: sums over chunks must not be rounded in between. On CUDA one chunk alone writes it in the weight's type, so
   such a chunk may be larger by as much memory as that saves.
 """
@@ -52,14 +52,14 @@ class Plan:
         aligned = ALIGNED_BYTES // hidden.dtype.itemsize
         stride = math.ceil(v / aligned) * aligned
         row_bytes = stride * hidden.dtype.itemsize
-        sums_bytes = v * h * exact.itemsize if want_weight else 0
-        if n_rows * row_bytes <= budget + sums_bytes:
+        saved_bytes = v * h * (exact.itemsize - weight.itemsize) if want_weight else 0
+        if n_rows * row_bytes <= budget + saved_bytes:
             return cls(max(1, n_rows), hidden.dtype, stride, weight.dtype)
-        n_chunks = math.ceil(n_rows / max(1, budget // row_bytes))
-        rows = math.ceil(n_rows / n_chunks)  # alike, as a small last one would waste its share of reading the weight
-        if rows > TILE_ROWS:
-            rows = rows // TILE_ROWS * TILE_ROWS
-        return cls(rows, hidden.dtype, stride, exact)
+        most = max(1, budget // row_bytes)
+        unit = TILE_ROWS if most >= TILE_ROWS else 1
+        n_chunks = math.ceil(n_rows / (most // unit * unit))
+        # Alike, as a small last one would waste its share of reading the weight.
+        return cls(math.ceil(n_rows / (n_chunks * unit)) * unit, hidden.dtype, stride, exact)
 
 
 def run(
@@ -77,19 +77,18 @@ def run(
     (n, h), v = hidden.shape, weight.shape[0]
     rows_S = None  # indices of the rows to compute; None: all
     n_rows = n
-    if n_supervised is not None and n_supervised < n:
+    valid = torch.ones((), dtype=scale.dtype, device=hidden.device)
+    if n_supervised is not None:
         kept_N = targets != ignore_index
-        rows_S, n_rows = kept_rows(kept_N, n_supervised), n_supervised
-        scale = scale.where(kept_N.sum() == n_supervised, math.nan)
-    else:
-        scale = scale.clone()
+        valid.masked_fill_(kept_N.sum() != n_supervised, math.nan)
+        if n_supervised < n:
+            rows_S, n_rows = kept_rows(kept_N, n_supervised), n_supervised
 
     plan = Plan.of(hidden, weight, n_rows, want_weight)
     chunk = _triton_chunk() if takes_triton(hidden) else torch_chunk
     nll_N = torch.zeros(n, dtype=scale.dtype, device=hidden.device)
-    # What a chunk leaves unwritten: rows that are ignored, and rows below the threshold.
-    make = torch.zeros_like if rows_S is not None or threshold > 0 else torch.empty_like
-    grad_hidden = make(hidden, memory_format=torch.contiguous_format) if want_hidden else hidden.new_empty(0)
+    # Zeros are what a chunk leaves unwritten: rows that are ignored, and rows below the threshold.
+    grad_hidden = hidden.new_zeros((n, h) if want_hidden else 0)
     grad_weight = weight.new_empty((v, h) if want_weight else 0, dtype=plan.grad_weight_dtype)
     if n_rows == 0:
         grad_weight.zero_()
@@ -102,7 +101,7 @@ def run(
         hidden_CH, target_C = hidden[at].contiguous(), targets[at].contiguous()
         grad_CH = None
         if want_hidden:  # in place, or gathered as its rows were
-            grad_CH = grad_hidden[start:stop] if rows_S is None else torch.zeros_like(hidden_CH)
+            grad_CH = grad_hidden[at] if rows_S is None else torch.zeros_like(hidden_CH)
         nll_C = torch.empty(stop - start, dtype=scale.dtype, device=hidden.device)
         chunk(
             hidden_CH,
@@ -120,7 +119,8 @@ def run(
         nll_N[at] = nll_C
         if grad_CH is not None and rows_S is not None:
             grad_hidden[at] = grad_CH
-    return nll_N, scale, grad_hidden, grad_weight
+    del buffer
+    return nll_N, valid, grad_hidden, grad_weight.to(weight.dtype)
 
 
 def kept_rows(kept_N: Tensor, size: int) -> Tensor:
@@ -130,7 +130,7 @@ def kept_rows(kept_N: Tensor, size: int) -> Tensor:
     """
     slot_N = kept_N.cumsum(0) - 1
     slot_N = slot_N.where(kept_N & (slot_N < size), size)  # all others share one slot more, which is then dropped
-    rows = torch.zeros(size + 1, dtype=torch.int64, device=kept_N.device)
+    rows = kept_N.new_zeros(size + 1, dtype=torch.int64)
     return rows.scatter_(0, slot_N, torch.arange(len(kept_N), device=kept_N.device))[:size]
 
 

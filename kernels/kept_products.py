@@ -2,6 +2,8 @@
 
 cuBLAS wants its shapes from the host. Here a launch covers all rows, and what lies past the count, which is read on the
 device, ends at once. Each tile of the result is summed by one program in a fixed order: no atomics, equal bits.
+
+Both take the gradient of the logits as `triton_chunk.softmax_rows` leaves it: 0 past the columns, up to the stride.
 """
 
 from typing import Any
@@ -10,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunks import kept_rows
-
 # Tiles by the bytes of an element. There is no autotuning: another choice would sum in another order.
 TILES: dict[int, dict[str, Any]] = {
     2: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
@@ -19,26 +19,25 @@ TILES: dict[int, dict[str, Any]] = {
 }
 
 
-def grad_hidden_of_kept(grad_CV: Tensor, weight_VH: Tensor, kept_C: Tensor, out_CH: Tensor) -> None:
-    """out[kept] = grad[kept] @ weight; the other rows of `out` stay as they are."""
+def grad_hidden_of_kept(grad_CV: Tensor, weight_VH: Tensor, rows_C: Tensor, count: Tensor, out_CH: Tensor) -> None:
+    """out[kept] = grad[kept] @ weight, kept = rows_C[:count]; the other rows of `out` stay as they are."""
     (c, v), h = grad_CV.shape, weight_VH.shape[1]
     tiles = TILES[grad_CV.element_size()]
     grid = (triton.cdiv(c, tiles["BLOCK_M"]) * triton.cdiv(h, tiles["BLOCK_N"]),)
-    rows = kept_rows(kept_C, c)
     grad_hidden_kernel[grid](
-        grad_CV, weight_VH, rows, kept_C.sum(), out_CH, c, h, v, grad_CV.stride(0), weight_VH.stride(0), **tiles
+        grad_CV, weight_VH, rows_C, count, out_CH, c, h, v, grad_CV.stride(0), weight_VH.stride(0), **tiles
     )
 
 
-def grad_weight_of_kept(grad_CV: Tensor, hidden_CH: Tensor, kept_C: Tensor, total_VH: Tensor, first: bool) -> None:
-    """total = grad[kept].T @ hidden[kept], or += for all but the first chunk."""
-    (c, v), h = grad_CV.shape, hidden_CH.shape[1]
-    tiles = TILES[grad_CV.element_size()]
+def grad_weight_of_kept(
+    grad_CV: Tensor, hidden_CH: Tensor, rows_C: Tensor, count: Tensor, total_VH: Tensor, first: bool
+) -> None:
+    """total = grad[kept].T @ hidden[kept], kept = rows_C[:count], or += for all but the first chunk."""
+    v, h = total_VH.shape
+    tiles = dict(TILES[grad_CV.element_size()])
+    tiles["num_stages"] = 2 * tiles["num_stages"] - 1  # as far ahead, with the rows' indices loaded before the rows
     grid = (triton.cdiv(v, tiles["BLOCK_M"]) * triton.cdiv(h, tiles["BLOCK_N"]),)
-    rows = kept_rows(kept_C, c)
-    grad_weight_kernel[grid](
-        grad_CV, hidden_CH, rows, kept_C.sum(), total_VH, v, h, grad_CV.stride(0), FIRST=first, **tiles
-    )
+    grad_weight_kernel[grid](grad_CV, hidden_CH, rows_C, count, total_VH, v, h, grad_CV.stride(0), FIRST=first, **tiles)
 
 
 @triton.jit
@@ -50,7 +49,7 @@ def _tile_of(program, n_tiles_m, n_tiles_n, GROUP_M: tl.constexpr):
     return first_m + program % per_group % group_m, program % per_group // group_m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # which changes from step to step, and no address depends on it
 def grad_hidden_kernel(
     grad_ptr,
     weight_ptr,
@@ -82,7 +81,7 @@ def grad_hidden_kernel(
     for start in range(0, V, BLOCK_K):
         v = start + tl.arange(0, BLOCK_K)
         in_v = v < V
-        a = tl.load(a_ptrs + v[None, :], mask=in_v[None, :], other=0.0)
+        a = tl.load(a_ptrs + v[None, :], mask=(v < grad_stride)[None, :], other=0.0)
         b = tl.load(b_ptrs + v[:, None].to(tl.int64) * weight_stride, mask=in_v[:, None] & in_h[None, :], other=0.0)
         sums = tl.dot(a, b, sums, input_precision="ieee")
     out_ptrs = out_ptr + row[:, None] * H + column[None, :]
@@ -110,17 +109,19 @@ def grad_weight_kernel(
     count = tl.load(count_ptr)
     v = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_v, in_h = v < V, column < H
+    in_row, in_h = v < grad_stride, column < H
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, count, BLOCK_K):
         slot = start + tl.arange(0, BLOCK_K)
         taken = slot < count
         row = tl.load(rows_ptr + slot, mask=taken, other=0)
-        a = tl.load(grad_ptr + row[:, None] * grad_stride + v[None, :], mask=taken[:, None] & in_v[None, :], other=0.0)
+        a = tl.load(
+            grad_ptr + row[:, None] * grad_stride + v[None, :], mask=taken[:, None] & in_row[None, :], other=0.0
+        )
         b = tl.load(hidden_ptr + row[:, None] * H + column[None, :], mask=taken[:, None] & in_h[None, :], other=0.0)
         sums = tl.dot(tl.trans(a), b, sums, input_precision="ieee")
     total_ptrs = total_ptr + v[:, None].to(tl.int64) * H + column[None, :]
-    mask = in_v[:, None] & in_h[None, :]
+    mask = (v < V)[:, None] & in_h[None, :]
     if not FIRST:
         sums += tl.load(total_ptrs, mask=mask, other=0.0)
     tl.store(total_ptrs, sums.to(total_ptr.dtype.element_ty), mask=mask)

@@ -46,8 +46,9 @@ def linear_cross_entropy(
         targets: [N] int64 in [0, V), or `ignore_index`.
         ignore_index: the target that marks a row to ignore.
         reduction: "none": [N], 0 where ignored; "sum": over the rows; "mean": sum / normalizer.
-        normalizer: divisor of "mean", a host number or a 0-d tensor: the count of supervised tokens over all ranks
-            and micro-steps, so that the loss does not depend on the split. None: the supervised rows of this call.
+        normalizer: divisor of "mean", a host number other than 0 or a 0-d tensor: the count of supervised tokens over all
+            ranks and micro-steps, so that the loss does not depend on the split. None: the supervised rows of this
+            call.
         n_supervised: how many targets are not `ignore_index`, a host integer, which packing knows. A wrong one is an
             error on a CPU and makes loss and gradients NaN on CUDA.
         token_weights: [N] float32 or float64, factor of each row's loss in "sum" and "mean"; no gradient flows to it.
@@ -61,11 +62,12 @@ def linear_cross_entropy(
         Float32 (float64 for float64 inputs) scalar, or [N] for "none". No supervised row: 0, with zero gradients.
 
     Raises:
-        ValueError: shapes, types or arguments that do not fit together; on a CPU a wrong `n_supervised`.
+        ValueError: shapes, types or arguments that do not fit together; on a CPU, and on CUDA with MICOTA_DEBUG=1, a
+            wrong `n_supervised`.
         IndexError: a target outside [0, V). On CUDA the loss is NaN instead, as checking would stall the device;
             MICOTA_DEBUG=1 in the environment makes it check, and raise, there too.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
         raise ValueError(f"hidden [N, H] and weight [V, H] expected, not {list(hidden.shape)}, {list(weight.shape)}")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets: int64 [{hidden.shape[0]}] expected, not {targets.dtype} {list(targets.shape)}")
@@ -73,8 +75,15 @@ def linear_cross_entropy(
         raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}; both must have one type of {DTYPES}")
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction {reduction!r} is not one of none, sum, mean")
+    if n_supervised is not None and not 0 <= n_supervised <= targets.shape[0]:
+        raise ValueError(f"n_supervised {n_supervised} of {targets.shape[0]} targets")
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"a normalizer goes with reduction='mean', not {reduction!r}")
+    if isinstance(normalizer, Tensor):
+        if normalizer.ndim > 0:
+            raise ValueError(f"normalizer: a number or a 0-d tensor expected, not {list(normalizer.shape)}")
+    elif normalizer == 0:
+        raise ValueError("the normalizer is 0")
     if token_weights is not None and (reduction == "none" or token_weights.shape != targets.shape):
         raise ValueError("token_weights: [N] with reduction 'sum' or 'mean' expected; multiply what 'none' returns")
     if not 0 <= row_filter < 1:
@@ -89,7 +98,8 @@ def linear_cross_entropy(
         scale = scale / ((targets != ignore_index).sum().clamp(min=1) if normalizer is None else normalizer)
     recording = torch.is_grad_enabled()
     wants = (recording and hidden.requires_grad, recording and weight.requires_grad)
-    return _SummedLoss.apply(hidden, weight, targets, scale.detach(), *options, *wants)
+    # A normalizer of another type must not change that of the loss.
+    return _SummedLoss.apply(hidden, weight, targets, scale.detach().to(exact), *options, *wants)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -108,17 +118,27 @@ class _SummedLoss(torch.autograd.Function):
         want_hidden: bool,
         want_weight: bool,
     ) -> Tensor:
-        nll_N, scale, grad_hidden, grad_weight = _by_chunks(
+        nll_N, valid, grad_hidden, grad_weight = _by_chunks(
             hidden, weight, targets, scale, ignore_index, n_supervised, threshold, want_hidden, want_weight
         )
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.wants, ctx.dtype = (want_hidden, want_weight), weight.dtype
-        return (nll_N * scale).sum()
+        ctx.save_for_backward(valid, grad_hidden, grad_weight)
+        ctx.wants = want_hidden, want_weight
+        return (nll_N * scale).sum() * valid
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return *_scaled(ctx, grad_loss), None, None, None, None, None, None, None
+        valid, *gradients = ctx.saved_tensors
+        factor = grad_loss * valid
+        on_cpu = factor.device.type == "cpu"
+        # One on CUDA, where looking would wait for the device, is 2-d, as a 0-d one would be rounded to the gradients'
+        # type. Not in place: another backward pass may follow.
+        as_it_is = on_cpu and not torch.compiler.is_compiling() and bool(factor == 1)
+        factor = factor if on_cpu else factor.reshape(1, 1)
+        return *(
+            None if not want else g if as_it_is else torch.mul(g, factor, out=torch.empty_like(g))
+            for g, want in zip(gradients, ctx.wants, strict=True)
+        ), *[None] * 7
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -137,24 +157,16 @@ class _TokenLoss(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets)
         ctx.options = ignore_index, n_supervised, threshold
         one = torch.ones((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        nll_N, scale, _, _ = _by_chunks(hidden, weight, targets, one, *ctx.options, False, False)
-        return nll_N * scale
+        nll_N, valid, _, _ = _by_chunks(hidden, weight, targets, one, *ctx.options, False, False)
+        return nll_N * valid
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_nll_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         wants = ctx.needs_input_grad[:2]
-        _, _, grad_hidden, grad_weight = _by_chunks(hidden, weight, targets, grad_nll_N, *ctx.options, *wants)
-        return grad_hidden if wants[0] else None, grad_weight.to(weight.dtype) if wants[1] else None, *[None] * 4
-
-
-def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
-    """The stored gradients times that of the loss (1 as a rule), in the inputs' type, in one pass over each."""
-    return [
-        torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=ctx.dtype)) if wanted else None
-        for gradient, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)
-    ]
+        _, valid, *gradients = _by_chunks(hidden, weight, targets, grad_nll_N, *ctx.options, *wants)
+        return *(g.mul_(valid) if want else None for g, want in zip(gradients, wants, strict=True)), *[None] * 4
 
 
 @torch.library.custom_op("micota::linear_cross_entropy", mutates_args=())
@@ -178,12 +190,17 @@ def _by_chunks(
         want_hidden, want_weight: which gradients to make; the others are returned empty.
 
     Returns:
-        nll_N (0 where ignored); `scale`, NaN where the targets belie `n_supervised`; the gradient of `hidden`, of its
-        type; that of `weight`, of its type or wider (see `chunks.Plan`).
+        nll_N (0 where ignored); 1, or NaN where the targets belie `n_supervised` (0-d, of the type of `scale`); the
+        gradients of `hidden` and of `weight`, of their types and contiguous.
     """
-    if targets.device.type == "cpu" or os.environ.get("MICOTA_DEBUG") == "1":
-        n_supervised = _checked(targets, weight.shape[0], ignore_index, n_supervised)
-    return chunks.run(hidden, weight, targets, scale, ignore_index, n_supervised, threshold, want_hidden, want_weight)
+    on_cpu = targets.device.type == "cpu"
+    if on_cpu or os.environ.get("MICOTA_DEBUG") == "1":
+        count = _checked(targets, weight.shape[0], ignore_index, n_supervised)
+        n_supervised = count if on_cpu else n_supervised
+    with torch.autocast(hidden.device.type, enabled=False):  # types are the inputs' own; it would change some products'
+        return chunks.run(
+            hidden, weight, targets, scale, ignore_index, n_supervised, threshold, want_hidden, want_weight
+        )
 
 
 @_by_chunks.register_fake
@@ -198,13 +215,11 @@ def _(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n_rows = hidden.shape[0] if n_supervised is None else n_supervised
-    plan = chunks.Plan.of(hidden, weight, n_rows, want_weight)
     return (
-        torch.empty_like(targets, dtype=scale.dtype, memory_format=torch.contiguous_format),
-        torch.empty_like(scale, memory_format=torch.contiguous_format),
+        scale.new_empty(targets.shape),
+        scale.new_empty(()),
         hidden.new_empty(hidden.shape if want_hidden else 0),
-        weight.new_empty(weight.shape if want_weight else 0, dtype=plan.grad_weight_dtype),
+        weight.new_empty(weight.shape if want_weight else 0),
     )
 
 

@@ -58,9 +58,8 @@ def torch_chunk(
             hidden_CH, logits_CV = hidden_CH[rows], logits_CV[rows]
             target_C1, scale_C1, sum_C1 = target_C1[rows], scale_C1[rows], sum_C1[rows]
     grad_CV = logits_CV.mul_(scale_C1 / sum_C1).scatter_add_(1, target_C1, -scale_C1)
-    low_CV = grad_CV.to(hidden_CH.dtype)
     if grad_CH is not None:
-        grad_CH[slice(None) if rows is None else rows] = low_CV @ weight_VH
+        grad_CH[slice(None) if rows is None else rows] = grad_CV.to(hidden_CH.dtype) @ weight_VH
     if grad_VH is not None:
         # A CPU cannot sum products of bfloat16 in float32, so that factor is widened. What stands in `grad_VH` before
         # the first chunk, NaN perhaps, beta = 0 leaves unread.

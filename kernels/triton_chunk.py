@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunks import kept_rows
 from .kept_products import grad_hidden_of_kept, grad_weight_of_kept
 
 # 16 logits of a thread at a time, loaded 16 bytes at once; 512 threads, so that few rows are in flight and the second
@@ -41,7 +42,7 @@ def triton_chunk(
         ignore_index,
         SCALE_STRIDE=1 if scale.ndim else 0,
         WANT_GRADIENT=want_gradient,
-        FILTER=threshold > 0,
+        FILTER=want_gradient and threshold > 0,
         BLOCK_V=BLOCK_V,
         num_warps=NUM_WARPS,
     )
@@ -49,10 +50,11 @@ def triton_chunk(
         return
     if threshold > 0:
         kept_C = ~(nll_C <= threshold)  # NaN is kept
+        rows_C, count = kept_rows(kept_C, len(kept_C)), kept_C.sum()
         if grad_CH is not None:
-            grad_hidden_of_kept(logits_CV, weight_VH, kept_C, grad_CH)
+            grad_hidden_of_kept(logits_CV, weight_VH, rows_C, count, grad_CH)
         if grad_VH is not None:
-            grad_weight_of_kept(logits_CV, hidden_CH, kept_C, grad_VH, first)
+            grad_weight_of_kept(logits_CV, hidden_CH, rows_C, count, grad_VH, first)
         return
     if grad_CH is not None:
         torch.mm(logits_CV, weight_VH, out=grad_CH)
@@ -92,6 +94,9 @@ def softmax_rows(
 
     The maximum and the sum of exponentials are kept together over one pass (arXiv 1805.02867). With FILTER, rows that
     are ignored or of at most `threshold` keep their logits, which nobody reads again.
+
+    A row is read and written up to its stride, so that all goes 16 bytes at a time whatever the number of columns;
+    what lies past the columns is read as -inf and becomes 0.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
@@ -99,25 +104,27 @@ def softmax_rows(
     if target == ignore_index:
         tl.store(nll_ptr + row, 0.0)
         if WANT_GRADIENT and not FILTER:
-            for start in range(0, n_columns, BLOCK_V):
+            for start in range(0, row_stride, BLOCK_V):
                 columns = start + tl.arange(0, BLOCK_V)
                 zeros = tl.zeros((BLOCK_V,), logits_ptr.dtype.element_ty)
-                tl.store(logits_ptr + columns, zeros, mask=columns < n_columns)
+                tl.store(logits_ptr + columns, zeros, mask=columns < row_stride)
         return
 
+    in_range = (target >= 0) & (target < n_columns)
+    # Before the reductions: their barriers keep a fast warp from writing over it while a slow one has yet to read it.
+    target_logit = tl.load(logits_ptr + target, mask=in_range, other=float("nan")).to(tl.float32)
     top = -float("inf")
     total = 0.0
-    for start in range(0, n_columns, BLOCK_V):
+    for start in range(0, row_stride, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
-        x = tl.load(logits_ptr + columns, mask=columns < n_columns, other=-float("inf")).to(tl.float32)
+        x = tl.load(logits_ptr + columns, mask=columns < row_stride, other=-float("inf")).to(tl.float32)
+        x = tl.where(columns < n_columns, x, -float("inf"))
         new_top = tl.maximum(top, tl.max(x, 0))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing but -inf so far: no inf - inf
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift), 0)
         top = new_top
-    lse = top + tl.log(total)
-    in_range = (target >= 0) & (target < n_columns)
-    target_logit = tl.load(logits_ptr + target, mask=in_range, other=float("nan")).to(tl.float32)
-    nll = lse - target_logit
+    # The logits' difference first: exact where the target is (near) the top, as it is in a trained model.
+    nll = (top - target_logit) + tl.log(total)
     tl.store(nll_ptr + row, nll)
 
     if WANT_GRADIENT:
@@ -125,11 +132,14 @@ def softmax_rows(
             return
         scale = tl.load(scale_ptr + row * SCALE_STRIDE)
         scale = tl.where(in_range, scale, float("nan"))
+        target_column = tl.where(in_range, target, -1).to(tl.int32)
+        share = 1.0 / total
         # Backwards: the end of the row was read last and may still be in the cache.
-        last = (n_columns - 1) // BLOCK_V * BLOCK_V
-        for back in range(0, n_columns, BLOCK_V):
+        last = (row_stride - 1) // BLOCK_V * BLOCK_V
+        for back in range(0, row_stride, BLOCK_V):
             columns = last - back + tl.arange(0, BLOCK_V)
-            mask = columns < n_columns
+            mask = columns < row_stride
             x = tl.load(logits_ptr + columns, mask=mask, other=-float("inf")).to(tl.float32)
-            gradient = scale * (tl.exp(x - lse) - tl.where(columns == target, 1.0, 0.0))
+            x = tl.where(columns < n_columns, x, -float("inf"))
+            gradient = scale * (tl.exp(x - top) * share - tl.where(columns == target_column, 1.0, 0.0))
             tl.store(logits_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=mask)

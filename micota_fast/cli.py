@@ -55,6 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("config", metavar="CONFIG", help="mergekit YAML file")
     merge.add_argument("out", metavar="OUT", help="folder of the merged checkpoint")
     merge.add_argument("--seed", type=int, default=0, help="seed of DARE's mask (default 0)")
+    merge.add_argument(
+        "--weights",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="W",
+        help="merge once for each of these weights (slerp: t) of the one model, in one reading, into OUT/weight-W",
+    )
     merge.set_defaults(call=_merge)
 
     serve = verbs.add_parser(
@@ -144,7 +152,7 @@ def _stage(parsed: argparse.Namespace) -> None:
 def _merge(parsed: argparse.Namespace) -> None:
     from micota_fast.merge.stream import merge
 
-    merge(recipe.MergeConfig(config=parsed.config, out=parsed.out, seed=parsed.seed))
+    merge(recipe.MergeConfig(config=parsed.config, out=parsed.out, seed=parsed.seed, weights=parsed.weights))
 
 
 def _serve(parsed: argparse.Namespace) -> None:

@@ -1,271 +1,39 @@
-"""Merging: each method against arithmetic done by hand, the properties they share, and checkpoints in and out."""
+"""Merging from checkpoint to checkpoint: what comes out, whatever the inputs' files, types and vocabularies; killed."""
 
 import json
 import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from merge_reference import mask, merged
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from micota_fast.errors import InputError
-from micota_fast.merge.mergekit import MergeInput, MergePlan, read_mergekit
-from micota_fast.merge.methods import Array, counter_mask, largest, merge_tensors
-from micota_fast.merge.stream import merge, merge_plan
+from micota_fast.merge.inputs import Source
+from micota_fast.merge.mergekit import MergePlan, read_mergekit
+from micota_fast.merge.methods import mask_key
+from micota_fast.merge.settings import depth_of
+from micota_fast.merge.stream import merge, merge_plans
 from micota_fast.recipe import MergeConfig
 
-DELTA_METHODS = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NAME = "model.layers.1.mlp.up_proj.weight"
 
 
-def plan_of(method: str, inputs: list[tuple[float, float]], **changes: Any) -> MergePlan:
-    entries = tuple(MergeInput(f"m{i}", weight, density) for i, (weight, density) in enumerate(inputs))
-    defaults: dict[str, Any] = {"normalize": False, "rescale": None, "lambda_": 1.0, "dtype": None}
-    return MergePlan(method=method, base="base", inputs=entries, **(defaults | changes))  # type: ignore[arg-type]
-
-
-def keep_of(*masks: list[int]) -> Callable[[int, int, float], Any]:
-    return lambda index, size, density: np.array(masks[index], dtype=bool)
-
-
-def f32(*values: float) -> Array:
-    return np.array(values, dtype=np.float32)
-
-
-# multiples of 1/64: float32 sums and halves of them are exact, so equality can be asked for exactly
-ELEMENTS = st.integers(-512, 512).map(lambda n: n / 64)
-tensors_st = hnp.arrays(np.float32, st.integers(1, 40), elements=ELEMENTS)
-
-
-@st.composite
-def models_st(draw: Any, count: int = 3) -> list[Array]:
-    size = draw(st.integers(1, 40))
-    array = hnp.arrays(np.float32, size, elements=ELEMENTS)
-    return [draw(array) for _ in range(count)]
-
-
-class TestArithmetic:
-    BASE = f32(1, 1, 1, 1)
-
-    def test_linear_normalizes_by_the_weights(self) -> None:
-        plan = plan_of("linear", [(3, 1), (1, 1)], normalize=True)
-        result = merge_tensors(plan, self.BASE, [f32(0, 4, 8, -4), f32(4, 0, 0, 4)], keep_of())
-        assert result.tolist() == [1, 3, 6, -2]
-
-    def test_task_arithmetic_adds_weighted_task_vectors_times_lambda(self) -> None:
-        plan = plan_of("task_arithmetic", [(0.5, 1), (2, 1)], lambda_=3.0)
-        result = merge_tensors(plan, self.BASE, [f32(3, 1, 1, 1), f32(1, 2, 1, 0)], keep_of())
-        assert result.tolist() == [1 + 3 * 1, 1 + 3 * 2, 1, 1 - 3 * 2]
-
-    def test_ties_trims_elects_a_sign_and_averages_who_agrees(self) -> None:
-        # task vectors: (4, -3, 1, 0) and (2, 6, -1, 5); the two largest of each: (4, -3, 0, 0) and (0, 6, 0, 5)
-        plan = plan_of("ties", [(1, 0.5), (1, 0.5)], normalize=True)
-        result = merge_tensors(plan, self.BASE, [self.BASE + f32(4, -3, 1, 0), self.BASE + f32(2, 6, -1, 5)], keep_of())
-        assert result.tolist() == [5, 7, 1, 6]
-
-    def test_sign_consensus_weighs_and_a_tie_goes_to_plus(self) -> None:
-        # weighted task vectors: (2, -2) and (-1, 2): sums 1 and 0, so plus in both places
-        plan = plan_of("dare_ties", [(1, 1), (0.5, 1)])
-        result = merge_tensors(plan, f32(0, 0), [f32(2, -2), f32(-2, 4)], keep_of())
-        assert result.tolist() == [2, 2]
-
-    def test_dare_masks_then_rescales_then_weighs(self) -> None:
-        tensors = [self.BASE + f32(1, 2, 3, 4)]
-        for rescale, factor in ((None, 1.0), ("density", 2.0), ("l1", 10 / 5)):
-            plan = plan_of("dare_linear", [(0.5, 0.5)], rescale=rescale)
-            result = merge_tensors(plan, self.BASE, tensors, keep_of([1, 0, 0, 1]))
-            assert result == pytest.approx(self.BASE + 0.5 * factor * f32(1, 0, 0, 4)), rescale
-        plan = plan_of("dare_linear", [(0.5, 0.25)], rescale="density")
-        result = merge_tensors(plan, self.BASE, tensors, keep_of([0, 0, 1, 0]))
-        assert result == pytest.approx(self.BASE + 0.5 * f32(0, 0, 12, 0))
-
-    def test_dare_ties_normalizes_by_the_weights_that_were_kept(self) -> None:
-        plan = plan_of("dare_ties", [(1, 0.5), (3, 0.5)], normalize=True)
-        result = merge_tensors(plan, f32(0, 0, 0), [f32(4, 4, 4), f32(8, 8, 8)], keep_of([1, 1, 0], [1, 0, 0]))
-        assert result.tolist() == [(4 + 24) / 4, 4, 0]
-
-    def test_trim_takes_the_first_of_equals(self) -> None:
-        assert largest(f32(1, -1, 1, 1), 0.5).tolist() == [True, True, False, False]
-        assert largest(f32(1, -2, 1, 3), 0.75).tolist() == [True, True, False, True]
-        assert not largest(f32(1, 2), 0.4).any()
-
-
-class TestProperties:
-    @given(models_st(), st.sampled_from(("ties", "dare_linear", "dare_ties")))
-    @settings(max_examples=60, deadline=None)
-    def test_density_one_is_the_plain_method(self, models: list[Array], method: str) -> None:
-        base, *tensors = models
-        plain = {"dare_linear": "task_arithmetic", "dare_ties": "ties"}.get(method, method)
-        got = merge_tensors(plan_of(method, [(0.5, 1), (0.25, 1)], rescale="l1"), base, tensors, keep_of())
-        assert np.array_equal(got, merge_tensors(plan_of(plain, [(0.5, 1), (0.25, 1)]), base, tensors, keep_of()))
-
-    @given(models_st(), st.sampled_from(DELTA_METHODS), st.booleans())
-    @settings(max_examples=60, deadline=None)
-    def test_weight_zero_is_the_base(self, models: list[Array], method: str, normalize: bool) -> None:
-        base, *tensors = models
-        plan = plan_of(method, [(0, 0.5), (0, 0.5)], rescale="l1", normalize=normalize)
-        assert np.array_equal(merge_tensors(plan, base, tensors, counter_mask(0, "w")), base)
-
-    @given(tensors_st, st.sampled_from(("linear", *DELTA_METHODS)), st.floats(0.1, 2))
-    @settings(max_examples=60, deadline=None)
-    def test_a_model_merged_with_itself_is_that_model(self, tensor: Array, method: str, weight: float) -> None:
-        plan = plan_of(method, [(weight, 0.5), (1, 0.5)], rescale="l1", normalize=True)
-        got = merge_tensors(plan, tensor, [tensor, tensor], counter_mask(0, "w"))
-        np.testing.assert_allclose(got, tensor, rtol=3e-7)
-
-    @given(models_st(4), st.permutations(range(3)), st.sampled_from(("linear", "task_arithmetic", "ties")))
-    @settings(max_examples=60, deadline=None)
-    def test_the_order_of_models_does_not_matter(self, models: list[Array], order: list[int], method: str) -> None:
-        # weights and elements with few bits: float32 sums of them are exact, so equality is exact too
-        base, *tensors = models
-        weights = [(0.5, 0.5), (0.25, 0.75), (1.0, 0.5)]
-        first = merge_tensors(plan_of(method, weights), base, tensors, keep_of())
-        permuted = plan_of(method, [weights[i] for i in order])
-        assert np.array_equal(merge_tensors(permuted, base, [tensors[i] for i in order], keep_of()), first)
-
-    def test_the_mask_keeps_the_stated_share_independently(self) -> None:
-        n = 1_000_000
-        for density in (0.1, 0.5, 0.9):
-            masks = [
-                counter_mask(seed, name)(index, n, density)
-                for seed, name, index in ((0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1))
-            ]
-            sd = (density * (1 - density) / n) ** 0.5
-            for i, one in enumerate(masks):
-                assert abs(one.mean() - density) < 5 * sd
-                for other in masks[:i]:  # independent: both keep with probability density^2
-                    assert abs((one & other).mean() - density**2) < 5 * (density**2 * (1 - density**2) / n) ** 0.5
-
-    def test_the_mask_is_a_function_of_the_element(self) -> None:
-        whole = counter_mask(7, "w")(0, 1001, 0.3)
-        assert np.array_equal(whole[:500], counter_mask(7, "w")(0, 500, 0.3))
-        assert np.array_equal(whole[:501], counter_mask(7, "w")(0, 501, 0.3))
-        # Fixed values: the mask of a published merge must come out the same with any later version.
-        assert np.flatnonzero(whole[:24]).tolist() == PINNED
-
-    def test_expectation_over_seeds_is_the_unmasked_merge(self) -> None:
-        rng = np.random.default_rng(0)
-        base, tensor = (rng.normal(size=200).astype(np.float32) for _ in range(2))
-        plan = plan_of("dare_linear", [(0.7, 0.4)], rescale="density")
-        runs = np.stack([merge_tensors(plan, base, [tensor], counter_mask(seed, "w")) for seed in range(3000)])
-        wanted = merge_tensors(plan_of("task_arithmetic", [(0.7, 1)]), base, [tensor], keep_of())
-        sd = 0.7 * np.abs(tensor - base) * np.sqrt((1 - 0.4) / 0.4)  # of one entry of one run
-        assert np.abs((runs.mean(0) - wanted) / sd).max() < 5 / np.sqrt(3000)
-        assert np.allclose(runs.std(0), sd, rtol=0.1)
-
-
-PINNED = [1, 8, 9, 10, 13, 15, 16, 18, 19, 22, 23]
-
-
-class TestMergekitFile:
-    def write(self, tmp_path: Path, text: str) -> Path:
-        path = tmp_path / "merge.yaml"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    def test_defaults_of_each_method(self, tmp_path: Path) -> None:
-        wanted = {
-            "linear": (True, None),
-            "task_arithmetic": (False, None),
-            "ties": (True, None),
-            "dare_linear": (False, "l1"),
-            "dare_ties": (False, "l1"),
-        }
-        for method, (normalize, rescale) in wanted.items():
-            base = "" if method == "linear" else "base_model: org/base\n"
-            text = f"merge_method: {method}\n{base}models:\n- model: org/a\n  parameters: {{weight: 1}}\n"
-            plan = read_mergekit(self.write(tmp_path, text))
-            assert (plan.normalize, plan.rescale, plan.lambda_, plan.dtype) == (normalize, rescale, 1.0, None)
-            assert plan.inputs == (MergeInput("org/a", 1.0, 1.0),)
-
-    def test_a_whole_file(self, tmp_path: Path) -> None:
-        (tmp_path / "assistant").mkdir()
-        plan = read_mergekit(
-            self.write(
-                tmp_path,
-                """
-                merge_method: dare_ties
-                base_model: org/base
-                models:
-                  - model: org/base
-                  - model: assistant
-                    parameters: {weight: 0.6}
-                  - model: org/b
-                    parameters: {weight: 1, density: 0.25}
-                parameters: {density: 0.5, normalize: true, lambda: 0.9, rescale: density, int8_mask: true}
-                dtype: float32
-                out_dtype: bfloat16
-                tokenizer_source: base
-                """,
-            )
-        )
-        assert plan == MergePlan(
-            "dare_ties",
-            "org/base",
-            (MergeInput(str(tmp_path / "assistant"), 0.6, 0.5), MergeInput("org/b", 1.0, 0.25)),
-            normalize=True,
-            rescale="density",
-            lambda_=0.9,
-            dtype="bfloat16",
-        )
-
-    @pytest.mark.parametrize("value", [("true", "l1"), ("false", None), ("l1", "l1"), ("density", "density")])
-    def test_rescale(self, tmp_path: Path, value: tuple[str, str | None]) -> None:
-        text = "merge_method: dare_ties\nbase_model: b\nmodels: [{model: a, parameters: {weight: 1}}]\n"
-        assert read_mergekit(self.write(tmp_path, text + f"parameters: {{rescale: {value[0]}}}")).rescale == value[1]
-
-    @pytest.mark.parametrize(
-        ("change", "named"),
-        [
-            ({"merge_method": "slerp"}, ("merge_method", "slerp", "line 1")),
-            ({"slices": []}, ("slices", "unknown key", "line")),
-            ({"tokenizer_source": "union"}, ("tokenizer_source", "union")),
-            ({"dtype": "int8"}, ("dtype", "int8")),
-            ({"base_model": None}, ("base_model", "ties")),
-            ({"parameters": {"epsilon": 0.1}}, ("parameters.epsilon", "unknown key")),
-            ({"parameters": {"normalize": 1}}, ("parameters.normalize", "true or false")),
-            ({"parameters": {"density": [0.1, 0.9]}}, ("parameters.density", "not supported yet")),
-            ({"parameters": {"density": 1.5}}, ("parameters.density", "between 0 and 1")),
-            ({"parameters": {"rescale": "l2"}}, ("parameters.rescale", "l2")),
-            ({"models": [{"model": "a"}]}, ("`weight`", "a")),
-            ({"models": [{"model": "a", "parameters": {"gamma": 1}}]}, ("models.0", "gamma")),
-            ({"models": [{"model": "a", "parameters": {"weight": {"value": 1}}}]}, ("weight", "not supported yet")),
-            ({"models": [{"model": "a", "parameters": {"weight": "x"}}]}, ("weight", "a number")),
-            ({"models": [{"model": "a", "weight": 1}]}, ("models.0.weight", "unknown key")),
-            ({"models": [{"model": "b", "parameters": {"weight": 1}}]}, ("only the base model",)),
-            ({"models": [{"model": "a", "parameters": {"weight": 1}}] * 2}, ("'a' twice",)),
-            ({"models": []}, ("nothing to merge",)),
-        ],
-    )
-    def test_what_it_refuses(self, tmp_path: Path, change: dict[str, Any], named: tuple[str, ...]) -> None:
-        good = {"merge_method": "ties", "base_model": "b", "models": [{"model": "a", "parameters": {"weight": 1}}]}
-        assert read_mergekit(self.write(tmp_path, yaml.safe_dump(good, sort_keys=False))).method == "ties"
-        path = self.write(tmp_path, yaml.safe_dump(good | change, sort_keys=False))
-        with pytest.raises(InputError) as error:
-            read_mergekit(path)
-        for name in ("merge.yaml", *named):
-            assert name in str(error.value)
-
-    def test_linear_counts_the_base_and_needs_its_weight(self, tmp_path: Path) -> None:
-        text = "merge_method: linear\nbase_model: b\nmodels: [{model: a, parameters: {weight: 1}}]\n"
-        with pytest.raises(InputError, match=r"b has no `weight`"):
-            read_mergekit(self.write(tmp_path, text))
-        plan = read_mergekit(self.write(tmp_path, text + "parameters: {weight: 0.5}"))
-        assert [(i.model, i.weight) for i in plan.inputs] == [("b", 0.5), ("a", 1.0)]
-
-    def test_linear_weights_that_cancel(self, tmp_path: Path) -> None:
-        models = "[{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -1}}]"
-        with pytest.raises(InputError, match="sum to 0"):
-            read_mergekit(self.write(tmp_path, f"merge_method: linear\nmodels: {models}"))
+def merge_plan(plan: MergePlan, out: Path, **options: Any) -> None:
+    merge_plans({"": plan}, out, **({"seed": 0} | options))
 
 
 @pytest.fixture(scope="module")
@@ -308,19 +76,69 @@ def reshard(source: Path, target: Path, files: int) -> None:
     (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-class TestCheckpoints:
-    def test_every_tensor_is_what_the_method_says(self, checkpoints: Path, tmp_path: Path) -> None:
-        path = mergekit_file(checkpoints)
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], **config: Any) -> None:
+    """Change a checkpoint's tensors in place, and keys of its config.json."""
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+def resize(folder: Path, rows: int) -> None:
+    """As padded or cut to so many rows of the embedding; new ones are 9."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in {EMBEDDING, HEAD} & tensors.keys():
+            old = tensors[name]
+            tensors[name] = torch.full((rows, old.shape[1]), 9.0, dtype=old.dtype)
+            tensors[name][: min(rows, len(old))] = old[:rows]
+
+    rewrite(folder, change, vocab_size=rows)
+
+
+class TestResult:
+    @pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
+    def test_every_tensor_is_what_the_method_says(self, checkpoints: Path, tmp_path: Path, method: str) -> None:
+        sparse = method in ("ties", "dare_linear", "dare_ties")
+        models: list[Any] = [
+            {"model": "a", "parameters": {"weight": [{"filter": "mlp", "value": [0.2, 0.8]}, {"value": 0.6}]}},
+            {"model": "b", "parameters": {"weight": 0.4}},
+        ]
+        changes: dict[str, Any] = {"merge_method": method, "models": models, "parameters": {"density": 0.5}}
+        if not sparse:
+            changes["parameters"] = {"weight": 0.5} if method == "linear" else {}
+        if method == "slerp":
+            changes |= {"models": [{"model": "a"}], "parameters": {"t": [0.3, 0.9]}}
+        path = mergekit_file(checkpoints, **changes)
         merge(MergeConfig(config=str(path), out=str(tmp_path / "out"), seed=3))
-        plan = read_mergekit(path)
-        base, a, b, out = (
-            load_file(d / "model.safetensors")
-            for d in (checkpoints / "base", checkpoints / "a", checkpoints / "b", tmp_path / "out")
-        )
+        base, a, b, out = (tensors_of(d) for d in (*(checkpoints / n for n in ("base", "a", "b")), tmp_path / "out"))
         assert out.keys() == base.keys()
         for name, tensor in out.items():
-            wanted = merge_tensors(plan, base[name].numpy(), [a[name].numpy(), b[name].numpy()], counter_mask(3, name))
-            assert np.array_equal(tensor.numpy(), wanted), name
+            depth = depth_of(name, 2)
+            weights = [0.2 + 0.6 * depth if "mlp" in name else 0.6, 0.4]
+            tensors = [a[name], b[name]]
+            if method == "linear":
+                tensors, weights = [*tensors, base[name]], [*weights, 0.5]
+            if method == "slerp":
+                tensors, weights = tensors[:1], [0.3 + 0.6 * depth]
+            wanted = merged(
+                method,
+                base[name],
+                tensors,
+                weights,
+                [0.5, 0.5],
+                normalize=method in ("linear", "ties"),
+                rescale="l1" if method.startswith("dare") else "none",
+                masks=[mask(mask_key(3, name, i), tensor.numel(), 0.5).view_as(tensor) for i in range(2)],
+            )
+            torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-6)
             assert not torch.equal(tensor, base[name]), name
 
     def test_opens_in_transformers_and_keeps_the_tokenizer(self, checkpoints: Path, tmp_path: Path) -> None:
@@ -347,7 +165,7 @@ class TestCheckpoints:
         # As our own trainer writes it, for transformers 4 and 5.
         changed = config | {"dtype": "float16", "torch_dtype": "float16"}
         (models / "base" / "config.json").write_text(json.dumps(changed))
-        merge_plan(read_mergekit(mergekit_file(models, out_dtype=out_dtype)), tmp_path / "out", seed=0)
+        merge_plan(read_mergekit(mergekit_file(models, out_dtype=out_dtype)), tmp_path / "out")
         merged = json.loads((tmp_path / "out" / "config.json").read_text())
         (stored,) = {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()}
         assert (
@@ -355,50 +173,35 @@ class TestCheckpoints:
         )
         assert merged["rope_theta"] == config["rope_parameters"]["rope_theta"], "written by ModelConfig.to_dict"
 
-    def test_everything_is_on_the_disk_before_the_merge_appears(
-        self, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        fsync, synced = os.fsync, []
-
-        def note(fd: int) -> None:
-            synced.append((Path(os.readlink(f"/proc/self/fd/{fd}")).name, (tmp_path / "out").exists()))
-            fsync(fd)
-
-        monkeypatch.setattr(os, "fsync", note)
-        merge_plan(read_mergekit(mergekit_file(checkpoints)), tmp_path / "out", seed=0, max_shard_bytes=60_000)
-        files = {path.name for path in (tmp_path / "out").iterdir()}
-        assert {name for name, visible in synced if not visible} == files | {".out.partial"}
-        assert synced[-1] == (tmp_path.name, True)
-
-    def test_an_input_that_cannot_be_read_is_not_called_an_output(self, checkpoints: Path, tmp_path: Path) -> None:
-        models = shutil.copytree(checkpoints, tmp_path / "models")
-        path = models / "base" / "generation_config.json"
-        plan = read_mergekit(mergekit_file(models))
-        path.unlink()
-        path.symlink_to("/proc/self/mem")  # a file whose first page nobody can read
-        with pytest.raises(InputError, match=rf"{path}: cannot be read"):
-            merge_plan(plan, tmp_path / "out", seed=0)
-        (tmp_path / "file").touch()
-        with pytest.raises(InputError, match="cannot write"):
-            merge_plan(read_mergekit(mergekit_file(checkpoints)), tmp_path / "file" / "out", seed=0)
-
     def test_equal_bytes_however_the_inputs_are_sharded(self, checkpoints: Path, tmp_path: Path) -> None:
         plan = read_mergekit(mergekit_file(checkpoints))
-        merge_plan(plan, tmp_path / "one", seed=0)
-        for name in ("base", "a", "b"):
-            reshard(checkpoints / name, tmp_path / "sharded" / name, 3)
+        merge_plan(plan, tmp_path / "one")
+        for name, files in (("base", 3), ("a", 2), ("b", 5)):
+            reshard(checkpoints / name, tmp_path / "sharded" / name, files)
         sharded = read_mergekit(mergekit_file(tmp_path / "sharded"))
-        merge_plan(sharded, tmp_path / "two", seed=0)
+        merge_plan(sharded, tmp_path / "two")
         assert contents(tmp_path / "one") == contents(tmp_path / "two")
         merge_plan(plan, tmp_path / "other", seed=1)
         assert contents(tmp_path / "one")["model.safetensors"] != contents(tmp_path / "other")["model.safetensors"]
+
+    def test_equal_bytes_whatever_the_number_of_threads(
+        self, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("micota_fast.merge.methods.BLOCK", 256)
+        monkeypatch.setattr("micota_fast.merge.stream._CHUNK", 512)
+        for method in ("ties", "dare_ties"):
+            plan = read_mergekit(mergekit_file(checkpoints, merge_method=method, parameters={"rescale": True}))
+            for threads in (1, 7):
+                monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+                merge_plan(plan, tmp_path / f"{method}-{threads}")
+            assert contents(tmp_path / f"{method}-1") == contents(tmp_path / f"{method}-7")
 
     def test_output_shards_hold_the_same_tensors(self, checkpoints: Path, tmp_path: Path) -> None:
         from transformers import AutoModelForCausalLM
 
         plan = read_mergekit(mergekit_file(checkpoints))
-        merge_plan(plan, tmp_path / "whole", seed=0)
-        merge_plan(plan, tmp_path / "shards", seed=0, max_shard_bytes=60_000)
+        merge_plan(plan, tmp_path / "whole")
+        merge_plan(plan, tmp_path / "shards", max_shard_bytes=60_000)
         index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
         whole = load_file(tmp_path / "whole" / "model.safetensors")
         assert len(set(index["weight_map"].values())) > 2
@@ -412,38 +215,236 @@ class TestCheckpoints:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
         assert all(torch.equal(p, whole[n]) for n, p in model.named_parameters())
 
-    def test_bfloat16_in_float32_arithmetic(self, checkpoints: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+    def test_halves_in_float32_arithmetic(self, checkpoints: Path, tmp_path: Path, stored: torch.dtype) -> None:
         for name in ("base", "a", "b"):
             shutil.copytree(checkpoints / name, tmp_path / name)
-            file = tmp_path / name / "model.safetensors"
-            save_file({n: t.to(torch.bfloat16) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
-        plan = read_mergekit(
-            mergekit_file(
-                tmp_path,
-                merge_method="linear",
-                base_model=None,
-                models=[{"model": name, "parameters": {"weight": 1}} for name in ("a", "b")],
-            )
-        )
-        merge_plan(plan, tmp_path / "out", seed=0)
-        a, b, out = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b", "out"))
+            rewrite(tmp_path / name, lambda tensors: tensors.update({n: t.to(stored) for n, t in tensors.items()}))
+        models = [{"model": name, "parameters": {"weight": 1}} for name in ("a", "b")]
+        plan = read_mergekit(mergekit_file(tmp_path, merge_method="linear", base_model=None, models=models))
+        merge_plan(plan, tmp_path / "out")
+        a, b, out = (tensors_of(tmp_path / name) for name in ("a", "b", "out"))
         for name, tensor in out.items():
-            assert tensor.dtype == torch.bfloat16
-            assert torch.equal(tensor, ((a[name].float() + b[name].float()) / 2).to(torch.bfloat16))
+            assert tensor.dtype == stored
+            assert torch.equal(tensor, ((a[name].float() + b[name].float()) / 2).to(stored))
+
+    def test_inputs_of_several_types_give_one_that_holds_them_all(self, checkpoints: Path, tmp_path: Path) -> None:
+        models = shutil.copytree(checkpoints, tmp_path / "models")
+        for name, dtype in (("base", torch.bfloat16), ("a", torch.float16)):
+            rewrite(models / name, lambda tensors: tensors.update({n: t.to(dtype) for n, t in tensors.items()}))  # noqa: B023
+        path = mergekit_file(models, models=[{"model": "a", "parameters": {"weight": 0.5}}])
+        merge_plan(read_mergekit(path), tmp_path / "out")
+        base, a, out = (tensors_of(d) for d in (models / "base", models / "a", tmp_path / "out"))
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+        for name, tensor in out.items():
+            start = base[name].float()
+            assert torch.equal(tensor, start + (a[name].float() - start) * torch.tensor(0.5))
+
+    def test_a_file_whose_data_is_not_aligned(self, checkpoints: Path, tmp_path: Path) -> None:
+        models = shutil.copytree(checkpoints, tmp_path / "models")
+        file = models / "a" / "model.safetensors"
+        content = file.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        file.write_bytes((size + 1).to_bytes(8, "little") + content[8 : 8 + size] + b" " + content[8 + size :])
+        merge_plan(read_mergekit(mergekit_file(checkpoints)), tmp_path / "one")
+        merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "two")
+        assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
     def test_the_report_names_what_went_in(self, checkpoints: Path, tmp_path: Path) -> None:
         merge_plan(read_mergekit(mergekit_file(checkpoints)), tmp_path / "out", seed=5)
         report = json.loads((tmp_path / "out" / "merge.json").read_text())
         assert report["seed"] == 5
-        assert [i["model"] for i in report["plan"]["inputs"]] == ["a", "b"]
+        assert [(i["model"], i["weight"], i["density"]) for i in report["plan"]["inputs"]] == [
+            ("a", 0.6, 0.5),
+            ("b", 0.4, 0.5),
+        ]
         prints = {report["base_fingerprint"], *(i["fingerprint"] for i in report["plan"]["inputs"])}
         assert len(prints) == 3
         assert str(tmp_path) not in json.dumps(report)
+        models = shutil.copytree(checkpoints, tmp_path / "models")
+
+        def change(tensors: dict[str, torch.Tensor]) -> None:
+            tensors[NAME][0, 0] += 0.01
+
+        rewrite(models / "b", change)
+        merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "changed", seed=5)
+        changed = json.loads((tmp_path / "changed" / "merge.json").read_text())
+        one, other = ([i["fingerprint"] for i in r["plan"]["inputs"]] for r in (report, changed))
+        assert (one[0] == other[0], one[1] == other[1]) == (True, False)
+
+
+class TestVocabularies:
+    """The tokenizer of these checkpoints uses ids up to VOCAB_SIZE - 1 = 319 at most."""
+
+    @pytest.fixture
+    def models(self, checkpoints: Path, tmp_path: Path) -> Path:
+        return shutil.copytree(checkpoints, tmp_path / "models")
+
+    @pytest.mark.parametrize("method", ["linear", "slerp", "dare_ties", "ties"])
+    @pytest.mark.parametrize("rows", [(330, 352, 320), (320, 352, 330), (352, 320, 330)])
+    def test_of_different_sizes(self, models: Path, tmp_path: Path, rows: tuple[int, ...], method: str) -> None:
+        changes: dict[str, Any] = {"merge_method": method}
+        if method == "linear":
+            changes["models"] = [{"model": m, "parameters": {"weight": 0.5}} for m in ("a", "base", "b")]
+        if method == "slerp":
+            changes |= {"models": [{"model": "a"}], "parameters": {"t": 0.5}}
+        merge_plan(read_mergekit(mergekit_file(models, **changes)), tmp_path / "same")
+        for name, count in zip(("base", "a", "b"), rows, strict=True):
+            resize(models / name, count)
+        merge_plan(read_mergekit(mergekit_file(models, **changes)), tmp_path / "out")
+        one, other = tensors_of(tmp_path / "same"), tensors_of(tmp_path / "out")
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows[0]
+        common = min(rows) if method != "slerp" else min(rows[:2])
+        embedding, base = other.pop(EMBEDDING), tensors_of(models / "base")[EMBEDDING]
+        assert embedding.shape == base.shape
+        assert torch.equal(embedding[common:], base[common:]), "padding is the base's"
+        if common == 320:
+            assert torch.equal(embedding[:320], one.pop(EMBEDDING))
+        assert all(torch.equal(tensor, one[name]) for name, tensor in other.items())
+
+    def test_a_token_that_would_be_cut(self, models: Path, tmp_path: Path) -> None:
+        from tokenizers import Tokenizer
+
+        used = Tokenizer.from_file(str(models / "base" / "tokenizer.json")).get_vocab_size()
+        resize(models / "b", used)
+        merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
+        resize(models / "b", used - 1)
+        with pytest.raises(InputError, match=rf"base: token .* has the id {used - 1}.*{used - 1} rows"):
+            merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
+
+    def test_of_another_tokenizer(self, models: Path, tmp_path: Path) -> None:
+        resize(models / "b", 352)
+        path = models / "b" / "tokenizer.json"
+        content = json.loads(path.read_text())
+        vocabulary = content["model"]["vocab"]
+        first, second = sorted(vocabulary, key=lambda token: vocabulary[token])[10:12]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match="different sizes, and not of one tokenizer: token"):
+            merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
+        path.unlink()
+        with pytest.raises(InputError, match=r"b/tokenizer\.json is missing"):
+            merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
+
+    def test_added_tokens_may_go_by_other_names(self, models: Path, tmp_path: Path) -> None:
+        resize(models / "b", 352)
+        path = models / "b" / "tokenizer.json"
+        path.write_text(path.read_text().replace("<|im_start|>", "<|User|>"))
+        merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
+
+    def test_tied_matrices_may_be_stored_twice(self, models: Path, tmp_path: Path) -> None:
+        merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "one")
+        rewrite(models / "a", lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
+        merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "two")
+        assert contents(tmp_path / "one") == contents(tmp_path / "two")
+        rewrite(models / "a", lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] + 1}))
+        with pytest.raises(InputError, match=r"a/model.safetensors: tensor lm_head.weight differs"):
+            merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "two")
+
+    @pytest.mark.parametrize("untied", ["base", "b"])
+    def test_one_model_with_a_head_of_its_own_gives_the_result_one(
+        self, models: Path, tmp_path: Path, untied: str
+    ) -> None:
+        from micota_fast.model.safetensors_io import load_model
+
+        head = {"tie_word_embeddings": False}
+        rewrite(models / untied, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] * 2}), **head)
+        plan = read_mergekit(mergekit_file(models, merge_method="task_arithmetic", models=PLAIN))
+        merge_plan(plan, tmp_path / "out")
+        out = tensors_of(tmp_path / "out")
+        heads = [(2 if name == untied else 1) * tensors_of(models / name)[EMBEDDING] for name in ("base", "a", "b")]
+        assert torch.equal(out[HEAD], merged("task_arithmetic", heads[0], heads[1:], [0.6, 0.4]))
+        assert not load_model(tmp_path / "out").config.tie_word_embeddings
+
+
+PLAIN = [{"model": "a", "parameters": {"weight": 0.6}}, {"model": "b", "parameters": {"weight": 0.4}}]
+
+
+class TestSweep:
+    def test_shares_the_reading_and_gives_the_same(
+        self, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        models = [{"model": "a", "parameters": {"weight": 0.1, "density": 0.5}}]
+        path, reads = mergekit_file(checkpoints, models=models), []
+        read = Source.read
+        monkeypatch.setattr(Source, "read", lambda *arguments: (reads.append(1), read(*arguments)))
+        merge(MergeConfig(config=str(path), out=str(tmp_path / "one"), seed=2))
+        once = len(reads)
+        reads.clear()
+        merge(MergeConfig(config=str(path), out=str(tmp_path / "sweep"), seed=2, weights=[0.1, 0.5, 1]))
+        assert len(reads) == once
+        assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["weight-0.1", "weight-0.5", "weight-1"]
+        assert contents(tmp_path / "sweep" / "weight-0.1") == contents(tmp_path / "one")
+        models[0]["parameters"]["weight"] = 0.5  # type: ignore[index]
+        path = mergekit_file(checkpoints, models=models)
+        merge(MergeConfig(config=str(path), out=str(tmp_path / "other"), seed=2))
+        assert contents(tmp_path / "sweep" / "weight-0.5") == contents(tmp_path / "other")
+
+    def test_from_the_command_line_and_again(self, checkpoints: Path, tmp_path: Path) -> None:
+        from micota_fast.cli import main
+
+        path = mergekit_file(checkpoints, merge_method="slerp", models=[{"model": "a"}], parameters={"t": 0.5})
+        out = tmp_path / "out"
+        assert main(["merge", str(path), str(out), "--weights", "0.25", "0.75"]) == 0
+        assert main(["merge", str(path), str(out), "--weights", "0.5"]) == 0
+        assert [path.name for path in out.iterdir()] == ["weight-0.5"]
+        assert json.loads((out / "weight-0.5" / "merge.json").read_text())["plan"]["inputs"][0]["weight"] == 0.5
+        (out / "notes.txt").write_text("keep")
+        assert main(["merge", str(path), str(out), "--weights", "0.5"]) == 2
+        assert main(["merge", str(path), str(tmp_path / "twice"), "--weights", "0.5", "0.50"]) == 2
+        assert not (tmp_path / "twice").exists()
+
+
+class TestWholeOrNotAtAll:
+    def test_everything_is_on_the_disk_before_the_merge_appears(
+        self, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fsync, synced = os.fsync, []
+
+        def note(fd: int) -> None:
+            synced.append((Path(os.readlink(f"/proc/self/fd/{fd}")).name, (tmp_path / "out").exists()))
+            fsync(fd)
+
+        monkeypatch.setattr(os, "fsync", note)
+        merge_plan(read_mergekit(mergekit_file(checkpoints)), tmp_path / "out", max_shard_bytes=60_000)
+        files = {path.name for path in (tmp_path / "out").iterdir()}
+        assert {name for name, visible in synced if not visible} == files | {".out.partial"}
+        assert synced[-1] == (tmp_path.name, True)
+
+    def test_killed_at_any_time(self, checkpoints: Path, tmp_path: Path) -> None:
+        models = shutil.copytree(checkpoints, tmp_path / "models")
+        for name in ("base", "a", "b"):
+            generator = torch.Generator().manual_seed(len(name))
+            big = torch.randn((8_000_000 // 64, 64), generator=generator).to(torch.bfloat16)
+            rewrite(models / name, lambda tensors: tensors.update({EMBEDDING: big}), vocab_size=len(big))  # noqa: B023
+        config = mergekit_file(models, dtype="bfloat16")
+        out, partial = tmp_path / "out", tmp_path / ".out.partial"
+        command = [sys.executable, "-m", "micota_fast.cli", "merge", str(config), str(out)]
+        merge(MergeConfig(config=str(config), out=str(tmp_path / "whole")))
+        whole = contents(tmp_path / "whole")
+        chance, cut = random.Random(0), 0
+        for _ in range(3):
+            shutil.rmtree(out, ignore_errors=True)
+            with subprocess.Popen(command) as process:
+                while process.poll() is None and not (partial / "model.safetensors").exists():
+                    time.sleep(0.001)
+                time.sleep(chance.uniform(0, 0.05))
+                process.kill()
+                process.wait()
+            if out.exists():
+                assert contents(out) == whole
+            else:
+                cut += 1
+                assert process.returncode == -signal.SIGKILL
+        assert cut > 0, "no kill came in time"
+        subprocess.run(command, check=True)
+        assert contents(out) == whole
+        assert not partial.exists()
 
     def test_a_former_merge_is_replaced_but_nothing_else(self, checkpoints: Path, tmp_path: Path) -> None:
         plan = read_mergekit(mergekit_file(checkpoints))
         out = tmp_path / "out"
-        merge_plan(plan, out, seed=0)
+        merge_plan(plan, out)
         first = contents(out)
         (tmp_path / ".out.partial").mkdir()  # as a killed merge leaves it
         (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"torn")
@@ -454,20 +455,51 @@ class TestCheckpoints:
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "notes.txt").write_text("keep")
         with pytest.raises(InputError, match="exists"):
-            merge_plan(plan, tmp_path / "mine", seed=0)
+            merge_plan(plan, tmp_path / "mine")
         assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+        with pytest.raises(InputError, match="exists"):
+            merge_plan(plan, tmp_path)  # holds a merge, but is none
+        with pytest.raises(InputError, match="cannot write"):
+            merge_plan(plan, tmp_path / "mine" / "notes.txt" / "out")
 
-    def break_tensor(
-        self, checkpoints: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
-    ) -> MergePlan:
+    def test_a_full_disk(self, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(fd: int, offset: int, size: int) -> None:
+            raise OSError(28, os.strerror(28))
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(InputError, match=r"cannot write .*out: No space left"):
+            merge_plan(read_mergekit(mergekit_file(checkpoints)), tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_memory_is_bounded_by_blocks(self, checkpoints: Path, tmp_path: Path) -> None:
+        models = shutil.copytree(checkpoints, tmp_path / "models")
+        for name in ("base", "a"):
+            big = torch.randn((500_000, 64)).to(torch.bfloat16)  # 64 MB; 128 in float32
+            rewrite(models / name, lambda tensors: tensors.update({EMBEDDING: big}), vocab_size=len(big))  # noqa: B023
+        config = mergekit_file(models, merge_method="ties", models=[{"model": "a", "parameters": {"weight": 1}}])
+        config.write_text(config.read_text() + "parameters: {density: 0.3}\n")
+        with subprocess.Popen(
+            [sys.executable, "-m", "micota_fast.cli", "merge", str(config), str(tmp_path / "out")]
+        ) as p:
+            own = 0
+            while p.poll() is None:
+                try:
+                    status = Path(f"/proc/{p.pid}/status").read_text()
+                    own = max(
+                        own, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+                    )
+                except (OSError, TypeError):
+                    pass
+                time.sleep(0.002)
+        assert p.returncode == 0
+        assert 10_000 < own < 160_000, "kB"
+
+
+class TestDamage:
+    def broken(self, checkpoints: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> MergePlan:
         shutil.copytree(checkpoints, folder)
-        file = folder / "b" / "model.safetensors"
-        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-        change(tensors)
-        save_file(tensors, file, metadata={"format": "pt"})
+        rewrite(folder / "b", change)
         return read_mergekit(mergekit_file(folder))
-
-    NAME = "model.layers.1.mlp.up_proj.weight"
 
     @pytest.mark.parametrize(
         ("value", "said"),
@@ -485,33 +517,56 @@ class TestCheckpoints:
     ) -> None:
         def change(tensors: dict[str, torch.Tensor]) -> None:
             if value in ("nan", "inf"):
-                tensors[self.NAME][3, 4] = float(value)
+                tensors[NAME][3, 4] = float(value)
             elif value == "gone":
-                del tensors[self.NAME]
+                del tensors[NAME]
             elif value == "cut":
-                tensors[self.NAME] = tensors[self.NAME][:-1].clone()
+                tensors[NAME] = tensors[NAME][:-1].clone()
             elif value == "int":
-                tensors[self.NAME] = tensors[self.NAME].to(torch.int32)
+                tensors[NAME] = tensors[NAME].to(torch.int32)
             else:
                 tensors["extra.weight"] = torch.ones(2)
 
-        plan = self.break_tensor(checkpoints, tmp_path / "models", change)
+        plan = self.broken(checkpoints, tmp_path / "models", change)
         with pytest.raises(InputError) as error:
-            merge_plan(plan, tmp_path / "out", seed=0)
+            merge_plan(plan, tmp_path / "out")
         assert said in str(error.value)
         assert str(tmp_path / "models" / ("base" if value == "more" else "b")) in str(error.value)
-        assert "extra.weight" in str(error.value) if value == "more" else self.NAME in str(error.value)
+        assert "extra.weight" in str(error.value) if value == "more" else NAME in str(error.value)
         assert not (tmp_path / "out").exists()
         assert not (tmp_path / ".out.partial").exists()
 
     def test_a_truncated_file_is_named(self, checkpoints: Path, tmp_path: Path) -> None:
-        plan = self.break_tensor(checkpoints, tmp_path / "models", lambda tensors: None)
+        plan = self.broken(checkpoints, tmp_path / "models", lambda tensors: None)
         file = tmp_path / "models" / "b" / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
-        with pytest.raises(InputError, match=r"b/model\.safetensors"):
-            merge_plan(plan, tmp_path / "out", seed=0)
+        with pytest.raises(InputError, match=r"b/model\.safetensors: damaged.*within tensor"):
+            merge_plan(plan, tmp_path / "out")
 
-    def test_float16_overflow_is_an_error(self, checkpoints: Path, tmp_path: Path) -> None:
-        plan = replace(read_mergekit(mergekit_file(checkpoints)), lambda_=1e6, dtype="float16")
-        with pytest.raises(InputError, match="overflows float16"):
-            merge_plan(plan, tmp_path / "out", seed=0)
+    def test_an_input_that_cannot_be_read_is_not_called_an_output(self, checkpoints: Path, tmp_path: Path) -> None:
+        models = shutil.copytree(checkpoints, tmp_path / "models")
+        path = models / "base" / "generation_config.json"
+        plan = read_mergekit(mergekit_file(models))
+        path.unlink()
+        path.symlink_to("/proc/self/mem")  # a file whose first page nobody can read
+        with pytest.raises(InputError, match=rf"{path}: cannot be read"):
+            merge_plan(plan, tmp_path / "out")
+
+    def test_other_architectures(self, checkpoints: Path, llama_checkpoint: Path, tmp_path: Path) -> None:
+        models = [{"model": str(llama_checkpoint), "parameters": {"weight": 1}}]
+        with pytest.raises(InputError, match=r"is a LlamaForCausalLM, but .*base a Qwen2ForCausalLM"):
+            merge_plan(read_mergekit(mergekit_file(checkpoints, models=models)), tmp_path / "out")
+
+    @pytest.mark.parametrize(("dtype", "value"), [("float16", 1e5), ("bfloat16", 3e38), ("float32", 3e38)])
+    def test_overflow_is_an_error(self, checkpoints: Path, tmp_path: Path, dtype: Any, value: float) -> None:
+        plan = self.broken(checkpoints, tmp_path / "models", lambda tensors: tensors[NAME].fill_(value))
+        rewrite(tmp_path / "models" / "base", lambda tensors: tensors[NAME].fill_(-value))
+        with pytest.raises(InputError, match=f"{NAME}: the result overflows {dtype}"):
+            merge_plan(replace(plan, method="task_arithmetic", dtype=dtype), tmp_path / "out")
+
+    def test_buffers_that_the_config_determines_are_left_out(self, checkpoints: Path, tmp_path: Path) -> None:
+        models = shutil.copytree(checkpoints, tmp_path / "models")
+        name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+        rewrite(models / "a", lambda tensors: tensors.update({name: torch.ones(8)}))
+        merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
+        assert name not in tensors_of(tmp_path / "out")

@@ -1,60 +1,78 @@
-"""A merge from checkpoint to checkpoint: inputs memory-mapped, output written as it is made, OUT whole or absent."""
+"""A merge from checkpoint to checkpoint: inputs mapped, output written as it is made, OUT whole or absent."""
 
 import hashlib
-import json
+import os
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
+import numba
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
 
 import micota_fast
 from micota_fast.errors import InputError
+from micota_fast.merge.inputs import HEAD, Checkpoint, match
+from micota_fast.merge.kernels import BLOCK
 from micota_fast.merge.mergekit import MergePlan, read_mergekit
-from micota_fast.merge.methods import Array, counter_mask, merge_tensors
-from micota_fast.model.config import ModelConfig
-from micota_fast.model.safetensors_io import COPIED_FILES, INDEX, SINGLE, publish, resolve_checkpoint, tensor_files
+from micota_fast.merge.methods import Scratch, TensorMerge
+from micota_fast.merge.output import Layout, ShardWriter, result_code, write_json
+from micota_fast.merge.settings import depth_of
+from micota_fast.model.folder import COPIED_FILES, publish, sync
 from micota_fast.recipe import MergeConfig
 
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_CHUNK = 16 * BLOCK  # elements that a thread takes at a time
+_AHEAD = 4  # chunks a thread that are prepared and read ahead
 _REPORT = "merge.json"
+_SWEEP = "weight-"
 
 
 def merge(config: MergeConfig) -> None:
-    """Merge as the mergekit file says and write a Hugging Face checkpoint.
+    """Merge as the mergekit file says and write a Hugging Face checkpoint, or one for each of `config.weights`.
 
-    Config and tokenizer are the base's. OUT/merge.json names the plan, the seed, a fingerprint of each input's tensors
-    and the versions. Equal inputs give equal bytes, however they are sharded. Memory: a few times the largest tensor.
+    Config and tokenizer are the base's. merge.json in each names the plan, the seed, a fingerprint of each input's
+    tensors and the versions. Equal inputs give equal bytes, however they are sharded and whatever the number of threads
+    (OMP_NUM_THREADS; else one a core). Memory: some MiB a thread, beside the pages of the inputs.
     A former merge at OUT is replaced; anything else there is left alone and is an error.
 
     Raises:
         InputError: the file is wrong, a checkpoint is damaged, the checkpoints differ in their tensors or shapes, or
             a tensor holds NaN or infinity. Names file and tensor.
     """
-    merge_plan(read_mergekit(config.config), Path(config.out), config.seed)
+    plan = read_mergekit(config.config)
+    if not config.weights:
+        merge_plans({"": plan}, Path(config.out), config.seed)
+    else:
+        plans = {f"{_SWEEP}{weight:g}": plan.with_weight(weight) for weight in config.weights}
+        if len(plans) < len(config.weights):
+            raise InputError("`weights` names one twice")
+        merge_plans(plans, Path(config.out), config.seed)
 
 
-def merge_plan(plan: MergePlan, out: Path, seed: int, max_shard_bytes: int = 5_000_000_000) -> None:
-    """`merge` of a plan that is read already; weights above `max_shard_bytes` are split into shards."""
-    if out.exists() and not (out / _REPORT).is_file() and (not out.is_dir() or any(out.iterdir())):
+def merge_plans(plans: dict[str, MergePlan], out: Path, seed: int, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Plans that differ in weights alone, in one reading of the inputs; each into the folder of `out` that names it.
+
+    Args:
+        plans: by folder; a sole plan's may be "", which is `out` itself.
+        max_shard_bytes: weights above it are split into shards.
+    """
+    if out.exists() and not _is_former(out):
         raise InputError(f"{out} exists and is not a former merge; remove it or choose another place")
     aside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
     try:
-        aside.mkdir(parents=True)
+        folders = [aside / name for name in plans]
+        for folder in folders:
+            folder.mkdir(parents=True)
         with ExitStack() as stack:
-            base = stack.enter_context(_Checkpoint(plan.base))
-            inputs = [base if i.model == plan.base else stack.enter_context(_Checkpoint(i.model)) for i in plan.inputs]
-            for model in inputs:
-                _check_same_tensors(base, model)
-            _write(plan, base, inputs, aside, seed, max_shard_bytes)
+            _write(list(plans.values()), folders, seed, max_shard_bytes, stack)
+        for folder in folders:
+            for path in (*folder.iterdir(), folder):
+                sync(path)
         _replace(out, aside)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from None
@@ -62,172 +80,148 @@ def merge_plan(plan: MergePlan, out: Path, seed: int, max_shard_bytes: int = 5_0
         shutil.rmtree(aside, ignore_errors=True)
 
 
-class _Checkpoint:
-    """The tensors of a checkpoint folder, memory-mapped, and a running fingerprint of those that were read."""
-
-    def __init__(self, name: str) -> None:
-        self.folder = resolve_checkpoint(name)
-        self.name = self.folder.name if Path(name).is_dir() else name  # a path would tell where, not what
-        self.file_of = tensor_files(self.folder)
-        self._digest = hashlib.blake2b(digest_size=16)
-        self._stack = ExitStack()
-        self._handles: dict[Path, Any] = {}
-
-    def __enter__(self) -> "_Checkpoint":
-        try:
-            for path in sorted(set(self.file_of.values())):
-                self._handles[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-        except (OSError, SafetensorError) as error:
-            self._stack.close()
-            raise InputError(f"{path}: cannot be read: {error}") from None
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._stack.close()
-
-    def where(self, tensor: str) -> str:
-        return f"{self.file_of[tensor]}: tensor {tensor}"
-
-    def shape_and_code(self, tensor: str) -> tuple[tuple[int, ...], str]:
-        view = self._handles[self.file_of[tensor]].get_slice(tensor)
-        return tuple(view.get_shape()), view.get_dtype()
-
-    def read(self, tensor: str) -> Array:
-        """The tensor in float32; also enters the fingerprint."""
-        try:
-            value = self._handles[self.file_of[tensor]].get_tensor(tensor).contiguous()
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{self.where(tensor)}: cannot be read: {error}") from None
-        self._digest.update(f"{tensor} {tuple(value.shape)} {value.dtype}".encode())
-        self._digest.update(_raw(value))
-        array: Array = value.to(torch.float32).numpy()
-        if not np.isfinite(array).all():
-            kind = "NaN" if np.isnan(array).any() else "infinity"
-            raise InputError(f"{self.where(tensor)} holds {kind}; this checkpoint is damaged")
-        return array
-
-    def fingerprint(self) -> str:
-        """Of names, shapes, types and bytes of the tensors read so far; the sharding plays no part."""
-        return self._digest.hexdigest()
+def _is_former(out: Path) -> bool:
+    """Is this an empty folder, a merge, or a sweep with nothing else in it?"""
+    if not out.is_dir():
+        return False
+    inside = list(out.iterdir())
+    return (out / _REPORT).is_file() or all(
+        path.name.startswith(_SWEEP) and (path / _REPORT).is_file() for path in inside
+    )
 
 
-def _check_same_tensors(base: _Checkpoint, model: _Checkpoint) -> None:
-    for one, other in ((base, model), (model, base)):
-        missing = sorted(one.file_of.keys() - other.file_of.keys())
-        if missing:
-            raise InputError(f"{other.folder}: tensor {missing[0]} is missing; {one.file_of[missing[0]]} has it")
-    for tensor in sorted(base.file_of):
-        (shape, code), (other_shape, other_code) = base.shape_and_code(tensor), model.shape_and_code(tensor)
-        if shape != other_shape:
-            raise InputError(
-                f"{model.where(tensor)} has shape {list(other_shape)}, but {list(shape)} in {base.file_of[tensor]}; "
-                "checkpoints of different shapes or vocabulary sizes cannot be merged yet"
-            )
-        for checkpoint, kind in ((base, code), (model, other_code)):
-            if kind not in _FLOATS:
-                raise InputError(f"{checkpoint.where(tensor)} is of type {kind}; known: {', '.join(_FLOATS)}")
-
-
-def _write(
-    plan: MergePlan, base: _Checkpoint, inputs: Sequence[_Checkpoint], folder: Path, seed: int, max_shard_bytes: int
-) -> None:
-    config = ModelConfig.from_checkpoint(base.folder)
-    layout = {}  # tensor -> (shape, type of the result)
-    for tensor in sorted(base.file_of):
-        shape, code = base.shape_and_code(tensor)
-        layout[tensor] = (shape, _CODES[plan.dtype] if plan.dtype else code)
-    shards = _split(layout, max_shard_bytes)
-    files = [SINGLE]
-    if len(shards) > 1:
-        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, tensors in zip(files, shards, strict=True):
-        with (folder / name).open("wb") as file:
-            file.write(_header({tensor: layout[tensor] for tensor in tensors}))
-            for tensor in tensors:
-                result = _merge_one(plan, base, inputs, tensor, seed).to(_FLOATS[layout[tensor][1]])
-                if layout[tensor][1] == "F16" and not bool(torch.isfinite(result).all()):
-                    raise InputError(f"{base.where(tensor)}: the result overflows float16; use out_dtype: bfloat16")
-                file.write(_raw(result))
-    if len(shards) > 1:
-        weight_map = {tensor: name for name, tensors in zip(files, shards, strict=True) for tensor in tensors}
-        total = sum(_size(*layout[tensor]) for tensor in layout)
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    kinds = {code for _, code in layout.values()}
-    names = [name for name, code in _CODES.items() if kinds == {code}]  # several, each tensor its own: as the base says
-    _write_json(folder / "config.json", config.to_dict(names[0] if names else config.dtype_name or "float32"))
-    _copy_companions(base.folder, folder)
-    report = {
-        "plan": asdict(plan)
-        | {
-            "base": base.name,
-            "inputs": [
-                asdict(entry) | {"model": model.name, "fingerprint": model.fingerprint()}
-                for entry, model in zip(plan.inputs, inputs, strict=True)
-            ],
-        },
-        "base_fingerprint": base.fingerprint(),
-        "seed": seed,
-        "versions": {"micota_fast": micota_fast.__version__, "torch": torch.__version__, "numpy": np.__version__},
+def _write(plans: list[MergePlan], folders: list[Path], seed: int, max_shard_bytes: int, stack: ExitStack) -> None:
+    plan = plans[0]
+    order = [entry.model for entry in plan.inputs]
+    order = order if plan.method == "linear" else [plan.base, *order]  # linear's base is one of its inputs
+    models = {name: stack.enter_context(closing(Checkpoint(name))) for name in (plan.base, *order)}
+    base = models[plan.base]
+    matched = match(list(models.values()))
+    layout = {
+        tensor: (sources[0].shape, result_code({source.code for source in sources}, plan.dtype))
+        for tensor, sources in matched.items()
     }
-    _write_json(folder / _REPORT, report)
+    layers = base.config.num_hidden_layers
+    scalars = {tensor: [each.at(tensor, depth_of(tensor, layers)) for each in plans] for tensor in layout}
+    writers = [stack.enter_context(closing(ShardWriter(folder, layout, max_shard_bytes))) for folder in folders]
+    scratch = Scratch(len(order))
+
+    def tensors() -> Iterator[TensorMerge]:
+        for tensor, (_, code) in layout.items():
+            by_name = dict(zip(models, matched[tensor], strict=True))
+            sources = [by_name[name] for name in order]
+            for source in sources:
+                source.read_ahead()
+            write = [partial(writer.write, tensor) for writer in writers]
+            donor = order.index(plan.base)
+            yield TensorMerge(tensor, plan.method, scalars[tensor], sources, donor, code, seed, write, scratch)
+
+    fingerprints = _run(tensors())
+    made_of = [_fingerprint(layout, fingerprints, i) for i in range(len(order))]
+    for each, folder in zip(plans, folders, strict=True):
+        _describe(each, folder, base, layout, seed, dict(zip(order, made_of, strict=True)), models)
 
 
-def _merge_one(
-    plan: MergePlan, base: _Checkpoint, inputs: Sequence[_Checkpoint], tensor: str, seed: int
-) -> torch.Tensor:
-    start = base.read(tensor)
-    tensors = [start if model is base else model.read(tensor) for model in inputs]
-    return torch.from_numpy(np.asarray(merge_tensors(plan, start, tensors, counter_mask(seed, tensor))))
+def _run(tensors: Iterator[TensorMerge]) -> dict[str, list[bytes]]:
+    """Take every tensor through its passes, several at once so that no thread waits; fingerprints of their sources."""
+    threads = _threads()
+    done: SimpleQueue[_Running] = SimpleQueue()  # an entry for each chunk
+    fingerprints: dict[str, list[bytes]] = {}
+    waiting = 0
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="merge")
+    try:
+        while True:
+            while waiting < _AHEAD * threads and (tensor := next(tensors, None)) is not None:
+                running = _Running(tensor)
+                waiting += running.next_pass(pool, done)
+            if not waiting:
+                return fingerprints
+            running = done.get()
+            waiting -= 1
+            running.left -= 1
+            if running.left == 0:
+                started = running.next_pass(pool, done)
+                waiting += started
+                if not started:
+                    fingerprints[running.tensor.name] = running.tensor.fingerprints()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _split(layout: dict[str, tuple[tuple[int, ...], str]], max_shard_bytes: int) -> list[list[str]]:
-    """Consecutive tensors of at most `max_shard_bytes` together; a larger one stands alone."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for tensor, (shape, code) in layout.items():
-        size = _size(shape, code)
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += size
-    return shards
+class _Running:
+    """A tensor on its way: the pass that it is in, chunk by chunk."""
+
+    def __init__(self, tensor: TensorMerge) -> None:
+        self.tensor = tensor
+        self.left = 0  # chunks of this pass that are not done
+        self._passes = tensor.passes()
+        self._chunks: list[Future[Any]] | None = None
+
+    def next_pass(self, pool: Executor, done: "SimpleQueue[_Running]") -> int:
+        """Start the next pass with the results of the last; its number of chunks, 0 where there is none.
+
+        Raises what a chunk of the last pass has raised.
+        """
+        try:
+            if self._chunks is None:
+                size, work = next(self._passes)
+            else:
+                size, work = self._passes.send([chunk.result() for chunk in self._chunks])
+        except StopIteration:
+            return 0
+        starts = range(0, size, _CHUNK)
+        self.left = len(starts)
+        self._chunks = [pool.submit(work, start, min(start + _CHUNK, size)) for start in starts]
+        for chunk in self._chunks:
+            chunk.add_done_callback(lambda _: done.put(self))
+        return self.left
 
 
-def _size(shape: tuple[int, ...], code: str) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * _BYTES[code]
+def _threads() -> int:
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) > 0 else len(os.sched_getaffinity(0))
 
 
-def _header(layout: dict[str, tuple[tuple[int, ...], str]]) -> bytes:
-    """The start of a safetensors file: length (uint64, little-endian), then JSON padded so that data is 8-aligned."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor, (shape, code) in layout.items():
-        end = offset + _size(shape, code)
-        entries[tensor] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _fingerprint(layout: Layout, fingerprints: Mapping[str, list[bytes]], index: int) -> str:
+    """Of names and contents of the tensors that were read; neither sharding nor threads play a part."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in layout:
+        digest.update(f"{tensor}\0".encode() + fingerprints[tensor][index])
+    return digest.hexdigest()
 
 
-def _raw(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template and generation_config."""
-    for path in (source / name for name in COPIED_FILES):
+def _describe(
+    plan: MergePlan,
+    folder: Path,
+    base: Checkpoint,
+    layout: Layout,
+    seed: int,
+    fingerprints: Mapping[str, str],
+    models: Mapping[str, Checkpoint],
+) -> None:
+    """config.json, tokenizer, chat template and generation_config of the base, and merge.json."""
+    kinds = {code for _, code in layout.values()}
+    names = [name for name in ("float32", "float16", "bfloat16") if kinds == {result_code(set(), name)}]
+    # several kinds: as the base says
+    content = base.config.to_dict(names[0] if names else base.config.dtype_name or "float32")
+    if HEAD in layout:
+        content["tie_word_embeddings"] = False  # one of the models has a head of its own, so the result has, too
+    write_json(folder / "config.json", content)
+    for path in (base.folder / name for name in COPIED_FILES):
         if path.is_file():
             try:
-                content = path.read_bytes()
+                copied = path.read_bytes()
             except OSError as error:
                 raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-            (folder / path.name).write_bytes(content)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (folder / path.name).write_bytes(copied)
+    about = [{"model": models[entry.model].name, "fingerprint": fingerprints[entry.model]} for entry in plan.inputs]
+    report = {
+        "plan": plan.describe(base.name, about),
+        "base_fingerprint": fingerprints[plan.base],
+        "seed": seed,
+        "versions": {"micota_fast": micota_fast.__version__, "numba": numba.__version__, "numpy": np.__version__},
+    }
+    write_json(folder / _REPORT, report)
 
 
 def _replace(out: Path, aside: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -197,6 +196,8 @@ def distribute(model: PackedLoss, config: TrainSettings, world: World) -> None:
 
 def compiled_graphs() -> str:
     """What torch.compile has made of the blocks so far: one graph without a break is as it should be."""
+    from torch._dynamo.utils import counters  # takes a second to import, and has been where something was compiled
+
     made, breaks = counters["stats"]["unique_graphs"], counters["graph_break"]
     text = f"torch.compile: graphs {made}, breaks {sum(breaks.values())}"
     return text + "".join(f"\nWARNING: graph break: {reason.splitlines()[0]}" for reason in breaks)
