@@ -128,8 +128,8 @@ def kept_rows(kept_N: Tensor, size: int) -> Tensor:
 
     Where there are more, the last are left out; where there are fewer, zeros follow.
     """
-    slot_N = kept_N.cumsum(0) - 1
-    slot_N = slot_N.where(kept_N & (slot_N < size), size)  # all others share one slot more, which is then dropped
+    # All others share one slot more, which is then dropped.
+    slot_N = (kept_N.cumsum(0) - 1).where(kept_N, size).clamp(max=size)
     rows = kept_N.new_zeros(size + 1, dtype=torch.int64)
     return rows.scatter_(0, slot_N, torch.arange(len(kept_N), device=kept_N.device))[:size]
 

@@ -46,7 +46,7 @@ def linear_cross_entropy(
         targets: [N] int64 in [0, V), or `ignore_index`.
         ignore_index: the target that marks a row to ignore.
         reduction: "none": [N], 0 where ignored; "sum": over the rows; "mean": sum / normalizer.
-        normalizer: divisor of "mean", a host number other than 0 or a 0-d tensor: the count of supervised tokens over all
+        normalizer: divisor of "mean", a host number (not 0) or a 0-d tensor: the count of supervised tokens over all
             ranks and micro-steps, so that the loss does not depend on the split. None: the supervised rows of this
             call.
         n_supervised: how many targets are not `ignore_index`, a host integer, which packing knows. A wrong one is an

@@ -132,7 +132,7 @@ def softmax_rows(
             return
         scale = tl.load(scale_ptr + row * SCALE_STRIDE)
         scale = tl.where(in_range, scale, float("nan"))
-        target_column = tl.where(in_range, target, -1).to(tl.int32)
+        target_column = target.to(tl.int32)
         share = 1.0 / total
         # Backwards: the end of the row was read last and may still be in the cache.
         last = (row_stride - 1) // BLOCK_V * BLOCK_V

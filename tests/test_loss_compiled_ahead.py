@@ -1,0 +1,201 @@
+"""The loss's kernels compiled for GPUs that are not here: registers, spills, shared memory and instructions.
+
+One process compiles what the production code launches, with the arguments, types and specialisations that Triton's JIT
+derives from them; of a GPU it has the name alone. Tests read what it found in the cubins.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHIPS = {80: "A100", 90: "H100", 100: "B200"}  # compute capability
+SHARED_LIMIT = {
+    80: 163 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+}  # of a block; CUDA C programming guide, compute capabilities
+# What multiplies tiles of bfloat16 into float32 on tensor cores.
+TENSOR_CORES = {80: r"HMMA\.16816\.F32\.BF16", 90: r"HGMMA\.64x\d+x16\.F32\.BF16", 100: r"UTCHMMA"}
+PADDED, ODD = 2 * 8192, 2 * 8192 + 7  # columns: of a vocabulary padded as they are, and of one that is not
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as compiled for one chip."""
+
+    name: str
+    chip: int
+    dtype: str
+    columns: int
+    flags: dict[str, Any]
+    registers: int
+    spilled: int  # bytes of stack and local memory of a thread
+    shared: int  # bytes of a block, fixed and at launch
+    instructions: list[str] | None  # where they were listed, which takes longer than to compile
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} {self.columns} {self.flags}"
+
+    def count(self, pattern: str) -> int:
+        assert self.instructions is not None
+        return sum(1 for name in self.instructions if re.fullmatch(pattern, name))
+
+
+def compile_all(out: Path) -> None:
+    """Write the kernels to `out`; in a process whose Triton compiles, and does not interpret."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from micota_fast.kernels import triton_chunk
+
+    chip, call, found = 0, {}, {}
+
+    class Driver:
+        """All that compilation asks of a GPU."""
+
+        def get_current_device(self) -> int:
+            return chip  # Triton keeps what it compiles by device
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", chip, 32)
+
+    run = JITFunction.run
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+        flags = {name: options[name] for name in ("WANT_GRADIENT", "FILTER", "FIRST") if name in options}
+        if compiled.hash not in found:
+            facts = inspect(out.parent / "kernel.cubin", compiled, call["listed"])
+            what = {"name": kernel.__name__, "chip": chip, "flags": flags, **call["what"]}
+            found[compiled.hash] = asdict(Kernel(**what, **facts))
+
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.run = compile_only
+    torch.mm = lambda *args, **options: None  # cuBLAS's part
+
+    def launch(dtype: torch.dtype, columns: int, listed: bool = False, **how: Any) -> None:
+        call.update(what={"dtype": str(dtype).removeprefix("torch."), "columns": columns}, listed=listed)
+        rows, h, aligned = 64, 64, -(-columns // 64) * 64
+        how = {"threshold": 0.0, "scale": torch.ones(()), "first": True, "grad_CH": None, "grad_VH": None} | how
+        triton_chunk.triton_chunk(
+            torch.zeros(rows, h, dtype=dtype),
+            torch.zeros(columns, h, dtype=dtype),
+            torch.zeros(rows, dtype=torch.int64),
+            logits_CV=torch.zeros(rows, aligned, dtype=dtype)[:, :columns],
+            ignore_index=-100,
+            nll_C=torch.zeros(rows),
+            **how,
+        )
+
+    for chip in CHIPS:  # noqa: B007 (Driver reads it)
+        for dtype in (torch.float32, torch.bfloat16):
+            hidden, weight = torch.zeros(64, 64, dtype=dtype), torch.zeros(PADDED, 64, dtype=dtype)
+            # Listed: the loss as trained with, and the products with the row filter.
+            launch(dtype, PADDED, listed=True, grad_VH=weight)
+            launch(dtype, PADDED, listed=True, grad_CH=hidden, grad_VH=weight, threshold=0.1)
+            if dtype == torch.bfloat16:
+                odd = torch.zeros(ODD, 64, dtype=dtype)
+                launch(dtype, ODD, listed=True, grad_VH=odd)
+                launch(dtype, ODD, listed=True, grad_CH=hidden, grad_VH=odd, threshold=0.1)
+            launch(dtype, PADDED)
+            launch(dtype, PADDED, grad_VH=weight, scale=torch.ones(64))
+            launch(dtype, PADDED, grad_CH=hidden, threshold=0.1, scale=torch.ones(64))
+            launch(dtype, PADDED, grad_VH=weight.float(), threshold=0.1)
+            launch(dtype, PADDED, grad_VH=weight.float(), threshold=0.1, first=False)
+    out.write_text(json.dumps(list(found.values())))
+
+
+def inspect(cubin: Path, compiled: Any, listed: bool) -> dict[str, Any]:
+    """What cuobjdump, which comes with Triton, says of a compiled kernel."""
+    from triton.backends import nvidia
+
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [Path(nvidia.__file__).parent / "bin" / "cuobjdump", "--dump-resource-usage", cubin]
+    command += ["--dump-sass"] if listed else []
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    assert used is not None, text[:2000]
+    registers, stack, shared, local = map(int, used.groups())
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE)
+    return {
+        "registers": registers,
+        "spilled": stack + local,
+        "shared": shared + compiled.metadata.shared,
+        "instructions": names if listed else None,
+    }
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+    out = tmp_path_factory.mktemp("compiled") / "kernels.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__, out], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [Kernel(**kernel) for kernel in json.loads(out.read_text())]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_kernel_fits_and_spills_nothing(kernels: list[Kernel], chip: int) -> None:
+    here = [kernel for kernel in kernels if kernel.chip == chip]
+    for kernel in here:
+        assert kernel.spilled == 0, kernel
+        assert 0 < kernel.registers <= 255, kernel
+        assert kernel.shared <= SHARED_LIMIT[chip], kernel
+    both = ("bfloat16", "float32")
+    assert {(k.name, k.dtype, *k.flags.values()) for k in here} == {
+        *(("softmax_rows", dtype, *how) for dtype in both for how in ((False, False), (True, False), (True, True))),
+        *(("grad_hidden_kernel", dtype) for dtype in both),
+        *(("grad_weight_kernel", dtype, first) for dtype in both for first in (True, False)),
+    }
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_products_of_bfloat16_run_on_tensor_cores(kernels: list[Kernel], chip: int) -> None:
+    products = [k for k in kernels if k.chip == chip and k.name != "softmax_rows" and k.instructions]
+    assert len(products) == 6
+    for kernel in products:
+        if kernel.dtype == "bfloat16":
+            assert kernel.count(TENSOR_CORES[chip] + r".*"), kernel
+        else:  # in full: on tensor cores its factors would be rounded
+            assert kernel.count(r"FFMA2?.*"), kernel
+            assert not kernel.count(r"(HMMA|HGMMA|UTC\w*MMA).*"), kernel
+        # Tiles come by asynchronous copies of 16 bytes, whatever the vocabulary.
+        assert kernel.count(r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128") >= 2, kernel
+        assert not kernel.count(r"LDG\.E\.U16"), kernel
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_rows_are_read_and_written_16_bytes_at_a_time(kernels: list[Kernel], chip: int) -> None:
+    """Apart from single values: target, its logit, scale; loss."""
+    rows = [k for k in kernels if k.chip == chip and k.name == "softmax_rows" and k.instructions]
+    assert len(rows) == 6
+    for kernel in rows:
+        assert kernel.count(r"LDG\.E\.128") >= 4, kernel
+        assert kernel.count(r"LDG\.E(\.U16|\.64)?") <= 3, kernel
+        assert kernel.count(r"STG\.E\.128") >= 2, kernel
+        assert kernel.count(r"STG\.E(\.U16|\.64)?") <= 2, kernel
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_logit_of_the_target_is_read_before_any_warp_may_write_over_it(kernels: list[Kernel], chip: int) -> None:
+    """That is before the first barrier: the interpreter, which has one thread, cannot see such a race."""
+    for kernel in kernels:
+        if kernel.chip == chip and kernel.name == "softmax_rows" and kernel.dtype == "bfloat16" and kernel.instructions:
+            names = kernel.instructions
+            assert names.index("LDG.E.U16") < next(i for i, name in enumerate(names) if name.startswith("BAR.SYNC"))
+
+
+if __name__ == "__main__":
+    compile_all(Path(sys.argv[1]))
