@@ -6,7 +6,9 @@ Memory above the inputs and their gradients:
   that is another, where torch's own operations do (and there for bfloat16 once more what a product is rounded from);
 - the gradient of `weight` in float32 until the last chunk (V = 151,936, H = 3,584: 2.2 GB), where there are several
   chunks: sums over chunks must not be rounded in between. On CUDA one chunk alone writes it in the weight's type, so
-  such a chunk may be larger by as much memory as that saves.
+  such a chunk may be larger by as much memory as that saves;
+- in the backward pass the gradients as stored beside those passed on, times that of the loss. A CPU, which can look
+  without waiting, passes on the stored ones where that is 1.
 """
 
 import math

@@ -197,7 +197,8 @@ def _by_chunks(
     if on_cpu or os.environ.get("MICOTA_DEBUG") == "1":
         count = _checked(targets, weight.shape[0], ignore_index, n_supervised)
         n_supervised = count if on_cpu else n_supervised
-    with torch.autocast(hidden.device.type, enabled=False):  # types are the inputs' own; it would change some products'
+    # Triton launches on the current device, which need not be that of the inputs; autocast would change some products.
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
         return chunks.run(
             hidden, weight, targets, scale, ignore_index, n_supervised, threshold, want_hidden, want_weight
         )

@@ -186,6 +186,7 @@ def test_the_loss_of_a_sure_row_is_not_lost_to_rounding() -> None:
     assert (got[:, :200] - gradient).abs().max() < 2e-7
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_with_infinite_logits_and_nan(dtype: torch.dtype) -> None:
     v = 70
