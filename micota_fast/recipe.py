@@ -212,7 +212,9 @@ class TrainSettings:
         0.0, doc="leave tokens of at least 1 - this probability out of the loss's gradients; 0: exact", source="ours"
     )
     activation_checkpointing: Literal["none", "selective", "full"] = option(
-        "none", doc="what the backward pass computes again: gate and what is cheap (selective), or whole blocks (full)"
+        "none",
+        doc="what the backward pass computes again: gate and what is cheap (selective), or whole blocks (full)",
+        operational=True,
     )
     freeze: list[str] = option(
         [], doc="parameters that stay as they are, by pattern of their names: [model.embed_tokens.*, '*.layers.0.*']"
@@ -225,7 +227,9 @@ class TrainSettings:
         None, doc="end after so many validations without a new lowest loss, and keep the weights that had it; null: no"
     )
     max_skipped_steps: int = option(
-        5, doc="stop after so many steps in a row whose loss or gradient is not finite (they change nothing)"
+        5,
+        doc="stop after so many steps in a row whose loss or gradient is not finite (they change nothing)",
+        operational=True,
     )
     checkpoint_every: int | None = option(
         None, doc="steps between resume checkpoints; null: ten a run", operational=True

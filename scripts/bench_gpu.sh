@@ -6,7 +6,7 @@
 #
 # Runs .venv/bin/python where its torch sees a GPU, else python3; PYTHON=/path/to/python names another. It needs what
 # `pip install -e ".[gpu,test]"` installs; cut-cross-entropy, quack-kernels and trl are measured as well where they are
-# installed.
+# installed (TRL_PYTHON=/path/to/python names the interpreter of an environment of its own that has trl).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -39,4 +39,5 @@ measure() {
 measure loss
 measure row_filter
 measure packing
+measure train ${TRL_PYTHON:+--trl-python "$TRL_PYTHON"}
 echo "Rows are in bench/results/*-$device.jsonl; done in $((SECONDS / 60)) min $((SECONDS % 60)) s."

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_runs import FORKS, free_port
+from training_runs import fork, free_port
 
 from micota_fast.train.parallel import world
 
@@ -23,12 +23,7 @@ def run_ranks(size: int, function: Callable[..., None], log: Path, *args: Any) -
 def start_ranks(size: int, function: Callable[..., None], log: Path, *args: Any) -> list[BaseProcess]:
     """As `run_ranks`, without waiting for them."""
     port = free_port()
-    processes: list[BaseProcess] = [
-        FORKS.Process(target=_rank, args=(rank, size, port, function, log, args)) for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    return processes
+    return [fork(_rank, rank, size, port, function, log, args) for rank in range(size)]
 
 
 def _rank(rank: int, size: int, port: int, function: Callable[..., None], log: Path, args: tuple[Any, ...]) -> None:

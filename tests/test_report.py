@@ -269,6 +269,15 @@ class TestNumbers:
         assert numbers["training"]["mid"]["final_loss"] == [None]
         assert "Training loss of the mid arm: diverged." in html
 
+    def test_a_skipped_step_is_no_divergence(self, config: ReportConfig, tmp_path: Path) -> None:
+        path = tmp_path / "skipped.jsonl"
+        rows = [{"step": s, "loss": 2.0, "grad_norm": 1.0, "timing": {"phase_s": {}}} for s in range(1, 201)]
+        rows[197] |= {"loss": None, "grad_norm": None, "skipped": True}  # as the trainer writes it
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        _, numbers, html = made(dataclasses.replace(config, training={"mid": [str(path)]}))
+        assert numbers["training"]["mid"] == {"steps": [200], "final_loss": [2.0], "final_loss_mean": 2.0}
+        assert "Training loss of the mid arm: ends at 2.000." in html
+
     def test_thinning_keeps_the_mean_and_the_last_step(self) -> None:
         curve = LossCurve(tuple(range(1, 1001)), tuple(float(i) for i in range(1000)))
         thin = _thinned(curve, limit=60)

@@ -25,7 +25,6 @@ from micota_fast.model.safetensors_io import load_model
 from micota_fast.recipe import TrainConfig
 from micota_fast.train.loop import train
 from micota_fast.train.meters import duration, peak_flops
-from micota_fast.train.optim import clip_gradients, learning_rate, make_optimizer
 from micota_fast.train.parallel import PackedLoss, World, distribute
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -114,13 +113,6 @@ def test_packing_and_accumulation_change_nothing(
         torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-12)
 
 
-def test_activation_checkpointing_changes_nothing(qwen2_checkpoint: Path, tmp_path: Path, trained: TrainConfig) -> None:
-    config = train_config(qwen2_checkpoint, tmp_path, weight_decay=0.1, activation_checkpointing=True)
-    train(config)
-    assert metrics(config) == metrics(trained)
-    assert all(torch.equal(tensor, weights_of(trained)[name]) for name, tensor in weights_of(config).items())
-
-
 def test_bfloat16_computes_near_float32_and_keeps_float32_weights(
     qwen2_checkpoint: Path, tmp_path: Path, trained: TrainConfig
 ) -> None:
@@ -133,44 +125,6 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_weights(
     weights = weights_of(config)
     assert {t.dtype for t in weights.values()} == {torch.float32}, "of the checkpoint it started from"
     assert any((t != t.bfloat16().float()).any() for t in weights.values()), "the weights were rounded on the way"
-
-
-def test_activation_checkpointing_changes_nothing_in_bfloat16(qwen2_checkpoint: Path, tmp_path: Path) -> None:
-    plain, checkpointed = (
-        train_config(
-            qwen2_checkpoint, tmp_path, out=str(tmp_path / str(on)), dtype="bfloat16", activation_checkpointing=on
-        )
-        for on in (False, True)
-    )
-    train(plain)
-    train(checkpointed)
-    assert metrics(plain) == metrics(checkpointed)
-    assert all(torch.equal(tensor, weights_of(plain)[name]) for name, tensor in weights_of(checkpointed).items())
-
-
-@pytest.mark.parametrize("log_every", [1, 10])
-def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(
-    log_every: int, qwen2_checkpoint: Path, tmp_path: Path
-) -> None:
-    config = train_config(qwen2_checkpoint, tmp_path, lr=1e30, checkpoint_every=4, log_every=log_every, epochs=4)
-    with pytest.raises(InputError, match=r"step [23]: the loss is (nan|inf).*corpus\.jsonl.*: \d+, \d+") as error:
-        train(config)
-    step = int(str(error.value).split(":")[0].removeprefix("step "))
-    out = Path(config.out)
-    assert [row["step"] for row in metrics(config)] == list(range(1, step))
-    assert "NaN" not in (out / "metrics.jsonl").read_text()
-    assert not list((out / "checkpoints").glob("step-*"))
-    assert not (out / "model").exists()
-
-
-def test_the_checkpoints_before_a_loss_that_is_not_finite_are_kept(qwen2_checkpoint: Path, tmp_path: Path) -> None:
-    config = train_config(qwen2_checkpoint, tmp_path, lr=1e30, checkpoint_every=1)
-    with pytest.raises(InputError, match=r"step \d: the loss is"):
-        train(config)
-    steps = [row["step"] for row in metrics(config)]
-    assert steps
-    folders = (Path(config.out) / "checkpoints").glob("step-*")
-    assert sorted(int(p.name.removeprefix("step-")) for p in folders) == steps[-2:]
 
 
 def test_documents_past_the_models_positions_are_told(
@@ -295,34 +249,6 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_the_default_does_not_wait_for_the_device_at_every_step() -> None:
     assert TrainConfig(model="", data="", out="").log_every == 10
-
-
-def test_learning_rate_schedule() -> None:
-    config = TrainConfig(model="", data="", out="", lr=1.0, warmup_ratio=0.2, min_lr_ratio=0.1)
-    rates = [learning_rate(step, 10, config) for step in range(10)]
-    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
-    assert rates == pytest.approx([0.5, 1.0, *cosine])
-    assert cosine[4] == pytest.approx(0.55)
-    assert learning_rate(0, 1, dataclasses.replace(config, warmup_ratio=1.0)) == 1.0
-    assert learning_rate(0, 1, dataclasses.replace(config, warmup_ratio=0.0)) == 1.0
-
-
-def test_optimizer_groups_and_clipping(qwen2_checkpoint: Path) -> None:
-    config = TrainConfig(model="", data="", out="", weight_decay=0.3)
-    model = load_model(qwen2_checkpoint, torch.float32)
-    decayed, others = make_optimizer(model, config).param_groups
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert decayed["weight_decay"] == 0.3
-    assert others["weight_decay"] == 0.0
-    assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed["params"])
-    assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in others["params"])
-    assert len(decayed["params"]) + len(others["params"]) == len(names)
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 0.5)
-    norm = 0.5 * math.sqrt(model.num_params())
-    assert float(clip_gradients(model, 1.0)) == pytest.approx(norm)
-    assert float(clip_gradients(model, 5.0)) == pytest.approx(1.0, rel=1e-5)
-    assert float(clip_gradients(model, 5.0)) == pytest.approx(1.0, rel=1e-5), "below the limit nothing is scaled"
 
 
 def test_one_process_in_float32_is_left_unwrapped(qwen2_checkpoint: Path) -> None:

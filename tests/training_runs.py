@@ -11,11 +11,21 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from micota_fast.recipe import ChatConfig, TrainConfig
 
-# A server that has imported torch once and forks a fresh process for each request: real processes without the seconds.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["micota_fast.train.loop"])
+FORKS.set_forkserver_preload(["preload"])
+
+
+def fork(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """A fresh process that a server with torch in its memory forks: real processes without the seconds."""
+    with pytest.MonkeyPatch.context() as patch:  # where a server that starts now finds preload.py
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        process = FORKS.Process(target=target, args=args)
+        process.start()
+    return process
 
 
 def write_corpus(path: Path, rows: int = 23, seed: int = 0) -> Path:
@@ -50,6 +60,20 @@ def train_config(checkpoint: Path, folder: Path, **options: Any) -> TrainConfig:
     return TrainConfig(model=str(checkpoint), data=str(data), **settings)
 
 
+def result(config: TrainConfig) -> tuple[dict[str, bytes], list[dict[str, Any]], dict[str, Any], list[str]]:
+    """The model's files, metrics, summary (without what depends on the clock) and the names of all that is there."""
+    out = Path(config.out)
+    summary = json.loads((out / "summary.json").read_text())
+    del summary["timing"]
+    model = {path.name: path.read_bytes() for path in (out / "model").iterdir()}
+    return model, metrics(config), summary, sorted(str(path.relative_to(out)) for path in out.rglob("*"))
+
+
+def checkpoint_steps(config: TrainConfig) -> list[int]:
+    """Of the checkpoints that are there."""
+    return sorted(int(path.name[-8:]) for path in (Path(config.out) / "checkpoints").glob("step-*"))
+
+
 def metrics(config: TrainConfig) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl without their timing; a torn last line is left out."""
     path = Path(config.out) / "metrics.jsonl"
@@ -57,16 +81,17 @@ def metrics(config: TrainConfig) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key != "timing"} for line in lines]
 
 
-def start_training(config: TrainConfig, world: int = 1) -> list[BaseProcess]:
-    """Train in `world` new processes, as torchrun would start them; their output goes to OUT.log."""
+def start_training(config: TrainConfig, world: int = 1, before: Callable[..., None] | None = None) -> list[BaseProcess]:
+    """Train in `world` new processes, as torchrun would start them; their output goes to OUT.log.
+
+    `before(my_rank=RANK)` is called in each before it trains (moments.py).
+    """
     port = free_port()
     processes: list[BaseProcess] = []
     for rank in range(world):
         env = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        process = FORKS.Process(target=_child, args=(config, {k: str(v) for k, v in env.items()}))
-        process.start()
-        processes.append(process)
+        processes.append(fork(_child, config, {k: str(v) for k, v in env.items()}, before))
     return processes
 
 
@@ -101,17 +126,23 @@ def kill(processes: list[BaseProcess]) -> None:
         process.join()
 
 
-def _child(config: TrainConfig, env: dict[str, str]) -> None:
+def _child(config: TrainConfig, env: dict[str, str], before: Callable[..., None] | None) -> None:
     os.environ.update(env)
     log = os.open(f"{config.out}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     import torch
 
+    from micota_fast.errors import InputError
     from micota_fast.train.loop import train
 
     torch.set_num_threads(1)
-    try:
+    if before is not None:
+        before(my_rank=int(env["RANK"]))
+    try:  # as python -m micota_fast.train
         train(config)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except InputError as error:
+        print(f"error: {error}", flush=True)
+        raise SystemExit(2) from None

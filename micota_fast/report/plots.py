@@ -278,7 +278,9 @@ def _thinned(curve: LossCurve, limit: int = 240) -> LossCurve:
     # window's end: the last one is the last step.
     bounds = [*range(0, len(curve.steps) - width + 1, width), len(curve.steps)]
     windows = list(itertools.pairwise(bounds))
-    losses = tuple(float(np.mean(curve.losses[start:end])) for start, end in windows)
+    # A step that was skipped has no loss; the others of its window do.
+    finite = ([loss for loss in curve.losses[start:end] if math.isfinite(loss)] for start, end in windows)
+    losses = tuple(float(np.mean(part)) if part else math.nan for part in finite)
     return LossCurve(tuple(curve.steps[end - 1] for _, end in windows), losses)
 
 

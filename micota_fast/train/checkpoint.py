@@ -5,7 +5,7 @@
         rank-00000.safetensors            what that rank wrote of weights, optimizer and random-number generators
         manifest.json                     progress and score; size and SHA-256 of every file
         manifest.sha256                   of the manifest, as `sha256sum -c` reads it
-    OUT/checkpoints/damaged-step-*/       one that was found damaged, moved out of the way
+    OUT/checkpoints/damaged-step-*/       found damaged at the last start that found any, moved out of the way
 
 `torch.distributed.checkpoint` plans who writes and who reads what, so a run may go on with another number of processes,
 and replicas are written once. A folder is filled under a temporary name and renamed once every rank has synced its
@@ -15,6 +15,7 @@ On the same number of processes the run goes on bit for bit. The learning rate a
 from the step, which the caller keeps in `progress`.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -33,7 +34,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from micota_fast.errors import InputError
 from micota_fast.model.folder import sync
 from micota_fast.train.parallel import PackedLoss, World, local_part
-from micota_fast.train.storage import CheckpointWriter, first_fault, read_manifest, write_json
+from micota_fast.train.storage import CheckpointWriter, first_fault, read_manifest, write_json, written
 
 
 class Checkpoints:
@@ -46,14 +47,12 @@ class Checkpoints:
         keep: so many of the newest stay, and the one of the lowest score.
 
     Raises:
-        InputError: the folder holds an unfinished run of another identity.
+        InputError: on all ranks: the folder holds an unfinished run of another identity, or cannot be written.
     """
 
     def __init__(self, out: Path, identity: dict[str, Any], world: World, keep: int = 2) -> None:
         self._dir, self._identity, self._world, self._keep = out / "checkpoints", identity, world, keep
-        if world.is_main:
-            self._claim(out)
-        world.barrier()
+        world.on_main(lambda: self._claim(out))
         # The writer's collectives must not mix with those of the training thread; gloo needs no device.
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -61,23 +60,32 @@ class Checkpoints:
         self._staged: dict[str, Tensor] = {}
 
     def _claim(self, out: Path) -> None:
-        path = self._dir / "run.json"
-        if path.is_file():
-            differences = describe_differences(
-                json.loads(path.read_text(encoding="utf-8")), {"identity": self._identity}
-            )
-            if differences:
+        """Make the folder ours, or see that it is, and remove what a killed run has left half done."""
+        owners = self._owners()
+        for file, identity in owners.items():
+            if differences := describe_differences(identity, self._identity):
                 raise InputError(
-                    f"{out} holds an unfinished run of other making ({differences}). Start as that one was started to "
-                    f"finish it, choose another `out`, or delete {out} to start over"
+                    f"{out} holds an unfinished run of other making, by {file} ({differences}). Start as that one was "
+                    f"started to finish it, choose another `out`, or delete {out} to start over"
                 )
-            for torn in self._dir.glob(".step-*"):
-                shutil.rmtree(torn)
-            return
-        if (out / "model").exists():
+        if not owners and (out / "model").exists():
             raise InputError(f"{out / 'model'} is there and no run of this folder made it; choose another `out`")
-        self._dir.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"identity": self._identity})
+        for torn in self._dir.glob(".step-*"):
+            shutil.rmtree(torn, ignore_errors=True)
+        with written(self._dir, 0):
+            self._dir.mkdir(parents=True, exist_ok=True)
+            write_json(self._dir / "run.json", {"identity": self._identity})
+            sync(out)
+
+    def _owners(self) -> dict[Path, dict[str, Any]]:
+        """Whose folder it is: the identity in each checkpoint's manifest and, where none is whole, in run.json."""
+        manifests = {path: read_manifest(path)[0] for path in sorted(self._dir.glob("step-*"))}
+        owners = {path / "manifest.json": m["identity"] for path, m in manifests.items() if m is not None}
+        if not owners:
+            path = self._dir / "run.json"
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
+                owners[path] = json.loads(path.read_bytes())["identity"]
+        return owners
 
     def save(
         self, progress: dict[str, Any], model: PackedLoss, optimizer: torch.optim.Optimizer, score: float | None = None
@@ -137,8 +145,8 @@ class Checkpoints:
             if not isinstance(cause, InputError | OSError):
                 raise RuntimeError(f"{folder} could not be written") from error
             raise InputError(
-                f"{folder} could not be saved: {cause}. The checkpoints before it are untouched; make room (or set a "
-                f"smaller `keep_checkpoints`) and give the same command again to go on from the last one"
+                f"{folder} could not be saved: {cause}. The checkpoints before it are untouched; a smaller "
+                f"`keep_checkpoints` takes less room"
             ) from None
 
     def _publish(self, aside: Path, folder: Path) -> None:
@@ -147,9 +155,9 @@ class Checkpoints:
         aside.rename(folder)
         sync(self._dir)
         steps = sorted(self._dir.glob("step-*"))
-        best = self._lowest()
+        best = [name for _, name in self._by_score()[:1]]
         for old in steps[: -self._keep]:
-            if old != best:
+            if old.name not in best:
                 _remove(old)
 
     def wait(self) -> None:
@@ -165,19 +173,34 @@ class Checkpoints:
         cache), and the ranks would wait for each other in different collectives. A damaged one is passed over, loudly,
         and moved aside, so that it is not counted among those to keep.
         """
-        names = self._from_main(sorted((path.name for path in self._dir.glob("step-*")), reverse=True))
-        for folder in (self._dir / name for name in names):
+        names = self._world.on_main(lambda: sorted((path.name for path in self._dir.glob("step-*")), reverse=True))
+        for number, name in enumerate(names):
+            folder = self._dir / name
             progress = self.load(folder, model, optimizer)
             if progress is not None:
                 self._world.say(f"going on after step {progress['step']}, from {folder}")
                 return progress
             if self._world.is_main:
-                aside = folder.with_name(f"damaged-{folder.name}")
-                shutil.rmtree(aside, ignore_errors=True)
+                for old in self._dir.glob("damaged-*") if number == 0 else ():  # of an earlier start: they are large
+                    shutil.rmtree(old, ignore_errors=True)
+                aside = folder.with_name(f"damaged-{name}")
                 folder.rename(aside)
                 print(f"WARNING: {folder} is moved to {aside.name}; trying the checkpoint before it", flush=True)
         if names:
             self._world.say("WARNING: no whole checkpoint is left; starting over")
+        return None
+
+    def load_best(self, model: PackedLoss) -> tuple[int, float] | None:
+        """Load the weights of the whole checkpoint of the lowest score.
+
+        Returns its step and score; None, with nothing changed, where no whole one has a score.
+        """
+        self.wait()
+        for score, name in self._world.on_main(self._by_score):
+            progress = self.load(self._dir / name, model)
+            if progress is not None:
+                return progress["step"], score
+            self._world.say(f"WARNING: {self._dir / name} was the best; trying the best of the others")
         return None
 
     def load(
@@ -187,13 +210,13 @@ class Checkpoints:
 
         Returns its progress; None, with a warning and nothing changed, where the checkpoint is damaged.
         """
-        manifest, fault = self._from_main(self._manifest(folder) if self._world.is_main else None)
+        manifest, fault = self._world.on_main(lambda: read_manifest(folder))
         faults = [fault]
         if manifest is not None:  # every file is read by one rank
             mine = sorted(manifest["files"].items())[self._world.rank :: self._world.size]
             faults = [None] * self._world.size
             dist.all_gather_object(faults, first_fault(folder, mine), group=self._group)
-        if any(faults):
+        if manifest is None or any(faults):
             for text in filter(None, faults):
                 self._world.say(f"WARNING: {text}")
             return None
@@ -217,29 +240,16 @@ class Checkpoints:
         progress: dict[str, Any] = manifest["progress"]
         return progress
 
-    def _manifest(self, folder: Path) -> tuple[dict[str, Any] | None, str | None]:
-        manifest, fault = read_manifest(folder)
-        if manifest is not None and manifest["identity"] != self._identity:
-            differences = describe_differences(manifest["identity"], self._identity)
-            return None, f"{folder} belongs to another run ({differences})"
-        return manifest, fault
-
-    def best(self) -> Path | None:
-        """The checkpoint of the lowest score; None where none has one."""
-        self.wait()
-        found: Path | None = self._from_main(self._lowest() if self._world.is_main else None)
-        return found
-
-    def _lowest(self) -> Path | None:
-        read = [(read_manifest(path)[0], path) for path in sorted(self._dir.glob("step-*"))]
-        scored = [(m["score"], path) for m, path in read if m is not None and m["score"] is not None]
-        return min(scored)[1] if scored else None
+    def _by_score(self) -> list[tuple[float, str]]:
+        """Score and name of the checkpoints that have a score, the lowest first."""
+        read = [(read_manifest(path)[0], path.name) for path in self._dir.glob("step-*")]
+        return sorted((m["score"], name) for m, name in read if m is not None and m["score"] is not None)
 
     def discard(self) -> None:
         """Remove them all: the run is finished."""
         self.wait()
         if self._world.is_main:
-            shutil.rmtree(self._dir)
+            shutil.rmtree(self._dir, ignore_errors=True)  # the next start of the finished run does it otherwise
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -247,11 +257,6 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         """Let a write in flight end, whatever ends the run: the process group goes next, and the write needs it."""
         self._thread.shutdown()
-
-    def _from_main(self, value: Any) -> Any:
-        held = [value]
-        dist.broadcast_object_list(held, group=self._group)
-        return held[0]
 
 
 def _state(model: PackedLoss, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
@@ -318,10 +323,10 @@ def _load_planner() -> dcp.DefaultLoadPlanner:
 
 
 def _remove(folder: Path) -> None:
-    """A folder of that name is there whole or not at all."""
+    """A folder of that name is there whole or not at all; what cannot be deleted now is at the next start."""
     aside = folder.with_name(f".{folder.name}.old")
     folder.rename(aside)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def describe_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -15,6 +16,7 @@ from micota_fast.errors import InputError
 from micota_fast.model.decoder import Decoder, parameter_shapes
 from micota_fast.model.safetensors_io import save_checkpoint
 from micota_fast.train.parallel import World
+from micota_fast.train.storage import require_room
 
 
 def export(
@@ -44,20 +46,28 @@ def export(
         InputError: on all ranks, where rank 0 could not write.
     """
     weights = _Gathered(decoder)
-    fault: list[str | None] = [None]
-    if world.is_main:
+    stored = getattr(torch, dtype or decoder.config.dtype_name or "float32", torch.float32)
+    size = stored.itemsize * sum(shape.numel() for shape in parameter_shapes(decoder.config).values())
+
+    def write() -> None:
         for partial in (out, *out.parent.glob(f".{out.name}.*")):  # of an export that was killed
             shutil.rmtree(partial, ignore_errors=True)
         try:
+            require_room(out.parent, size)
             save_checkpoint(
                 weights, decoder.config, source, out, dtype, max_shard_bytes, extra_files={"README.md": card}
             )
-        except (InputError, OSError) as error:
-            fault = [f"{out} could not be written: {error}"]
-    weights.drain()
-    dist.broadcast_object_list(fault)
-    if fault[0] is not None:
-        raise InputError(f"{fault[0]}. The checkpoints are kept; mend it and give the same command again")
+        except (InputError, OSError, SafetensorError) as error:
+            raise InputError(
+                f"{out} ({size:,} bytes of weights) could not be written: {error}. The checkpoints are kept: the same "
+                f"command goes on from the last"
+            ) from None
+        finally:
+            weights.drain()
+
+    if not world.is_main:
+        weights.drain()
+    world.on_main(write)
 
 
 class _Gathered(Mapping[str, Tensor]):

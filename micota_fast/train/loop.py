@@ -44,7 +44,7 @@ def train(config: TrainConfig, profile: bool = False) -> bool:
     """
     require_trackers(config)
     out = Path(config.out)
-    with world(config.device, config.mesh) as here, only_trainer(out, here), StopSignals(here) as stop:
+    with StopSignals() as stop, world(config.device, config.mesh) as here, only_trainer(out, here):
         with ExitStack() as stack:
             finished = _train(config, out, here, stop, profile, stack)
         if not finished and stop.by_hand:
@@ -74,6 +74,9 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
     progress = checkpoints.restore(model, optimizer) or {"step": 0, "skipped": {"in_a_row": 0, "in_all": 0}}
     start = progress["step"]
     validation.state = progress.get("validation", validation.state)
+    if start < total and stop.agreed(world):
+        world.say(f"stopped before step {start + 1}; the same command goes on from there")
+        return False
     watch = Stopwatch(world.device)
     meters = Meters(config, out, world, progress, total, steps, flops_per_token, watch)
     trace = stack.enter_context(profiler(out, world)) if profile else None
@@ -104,11 +107,12 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
         done = step + 1
         watch.lap("report")
         meters.record(loss, grad_norm, done, done / steps.steps_per_epoch, lr, n_supervised, n_tokens)
-        stopping = stop.agreed() and done < total
         validation_loss = None
         if held_out is not None and (done % validate_every == 0 or done == total):
             watch.lap("validation")
             validation_loss = validation.measure(model, done)
+            watch.lap("report")
+        stopping = stop.agreed(world) and done < total
         save = stopping or validation_loss is not None or done % checkpoint_every == 0 or done == total
         report = save or done % config.log_every == 0
         if report:
@@ -131,20 +135,19 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
 
     checkpoints.wait()
     metrics, chosen = meters.last, f"The weights are those after the last step, {progress['step']:,}."
-    best = checkpoints.best() if config.early_stop is not None else None
+    best = checkpoints.load_best(model) if config.early_stop is not None else None
     if best is not None:
-        checkpoints.load(best, model)
-        metrics = {"step": validation.state["step"], "validation_loss": validation.state["lowest"]}
+        metrics = dict(zip(("step", "validation_loss"), best, strict=True))
         chosen = (
             f"The weights are those after step {metrics['step']:,} of {progress['step']:,}, the best on held-out rows."
         )
     world.say(chosen)
     card = model_card(config.model, config.data, identity, facts, metrics, chosen)
     export(model.decoder, source, out / "model", world, card, config.save_dtype)
-    if world.is_main:
-        speed = {"steps": progress["step"] - start, **meters.close()}
-        results = {"final": meters.last, "validation": validation.state, "skipped_steps": meters.skipped["in_all"]}
-        write_json(out / "summary.json", {"identity": identity, **facts, **results, "timing": speed})
+    speed = {"steps": progress["step"] - start, **meters.close()}
+    results = {"final": meters.last, "validation": validation.state, "skipped_steps": meters.skipped["in_all"]}
+    summary = {"identity": identity, **facts, **results, "timing": speed}
+    world.on_main(lambda: write_json(out / "summary.json", summary))
     checkpoints.discard()
     return True
 

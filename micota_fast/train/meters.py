@@ -18,6 +18,7 @@ from micota_fast.errors import InputError
 from micota_fast.recipe import TrainConfig
 from micota_fast.train.parallel import World, compiled_graphs
 from micota_fast.train.stopwatch import Stopwatch
+from micota_fast.train.storage import written
 
 # Dense bfloat16 TFLOP/s from NVIDIA's data sheets, by a part of the device's name; the first match counts.
 PEAK_TFLOPS = (
@@ -94,11 +95,11 @@ class Meters:
         self._tensorboard, self._wandb = _trackers(config, out, start) if world.is_main else (None, None)
         self.skipped: dict[str, int] = progress["skipped"]  # steps without effect: in a row until now, and in all
         self.last: dict[str, Any] = {}
-        path = out / "metrics.jsonl"
+        self._path = out / "metrics.jsonl"
         if world.is_main:
-            _keep_steps(path, start)
-            self._file = path.open("a", encoding="utf-8")
-            self.last = _last_row(path)
+            _keep_steps(self._path, start)
+            self._file = self._path.open("a", encoding="utf-8")
+            self.last = _last_row(self._path)
         self._compiling = config.compile
         self._started = self._since = time.perf_counter()
         self._tokens = 0
@@ -126,10 +127,14 @@ class Meters:
 
         Args:
             validation_loss: of the last step, where it was measured.
+
+        Raises:
+            InputError: on all ranks, where metrics.jsonl could not be written.
         """
         figures = torch.stack(self._figures).tolist()
         now = time.perf_counter()
         timing = self._timing(now)
+        lines = ""
         for row, (loss, grad_norm) in zip(self._rows, figures, strict=True):
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if finite:
@@ -142,16 +147,20 @@ class Meters:
             if validation_loss is not None and row is self._rows[-1]:
                 finite_loss = validation_loss if math.isfinite(validation_loss) else None
                 self.last["validation_loss"] = finite_loss
+            lines += json.dumps(self.last | {"timing": timing}) + "\n"
             if self._world.is_main:
-                self._file.write(json.dumps(self.last | {"timing": timing}) + "\n")
                 self._track(self.last | timing)
-        if self._world.is_main:
-            self._file.flush()
-            print(self._lines(self.last, timing), flush=True)
-            if self._compiling:
-                print(compiled_graphs(), flush=True)
+        self._world.on_main(lambda: self._write(lines))
+        self._world.say(self._lines(self.last, timing))
+        if self._compiling:
+            self._world.say(compiled_graphs())
         self._compiling = False
         self._rows, self._figures, self._since = [], [], now
+
+    def _write(self, lines: str) -> None:
+        with written(self._path, len(lines)):
+            self._file.write(lines)
+            self._file.flush()
 
     def _not_finite(self, step: int, loss: float, grad_norm: float) -> str:
         documents = self._steps.documents(step - 1).tolist()
@@ -213,7 +222,8 @@ class Meters:
     def sync(self) -> None:
         """Bring metrics.jsonl to the disk: a checkpoint must not be ahead of it."""
         if self._world.is_main:
-            os.fsync(self._file.fileno())
+            with written(self._path, 0):
+                os.fsync(self._file.fileno())
 
     def close(self) -> dict[str, float]:
         """End the files; returns the speed of the whole run since `start`."""

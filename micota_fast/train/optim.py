@@ -1,5 +1,6 @@
 """AdamW: which parameters it trains, its learning rate, and steps that wait for nothing and survive a bad gradient."""
 
+import difflib
 import fnmatch
 import math
 
@@ -21,9 +22,8 @@ def freeze(model: nn.Module, patterns: list[str]) -> int:
     for pattern in patterns:
         matching = fnmatch.filter(named, pattern)
         if not matching:
-            raise InputError(
-                f"`freeze`: {pattern!r} matches no parameter; their names are like {', '.join([*named][:3])}"
-            )
+            near = ", ".join(difflib.get_close_matches(pattern, named, cutoff=0))
+            raise InputError(f"`freeze`: {pattern!r} matches no parameter; the nearest names are {near}")
         for name in matching:
             named[name].requires_grad_(False)
     if not any(p.requires_grad for p in named.values()):

@@ -3,10 +3,10 @@
 import gc
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from micota_fast.model.attention import Backend, PackedAttention
 from micota_fast.model.decoder import Decoder
 from micota_fast.recipe import MeshConfig, TrainSettings
 from micota_fast.train.recompute import recomputed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,24 @@ class World:
         """Wait until every process is here."""
         if self.size > 1:
             dist.barrier()
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What `function` returns on rank 0, on every rank: what one rank saw, all go by. Waits for no device.
+
+        Raises:
+            InputError: on every rank, where `function` raised it.
+        """
+        held: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                held[0] = function()
+            except InputError as error:
+                held[1] = str(error)
+        dist.broadcast_object_list(held, group=self.hosts)
+        if held[1] is not None:
+            raise InputError(held[1])
+        result: T = held[0]
+        return result
 
 
 @contextmanager
@@ -131,14 +151,14 @@ class PackedLoss(nn.Module):
         )
 
 
-# For a rank that has run out of packs, as all must join in the collectives: one token without a target, so a loss and
-# gradients of zero.
+# For a rank that has run out of packs, as all must join in the collectives: tokens without a target, so a loss and
+# gradients of zero. Two, as every document has at least: of one, torch.compile makes a graph of its own.
 IDLE = PackedBatch(
-    input_ids=torch.zeros(1, dtype=torch.int64),
-    position_ids=torch.zeros(1, dtype=torch.int64),
-    cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
-    max_seqlen=1,
-    targets=torch.full((1,), IGNORE_INDEX),
+    input_ids=torch.zeros(2, dtype=torch.int64),
+    position_ids=torch.arange(2),
+    cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
+    max_seqlen=2,
+    targets=torch.full((2,), IGNORE_INDEX),
     token_weights=None,
     n_supervised=0,
     doc_ids=(),

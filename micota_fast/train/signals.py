@@ -1,5 +1,7 @@
 """Ending early on request: the step at hand is finished and kept, and all processes decide alike."""
 
+import contextlib
+import os
 import signal
 from types import FrameType
 
@@ -13,13 +15,13 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """Notes the signals that ask for an end; the third one ends the process at once."""
+    """Notes the signals that ask for an end, however often each comes; a third Ctrl-C ends the process at once."""
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self.by_hand = False  # after `agreed`: whether Ctrl-C was among them, so whatever started us is to stop, too
 
     def __enter__(self) -> "StopSignals":
-        self._received: list[int] = []
         self._before = {n: signal.signal(n, self._note) for n in STOPPING}
         return self
 
@@ -28,20 +30,19 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number not in self._received:
+            # Not by print: the signal may have come in the middle of one, which cannot be entered twice.
+            text = f"{signal.Signals(number).name}: stopping after this step, with a checkpoint\n"
+            with contextlib.suppress(OSError):  # whoever reads it may be gone
+                os.write(2, text.encode())
         self._received.append(number)
-        if len(self._received) > 2:
+        if self._received.count(signal.SIGINT) > 2:
             raise KeyboardInterrupt
-        print(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint", flush=True)
 
-    def agreed(self) -> bool:
+    def agreed(self, world: World) -> bool:
         """Whether any process was asked to end, the same answer on all. Takes the hosts' time, never the device's."""
-        if self._world.hosts is None:
-            return bool(self._received)
-        asked = torch.tensor(float(len(self._received)))
-        dist.all_reduce(asked, group=self._world.hosts)
-        return bool(asked > 0)
-
-    @property
-    def by_hand(self) -> bool:
-        """Whether Ctrl-C was among them: then whatever started this process is to stop, too."""
-        return signal.SIGINT in self._received
+        asked = torch.tensor([bool(self._received), signal.SIGINT in self._received], dtype=torch.int32)
+        if world.hosts is not None:
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=world.hosts)
+        stop, self.by_hand = map(bool, asked.tolist())
+        return stop

@@ -59,8 +59,13 @@ def profiler(out: Path, world: World) -> Iterator[torch.profiler.profile]:
     Call `step()` on what is yielded after each step. A run that ends before has no trace, and says so.
     """
     path = out / "profile" / f"rank-{world.rank:05d}.json.gz"
+    written = False  # one of an earlier start may be there
 
     def write(profile: torch.profiler.profile) -> None:
+        nonlocal written
+        if profile.step_num < 4:  # torch calls this at an early end, too
+            return
+        written = True
         path.parent.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(path))
         world.say(f"profile: {path.parent} (open it at https://ui.perfetto.dev)")
@@ -71,5 +76,5 @@ def profiler(out: Path, world: World) -> Iterator[torch.profiler.profile]:
     schedule = torch.profiler.schedule(wait=1, warmup=1, active=2, repeat=1)
     with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=write) as profile:
         yield profile
-    if not path.exists():
+    if not written:
         world.say("WARNING: the run had too few steps left for a profile: four are needed")

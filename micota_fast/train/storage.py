@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from micota_fast.model.folder import sync
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL"}
+_MEND = "mend it and give the same command again to go on from the last checkpoint"
 _SLACK = 1 << 20  # bytes beside the tensors: headers and manifest
 
 
@@ -57,33 +59,28 @@ class CheckpointWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On rank 0, which knows what all will write: is there room?"""
         pieces = [item.tensor_data for plan in plans for item in plan.items if item.tensor_data is not None]
-        needed = _SLACK + sum(piece.chunk.sizes.numel() * piece.properties.dtype.itemsize for piece in pieces)
-        free = shutil.disk_usage(self._aside).free
-        if needed > free:
-            raise InputError(f"it needs {_gb(needed)} and {_gb(free)} are free on the disk of {self._aside.parent}")
+        sizes = (piece.chunk.sizes.numel() * piece.properties.dtype.itemsize for piece in pieces)
+        require_room(self._aside.parent, _SLACK + sum(sizes))
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         path = self._aside / f"rank-{self._rank:05d}.safetensors"
         offsets = {item.index.fqn: list(item.index.offset or ()) for item in plan.items}
         tensors = {item.index.fqn: cast(Tensor, planner.resolve_data(item)) for item in plan.items}
-        try:
+        with written(path, sum(tensor.nbytes for tensor in tensors.values())):
             size, digest = _write_safetensors(path, tensors, offsets)
-        except OSError as error:
-            needed = sum(tensor.nbytes for tensor in tensors.values())
-            free = shutil.disk_usage(self._aside).free
-            raise InputError(f"{path}: {error.strerror} ({_gb(needed)} to write, {_gb(free)} free)") from None
-        written: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
-        written.set_result([WriteResult(MetadataIndex(path.name), size, digest)])
-        return written
+        result: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        result.set_result([WriteResult(MetadataIndex(path.name), size, digest)])
+        return result
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On rank 0, when all have written."""
         files = {r.index.fqn: {"bytes": r.size_in_bytes, "sha256": r.storage_data} for rank in results for r in rank}
         path = self._aside / "manifest.json"
         write_json(path, self._manifest | {"files": files})
-        path.with_suffix(".sha256").write_text(f"{sha256(path)}  {path.name}\n")
-        sync(path.with_suffix(".sha256"))
+        with written(path.with_suffix(".sha256"), 100):
+            path.with_suffix(".sha256").write_text(f"{sha256(path)}  {path.name}\n")
+            sync(path.with_suffix(".sha256"))
         sync(self._aside)
         self._publish()
 
@@ -122,7 +119,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """The manifest and None; or None and what is wrong with it."""
+    """The manifest and None; or None and what is wrong with it or with the list of files."""
     path = folder / "manifest.json"
     try:
         text = path.read_bytes()
@@ -131,7 +128,11 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
         return None, f"{folder} is torn: {error}"
     if expected != f"{hashlib.sha256(text).hexdigest()}  {path.name}\n".encode():
         return None, f"{path} is not what was written, by manifest.sha256"
-    return json.loads(text), None
+    manifest = json.loads(text)
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name not in manifest["files"]:  # torch's reader takes whatever lies there
+            return None, f"{file} is none of the files that {path.name} lists"
+    return manifest, None
 
 
 def first_fault(folder: Path, files: list[tuple[str, dict[str, Any]]]) -> str | None:
@@ -146,8 +147,23 @@ def first_fault(folder: Path, files: list[tuple[str, dict[str, Any]]]) -> str | 
     return None
 
 
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:,.3f} GB"
+@contextmanager
+def written(path: Path, needed: int) -> Iterator[None]:
+    """What the block writes to `path`, about `needed` bytes; InputError says how much room there is if that fails."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        raise InputError(
+            f"{path} could not be written: {error.strerror or error} ({needed:,} bytes to write, {free:,} free); {_MEND}"
+        ) from None
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Raise InputError where the disk of `folder` has no room for so many bytes more."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(f"it needs {needed:,} bytes and {free:,} are free on the disk of {folder}; {_MEND}")
 
 
 def sha256(path: Path) -> str:
@@ -157,9 +173,11 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is there whole or not at all, also after a power failure."""
+    """Write a file that is there whole or not at all, also after a power failure; InputError where it cannot be."""
+    text = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(aside)
-    os.replace(aside, path)
-    sync(path.parent)
+    with written(path, len(text)):
+        aside.write_bytes(text)
+        sync(aside)
+        os.replace(aside, path)
+        sync(path.parent)
