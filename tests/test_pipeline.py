@@ -5,10 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
+from training_runs import metrics, train_config
 
 from micota_fast.errors import InputError
 from micota_fast.graph import Artefact, Stage
@@ -239,3 +243,34 @@ def test_sigkill_anywhere_then_the_same_bytes(sources: Path, tmp_path_factory: p
         relative = f"run/corpus/{name}/corpus.jsonl"
         assert (sources / relative).read_bytes() == (calm / relative).read_bytes()
     assert json.loads((sources / "run/corpus/mix/done.json").read_text())["stage"] == "corpus/mix"
+
+
+@pytest.mark.slow
+def test_a_training_that_a_signal_ended_is_not_taken_for_done(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    """Under torchrun it ends with status 0, as one that is finished does; what it left tells them apart."""
+    config = train_config(qwen2_checkpoint, tmp_path, out=str(tmp_path / "run" / "student"), epochs=30.0)
+    inputs = (Artefact(config.model), Artefact(config.data))
+    stage = Stage("student", "train", config, inputs, ("model", "metrics.jsonl", "summary.json"))
+
+    def end_a_trainer() -> None:
+        while len(metrics(config)) < 3:
+            time.sleep(0.01)
+        trainers = [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if "micota_fast.train" in process.cmdline() and "torch.distributed.run" not in process.cmdline()
+        ]
+        trainers[-1].terminate()
+
+    signaller = threading.Thread(target=end_a_trainer)
+    signaller.start()
+    run = Run([stage], replace(ONE_JOB, nproc=2), tmp_path / "run")
+    with pytest.raises(InputError, match=r"student ended before it was finished and left no model, summary\.json"):
+        run.run(lambda line: None)
+    signaller.join()
+    assert states(run) == {"student": "partial"}
+    assert 3 <= len(metrics(config)) < 120
+    Run([stage], ONE_JOB, tmp_path / "run").run(lambda line: None)
+    assert states(run) == {"student": "done"}
+    assert [row["step"] for row in metrics(config)] == list(range(1, 121))
+    assert "going on with 1 processes where 2 processes wrote" in (tmp_path / "run/student/log.txt").read_text()

@@ -16,7 +16,8 @@ def main() -> int:
     """Train as the configuration says.
 
     Returns 0, also where SIGTERM or SIGUSR1 ended it early with a checkpoint (OUT/summary.json is there only once it is
-    finished); 2 for what the user can mend; 130 where Ctrl-C ended it early, with a checkpoint, too.
+    finished); 2 for what the user can mend; 130 where Ctrl-C ended it early, with a checkpoint, too. torchrun has a
+    status of its own: 1 where it was signalled itself (scripts/train.sh sees to that) or a trainer did not return 0.
     """
     if os.environ.get("MICOTA_DIE_WITH_PARENT") == "1":
         _die_with_parent()

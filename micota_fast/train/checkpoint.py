@@ -227,13 +227,15 @@ class Checkpoints:
         else:
             _make_state(stored, model, optimizer)
             targets = dict(_state(model, optimizer))
-            if (manifest["processes"], manifest["replicas"]) == (self._world.size, self._world.replicas):
+            there = _layout(manifest["processes"], manifest["replicas"])
+            here = _layout(self._world.size, self._world.replicas)
+            if there == here:
                 targets |= {name: state for name, state in _generators(self._world).items() if name in stored}
-            else:
+            if manifest["torch"] != torch.__version__:
+                there, here = f"{there} of torch {manifest['torch']}", f"{here} of torch {torch.__version__}"
+            if there != here:
                 self._world.say(
-                    f"going on with {_layout(self._world.size, self._world.replicas)} where "
-                    f"{_layout(manifest['processes'], manifest['replicas'])} wrote {folder}: equal up to rounding, no "
-                    f"longer bit for bit"
+                    f"going on with {here} where {there} wrote {folder}: equal up to rounding, no longer bit for bit"
                 )
         dcp.load(targets, storage_reader=reader, planner=_load_planner(), process_group=self._group)
         _set_generators(targets, self._world)

@@ -64,24 +64,30 @@ def identity_of(
 
 
 def is_finished(out: Path, identity: dict[str, Any], world: World) -> bool:
-    """Whether `out` holds this run's result.
+    """Whether `out` holds this run's result, as rank 0 sees it.
 
     Raises:
-        InputError: it holds another run's.
+        InputError: on all ranks: it holds another run's, or summary.json is damaged.
     """
-    try:
-        theirs = json.loads((out / "summary.json").read_text(encoding="utf-8"))["identity"]
-    except FileNotFoundError:
-        return False
-    if differences := describe_differences(theirs, identity):
-        raise InputError(
-            f"{out} holds the result of another run ({differences}); "
-            f"choose another `out`, or delete {out} to replace it"
-        )
-    if not (out / "model" / "config.json").is_file():
+
+    def look() -> bool:
+        path = out / "summary.json"
+        try:
+            theirs = json.loads(path.read_bytes())["identity"]
+        except FileNotFoundError:
+            return False
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}); delete {out} to start over") from None
+        if differences := describe_differences(theirs, identity):
+            raise InputError(
+                f"{out} holds the result of another run ({differences}); "
+                f"choose another `out`, or delete {out} to replace it"
+            )
+        return (out / "model" / "config.json").is_file()
+
+    if not world.on_main(look):
         return False
     world.say(f"{out} holds the finished result of this run already")
-    world.barrier()
     if world.is_main:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)  # killed between writing summary.json and their removal
     return True

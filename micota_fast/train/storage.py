@@ -154,9 +154,8 @@ def written(path: Path, needed: int) -> Iterator[None]:
         yield
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        raise InputError(
-            f"{path} could not be written: {error.strerror or error} ({needed:,} bytes to write, {free:,} free); {_MEND}"
-        ) from None
+        room = f"{needed:,} bytes to write, {free:,} free"
+        raise InputError(f"{path} could not be written: {error.strerror or error} ({room}); {_MEND}") from None
 
 
 def require_room(folder: Path, needed: int) -> None:
