@@ -20,7 +20,7 @@ from loss_cases import IGNORE_INDEX, MISS_AT, MISS_QUANTILES, Case, grid  # noqa
 from micota_fast.kernels.reference import dense_linear_cross_entropy  # noqa: E402
 
 # Where a GPU is present the programs measure that instead, which takes longer than a test may.
-CPU_ALONE = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+CPU_ALONE = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MERGEKIT_PYTHON": ""}
 
 
 def run(program: str, out: Path) -> tuple[str, list[dict[str, Any]]]:
@@ -80,6 +80,20 @@ def test_row_filter(tmp_path: Path) -> None:
         if row["row_filter"] == 1e-2:
             assert row["share_left_out"] > 0.5, "trained models are sure of most tokens of their own world"
             assert row["error_weight"] > 0
+
+
+def test_merge(tmp_path: Path) -> None:
+    shown, rows = run("merge.py", tmp_path / "rows.jsonl")
+    assert shown.startswith("absent: mergekit: no --mergekit-python\n")
+    assert (rows[0]["contestant"], rows[0]["status"]) == ("mergekit", "absent")
+    assert [(row["method"], row["contestant"]) for row in rows[1:]] == [
+        (method, contestant) for method in ("ties", "dare_ties") for contestant in ("micota", "cp", "read, write")
+    ]
+    for row in rows[1:]:
+        assert_origin(row)
+        assert row["min_s"] <= row["median_s"] <= row["max_s"]
+        assert row["of_cp"] > 0
+        assert row["peak_own_bytes"] < row["peak_mapped_bytes"] or row["contestant"] != "micota"
 
 
 def test_packing_appends(tmp_path: Path) -> None:

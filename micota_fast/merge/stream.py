@@ -16,16 +16,15 @@ import numpy as np
 
 import micota_fast
 from micota_fast.errors import InputError
+from micota_fast.merge import methods
 from micota_fast.merge.inputs import HEAD, Checkpoint, match
-from micota_fast.merge.kernels import BLOCK
 from micota_fast.merge.mergekit import MergePlan, read_mergekit
-from micota_fast.merge.methods import Scratch, TensorMerge
+from micota_fast.merge.methods import TensorMerge
 from micota_fast.merge.output import Layout, ShardWriter, result_code, write_json
 from micota_fast.merge.settings import depth_of
 from micota_fast.model.folder import COPIED_FILES, publish, sync
 from micota_fast.recipe import MergeConfig
 
-_CHUNK = 16 * BLOCK  # elements that a thread takes at a time
 _AHEAD = 4  # chunks a thread that are prepared and read ahead
 _REPORT = "merge.json"
 _SWEEP = "weight-"
@@ -60,6 +59,7 @@ def merge_plans(plans: dict[str, MergePlan], out: Path, seed: int, max_shard_byt
         plans: by folder; a sole plan's may be "", which is `out` itself.
         max_shard_bytes: weights above it are split into shards.
     """
+    out = out.absolute()  # "." has no name
     if out.exists() and not _is_former(out):
         raise InputError(f"{out} exists and is not a former merge; remove it or choose another place")
     aside = out.with_name(f".{out.name}.partial")
@@ -94,7 +94,8 @@ def _write(plans: list[MergePlan], folders: list[Path], seed: int, max_shard_byt
     plan = plans[0]
     order = [entry.model for entry in plan.inputs]
     order = order if plan.method == "linear" else [plan.base, *order]  # linear's base is one of its inputs
-    models = {name: stack.enter_context(closing(Checkpoint(name))) for name in (plan.base, *order)}
+    names = dict.fromkeys([plan.base, *order])
+    models = {name: stack.enter_context(closing(Checkpoint(name))) for name in names}
     base = models[plan.base]
     matched = match(list(models.values()))
     layout = {
@@ -104,7 +105,6 @@ def _write(plans: list[MergePlan], folders: list[Path], seed: int, max_shard_byt
     layers = base.config.num_hidden_layers
     scalars = {tensor: [each.at(tensor, depth_of(tensor, layers)) for each in plans] for tensor in layout}
     writers = [stack.enter_context(closing(ShardWriter(folder, layout, max_shard_bytes))) for folder in folders]
-    scratch = Scratch(len(order))
 
     def tensors() -> Iterator[TensorMerge]:
         for tensor, (_, code) in layout.items():
@@ -114,7 +114,7 @@ def _write(plans: list[MergePlan], folders: list[Path], seed: int, max_shard_byt
                 source.read_ahead()
             write = [partial(writer.write, tensor) for writer in writers]
             donor = order.index(plan.base)
-            yield TensorMerge(tensor, plan.method, scalars[tensor], sources, donor, code, seed, write, scratch)
+            yield TensorMerge(tensor, plan.method, scalars[tensor], sources, donor, code, seed, write)
 
     fingerprints = _run(tensors())
     made_of = [_fingerprint(layout, fingerprints, i) for i in range(len(order))]
@@ -169,9 +169,9 @@ class _Running:
                 size, work = self._passes.send([chunk.result() for chunk in self._chunks])
         except StopIteration:
             return 0
-        starts = range(0, size, _CHUNK)
+        starts = range(0, size, methods.CHUNK)
         self.left = len(starts)
-        self._chunks = [pool.submit(work, start, min(start + _CHUNK, size)) for start in starts]
+        self._chunks = [pool.submit(work, start, min(start + methods.CHUNK, size)) for start in starts]
         for chunk in self._chunks:
             chunk.add_done_callback(lambda _: done.put(self))
         return self.left

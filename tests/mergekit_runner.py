@@ -1,0 +1,58 @@
+"""Run by an interpreter that has mergekit: its own command, with what it leaves to chance fixed.
+
+python mergekit_runner.py CONFIG OUT MASKS     merge; sorts are stable; DARE's masks come from MASKS (safetensors)
+python mergekit_runner.py sparsify IN OUT      sparsify the tensor `delta` of IN at random many times; write moments
+"""
+
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def merge(config: str, out: str, masks: str) -> None:
+    """`mergekit-yaml CONFIG OUT`."""
+    from click.testing import CliRunner
+    from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge as Method
+    from mergekit.scripts.run_yaml import main
+
+    argsort, bernoulli, merge_group = torch.argsort, torch.bernoulli, Method.merge_group
+    given, now = load_file(masks), {}
+
+    def note(self, group, /, **parameters):
+        # Which of its calls draw: those for a density below 1, in the order of the models.
+        sparse = [i for i, entry in enumerate(group.non_base) if parameters["density"][entry.id] < 1]
+        now.update(name=group.metadata.name, indices=iter(sparse))
+        return merge_group(self, group, **parameters)
+
+    def draw(probabilities, **options):
+        bernoulli(probabilities, **options)
+        return given.pop(f"{now['name']}|{next(now['indices'])}").to(probabilities.dtype).view_as(probabilities)
+
+    Method.merge_group, torch.bernoulli = note, draw
+    # Its sort leaves open which of equal magnitudes comes first.
+    torch.argsort = lambda tensor, descending: argsort(tensor, descending=descending, stable=True)
+    result = CliRunner().invoke(main, [config, out, "--quiet"])
+    if result.exception is not None:
+        raise result.exception
+    assert not given, f"not asked for: {sorted(given)}"
+
+
+def moments(source: str, out: str) -> None:
+    """Mean and standard deviation over seeds of every element after DARE's dropping and rescaling."""
+    from mergekit.sparsify import RescaleNorm, SparsificationMethod, sparsify
+
+    delta = load_file(source)["delta"]
+    runs = []
+    for seed in range(2000):
+        torch.manual_seed(seed)
+        runs.append(sparsify(delta, 0.4, SparsificationMethod.random, rescale_norm=RescaleNorm.l1))
+    stacked = torch.stack(runs).double()
+    save_file({"mean": stacked.mean(0), "sd": stacked.std(0)}, out)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "sparsify":
+        moments(*sys.argv[2:])
+    else:
+        merge(*sys.argv[1:])
