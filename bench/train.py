@@ -8,6 +8,8 @@ one pass over the documents to warm up and then the one that is timed, from the 
 work on the data that a step needs is in that time; imports, loading, packing, checkpoint and export are not.
 
 - tokens/s: real tokens, padding not counted; supervised/s: those with a loss (all but each document's first);
+- / CPU s: tokens per second of a processor's work in the timed pass (all threads, waiting in a loop included). Where a
+  machine is shared it is the steadier figure: others' work adds to the seconds that pass, hardly to these;
 - used: model FLOP/s on real tokens (`Decoder.flops_per_token`), on a GPU over its data sheet's peak for bfloat16 (MFU),
   on a CPU over what a product of two 2,048 x 2,048 matrices of the same type reached in this run ("bare GEMM", the best
   of all turns);
@@ -99,9 +101,10 @@ def figures(given: Prepared, results: list[Row], peak: float | None) -> Row:
     speed = statistics.median(speeds)
     memory = [result["peak_device_bytes"] or result["peak_rss_bytes"] for result in results]
     return results[-1] | {
-        "pass_s": [seconds for result in results for seconds in result["pass_s"]],
+        **{key: [x for result in results for x in result[key]] for key in ("pass_s", "pass_cpu_s")},
         "tokens_per_s": speed,
         "tokens_per_s_range": [min(speeds), max(speeds)],
+        "tokens_per_cpu_s": statistics.median(given.tokens / cpu for result in results for cpu in result["pass_cpu_s"]),
         "supervised_per_s": speed * given.supervised / given.tokens,
         "flop_per_token": flop_per_token,
         "peak_flop_per_s": peak,
@@ -121,17 +124,17 @@ def line(row: Row, trl: Row | None) -> str:
     used = f"{row['utilisation']:.1%}" if row["utilisation"] else "unknown"
     against = f"{row['tokens_per_s'] / trl['tokens_per_s']:.2f}" if trl else "-"
     mib = f"{row['peak_bytes'] / (1 << 20):,.0f}" if row["peak_bytes"] else "unknown"
-    notes = [row["attention"]]
+    notes = [str(row["attention"])]
     notes += [f"{row['padding']:.0%} padding"] if row.get("padding") else []
     notes += [f"leak {row['leak']:.1e}"] if "leak" in row else []
     return (
         f"{start} {row['tokens_per_s']:>9,.0f} {f'[{low:,.0f}, {high:,.0f}]':>18} {row['supervised_per_s']:>12,.0f}"
-        f" {against:>8} {used:>8} {mib:>8} {row['loss']:>7.4f}  {'; '.join(notes)}"
+        f" {against:>8} {row['tokens_per_cpu_s']:>8,.0f} {used:>8} {mib:>8} {row['loss']:>7.4f}  {'; '.join(notes)}"
     )
 
 
-COLUMNS = "tokens/s", "[min, max]", "supervised/s", "/ packed", "used", "MiB", "loss"
-HEADING = " ".join([" " * 27, *(f"{name:>{n}}" for name, n in zip(COLUMNS, (9, 18, 12, 8, 8, 8, 7), strict=True))])
+COLUMNS = "tokens/s", "[min, max]", "supervised/s", "/ packed", "/ CPU s", "used", "MiB", "loss"
+HEADING = " ".join([" " * 27, *(f"{name:>{n}}" for name, n in zip(COLUMNS, (9, 18, 12, 8, 8, 8, 8, 7), strict=True))])
 
 
 def main() -> None:

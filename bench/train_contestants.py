@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -194,8 +195,9 @@ def run(contestant: Contestant, given: Prepared, device: str, trl_python: str, f
         folder: for what the run writes; must not exist.
 
     Returns:
-        `pass_s`, seconds of each measured pass; `loss`, mean of the steps' losses over the last one; `peak_rss_bytes`;
-        `peak_device_bytes`, None on a CPU; and what else the program says of itself. Of the GEMM, `flop_per_s`.
+        `pass_s` and `pass_cpu_s`, seconds of each measured pass and those that processors worked in it; `loss`, mean of
+        the steps' losses over the last one; `peak_rss_bytes`; `peak_device_bytes`, None on a CPU; and what else the
+        program says of itself. Of the GEMM, `flop_per_s`.
 
     Raises:
         RuntimeError: it failed; the last line of what it printed says why.
@@ -238,8 +240,8 @@ def run(contestant: Contestant, given: Prepared, device: str, trl_python: str, f
     if process.returncode:
         raise RuntimeError(_message(folder))
     result: Row = json.loads((folder / "result.json").read_text())
-    if "pass_s" in result:
-        result["pass_s"] = result["pass_s"][WARM_UP_PASSES:]
+    for key in {"pass_s", "pass_cpu_s"} & result.keys():
+        result[key] = result[key][WARM_UP_PASSES:]
     return result | {"peak_device_bytes": memory.peak}
 
 
@@ -271,11 +273,12 @@ def _run_ours(contestant: Contestant, given: Prepared, device: str, folder: Path
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     metrics, memory = folder / "out" / "metrics.jsonl", DeviceMemory(device)
     with _started([sys.executable, "-m", "micota_fast.train", str(folder / "config.yaml")], folder) as process:
-        while True:
+        cpu: list[float] = []  # at the end of each pass
+        while len(cpu) < passes:
             ended, rows = process.poll() is not None, _rows(metrics)
-            if len(rows) >= steps * passes:
-                break
-            if ended:
+            if len(rows) >= steps * (len(cpu) + 1):
+                cpu.append(cpu_seconds(process.pid))
+            elif ended:
                 raise RuntimeError(f"ended after {len(rows)} of {steps * passes} steps: {_message(folder)}")
             memory.sample()
             time.sleep(0.02)
@@ -286,14 +289,21 @@ def _run_ours(contestant: Contestant, given: Prepared, device: str, folder: Path
         counted = tuple(sum(row[key] for row in of_pass) for key in ("tokens", "supervised"))
         if counted != (given.tokens, given.supervised):
             raise RuntimeError(f"{counted} tokens and supervised ones in a pass of {given.tokens}, {given.supervised}")
-    said = (folder / "output.txt").read_text()
+    said = re.search(r"^attention: (\w+)", (folder / "output.txt").read_text(), re.MULTILINE)
     return {
         "pass_s": [given.tokens / of_pass[-1]["timing"]["tokens_per_s"] for of_pass in by_pass],
+        "pass_cpu_s": [after - before for before, after in itertools.pairwise(cpu)][WARM_UP_PASSES - 1 :],
         "loss": sum(row["loss"] for row in by_pass[-1]) / steps,
         "peak_rss_bytes": peak,
         "peak_device_bytes": memory.peak,
-        "attention": next((line for line in said.splitlines() if line.startswith("attention: ")), "")[11:],
+        "attention": said and said[1],
     }
+
+
+def cpu_seconds(process: int) -> float:
+    """Seconds for which processors have worked for it so far, on Linux (proc_pid_stat(5): utime and stime)."""
+    after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class DeviceMemory:

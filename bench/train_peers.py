@@ -55,13 +55,16 @@ class Passes:
         self.marks.append(self._now())
 
     def result(self) -> Result:
-        seconds = [after - before for before, after in itertools.pairwise(self.marks)]
-        return {"pass_s": seconds, "peak_rss_bytes": peak_rss_bytes()}
+        (wall, cpu), of_pass = (
+            zip(*self.marks, strict=True),
+            lambda marks: [b - a for a, b in itertools.pairwise(marks)],
+        )
+        return {"pass_s": of_pass(wall), "pass_cpu_s": of_pass(cpu), "peak_rss_bytes": peak_rss_bytes()}
 
-    def _now(self) -> float:
+    def _now(self) -> tuple[float, float]:
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return time.perf_counter(), time.process_time()
 
 
 def peak_rss_bytes(process: int | str = "self") -> int | None:

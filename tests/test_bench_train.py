@@ -54,6 +54,9 @@ def test_contestants_train_alike_and_a_broken_one_is_a_row(prepared: Prepared, m
         assert row["tokens_per_s"] * row["pass_s"][0] == pytest.approx(prepared.tokens)
         assert row["supervised_per_s"] * row["pass_s"][0] == pytest.approx(prepared.supervised)
         assert row["peak_bytes"] > 100 << 20  # torch alone takes that
+        # One thread: no more work than time, up to the clock's ticks and what passes until the end of a pass is seen.
+        assert 0 < row["pass_cpu_s"][0] < row["pass_s"][0] + 0.2
+    assert ours["attention"] == "sdpa"
     assert not (prepared.folder / "run").exists()
 
 

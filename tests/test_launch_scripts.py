@@ -1,5 +1,6 @@
 """scripts/train*: real torchruns and trainers; a signal is a checkpoint, a lost machine joins, Slurm puts back."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -75,8 +76,18 @@ def _family(pid: int) -> list[psutil.Process]:
         return []
 
 
+def trainers_of(pid: int) -> list[psutil.Process]:
+    """torchrun, and the trainers that it has started."""
+    found = []
+    for process in _family(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "micota_fast.train" in process.cmdline():
+                found.append(process)
+    return found
+
+
 def torchrun_of(pid: int) -> psutil.Process:
-    (agent,) = (process for process in _family(pid) if "torch.distributed.run" in process.cmdline())
+    (agent,) = (process for process in trainers_of(pid) if "torch.distributed.run" in process.cmdline())
     return agent
 
 
@@ -105,10 +116,11 @@ def test_one_machine(uninterrupted: TrainConfig, tmp_path: Path, launcher: Launc
     command: list[Any] = ["bash", SCRIPTS / "train.sh", written(config, tmp_path), "--set", f"lr={uninterrupted.lr}"]
     process = launcher.start(*command, NPROC=2)
     launcher.wait_until(lambda: len(metrics(config)) >= 2, process)
-    workers = [child for child in _family(process.pid) if "micota_fast.train" in child.cmdline()][-2:]
+    trainers = trainers_of(process.pid)
+    assert len(trainers) == 3
     process.terminate()
     assert launcher.status(process) == 0
-    assert not any(map(_runs, workers))
+    assert not any(map(_runs, trainers))
     text = launcher.log.read_text()
     assert f"$ {sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2 -m micota_fast.train" in text
     assert "the same command goes on from there" in text
@@ -129,10 +141,13 @@ def test_a_lost_machine_joins_again(uninterrupted: TrainConfig, tmp_path: Path, 
         here = {"PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
         return launcher.start("bash", SCRIPTS / "train_multinode.sh", config_file, **meeting, **here)
 
-    first, second = machine(0), machine(1)
+    first = machine(0)
+    # torchrun's number 0 is that of the lower process id on one machine: the one that stays.
+    launcher.wait_until(lambda: len(trainers_of(first.pid)) > 0, first)
+    second = machine(1)
     launcher.wait_until(lambda: len(checkpoint_steps(config)) > 0, first, second)
-    lost = _family(second.pid)
-    assert len([child for child in lost if "micota_fast.train" in child.cmdline()]) == 2, "torchrun and trainer"
+    lost = trainers_of(second.pid)
+    assert len(lost) == 2
     torchrun_of(second.pid).kill()  # the trainer goes with it
     second.kill()
     launcher.wait_until(lambda: not any(map(_runs, lost)))
