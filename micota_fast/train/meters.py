@@ -205,9 +205,8 @@ class Meters:
         whole = sum(timing["phase_s"].values()) or 1.0
         phases = " ".join(f"{phase} {seconds / whole:.0%}" for phase, seconds in timing["phase_s"].items())
         sizes = ", ".join(f"{size:.1f} {name}" for name, size in timing["memory_gb"].items())
-        return (
-            " | ".join([*parts, f"left {duration(timing['left_s'])}"]) + f"\n    time: {phases} | memory, GB: {sizes}"
-        )
+        step = " | ".join([*parts, f"left {duration(timing['left_s'])}"])
+        return f"    time: {phases} | memory, GB: {sizes}\n{step}"  # the step last, where whoever follows a log looks
 
     def _track(self, row: dict[str, Any]) -> None:
         flat = {key: value for key, value in row.items() if key != "step" and value is not None}
