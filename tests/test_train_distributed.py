@@ -9,12 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file
-from training_runs import checkpoint_steps, finish, kill, metrics, result, start_training, train_config, wait_until
+from training_runs import (
+    checkpoint_steps,
+    finish,
+    kill,
+    metrics,
+    result,
+    start_training,
+    train_config,
+    wait_until,
+    write_corpus,
+)
 
 from micota_fast.config import dump
+from micota_fast.errors import InputError
+from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.recipe import MeshConfig, TrainConfig
 from micota_fast.train.loop import train
+from micota_fast.train.parallel import World
+from micota_fast.train.prepare import documents_of, identity_of
 
 
 def weights_of(config: TrainConfig) -> dict[str, torch.Tensor]:
@@ -56,6 +71,7 @@ def test_two_ranks_equal_one_process_without_tied_embeddings(llama_checkpoint: P
     near(one, two)
 
 
+@pytest.mark.slow
 def test_two_killed_ranks_go_on_as_any_number(two: TrainConfig, tmp_path: Path) -> None:
     config = replace(two, out=str(tmp_path / "killed"), checkpoint_every=2)
     processes = start_training(config, world=2)
@@ -106,3 +122,15 @@ def test_a_worker_whose_agent_died_before_it_started_ends(qwen2_checkpoint: Path
     assert done.returncode == 1
     assert "the process that started this one is gone" in done.stderr
     assert not Path(config.out).exists()
+
+
+def _other_documents(here: World, config: TrainConfig, folder: Path) -> None:
+    own = replace(config, data=str(write_corpus(folder / f"corpus-{here.rank}.jsonl", seed=here.rank)))
+    source = resolve_checkpoint(config.model)
+    documents, _ = documents_of(own, source, folder)
+    with pytest.raises(InputError, match=r"rank 1 reads other documents than rank 0: .*corpus-\d"):
+        identity_of(own, source, documents, None, here)
+
+
+def test_ranks_that_read_different_documents_are_refused(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    run_ranks(2, _other_documents, tmp_path / "log", train_config(qwen2_checkpoint, tmp_path), tmp_path)

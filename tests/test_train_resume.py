@@ -280,6 +280,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
     uninterrupted: TrainConfig, qwen2_checkpoint: Path, tmp_path: Path, small_disk: Path
 ) -> None:

@@ -85,6 +85,7 @@ STOPS = {
 }
 
 
+@pytest.mark.slow
 def test_stopped_again_and_again(uninterrupted: TrainConfig, tmp_path: Path) -> None:
     config = replace(uninterrupted, out=str(tmp_path / "out"))
     log = Path(f"{config.out}.log")

@@ -45,7 +45,18 @@ def documents_of(config: TrainConfig, source: Path, out: Path) -> tuple[Document
 def identity_of(
     config: TrainConfig, source: Path, documents: Documents, held_out: Documents | None, world: World
 ) -> dict[str, Any]:
-    """All that the result depends on: the options, and the contents (not the places) of what they name."""
+    """All that the result depends on: the options, and the contents (not the places) of what they name.
+
+    Raises:
+        InputError: on all ranks: they do not read the same documents.
+    """
+    read: list[Any] = [None] * world.size
+    dist.all_gather_object(read, documents.fingerprint, group=world.hosts)
+    if other := [rank for rank, fingerprint in enumerate(read) if fingerprint != read[0]]:
+        raise InputError(
+            f"rank {other[0]} reads other documents than rank 0: {config.data}, or the tokenizer of {config.model}, is "
+            f"not the same on its machine"
+        )
     held: list[Any] = [None]
     if world.is_main:
         files = {path.name: path for name in ("config.json", *COPIED_FILES) if (path := source / name).exists()}
