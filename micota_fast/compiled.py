@@ -14,6 +14,9 @@ def compiled(function: Function) -> Function:
     The function runs without the interpreter's lock, so threads run it side by side. Division by zero gives infinity or
     NaN as in numpy: the check that Python makes would keep loops from being vectorised. Arithmetic is never reordered
     or fused, so results are the same on every CPU.
+
+    What is on disk is used as long as the function's own file is unchanged, so compiled functions that it calls have to
+    stand in that file, too.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     made: Any

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from micota_fast.merge import chunks
-from micota_fast.merge.chunks import CODES, Drops, Tensors
+from micota_fast.merge import kernels
 from micota_fast.merge.inputs import Source
-from micota_fast.merge.kernels import COARSE_BITS, FINE_BITS
+from micota_fast.merge.kernels import COARSE_BITS, CODES, FINE_BITS, Drops, Tensors
 from micota_fast.merge.mergekit import Method, Scalars
 from micota_fast.merge.output import BYTES, overflow
 
@@ -32,10 +31,10 @@ _NORM_FLOOR = 1e-8  # and does not normalize a tensor of a lesser norm
 _WEIGHT_FLOOR = 1e-8  # nor by weights of a lesser sum
 _COLLINEAR = 0.9995  # cosine beyond which slerp is linear
 _HOW = {
-    "linear": chunks.WEIGHTED_SUM,
-    "slerp": chunks.WEIGHTED_SUM,
-    "ties": chunks.AGREEING,
-    "dare_ties": chunks.AGREEING,
+    "linear": kernels.WEIGHTED_SUM,
+    "slerp": kernels.WEIGHTED_SUM,
+    "ties": kernels.AGREEING,
+    "dare_ties": kernels.AGREEING,
 }
 
 
@@ -78,7 +77,7 @@ class TensorMerge:
         self._tensors = _tensors(sources)
         count = len(sources) - 1 if method not in ("linear", "slerp") else 0
         self._drops = Drops(
-            np.full(count, chunks.KEEP_ALL),
+            np.full(count, kernels.KEEP_ALL),
             np.zeros((count, 2), np.uint32),
             np.zeros(count, np.uint32),
             np.zeros(count, np.int64),
@@ -111,13 +110,13 @@ class TensorMerge:
         return [marks[:, i].tobytes() for i in range(len(self.sources))]
 
     def _run(self, start: int, stop: int, work: Callable[..., int], *arguments: Any) -> None:
-        """A function of `chunks` on the sources. Raises InputError naming the source that is not finite."""
+        """A pass of `kernels` over the sources. Raises InputError naming the source that is not finite."""
         first = start not in self._digests
         digests = np.zeros(len(self.sources) if first else 0, np.uint64)
         status = work(self._tensors, start, stop, *arguments, digests)
         if status >= 0:
             raise self.sources[status].not_finite(start, stop)
-        if status == chunks.OVERFLOW:
+        if status == kernels.OVERFLOW:
             raise overflow(self.donor.where, self.code)
         if first:
             self._digests[start] = digests
@@ -126,7 +125,7 @@ class TensorMerge:
 
     def _products(self, start: int, stop: int) -> NDArray[np.float64]:
         sums = np.empty(3)
-        self._run(start, stop, chunks.products, sums)
+        self._run(start, stop, kernels.products, sums)
         return sums
 
     def _place_on_arc(self, parts: list[NDArray[np.float64]]) -> None:
@@ -148,14 +147,14 @@ class TensorMerge:
     def _draw(self) -> None:
         for k, density in enumerate(self.scalars[0].densities):
             if density < 1:
-                self._drops.kinds[k] = chunks.AT_RANDOM
+                self._drops.kinds[k] = kernels.AT_RANDOM
                 self._drops.keys[k] = mask_key(self.seed, self.name, k)
                 self._drops.limits[k] = keep_limit(density)
                 self._drops.scales[k] = self._density_scale(density)
 
     def _magnitudes(self, start: int, stop: int) -> NDArray[np.float64]:
         sums = np.zeros((len(self._drops.kinds), 2))
-        self._run(start, stop, chunks.magnitudes_at_random, self._drops, sums)
+        self._run(start, stop, kernels.magnitudes_at_random, self._drops, sums)
         return sums
 
     def _match_l1(self, parts: list[NDArray[np.float64]]) -> None:
@@ -169,7 +168,7 @@ class TensorMerge:
 
     def _count(self, start: int, stop: int) -> None:
         counts = np.zeros((len(self._drops.kinds), 1 << COARSE_BITS), np.uint32)
-        self._run(start, stop, chunks.count_magnitudes, counts)
+        self._run(start, stop, kernels.count_magnitudes, counts)
         with self._lock:
             self._counts = self._counts + counts
 
@@ -185,7 +184,7 @@ class TensorMerge:
         counts = np.zeros(len(bins), np.int64)
         sums = np.zeros((len(bins) if self.scalars[0].rescale == "l1" else 0, 2))
         numbers = np.array([bin_ for bin_, _ in bins])
-        self._run(start, stop, chunks.find_members, numbers, found, counts, sums)
+        self._run(start, stop, kernels.find_members, numbers, found, counts, sums)
         return _Found(start, [found[k, :count].copy() for k, count in enumerate(counts)], sums)
 
     def _trim(self, parts: list[_Found], bins: list[tuple[int, int]]) -> None:
@@ -206,7 +205,7 @@ class TensorMerge:
                     border = part.start
                     break
                 spare -= here
-            drops.kinds[k] = chunks.SMALLEST
+            drops.kinds[k] = kernels.SMALLEST
             drops.limits[k] = (bin_ << FINE_BITS) + last
             drops.borders[k], drops.spares[k] = border, spare
             drops.scales[k] = self._density_scale(density)
@@ -228,8 +227,8 @@ class TensorMerge:
             self._run(
                 start,
                 common,
-                chunks.merge,
-                _HOW.get(self.method, chunks.TASK_VECTORS),
+                kernels.merge,
+                _HOW.get(self.method, kernels.TASK_VECTORS),
                 self._drops,
                 self._weights,
                 np.where(normalize & (abs(totals) >= _WEIGHT_FLOOR), totals, np.float32(1)),
@@ -241,10 +240,10 @@ class TensorMerge:
         if common < stop:  # rows that not all sources have
             low = max(start, common)
             tail = np.empty((stop - low) * size, np.uint8)
-            status = chunks.copy(_tensors([self.donor]), low, stop, CODES[self.code], tail, np.zeros(0, np.uint64))
+            status = kernels.copy(_tensors([self.donor]), low, stop, CODES[self.code], tail, np.zeros(0, np.uint64))
             if status >= 0:
                 raise self.donor.not_finite(low, stop)
-            if status == chunks.OVERFLOW:
+            if status == kernels.OVERFLOW:
                 raise overflow(self.donor.where, self.code)
             pieces_VB[:, (low - start) * size :] = tail
         for piece, write in zip(pieces_VB, self.write, strict=True):
