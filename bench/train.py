@@ -148,6 +148,8 @@ def main() -> None:
     runs = 1 if arguments.quick else 3
     cases = GPU_CASES if device == "cuda" else (TINY_CASE,) if arguments.quick else (CPU_CASE,)
     present, absent = contestants(device, arguments.trl_python)
+    if arguments.quick:
+        present = [c for c in present if not c.options.get("compile")]  # which takes longer than all the rest
     common: Row = {
         "benchmark": "train",
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

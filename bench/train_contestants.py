@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -164,9 +165,12 @@ def contestants(device: str, trl_python: str) -> tuple[list[Contestant], dict[st
     needs = {"plain": (sys.executable, "transformers"), "trl": (trl_python, "trl")}
     obstacles = {program: _import_error(*need) for program, need in needs.items()}
     liger = _import_error(trl_python, "liger_kernel") if device == "cuda" else None
+    compiler = None if shutil.which(os.environ.get("CXX", "g++")) else "torch.compile needs a C++ compiler (g++, CXX)"
     present, absent = [], {}
     for contestant in ON_CPU if device == "cpu" else ON_GPU:
-        why = obstacles.get(contestant.program or "") or (liger if contestant.options.get("liger") else None)
+        why = obstacles.get(contestant.program or "")
+        why = why or (liger if contestant.options.get("liger") else None)
+        why = why or (compiler if contestant.options.get("compile") else None)
         if why:
             absent[contestant.label] = why
         else:
@@ -360,6 +364,7 @@ ON_CPU = (
     Contestant(GEMM, "float32", "gemm", {}),
     Contestant(GEMM, "bfloat16", "gemm", {}),
     Contestant("micota", "float32", None, {}),
+    Contestant("micota, compiled", "float32", None, {"compile": True}),
     Contestant("plain loop", "float32", "plain", {}),
     Contestant("trl packed", "float32", "trl", {**PACKED, "activation_checkpointing": False}),
     Contestant("trl padded", "float32", "trl", {**PADDED, "activation_checkpointing": False}),
