@@ -110,7 +110,8 @@ def identity(value: Any) -> Any:
     A mapping becomes a list of pairs, since its order may matter (arms of a table, parts of a mix).
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [field for field in dataclasses.fields(value) if not field.metadata.get("operational")]
+        shown: frozenset[str] = getattr(value, "operational", frozenset())  # options that are so in this case
+        fields = [f for f in dataclasses.fields(value) if not f.metadata.get("operational") and f.name not in shown]
         return {field.name: identity(getattr(value, field.name)) for field in fields}
     if isinstance(value, dict):
         return [[key, identity(item)] for key, item in value.items()]

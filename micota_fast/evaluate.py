@@ -13,11 +13,11 @@ from typing import Any
 
 import micota_fast
 from micota_fast.errors import InputError
-from micota_fast.generate import fingerprint, finished, generate_corpus, server_for
+from micota_fast.generate import fingerprint, finished, generate_corpus, named_urls, open_problems, servers_for
 from micota_fast.grade import Grader, Verdict
 from micota_fast.intervals import wilson95
 from micota_fast.recipe import BenchmarkConfig, EvaluateConfig
-from micota_fast.records import Completion, Problem, model_name, read_problems, write_atomic, write_rows
+from micota_fast.records import Completion, model_name, read_completions, write_atomic, write_rows
 
 OUTCOMES = ("correct", "wrong", "no_answer", "truncated", "aborted", "timeout", "crashed")
 
@@ -37,21 +37,24 @@ def run(config: EvaluateConfig) -> None:
     Raises:
         InputError: as `micota_fast.generate`; or two benchmarks have one name.
     """
+    named_urls(config)
     out = Path(config.out)
     files = _file_names(config.benchmarks)
     jobs = []
     for benchmark in config.benchmarks:
         chat = config.chat if benchmark.prompt is None else replace(config.chat, prompt=benchmark.prompt)
-        problems = read_problems(benchmark.path, benchmark.limit)
+        problems = open_problems(benchmark.path, benchmark.limit, out / "completions" / files[benchmark.name])
         jobs.append((benchmark.name, problems, replace(config, chat=chat)))
     timing: dict[str, Any] = {"generation_s": {}, "grading_s": {}}
     answers: dict[str, list[Completion]] = {}
     done = all(finished(problems, asked, out / "completions" / files[name]) for name, problems, asked in jobs)
-    # No request is sent where all is done, so the empty URL is never used.
-    with contextlib.nullcontext("") if done else server_for(config, out / "server.log") as url:
+    # No request is sent where all is done, so no URL is needed.
+    with contextlib.ExitStack() as stack:
+        urls = [] if done else stack.enter_context(servers_for(config, out / "server.log"))
         for name, problems, asked in jobs:
             started = time.monotonic()
-            answers[name] = generate_corpus(problems, asked, url, out / "completions" / files[name])
+            generate_corpus(problems, asked, urls, out / "completions" / files[name])
+            answers[name] = read_completions(out / "completions" / files[name])
             timing["generation_s"][name] = round(time.monotonic() - started, 3)
     benchmarks: dict[str, Any] = {}
     with Grader(config.workers, config.timeout_s) as grader:
@@ -61,7 +64,7 @@ def run(config: EvaluateConfig) -> None:
             verdicts = grader.grade([(row.completion, row.answer) for row in rows])
             timing["grading_s"][name] = round(time.monotonic() - started, 3)
             write_rows(out / "rows" / files[name], map(_graded_row, rows, verdicts))
-            benchmarks[name] = {**score(problems, rows, verdicts), "made_by": fingerprint(problems, asked)}
+            benchmarks[name] = {**score(len(problems), rows, verdicts), "made_by": fingerprint(problems, asked)}
             print(_line(name, benchmarks[name]), flush=True)
     average = math.fsum(entry["accuracy"] for entry in benchmarks.values()) / len(benchmarks)
     results = {
@@ -75,8 +78,8 @@ def run(config: EvaluateConfig) -> None:
     print(f"average of {len(benchmarks)}: {100 * average:.2f}%")
 
 
-def score(problems: Sequence[Problem], rows: Sequence[Completion], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Counts, accuracy and interval of one benchmark (see `run`).
+def score(problems: int, rows: Sequence[Completion], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Counts, accuracy and interval of one benchmark of so many problems (see `run`).
 
     With several samples a problem, accuracy is the mean over all answers (avg@k), and the interval takes the problems
     for independent but the samples of one for copies of each other, so it is never too narrow for their number.
@@ -84,11 +87,11 @@ def score(problems: Sequence[Problem], rows: Sequence[Completion], verdicts: Seq
     counts = Counter(map(_outcome, rows, verdicts))
     accuracy = counts["correct"] / len(rows)
     return {
-        "problems": len(problems),
+        "problems": problems,
         "n": len(rows),
         **{outcome: counts[outcome] for outcome in OUTCOMES},
         "accuracy": accuracy,
-        "wilson95": list(wilson95(accuracy, len(problems))),
+        "wilson95": list(wilson95(accuracy, problems)),
         "mean_tokens": sum(row.completion_tokens for row in rows) / len(rows),
     }
 

@@ -1,4 +1,4 @@
-"""Which completions enter a corpus: rejection by finish reason, length and final answer, every reject kept."""
+"""Which completions enter a corpus: the rules of `accept` applied to a finished file, every reject kept."""
 
 import json
 from collections import Counter
@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from micota_fast.grade import Grader, Verdict, extract_boxed
+from micota_fast.accept import REASONS, reject_at_once, reject_graded
+from micota_fast.grade import Grader, Verdict
 from micota_fast.recipe import FilterConfig
 from micota_fast.records import Completion, encode_row, read_completions, write_atomic, write_rows
 
-# In the order in which a completion is tested; the first that holds is the reason it is rejected for.
-REASONS = ("truncated", "aborted", "too_long", "no_answer", "wrong", "timeout", "crashed")
 QUANTILES = (1, 10, 25, 50, 75, 90, 99)
 
 
@@ -22,8 +21,9 @@ def run(config: FilterConfig) -> None:
     """Split completions into `out` (accepted) and `out`.rejects.jsonl, and write `out`.counts.json.
 
     Rules, in this order: the answer ended by itself (finish_reason "stop"); it has fewer than `max_tokens` tokens; it
-    holds a complete final box, where `require_boxed` or `require_correct` asks for one; the boxed answer equals the
-    problem's, where `require_correct` asks. A comparison that hit its limit rejects as `timeout` or `crashed`.
+    holds a complete final box, where `require_boxed` or `require_correct` asks for one; it keeps to its problem's
+    scripts and does not repeat itself, where limits are set; the boxed answer equals the problem's, where
+    `require_correct` asks. A comparison that hit its limit rejects as `timeout` or `crashed`.
 
     Equal input gives equal bytes. `out` is written last, so its presence means that all three files are whole.
 
@@ -31,13 +31,13 @@ def run(config: FilterConfig) -> None:
         InputError: the completions cannot be read, or a file cannot be written.
     """
     rows = read_completions(config.completions)
-    reasons = [_before_grading(row, config) for row in rows]
+    reasons = [reject_at_once(row, config) for row in rows]
     if config.require_correct:
         open_ = [i for i, reason in enumerate(reasons) if reason is None]
         with Grader(config.workers, config.timeout_s) as grader:
             verdicts = grader.grade([(rows[i].completion, rows[i].answer) for i in open_])
         for i, verdict in zip(open_, verdicts, strict=True):
-            reasons[i], rows[i] = _after_grading(verdict, rows[i])
+            reasons[i], rows[i] = reject_graded(verdict), _graded(rows[i], verdict)
     accepted = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
     rejected = [asdict(row) | {"reason": reason} for row, reason in zip(rows, reasons, strict=True) if reason]
 
@@ -50,20 +50,8 @@ def run(config: FilterConfig) -> None:
     print(f"{config.out}: {len(accepted)} of {len(rows)} accepted" + (f"; rejected: {why}" if why else ""))
 
 
-def _before_grading(row: Completion, config: FilterConfig) -> str | None:
-    if row.finish_reason != "stop":
-        return "truncated" if row.finish_reason == "length" else "aborted"
-    if row.completion_tokens >= config.max_tokens:
-        return "too_long"
-    if (config.require_boxed or config.require_correct) and not extract_boxed(row.completion):
-        return "no_answer"
-    return None
-
-
-def _after_grading(verdict: Verdict, row: Completion) -> tuple[str | None, Completion]:
-    if verdict.status == "correct":
-        return None, replace(row, correct=True)
-    return verdict.status, replace(row, correct=False) if verdict.status == "wrong" else row
+def _graded(row: Completion, verdict: Verdict) -> Completion:
+    return replace(row, correct=verdict.status == "correct") if verdict.status in ("correct", "wrong") else row
 
 
 def _counts(
@@ -87,5 +75,7 @@ def _counts(
             "max_tokens": config.max_tokens,
             "require_correct": config.require_correct,
             "require_boxed": config.require_boxed,
+            "max_foreign": config.max_foreign,
+            "max_repeated": config.max_repeated,
         },
     }

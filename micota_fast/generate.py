@@ -1,7 +1,7 @@
-"""Completions from any SGLang-compatible server: concurrent, resumable, nothing lost, nothing twice.
+"""Completions from SGLang-compatible servers: concurrent, resumable, nothing lost, nothing twice.
 
 Speaks HTTP alone (SGLang's native /generate with `input_ids`), so it does not matter which engine answers. Every row is
-appended to OUT.part as it comes; a run that was killed goes on from there.
+written to OUT.parts as it comes (see `journal`); a run that was killed goes on from there.
 
 Whether the finished OUT then has the same bytes as an uninterrupted run's is the server's doing. The embedded engine in
 float64 gives them. In lower precision, and on SGLang also when greedy, near-ties between tokens fall one way or the
@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,24 +22,24 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from micota_fast import config as configuration
-from micota_fast.client import Client, sampling_params
+from micota_fast.accept import REASONS, Judge
+from micota_fast.client import ACCEPTED, Client
 from micota_fast.errors import InputError
+from micota_fast.journal import Journal
 from micota_fast.model.folder import resolve_checkpoint
+from micota_fast.problem_file import ProblemFile
 from micota_fast.recipe import EvaluateConfig, GenerateConfig
-from micota_fast.records import (
-    Completion,
-    CompletionWriter,
-    Problem,
-    encode_row,
-    read_completions,
-    read_problems,
-    write_atomic,
-)
+from micota_fast.records import write_atomic
+from micota_fast.request import sampling_params
 from micota_fast.serve import sglang
 from micota_fast.serve.launch import serving
+from micota_fast.verdicts import VerdictLog
 
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 64, 1 << 16
+Config = GenerateConfig | EvaluateConfig
 
 
 def run(config: GenerateConfig) -> None:
@@ -48,29 +49,58 @@ def run(config: GenerateConfig) -> None:
         InputError: bad input, an output that belongs to another run, a request the server refuses, or a server that
             does not answer any more (what was generated until then is kept).
     """
-    problems = read_problems(config.problems, config.limit)
+    named_urls(config)
+    problems = open_problems(config.problems, config.limit, config.out)
     if finished(problems, config, config.out):
         print(f"{config.out}: done already")
         return
-    with server_for(config, f"{config.out}.server.log") as url:
-        generate_corpus(problems, config, url, config.out)
-    print(f"{config.out}: {len(problems) * config.samples} completions")
+    with servers_for(config, f"{config.out}.server.log") as urls:
+        meta = generate_corpus(problems, config, urls, config.out)
+    print(f"{config.out}: {meta['completions']} completions")
+
+
+def open_problems(path: str, limit: int | None, out: str | Path) -> ProblemFile:
+    """A file of problems whose index is kept with the parts of `out`, so that going on does not read it all again."""
+    parts = Path(f"{out}.parts")
+    if not Path(out).exists():
+        with contextlib.suppress(OSError):  # who writes there will say so
+            parts.mkdir(parents=True, exist_ok=True)
+    try:
+        return ProblemFile(path, limit, cache=parts / "problems.index" if parts.is_dir() else None)
+    except InputError:
+        with contextlib.suppress(OSError):  # it is not there, or holds what an earlier run has left
+            parts.rmdir()
+        raise
 
 
 @contextlib.contextmanager
-def server_for(config: GenerateConfig | EvaluateConfig, log_path: str | Path) -> Iterator[str]:
-    """The URL named in the config, or that of a server started for its model.
+def servers_for(config: Config, log_path: str | Path) -> Iterator[list[str]]:
+    """The URLs named in the config, or those of servers started for its model.
 
     Raises:
-        InputError: the URL is none, there is no such checkpoint, or the server did not start.
+        InputError: see `named_urls`; or a server did not start.
     """
-    resolve_checkpoint(config.model)  # its tokenizer is needed in any case
-    if config.url is not None:
-        yield _checked_url(config.url)
+    if (urls := named_urls(config)) is not None:
+        yield urls
         return
     serve = sglang.seeded(config.serve) if config.temperature > 0 else config.serve
-    with serving(config.model, serve, log_path) as url:
-        yield url
+    with serving(config.model, serve, log_path) as urls:
+        yield urls
+
+
+def named_urls(config: Config) -> list[str] | None:
+    """The servers that the config names; None: one is to be started.
+
+    Raises:
+        InputError: there is no such checkpoint, a URL is none, or stands there twice.
+    """
+    resolve_checkpoint(config.model)  # its tokenizer is needed in any case
+    if config.url is None:
+        return None
+    urls = [_checked_url(url) for url in ([config.url] if isinstance(config.url, str) else config.url)]
+    if len(set(urls)) != len(urls):
+        raise InputError("`url` names a server twice")
+    return urls
 
 
 def _checked_url(url: str) -> str:
@@ -84,24 +114,28 @@ def _checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def fingerprint(problems: Sequence[Problem], config: GenerateConfig | EvaluateConfig) -> dict[str, Any]:
-    """What the completions depend on, and nothing else: neither URL nor concurrency.
+def fingerprint(problems: ProblemFile, config: Config) -> dict[str, Any]:
+    """What the completions depend on, and nothing else: neither URLs nor concurrency.
 
     Of `serve` it is what the pipeline's identity holds, also where a URL is given: it is then what the server there is
     meant to run with, so a run may move from one to the other.
     """
-    digest = hashlib.sha256()
-    for problem in problems:
-        digest.update(encode_row(problem))
-    return {
+    made_by: dict[str, Any] = {
         "model": model_fingerprint(resolve_checkpoint(config.model)),
-        "problems": digest.hexdigest(),
+        "problems": problems.sha256,
         "prompt": asdict(config.chat),
         "samples": config.samples,
         "seed": config.seed if config.temperature > 0 else None,
         "sampling": sampling_params(config),
         "serve": configuration.identity(config.serve),
     }
+    if config.thinking_budget is not None:
+        made_by["thinking"] = {"budget": config.thinking_budget, "end": config.thinking_end}
+    if config.top_logprobs:
+        made_by["top_logprobs"] = config.top_logprobs
+    if isinstance(config, GenerateConfig) and config.enough is not None:
+        made_by["enough"] = {"accepted": config.enough, "rules": configuration.identity(config.accept)}
+    return made_by
 
 
 def model_fingerprint(path: Path) -> str:
@@ -127,17 +161,17 @@ def model_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def finished(problems: Sequence[Problem], config: GenerateConfig | EvaluateConfig, out: str | Path) -> bool:
+def finished(problems: ProblemFile, config: Config, out: str | Path) -> bool:
     """Whether `out` is complete, unchanged since it was written (sha256, rows), and of this very request.
 
     Raises:
         InputError: a file is there that belongs to another request, or to none that is known.
     """
-    out, meta_path, part_path = Path(out), Path(f"{out}.meta.json"), Path(f"{out}.part")
+    out, meta_path, parts = Path(out), Path(f"{out}.meta.json"), Path(f"{out}.parts")
     if not out.exists():
         return False
     if not meta_path.exists():
-        if part_path.exists():
+        if (parts / "manifest.json").exists():
             return False  # killed between writing the two
         raise InputError(f"{out} exists and was not written by generate; delete it or write elsewhere")
     try:
@@ -152,42 +186,120 @@ def finished(problems: Sequence[Problem], config: GenerateConfig | EvaluateConfi
     raise InputError(f"{out} belongs to another run (it differs in: {differing}); delete it or write elsewhere")
 
 
-def generate_corpus(
-    problems: list[Problem], config: GenerateConfig | EvaluateConfig, url: str, out_path: str | Path
-) -> list[Completion]:
-    """Answer each problem `config.samples` times and write the completions, in the problems' order, to `out_path`.
+def generate_corpus(problems: ProblemFile, config: Config, urls: Sequence[str], out_path: str | Path) -> dict[str, Any]:
+    """Answer each problem and write the completions, in the problems' order, to `out_path`.
 
-    Beside it stands OUT.meta.json with the fingerprint, counts and tokens; while the run lasts, OUT.part. Takes up what
-    an interrupted run has left. Calls `asyncio.run`, so it must not be called from a running event loop.
+    Beside it stands OUT.meta.json with the fingerprint, counts and tokens, and OUT.meters.json with what depends on the
+    clock; while the run lasts, OUT.parts. Takes up what an interrupted run has left. Calls `asyncio.run`, so it must
+    not be called from a running event loop.
 
     Args:
         problems: with unique ids.
-        config: sampling, prompt and concurrency; `config.model` is the checkpoint whose tokenizer and template make
+        config: sampling, prompt and limits; `config.model` is the checkpoint whose tokenizer and template make
             the prompts.
-        url: of the server, without a slash at the end.
+        urls: of the servers, without a slash at the end.
         out_path: JSONL of `Completion`.
+
+    Returns:
+        The contents of OUT.meta.json.
 
     Raises:
         InputError: see `run`.
     """
     out = Path(out_path)
-    part, meta_path = Path(f"{out}.part"), Path(f"{out}.meta.json")
+    parts, meta_path = Path(f"{out}.parts"), Path(f"{out}.meta.json")
     if finished(problems, config, out):
-        part.unlink(missing_ok=True)
-        return read_completions(out)
-    if out.exists() and not part.exists():
+        if parts.exists():  # killed between the last file and the clearing away
+            _discard(Journal(parts, fingerprint(problems, config)))
+        meta: dict[str, Any] = json.loads(meta_path.read_bytes())
+        return meta
+    if out.exists() and not (parts / "manifest.json").exists():
         aside = out.with_name(f"{out.name}.damaged")
         print(f"{out} was cut off or changed; it is kept as {aside.name} and made anew", file=sys.stderr, flush=True)
         out.replace(aside)
-    request_fingerprint = fingerprint(problems, config)
-    with CompletionWriter(part, request_fingerprint) as writer:
-        if len(writer.rows) < len(problems) * config.samples:
-            asyncio.run(Client(problems, config, resolve_checkpoint(config.model), url, writer).run())
-        rows = writer.finalise(out, (problem.id for problem in problems))
-        meta = {"fingerprint": request_fingerprint, "sha256": _content(out)[0], **_counts(rows)}
+    made_by = fingerprint(problems, config)
+    with Journal(parts, made_by) as journal, VerdictLog(parts / "verdicts.bin", fresh=len(journal) == 0) as verdicts:
+        _complete(problems, config, urls, journal, verdicts, out)
+        entries = journal.entries
+        order = np.lexsort((entries["sample"], entries["problem"]))
+        summary = _Summary()
+        write_atomic(out, map(summary.take, journal.rows(order)))
+        meta = {"fingerprint": made_by, **summary.counts()}
+        if "enough" in made_by:  # every answer is judged then
+            meta["judged"] = _judged(verdicts.of(entries))
         write_atomic(meta_path, [json.dumps(meta, indent=2).encode() + b"\n"])
-        writer.discard()
-    return rows
+        _discard(journal)
+    return meta
+
+
+def _discard(journal: Journal) -> None:
+    journal.discard()
+    shutil.rmtree(journal.folder, ignore_errors=True)  # what was kept beside it
+
+
+def _complete(
+    problems: ProblemFile,
+    config: Config,
+    urls: Sequence[str],
+    journal: Journal,
+    verdicts: VerdictLog,
+    out: Path,
+) -> None:
+    """Ask for what the journal lacks."""
+    enough, rules = (config.enough, config.accept) if isinstance(config, GenerateConfig) else (None, None)
+    if enough is None and len(journal) == len(problems) * config.samples:
+        return
+    with Judge(rules) if rules is not None else contextlib.nullcontext() as judge:
+        checkpoint = resolve_checkpoint(config.model)
+        client = Client(problems, config, config.model, checkpoint, urls, journal, verdicts, judge, enough)
+        try:
+            asyncio.run(client.run())
+        finally:
+            meters = json.dumps(client.summary(), indent=2).encode() + b"\n"
+            with contextlib.suppress(InputError):  # a full disk: the error under way says more
+                write_atomic(Path(f"{out}.meters.json"), [meters])
+
+
+class _Summary:
+    """sha256, rows and tokens of a file as its lines pass by."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._rows = self._prompt_tokens = self._problems = 0
+        self._last_problem: str | None = None
+        self._reasons: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
+
+    def take(self, line: bytes) -> bytes:
+        row = json.loads(line)
+        self._digest.update(line)
+        self._rows += 1
+        self._prompt_tokens += row["prompt_tokens"]
+        self._problems += row["id"] != self._last_problem  # lines come problem by problem
+        self._last_problem = row["id"]
+        self._reasons[row["finish_reason"]] += 1
+        self._tokens[row["finish_reason"]] += row["completion_tokens"]
+        return line
+
+    def counts(self) -> dict[str, Any]:
+        reasons = sorted(self._reasons)
+        return {
+            "sha256": self._digest.hexdigest(),
+            "completions": self._rows,
+            "problems": self._problems,
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": sum(self._tokens.values()),
+            "by_finish_reason": {
+                r: {"completions": self._reasons[r], "completion_tokens": self._tokens[r]} for r in reasons
+            },
+        }
+
+
+def _judged(verdicts: Any) -> dict[str, Any]:
+    """Accepted and rejected answers by reason."""
+    numbers = np.bincount(verdicts, minlength=ACCEPTED + 1 + len(REASONS)).tolist()
+    rejected = {reason: number for reason, number in zip(REASONS, numbers[ACCEPTED + 1 :], strict=True) if number}
+    return {"accepted": numbers[ACCEPTED], "rejected": rejected}
 
 
 def _content(path: Path) -> tuple[str, int]:
@@ -198,17 +310,3 @@ def _content(path: Path) -> tuple[str, int]:
             digest.update(block)
             lines += block.count(b"\n")
     return digest.hexdigest(), lines
-
-
-def _counts(rows: Sequence[Completion]) -> dict[str, Any]:
-    reasons = Counter(row.finish_reason for row in rows)
-    tokens: Counter[str] = Counter()
-    for row in rows:
-        tokens[row.finish_reason] += row.completion_tokens
-    return {
-        "completions": len(rows),
-        "problems": len({row.id for row in rows}),
-        "prompt_tokens": sum(row.prompt_tokens for row in rows),
-        "completion_tokens": sum(tokens.values()),
-        "by_finish_reason": {r: {"completions": reasons[r], "completion_tokens": tokens[r]} for r in sorted(reasons)},
-    }

@@ -16,10 +16,12 @@ import yaml
 
 from micota_fast import config
 from micota_fast.errors import InputError
+from micota_fast.merge.mergekit import parse_mergekit
 from micota_fast.recipe import (
     AlignConfig,
     EvaluateConfig,
     FilterConfig,
+    FilterSettings,
     GenerateConfig,
     MergeConfig,
     MixConfig,
@@ -160,8 +162,10 @@ class _Planner:
         spec = self.recipe.models[name].merge
         assert spec is not None
         content = copy.deepcopy(spec.mergekit)
+        where = f"{self.path}, `models.{name}.merge.mergekit`"
+        parse_mergekit(content, where)  # a mistake is told now, not when the models to merge have been trained
         inputs: list[Artefact] = []
-        for holder, key in _model_names(content, f"{self.path}, `models.{name}.merge.mergekit`"):
+        for holder, key in _model_names(content):
             if holder[key] not in self.recipe.models:
                 raise InputError(f"{self.path}, `models.{name}.merge`: {holder[key]!r} is not a name under `models`")
             artefact = self.model(holder[key])
@@ -189,17 +193,6 @@ class _Planner:
         model = self.model(spec.model)
         problems = self._file(source.path, f"problems.{spec.problems}.path")
         answers = f"answers/{name}"
-        settings = self._settings(
-            GenerateConfig,
-            self._served(self.recipe.generate, spec.model),
-            spec.set,
-            f"corpora.{name}.generate.set",
-            model=model.location,
-            problems=problems.location,
-            limit=source.limit,
-            out=self._out(answers, "completions.jsonl"),
-        )
-        self._add(Stage(answers, "generate", settings, (model, problems), ("completions.jsonl",)))
         completions = self._artefact(answers, "completions.jsonl")
         filter_settings = self._settings(
             FilterConfig,
@@ -209,6 +202,19 @@ class _Planner:
             completions=completions.location,
             out=self._out(stage, "corpus.jsonl"),
         )
+        rules = config.plain(filter_settings)
+        settings = self._settings(
+            GenerateConfig,
+            self._served(self.recipe.generate, spec.model),
+            spec.set,
+            f"corpora.{name}.generate.set",
+            model=model.location,
+            problems=problems.location,
+            limit=source.limit,
+            out=self._out(answers, "completions.jsonl"),
+            accept={field.name: rules[field.name] for field in dataclasses.fields(FilterSettings)},
+        )
+        self._add(Stage(answers, "generate", settings, (model, problems), ("completions.jsonl",)))
         self._add(Stage(stage, "filter", filter_settings, (completions,), ("corpus.jsonl", "corpus.jsonl.counts.json")))
 
     def _mixed(self, stage: str, name: str) -> None:
@@ -334,12 +340,9 @@ def _merge(defaults: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any
     return merged
 
 
-def _model_names(content: dict[str, Any], where: str) -> Iterator[tuple[dict[str, Any], str]]:
+def _model_names(content: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """Places in a mergekit configuration that hold a model's name."""
-    if "base_model" in content:
+    if content.get("base_model") is not None:
         yield content, "base_model"
-    entries = content.get("models")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "model" in entry for entry in entries):
-        raise InputError(f"{where}.models must be a list of mappings, each with a key `model`")
-    for entry in entries:
+    for entry in content["models"]:
         yield entry, "model"

@@ -65,31 +65,40 @@ class ServeConfig:
     host: str = option(
         "127.0.0.1", doc="address to bind; anything but loopback opens the server to the network", operational=True
     )
-    port: int = option(0, doc="TCP port; 0: a free one", operational=True)
+    port: int = option(0, doc="TCP port, of further servers the next ones; 0: free ones", operational=True)
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = option(
         "auto", doc="compute type; auto: the checkpoint's. float64 makes greedy text independent of the batch"
     )
     max_running: int = option(128, doc="sequences decoded at once (embedded engine)", operational=True)
     context_length: int | None = option(None, doc="tokens of prompt and answer together; null: the checkpoint's")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", doc="where the embedded engine runs")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", doc="where it runs; auto: CUDA where there is one")
+    replicas: int = option(
+        1,
+        doc="servers started for the model, which share the visible GPUs evenly; requests go to all",
+        operational=True,
+    )
+    tp: int = option(1, doc="GPUs over which SGLang splits the model (tensor parallel)", operational=True)
+    dp: int = option(
+        1, doc="copies of the model in one SGLang server (data parallel), of tp GPUs each", operational=True
+    )
     python: str | None = option(
         None,
         doc="interpreter that has sglang; null: $SGLANG_PYTHON, else this one if sglang imports here",
         operational=True,
     )
-    args: list[str] = option([], doc="further arguments for sglang.launch_server, e.g. [--tp-size, '4']")
+    args: list[str] = option([], doc="further arguments for sglang.launch_server, e.g. [--mem-fraction-static, '0.85']")
     startup_timeout_s: float = option(600.0, doc="seconds until /health_generate must answer", operational=True)
 
     def __post_init__(self) -> None:
-        at_least(self, max_running=1, startup_timeout_s=0)
-        if not 0 <= self.port <= 65535:
-            raise InputError(f"`port` must lie between 0 and 65535, not {self.port}")
+        at_least(self, max_running=1, startup_timeout_s=0, replicas=1, tp=1, dp=1)
+        if not 0 <= self.port <= 65536 - self.replicas:
+            raise InputError(f"`port` must lie between 0 and {65536 - self.replicas}, not {self.port}")
         if self.context_length is not None:
             at_least(self, context_length=2)
 
 
 @dataclass(kw_only=True)
-class GenerateSettings:
+class SamplingSettings:
     """Sampling, and how the requests are sent."""
 
     samples: int = option(1, doc="answers per problem", source="MiCoTA: one, greedy")
@@ -99,10 +108,25 @@ class GenerateSettings:
     max_new_tokens: int = option(16384, doc="longest answer, tokens", source="MiCoTA")
     stop: list[str] = option([], doc="strings that end an answer")
     seed: int = option(0, doc="seed of sampled answers; each (problem, sample) derives its own")
-    concurrency: int = option(256, doc="requests in flight", source="ours", operational=True)
-    url: str | None = option(
+    thinking_budget: int | None = option(
         None,
-        doc="an SGLang-compatible server that already runs; null: one is started for the model (see serve)",
+        doc="tokens after which an answer that has not ended its thought is made to: `thinking_end` is put there, and "
+        "the model goes on from it; null: no budget",
+        source="budget forcing: s1, arXiv 2501.19393, section 3.1",
+    )
+    thinking_end: str = option("\n</think>\n\n", doc="what ends a thought; its text without white space is looked for")
+    top_logprobs: int = option(
+        0, doc="log-probabilities of so many likeliest tokens at each place, kept with the token ids (to distil from)"
+    )
+    concurrency: int = option(
+        1024, doc="most requests in flight a server; fewer while they only queue there", source="ours", operational=True
+    )
+    request_timeout_s: float = option(
+        4 * 3600.0, doc="seconds one try of a request may take, its time in the queue included", operational=True
+    )
+    url: str | list[str] | None = option(
+        None,
+        doc="SGLang-compatible servers that already run, one or a list; null: started for the model (see serve)",
         operational=True,
     )
     chat: ChatConfig = option(ChatConfig(), doc="the prompt")
@@ -111,13 +135,65 @@ class GenerateSettings:
     )
 
     def __post_init__(self) -> None:
-        at_least(self, samples=1, max_new_tokens=1, concurrency=1, temperature=0)
+        at_least(self, samples=1, max_new_tokens=1, concurrency=1, temperature=0, top_logprobs=0, request_timeout_s=0.1)
+        if self.thinking_budget is not None:
+            at_least(self, thinking_budget=1)
+            if not self.thinking_end.strip():
+                raise InputError("`thinking_end` must hold the text that ends a thought")
         if not 0 < self.top_p <= 1:
             raise InputError(f"`top_p` must lie above 0 and at most at 1, not {self.top_p}")
         if self.top_k != -1:
             at_least(self, top_k=1)
         if self.samples > 1 and self.temperature == 0:
             raise InputError("`samples` > 1 needs `temperature` > 0: greedy answers would all be the same")
+        if self.url == []:
+            raise InputError("`url` is an empty list; null: a server is started for the model")
+
+
+@dataclass(kw_only=True)
+class GenerateSettings(SamplingSettings):
+    """How a corpus is sampled."""
+
+    enough: int | None = option(
+        None,
+        doc="ask for no further answers to a problem once so many are accepted; `samples` is then the most that are "
+        "tried; null: always `samples`",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.enough is not None:
+            at_least(self, enough=1)
+            if self.enough > self.samples:
+                raise InputError(f"`enough` {self.enough} exceeds `samples` {self.samples}, the most that are tried")
+
+
+@dataclass(kw_only=True)
+class FilterSettings:
+    """Which completions enter a corpus."""
+
+    max_tokens: int = option(16000, doc="an answer must be shorter than this, tokens", source="MiCoTA")
+    require_correct: bool = option(True, doc="the final answer must equal the problem's", source="MiCoTA")
+    require_boxed: bool = option(True, doc="a final \\boxed{} must be there", source="MiCoTA")
+    max_foreign: float | None = option(
+        None,
+        doc="share of an answer's letters that may belong to scripts which its problem does not use; null: any",
+        source="ours; MiCoTA has no such rule",
+    )
+    max_repeated: float | None = option(
+        None,
+        doc="share of an answer's words that may lie in runs of 16 words which have occurred in it before; null: any",
+        source="ours, after Gopher's repetition filters (arXiv 2112.11446, table A1); MiCoTA has no such rule",
+    )
+    timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
+    workers: int = option(2, doc="grading processes", operational=True)
+
+    def __post_init__(self) -> None:
+        at_least(self, max_tokens=1, timeout_s=0.1, workers=1)
+        for name in ("max_foreign", "max_repeated"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share < 1:
+                raise InputError(f"`{name}` must be at least 0 and below 1, not {share}")
 
 
 @dataclass(kw_only=True)
@@ -128,25 +204,22 @@ class GenerateConfig(GenerateSettings):
     problems: str = option(doc="JSONL of problems: id, problem, answer")
     out: str = option(doc="JSONL of completions; an interrupted run leaves OUT.part, from which the next one goes on")
     limit: int | None = option(None, doc="only the first so many problems; null: all")
+    accept: FilterSettings | None = option(
+        None,
+        doc="rules by which answers are judged as they come: the accepted share is shown, and `enough` counts by it",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.limit is not None:
             at_least(self, limit=1)
+        if self.enough is not None and self.accept is None:
+            raise InputError("`enough` needs `accept`, the rules that say which answers count")
 
-
-@dataclass(kw_only=True)
-class FilterSettings:
-    """Which completions enter a corpus."""
-
-    max_tokens: int = option(16000, doc="an answer must be shorter than this, tokens", source="MiCoTA")
-    require_correct: bool = option(True, doc="the final answer must equal the problem's", source="MiCoTA")
-    require_boxed: bool = option(True, doc="a final \\boxed{} must be there", source="MiCoTA")
-    timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
-    workers: int = option(2, doc="grading processes", operational=True)
-
-    def __post_init__(self) -> None:
-        at_least(self, max_tokens=1, timeout_s=0.1, workers=1)
+    @property
+    def operational(self) -> frozenset[str]:
+        """Judged for show alone where nothing is sampled by the verdicts."""
+        return frozenset() if self.enough is not None else frozenset({"accept"})
 
 
 @dataclass(kw_only=True)
@@ -305,7 +378,7 @@ class BenchmarkConfig:
 
 
 @dataclass(kw_only=True)
-class EvaluateSettings(GenerateSettings):
+class EvaluateSettings(SamplingSettings):
     """Greedy answers to every benchmark, graded."""
 
     max_new_tokens: int = option(16000, doc="longest answer, tokens", source="MiCoTA")
@@ -337,6 +410,55 @@ class MergeConfig:
         [],
         doc="merge once for each of these weights (slerp: t) of the one model, into OUT/weight-W; []: as the file says",
     )
+
+
+@dataclass(kw_only=True)
+class LengthSweepSettings:
+    """At which merge weights answers are sampled, and how."""
+
+    weights: list[float] = option(
+        [0.2, 0.4, 0.6, 0.8, 1.0],
+        doc="of the one model that is merged into its base (slerp: t); each takes the place of the file's own",
+        source="ours",
+    )
+    limit: int | None = option(
+        200,
+        doc="only the first so many problems; null: all",
+        source="ours: the median's 95% interval is then from the 43rd percentile to the 58th",
+    )
+    generate: SamplingSettings = option(SamplingSettings(), doc="how answers are sampled, and served")
+    timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
+    workers: int = option(2, doc="grading processes", operational=True)
+    keep_models: bool = option(
+        False, doc="keep each weight's model; else it is deleted once its answers are there", operational=True
+    )
+
+    def __post_init__(self) -> None:
+        at_least(self, timeout_s=0.1, workers=1)
+        if self.limit is not None:
+            at_least(self, limit=1)
+        if len(self.weights) < 2 or len(set(self.weights)) < len(self.weights):
+            raise InputError("`weights` must list at least two, all different")
+        if self.generate.url is not None:
+            raise InputError("`generate.url`: a server that runs already serves one model, and a sweep makes many")
+
+
+@dataclass(kw_only=True)
+class LengthSweepConfig(LengthSweepSettings):
+    """`micota length-sweep`: a merge at several weights, how long and how right its answers are at each."""
+
+    config: str = option(doc="mergekit YAML file of one model that is merged into its base")
+    problems: str = option(doc="JSONL of problems: id, problem, answer")
+    out: str = option(doc="folder: sweep.json, sweep.md, sweep.svg, sweep.png, a folder for each weight")
+    seed: int = option(0, doc="seed of DARE's mask")
+    target_median_tokens: int | None = option(
+        None, doc="make the merge whose answers have this median length, as OUT/model; null: none is made"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_median_tokens is not None:
+            at_least(self, target_median_tokens=1)
 
 
 @dataclass(kw_only=True)
@@ -415,7 +537,9 @@ class ModelSpec:
     checkpoint: str | None = option(None, doc="folder (relative to the recipe) or hub name")
     train: TrainedModel | None = option(None, doc="fine-tuned from another model")
     merge: MergedModel | None = option(None, doc="merged from other models")
-    url: str | None = option(None, doc="a server that already serves this model", operational=True)
+    url: str | list[str] | None = option(
+        None, doc="servers that already serve this model, one or a list", operational=True
+    )
     serve: dict[str, Any] = option({}, doc="overrides of `generate.serve` and `evaluate.serve` for this model")
 
     def __post_init__(self) -> None:

@@ -4,15 +4,19 @@ JSON Lines, UTF-8, one object a line, keys = field names. Rows hold nothing that
 times, no host names), so equal inputs give equal bytes.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
 
 from micota_fast.errors import InputError
 
@@ -44,6 +48,7 @@ class Completion:
     seed: int | None  # sampling seed sent to the server; None where decoding was greedy
     correct: bool | None = None  # None: not graded
     model: str = ""
+    rejected: str | None = None  # why it enters no corpus; None: accepted, or not judged
 
 
 _KINDS: dict[Any, tuple[type, ...]] = {
@@ -53,10 +58,21 @@ _KINDS: dict[Any, tuple[type, ...]] = {
     int | None: (int, type(None)),
     bool | None: (bool, type(None)),
 }
+# Of each row, its fields' names, the types that JSON may give them, and whether they must be there.
+_FIELDS: dict[type, list[tuple[str, tuple[type, ...], bool]]] = {
+    kind: [(field.name, _KINDS[field.type], field.default is MISSING) for field in fields(kind)]
+    for kind in (Problem, Completion)
+}
 Row = TypeVar("Row", Problem, Completion)
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """Decode one JSON object.
+
+    Raises:
+        InputError: it is none; `where` (file:line) opens the message.
+    """
     try:
         value = json.loads(line)
     except ValueError as error:  # also bytes that are not UTF-8
@@ -73,17 +89,16 @@ def parse_row(kind: type[Row], value: Mapping[str, Any], where: str) -> Row:
         InputError: a key is missing or of the wrong type; `where` (file:line) opens the message.
     """
     known: dict[str, Any] = {}
-    for field in fields(kind):
-        if field.name not in value:
-            if field.default is MISSING:
-                raise InputError(f"{where}: key {field.name!r} is missing")
+    for name, kinds, required in _FIELDS[kind]:
+        if name not in value:
+            if required:
+                raise InputError(f"{where}: key {name!r} is missing")
             continue
-        item = value[field.name]
-        kinds = _KINDS[field.type]
-        if not isinstance(item, kinds) or (isinstance(item, bool) and bool not in kinds):
+        item = value[name]
+        if type(item) not in kinds:  # JSON gives no subclasses but bool, which is no int here
             names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-            raise InputError(f"{where}: key {field.name!r} must be {names}, got {type(item).__name__} {item!r:.60}")
-        known[field.name] = item
+            raise InputError(f"{where}: key {name!r} must be {names}, got {type(item).__name__} {item!r:.60}")
+        known[name] = item
     return kind(**known)
 
 
@@ -113,7 +128,7 @@ def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
     for where, line in read_lines(Path(path)):
         if limit is not None and len(problems) >= limit:
             break
-        row = parse_row(Problem, _parse_line(line, where), where)
+        row = parse_row(Problem, parse_line(line, where), where)
         if row.id in first_seen:
             raise InputError(f"{where}: id {row.id!r} occurs already at {first_seen[row.id]}")
         first_seen[row.id] = where
@@ -123,32 +138,68 @@ def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
     return problems
 
 
-def read_completions(path: str | Path) -> list[Completion]:
-    """Read a finished file of completions in file order.
+def iter_completions(path: str | Path) -> Iterator[Completion]:
+    """Yield a finished file's completions in file order.
+
+    Holds 8 bytes a row, a hash of its key; whether a key occurs twice is known, and raised, after the last row.
 
     Raises:
         InputError: unreadable file, bad row or duplicate (id, sample), with file:line.
     """
-    rows: list[Completion] = []
-    first_seen: dict[tuple[str, int], str] = {}
+    keys = array("q")
+
+    def check_keys() -> None:
+        for first, second in repeats(keys):
+            (where, row), (where_again, again) = (
+                (where, parse_row(Completion, parse_line(line, where), where))
+                for number, (where, line) in enumerate(read_lines(Path(path)))
+                if number in (first, second)
+            )
+            if (row.id, row.sample) == (again.id, again.sample):
+                raise InputError(f"{where_again}: ({row.id!r}, sample {row.sample}) occurs already at {where}")
+
     for where, line in read_lines(Path(path)):
-        row = parse_row(Completion, _parse_line(line, where), where)
-        key = (row.id, row.sample)
-        if key in first_seen:
-            raise InputError(f"{where}: ({row.id!r}, sample {row.sample}) occurs already at {first_seen[key]}")
-        first_seen[key] = where
-        rows.append(row)
-    return rows
+        try:
+            row = parse_row(Completion, parse_line(line, where), where)
+        except InputError:
+            check_keys()  # of two errors, the first in the file
+            raise
+        keys.append(hash((row.id, row.sample)))
+        yield row
+    check_keys()
+
+
+def repeats(hashes: "array[int]") -> Iterator[tuple[int, int]]:
+    """Yield the pairs of places (first, second) at which the same 64-bit hash stands, in order of the second."""
+    values = np.frombuffer(hashes, np.int64)
+    in_order = np.sort(values)
+    if not (in_order[1:] == in_order[:-1]).any():
+        return
+    order = np.argsort(values, kind="stable")
+    again = np.flatnonzero(in_order[1:] == in_order[:-1]) + 1
+    for place in again[np.argsort(order[again])]:
+        for before in range(np.searchsorted(in_order, in_order[place]), place):
+            yield int(order[before]), int(order[place])
+
+
+def read_completions(path: str | Path) -> list[Completion]:
+    """Read a finished file of completions in file order.
+
+    Raises:
+        InputError: see `iter_completions`.
+    """
+    return list(iter_completions(path))
 
 
 def encode_row(row: Problem | Completion | Mapping[str, Any]) -> bytes:
     """One JSON line with its newline, fields in declaration order."""
-    value = row if isinstance(row, Mapping) else asdict(row)
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    value = row if isinstance(row, Mapping) else vars(row)
+    return _ENCODE(value).encode("utf-8", "replace") + b"\n"
 
 
-def write_atomic(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write a file that appears whole or not at all: aside in the same directory, fsync, rename.
+@contextlib.contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears whole or not at all: aside in the same directory, fsync, rename.
 
     Raises:
         InputError: the directory cannot be written or the disk is full.
@@ -158,7 +209,7 @@ def write_atomic(path: Path, chunks: Iterable[bytes]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with aside.open("wb") as file:
-                file.writelines(chunks)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
@@ -171,6 +222,16 @@ def write_atomic(path: Path, chunks: Iterable[bytes]) -> None:
             os.close(directory)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write a file with `open_atomic`.
+
+    Raises:
+        InputError: the directory cannot be written or the disk is full.
+    """
+    with open_atomic(path) as file:
+        file.writelines(chunks)
 
 
 def model_name(model: str | Path) -> str:
@@ -250,7 +311,7 @@ class CompletionWriter:
                 try:
                     if not line.endswith(b"\n"):
                         raise InputError(f"{where}: the line is torn")
-                    value = _parse_line(line, where)
+                    value = parse_line(line, where)
                     if number == 1:
                         self._check_header(value)
                     else:

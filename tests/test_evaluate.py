@@ -49,7 +49,7 @@ def test_score_keeps_each_kind_of_failure_apart() -> None:
         (row("stop", 5), "crashed"),
     ]
     rows = [case[0] for case in cases]
-    got = score([Problem(str(i), "?", "7") for i in range(9)], rows, [Verdict(case[1], None) for case in cases])
+    got = score(9, rows, [Verdict(case[1], None) for case in cases])
     assert {key: got[key] for key in OUTCOMES} == {
         "correct": 2, "wrong": 1, "no_answer": 1, "truncated": 2, "aborted": 1, "timeout": 1, "crashed": 1,
     }  # fmt: skip
@@ -60,7 +60,7 @@ def test_score_keeps_each_kind_of_failure_apart() -> None:
 def test_samples_of_one_problem_do_not_narrow_the_interval() -> None:
     rows = [Completion(str(i), s, "?", "7", "", "stop", 1, 1, None) for i in range(10) for s in range(8)]
     verdicts = [Verdict("correct" if int(row.id) < 4 else "wrong", None) for row in rows]
-    got = score([Problem(str(i), "?", "7") for i in range(10)], rows, verdicts)
+    got = score(10, rows, verdicts)
     assert (got["n"], got["problems"], got["accuracy"]) == (80, 10, 0.4)
     assert got["wilson95"] == list(wilson95(0.4, 10))
 
@@ -135,9 +135,9 @@ def test_killed_and_started_again(settings: EvaluateConfig, tmp_path: Path) -> N
         "evaluate.run(config.load(recipe.EvaluateConfig, sys.argv[1]))"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "evaluate.yaml")])
-    part = out / "completions" / "small.jsonl.part"
+    parts = out / "completions" / "small.jsonl.parts"
     deadline = time.monotonic() + 120
-    while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") > 1):
+    while process.poll() is None and not any(p.read_bytes() for p in parts.glob("0*.jsonl")):
         assert time.monotonic() < deadline
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from aiohttp import web
@@ -22,8 +24,11 @@ from aiohttp import web
 from micota_fast import client as http_client
 from micota_fast import generate
 from micota_fast.errors import InputError
+from micota_fast.journal import Journal
+from micota_fast.problem_file import ProblemFile
 from micota_fast.recipe import ChatConfig, GenerateConfig, ServeConfig
-from micota_fast.records import Problem, read_completions, write_rows
+from micota_fast.records import Completion, Problem, read_completions, write_rows
+from micota_fast.request import derive_seed
 from micota_fast.serve.launch import serving
 
 SERVE = ServeConfig(dtype="float64", startup_timeout_s=120)
@@ -32,7 +37,7 @@ SAMPLES = 2
 
 @pytest.fixture(scope="module")
 def url(qwen2_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(qwen2_checkpoint, SERVE, tmp_path_factory.mktemp("server") / "log.txt") as url:
+    with serving(qwen2_checkpoint, SERVE, tmp_path_factory.mktemp("server") / "log.txt") as (url,):
         yield url
 
 
@@ -78,7 +83,7 @@ def test_the_corpus_is_complete_and_in_order(corpus: Path, url: str) -> None:
     assert meta["completions"] == 60
     assert meta["completion_tokens"] == sum(row.completion_tokens for row in rows)
     assert sum(reason["completions"] for reason in meta["by_finish_reason"].values()) == 60
-    assert not Path(f"{corpus}.part").exists()
+    assert not Path(f"{corpus}.parts").exists()
 
 
 def test_a_row_is_what_the_server_answers_to_the_rendered_prompt(
@@ -136,8 +141,26 @@ def start_client(checkpoint: Path, problems: Path, out: Path, url: str | None) -
     return subprocess.Popen([sys.executable, "-c", CLIENT, values], stderr=subprocess.DEVNULL)
 
 
-def rows_in(part: Path) -> int:
-    return max(part.read_bytes().count(b"\n") - 1, 0) if part.exists() else 0
+def rows_in(parts: Path) -> int:
+    return sum(segment.read_bytes().count(b"\n") for segment in parts.glob("0*.jsonl"))
+
+
+def stored(parts: Path) -> list[bytes]:
+    """The rows of a journal that lies there, as they will stand in the output."""
+    copy = parts.with_name("copy-of-parts")
+    shutil.copytree(parts, copy)
+    with Journal(copy, json.loads((copy / "manifest.json").read_bytes())["fingerprint"]) as journal:
+        rows = list(journal.rows(np.arange(len(journal))))
+    shutil.rmtree(copy)
+    return rows
+
+
+def write_journal(parts: Path, asked: ProblemFile, request: GenerateConfig, rows: Iterable[Completion]) -> None:
+    """What a run that was killed leaves."""
+    ordinal = {problem.id: i for i, problem in enumerate(asked)}
+    with Journal(parts, generate.fingerprint(asked, request)) as journal:
+        for row in rows:
+            journal.append(ordinal[row.id], row.sample, 0, row.completion_tokens, row.prompt_tokens, asdict(row))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -149,41 +172,39 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 def test_sigkill_of_the_client(tmp_path: Path, url: str, corpus: Path, qwen2_checkpoint: Path, problems: Path) -> None:
     """Killed at a quarter and at a half, each time with requests in flight; the third run ends it: the same bytes."""
-    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    out, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
     for rows in (15, 30):
         client = start_client(qwen2_checkpoint, problems, out, url)
-        wait_for(lambda rows=rows: rows_in(part) >= rows)  # type: ignore[misc]
+        wait_for(lambda rows=rows: rows_in(parts) >= rows)  # type: ignore[misc]
         client.kill()
         assert client.wait() == -signal.SIGKILL
         assert not out.exists()
-        assert rows <= rows_in(part) < 60
-    kept = part.read_bytes().splitlines()[1:31]
+        assert rows <= rows_in(parts) < 60
+    kept = stored(parts)
+    assert len(kept) >= 30
     generate.run(config(qwen2_checkpoint, problems, out, url))
     assert out.read_bytes() == corpus.read_bytes()
     assert Path(f"{out}.meta.json").read_bytes() == Path(f"{corpus}.meta.json").read_bytes()
-    assert set(kept) <= set(out.read_bytes().splitlines())
-    assert not part.exists()
+    assert set(kept) <= set(out.read_bytes().splitlines(keepends=True))
+    assert not parts.exists()
 
 
 def test_sigkill_between_the_last_writes(tmp_path: Path, corpus: Path, qwen2_checkpoint: Path, problems: Path) -> None:
     """The two moments at the end: OUT is there but its meta file is not; both are there but OUT.part still is."""
-    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    out, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
     request = config(qwen2_checkpoint, problems, out, "http://127.0.0.1:9")
-    from micota_fast.records import CompletionWriter, read_problems
-
-    asked = read_problems(problems)
-    with CompletionWriter(part, generate.fingerprint(asked, request)) as writer:
-        for row in reversed(read_completions(corpus)):
-            writer.append(row)
-    saved = part.read_bytes()
+    asked = ProblemFile(problems)
+    write_journal(parts, asked, request, reversed(read_completions(corpus)))
+    saved = tmp_path / "saved"
+    shutil.copytree(parts, saved)
     shutil.copy(corpus, out)
-    rows = generate.generate_corpus(asked, request, request.url or "", out)
-    assert rows == read_completions(corpus)
+    meta = generate.generate_corpus(asked, request, [], out)
     assert out.read_bytes() == corpus.read_bytes()
-    assert not part.exists()
-    part.write_bytes(saved)
-    assert generate.generate_corpus(asked, request, request.url or "", out) == rows
-    assert not part.exists()
+    assert meta == json.loads(Path(f"{corpus}.meta.json").read_bytes())
+    assert not parts.exists()
+    shutil.copytree(saved, parts)
+    assert generate.generate_corpus(asked, request, [], out) == meta
+    assert not parts.exists()
 
 
 def free_port() -> int:
@@ -198,7 +219,7 @@ def test_sigkill_of_the_server(
 ) -> None:
     """The client waits, gives up cleanly, keeps its rows; with the server back it ends with the same bytes."""
     monkeypatch.setattr(http_client, "PATIENCE_URL_S", 1.0)
-    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    out, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
     port = free_port()
     serve = ServeConfig(dtype="float64", port=port)
     request = config(qwen2_checkpoint, problems, out, f"http://127.0.0.1:{port}")
@@ -217,12 +238,12 @@ def test_sigkill_of_the_server(
         [group] = {os.getpgid(c.pid) for c in guard.children()}
         thread = threading.Thread(target=client)
         thread.start()
-        wait_for(lambda: rows_in(part) >= 10)
+        wait_for(lambda: rows_in(parts) >= 10)
         os.killpg(group, signal.SIGKILL)
         thread.join(60)
     assert "has given no answer for" in str(failures[0])
     assert "start again" in str(failures[0])
-    assert 10 <= rows_in(part) < 60
+    assert 10 <= rows_in(parts) < 60
     assert not out.exists()
     with serving(qwen2_checkpoint, serve, tmp_path / "log.txt"):
         generate.run(request)
@@ -357,7 +378,7 @@ def test_what_the_server_refuses_ends_the_run_and_names_the_problem(
     with http_server(handler) as url, pytest.raises(InputError, match=r"problem 'p\d+': .*HTTP 400: top_p is odd"):
         generate.run(config(qwen2_checkpoint, problems, out, url, concurrency=1))
     assert len(calls) == 5
-    assert rows_in(tmp_path / "out.jsonl.part") == 4
+    assert rows_in(tmp_path / "out.jsonl.parts") == 4
 
 
 def test_nothing_that_could_kill_a_server_is_sent(tmp_path: Path, qwen2_checkpoint: Path, problems: Path) -> None:
@@ -432,7 +453,7 @@ def test_a_damaged_output_is_not_taken_as_done(
 def test_another_model_behind_the_url_is_refused(
     tmp_path: Path, url: str, qwen2_checkpoint: Path, qwen3_checkpoint: Path, problems: Path
 ) -> None:
-    with serving(qwen3_checkpoint, SERVE, tmp_path / "log.txt") as other:
+    with serving(qwen3_checkpoint, SERVE, tmp_path / "log.txt") as (other,):
         with pytest.raises(InputError) as caught:
             generate.run(config(qwen2_checkpoint, problems, tmp_path / "a.jsonl", other, limit=1))
         assert f"serves {qwen3_checkpoint}, but `model` is {qwen2_checkpoint}" in str(caught.value)
@@ -449,7 +470,7 @@ def test_folders_called_model_are_told_apart(
     a, b = (tmp_path / name / "model" for name in ("arm-a", "arm-b"))
     for folder in (a, b):
         shutil.copytree(qwen2_checkpoint, folder)
-    with serving(a, SERVE, tmp_path / "log.txt") as url:
+    with serving(a, SERVE, tmp_path / "log.txt") as (url,):
         with pytest.raises(InputError, match=r"arm-a/model, but `model` is .*arm-b/model"):
             generate.run(config(b, problems, tmp_path / "b.jsonl", url, limit=1))
         generate.run(config(a, problems, tmp_path / "a.jsonl", url, limit=1))
@@ -477,9 +498,7 @@ def test_an_interrupted_run_may_move_between_a_url_and_a_server_of_its_own(
 ) -> None:
     from dataclasses import replace
 
-    from micota_fast.records import read_problems
-
-    asked = read_problems(problems)
+    asked = ProblemFile(problems)
     here = config(qwen2_checkpoint, problems, tmp_path / "out.jsonl", None)
     made_by = generate.fingerprint(asked, here)
     assert made_by == generate.fingerprint(asked, replace(here, url="http://a:1", serve=replace(SERVE, port=7)))
@@ -533,17 +552,13 @@ def test_one_poisoned_request_neither_ends_the_run_nor_keeps_it(
         assert "1 of 30 completions aborted" in capsys.readouterr().err
         assert len(tries) == http_client.POISONED_AFTER
         rows = read_completions(out)
-        assert [row.finish_reason for row in rows] == ["abort"] + ["stop"] * 29
-        assert (rows[0].completion, rows[0].completion_tokens) == ("", 0)
+        [bad] = [row for row in rows if row.finish_reason != "stop"]
+        assert (bad.finish_reason, bad.completion, bad.completion_tokens) == ("abort", "", 0)
         assert json.loads(Path(f"{out}.meta.json").read_text())["by_finish_reason"]["abort"]["completions"] == 1
         # Taken up with nothing but it left: no other can be answered meanwhile, but the server says it is well.
-        from micota_fast.records import CompletionWriter, read_problems
-
         again = tmp_path / "again.jsonl"
         request = config(qwen2_checkpoint, problems, again, url, **greedy)
-        with CompletionWriter(f"{again}.part", generate.fingerprint(read_problems(problems), request)) as writer:
-            for row in rows[1:]:
-                writer.append(row)
+        write_journal(Path(f"{again}.parts"), ProblemFile(problems), request, (row for row in rows if row != bad))
         generate.run(request)
     assert again.read_bytes() == out.read_bytes()
 
@@ -589,10 +604,10 @@ def test_long_answers_and_a_few_faults_are_no_silence(
 
 
 def test_seeds_depend_on_problem_and_sample_alone() -> None:
-    seeds = {http_client.derive_seed(s, f"p{i}", k) for s in range(2) for i in range(50) for k in range(4)}
+    seeds = {derive_seed(s, f"p{i}", k) for s in range(2) for i in range(50) for k in range(4)}
     assert len(seeds) == 400
     assert all(0 <= seed < 2**31 for seed in seeds)
-    assert http_client.derive_seed(0, "p1", 2) == http_client.derive_seed(0, "p1", 2)
+    assert derive_seed(0, "p1", 2) == derive_seed(0, "p1", 2)
 
 
 def test_the_fingerprint_tells_checkpoints_apart(tmp_path: Path, qwen2_checkpoint: Path) -> None:

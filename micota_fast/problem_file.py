@@ -1,0 +1,196 @@
+"""The problems of a JSONL file, read one at a time: what is held are places and lengths, not text."""
+
+import hashlib
+import json
+import os
+import zlib
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from micota_fast.errors import InputError
+from micota_fast.records import Problem, parse_line, parse_row, repeats, write_atomic
+
+FORMAT = 1
+_BLOCK = 1 << 20
+_DTYPES = ("<u8", "<u4", "i1")  # of offsets, sizes and levels
+
+
+class ProblemFile:
+    """A file of problems that is checked once, when it is opened, and then read where it is asked for.
+
+    The file must not change while it is open. While it is checked about 30 bytes a problem are held, then 13.
+
+    Args:
+        path: JSONL of `Problem`.
+        limit: only the first so many problems count.
+        cache: a file, made if missing, in which the outcome of the check is kept. While the problems' bytes are the
+            same (their sha256 is taken at every opening), they are not checked again.
+
+    Attributes:
+        sha256: hex digest of the file's bytes up to the end of the last problem that counts.
+        levels: int8 [problems], -1 where the file gives none.
+        sizes: uint32 [problems], bytes of the problem's line.
+
+    Raises:
+        InputError: unreadable file, bad row or duplicate id (with file:line), no row at all, a level that is not
+            0 to 127; the file changes while it is open; or the cache cannot be written.
+    """
+
+    sha256: str
+    levels: NDArray[np.int8]
+    sizes: NDArray[np.uint32]
+
+    def __init__(self, path: str | Path, limit: int | None = None, cache: Path | None = None) -> None:
+        self.path = Path(path)
+        self._limit = limit
+        try:
+            self._file = self.path.open("rb", buffering=0)
+        except OSError as error:
+            raise InputError(f"cannot read {self.path}: {error.strerror}") from None
+        try:
+            self._fd = self._file.fileno()
+            self._state = self._state_now()
+            if cache is None or not self._take_cache(cache):
+                self._check()
+                if cache is not None:
+                    self._write_cache(cache)
+            self._check_unchanged()
+        except OSError as error:
+            self.close()
+            raise InputError(f"cannot read {self.path}: {error.strerror}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _state_now(self) -> tuple[int, int]:
+        status = os.fstat(self._fd)
+        return status.st_size, status.st_mtime_ns
+
+    def _check_unchanged(self) -> None:
+        if self._state_now() != self._state:
+            raise InputError(f"{self.path} was changed while it was in use; start again")
+
+    def _check(self) -> None:
+        """Read and check every row."""
+        offsets, sizes, levels, ids = array("Q"), array("I"), array("b"), array("q")
+        digest = hashlib.sha256()
+        position, skipped = 0, b""
+        with open(self._fd, "rb", closefd=False) as lines:
+            try:
+                for number, line in enumerate(lines, 1):
+                    if self._limit is not None and len(ids) >= self._limit:
+                        break
+                    if line.strip():
+                        where = f"{self.path}:{number}"
+                        row = parse_row(Problem, parse_line(line, where), where)
+                        if row.level is not None and not 0 <= row.level <= 127:
+                            raise InputError(f"{where}: key 'level' must be 0 to 127, got {row.level}")
+                        digest.update(skipped + line)
+                        skipped = b""
+                        ids.append(hash(row.id))
+                        offsets.append(position)
+                        sizes.append(len(line))
+                        levels.append(-1 if row.level is None else row.level)
+                    else:
+                        skipped += line
+                    position += len(line)
+            finally:  # of two errors, the first in the file counts
+                self._check_ids(ids, offsets, sizes)
+        if not ids:
+            raise InputError(f"{self.path}: no problems")
+        self.sha256 = digest.hexdigest()
+        self._set_arrays(*(np.frombuffer(a, d) for a, d in zip((offsets, sizes, levels), _DTYPES, strict=True)))
+
+    def _check_ids(self, ids: "array[int]", offsets: "array[int]", sizes: "array[int]") -> None:
+        for pair in repeats(ids):
+            first, again = (self._read(offsets[i], sizes[i], f"{self.path}") for i in pair)
+            if first.id == again.id:
+                where, where_again = (f"{self.path}:{self._line_number(offsets[i])}" for i in pair)
+                raise InputError(f"{where_again}: id {again.id!r} occurs already at {where}")
+
+    def _line_number(self, offset: int) -> int:
+        starts = range(0, offset, _BLOCK)
+        return 1 + sum(os.pread(self._fd, min(_BLOCK, offset - start), start).count(b"\n") for start in starts)
+
+    def _set_arrays(self, offsets: NDArray[Any], sizes: NDArray[Any], levels: NDArray[Any]) -> None:
+        self._offsets, self.sizes, self.levels = offsets, sizes, levels
+        for values in (offsets, sizes, levels):
+            values.flags.writeable = False
+
+    def _take_cache(self, cache: Path) -> bool:
+        """Use the cache; False: there is none, it is damaged, or it is of other problems."""
+        try:
+            with cache.open("rb") as file:
+                header = json.loads(file.readline())
+                count, size, sha256 = header["problems"], header["size"], header["sha256"]
+                arrays = [np.fromfile(file, dtype, count) for dtype in _DTYPES]
+            crc32 = 0
+            for values in arrays:
+                crc32 = zlib.crc32(values.data, crc32)
+            good = (header["format"], header["limit"], header["crc32"]) == (FORMAT, self._limit, crc32) and count > 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        # What comes behind the limit is not looked at; without one, rows may have been added.
+        if not good or (size != self._state[0] and count != self._limit):
+            return False
+        end, digest = int(arrays[0][-1]) + int(arrays[1][-1]), hashlib.sha256()
+        for start in range(0, end, _BLOCK):
+            digest.update(os.pread(self._fd, min(_BLOCK, end - start), start))
+        if digest.hexdigest() != sha256:
+            return False
+        self.sha256 = sha256
+        self._set_arrays(*arrays)
+        return True
+
+    def _write_cache(self, cache: Path) -> None:
+        arrays = (self._offsets, self.sizes, self.levels)
+        crc32 = 0
+        for values in arrays:
+            crc32 = zlib.crc32(values.data, crc32)
+        header = {
+            "format": FORMAT,
+            "limit": self._limit,
+            "problems": len(self),
+            "size": self._state[0],
+            "sha256": self.sha256,
+            "crc32": crc32,
+        }
+        write_atomic(cache, [json.dumps(header).encode() + b"\n", *(values.data for values in arrays)])
+
+    def _read(self, offset: int, size: int, where: str) -> Problem:
+        return parse_row(Problem, parse_line(os.pread(self._fd, size, offset), where), where)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, i: int) -> Problem:
+        """The i-th problem.
+
+        Raises:
+            IndexError: there is none.
+            InputError: the file was changed since it was opened.
+        """
+        self._check_unchanged()
+        return self._read(int(self._offsets[i]), int(self.sizes[i]), f"{self.path}, problem {i}")
+
+    def __iter__(self) -> Iterator[Problem]:
+        for i in range(len(self)):
+            yield self[i]
+
+    def close(self) -> None:
+        """Release the file."""
+        self._file.close()
+
+    def __enter__(self) -> "ProblemFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,90 @@
+"""The prompts of a generation: made of the problems, checked before the first is sent, made again when they are."""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from micota_fast.chat import Chat
+from micota_fast.errors import InputError
+from micota_fast.problem_file import ProblemFile
+from micota_fast.records import write_atomic
+
+OFFENDERS_NAMED = 3
+CHECKED_AT_ONCE = 1024
+KEPT = 1024  # prompts: the samples of a problem follow one another
+
+
+class Prompts:
+    """The prompt of each problem of a file.
+
+    Attributes:
+        problems: the file.
+        chat: the tokenizer and template that make them.
+    """
+
+    def __init__(self, problems: ProblemFile, chat: Chat) -> None:
+        self.problems, self.chat = problems, chat
+        self.ids = lru_cache(maxsize=KEPT)(self._encode)
+
+    def _encode(self, problem: int) -> list[int]:
+        """The ids of a problem's prompt."""
+        return self.chat.encode_prompt(self.problems[problem].problem)
+
+    def check(self, context_length: int, checked: Path) -> None:
+        """See that every prompt can be sent.
+
+        Args:
+            context_length: the servers', tokens.
+            checked: a file that says so where an earlier run has done it; it must go where model or problems change.
+
+        Raises:
+            InputError: naming the first problems whose prompts cannot be sent.
+        """
+        limits = json.dumps({"vocab_size": self.chat.vocab_size, "context_length": context_length}).encode()
+        if checked.is_file() and checked.read_bytes() == limits:
+            return
+        bad: list[str] = []
+        number = 0
+        for problem_id, ids, refusal in self._all():
+            refusal = refusal or self._unsendable(ids, context_length)
+            if refusal is not None:
+                number += 1
+                if len(bad) < OFFENDERS_NAMED:
+                    bad.append(f"problem {problem_id!r}: {refusal}")
+        if bad:
+            named = "; ".join(bad) + ("; ..." if number > OFFENDERS_NAMED else "")
+            raise InputError(f"{number} of {len(self.problems)} prompts cannot be sent: {named}")
+        write_atomic(checked, [limits])
+
+    def _all(self) -> Iterator[tuple[str, Sequence[int], str | None]]:
+        """(problem id, ids, why the prompt cannot be made) of each problem, tokenised many at once."""
+        number = len(self.problems)
+        for start in range(0, number, CHECKED_AT_ONCE):
+            some = [self.problems[i] for i in range(start, min(start + CHECKED_AT_ONCE, number))]
+            texts: list[str] = []
+            refusals: list[str | None] = []
+            for problem in some:
+                try:
+                    texts.append(self.chat.render(self.chat.prompt_messages(problem.problem), True))
+                    refusals.append(None)
+                except InputError as error:
+                    texts.append("")
+                    refusals.append(str(error))
+            encoded = self.chat.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            for problem, tokens, refusal in zip(some, encoded, refusals, strict=True):
+                yield problem.id, tokens.ids, refusal
+
+    def _unsendable(self, ids: Sequence[int], context_length: int) -> str | None:
+        # An id outside the vocabulary kills an SGLang server.
+        if max(ids, default=0) >= self.chat.vocab_size:
+            return (
+                f"its prompt has token id {max(ids)}; the model knows only {self.chat.vocab_size}: "
+                f"the tokenizer does not belong to this checkpoint"
+            )
+        if len(ids) + 1 >= context_length:
+            return (
+                f"its prompt of {len(ids)} tokens leaves no room for an answer in "
+                f"the server's context of {context_length}"
+            )
+        return None

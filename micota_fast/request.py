@@ -1,0 +1,147 @@
+"""One answer: the request or the requests that it takes, and the row that is made of them."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from micota_fast.endpoint import Endpoint, Temporary
+from micota_fast.errors import InputError
+from micota_fast.prompts import Prompts
+from micota_fast.recipe import SamplingSettings
+from micota_fast.records import Completion, model_name
+from micota_fast.schedule import Wanted
+
+
+def derive_seed(seed: int, problem_id: str, sample: int) -> int:
+    """The sampling seed of one answer: 31 bits that depend on nothing but the arguments."""
+    digest = hashlib.sha256(f"{seed}\0{problem_id}\0{sample}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def sampling_params(config: SamplingSettings) -> dict[str, Any]:
+    """`sampling_params` of every request, seeds left out."""
+    params: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+    if config.temperature > 0:
+        params |= {"top_p": config.top_p, "top_k": config.top_k}
+    if config.stop:
+        params["stop"] = list(config.stop)
+    return params
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """An answer, or the piece of one that one request has brought."""
+
+    text: str
+    reason: str
+    tokens: int
+    ids: list[int]  # empty where the server gives none
+    top_logprobs: list[Any]  # [place] of [k] (token id, log-probability)
+
+
+class Asker:
+    """Asks for answers as the settings say: seeds, limits, thinking budget, log-probabilities.
+
+    Args:
+        prompts: of the problems.
+        config: the settings.
+        model: what is served, as the recipe names it.
+    """
+
+    def __init__(self, prompts: Prompts, config: SamplingSettings, model: str) -> None:
+        self._prompts, self._config = prompts, config
+        self._params = sampling_params(config)
+        self._model_name = model_name(model)
+        self._thinking_end = prompts.chat.tokenizer.encode(config.thinking_end, add_special_tokens=False).ids
+
+    async def answer(
+        self, endpoint: Endpoint, session: aiohttp.ClientSession, wanted: Wanted, context_length: int
+    ) -> tuple[Completion, dict[str, Any]]:
+        """The row of one answer, and what is kept beside the row's own fields.
+
+        With a thinking budget the answer is asked for up to the budget; a thought that has not ended by then is ended
+        with `thinking_end`, and the model goes on from there with what is left of `max_new_tokens`.
+
+        Raises:
+            Temporary: another try may succeed.
+            InputError: the server refuses this request.
+        """
+        prompt = self._prompts.ids(wanted.problem)
+        budget = self._config.thinking_budget
+        # SGLang refuses a request whose prompt and limit together exceed the context length (0.5.23; it then stops two
+        # short of it, with "length").
+        most = min(self._config.max_new_tokens, context_length - len(prompt) - 1)
+        parts = [await self._ask(endpoint, session, wanted, prompt, most if budget is None else min(budget, most))]
+        if budget is not None and parts[0].reason == "length":
+            if self._config.thinking_end.strip() not in parts[0].text:
+                end = self._thinking_end
+                parts.append(_Part(self._config.thinking_end, "length", len(end), end, []))
+            rest = most - sum(part.tokens for part in parts)
+            if rest > 0:
+                ids = [*prompt, *(i for part in parts for i in part.ids)]
+                parts.append(await self._ask(endpoint, session, wanted, ids, rest))
+            elif len(parts) > 1:
+                parts.pop()  # no room to go on from it
+        text, tokens = "".join(part.text for part in parts), sum(part.tokens for part in parts)
+        row = self.row(wanted, parts[-1].reason, text, tokens)
+        if not self._config.top_logprobs:
+            return row, {}
+        places = [place for part in parts for place in part.top_logprobs or [None] * len(part.ids)]
+        return row, {"completion_ids": [i for part in parts for i in part.ids], "top_logprobs": places}
+
+    def row(self, wanted: Wanted, reason: str, text: str, tokens: int) -> Completion:
+        """The row of an answer."""
+        problem = self._prompts.problems[wanted.problem]
+        return Completion(
+            id=problem.id,
+            sample=wanted.sample,
+            problem=problem.problem,
+            answer=problem.answer,
+            completion=text,
+            finish_reason=reason,
+            prompt_tokens=len(self._prompts.ids(wanted.problem)),
+            completion_tokens=tokens,
+            seed=self._seed(problem.id, wanted.sample),
+            model=self._model_name,
+        )
+
+    def _seed(self, problem_id: str, sample: int) -> int | None:
+        return derive_seed(self._config.seed, problem_id, sample) if self._config.temperature > 0 else None
+
+    async def _ask(
+        self, endpoint: Endpoint, session: aiohttp.ClientSession, wanted: Wanted, ids: list[int], most: int
+    ) -> _Part:
+        config = self._config
+        problem_id = self._prompts.problems[wanted.problem].id
+        params = {**self._params, "max_new_tokens": most}
+        if (seed := self._seed(problem_id, wanted.sample)) is not None:
+            params["sampling_seed"] = seed
+        body: dict[str, Any] = {"input_ids": ids, "sampling_params": params}
+        if config.top_logprobs:
+            body |= {"return_logprob": True, "top_logprobs_num": config.top_logprobs}
+        try:
+            answer = await endpoint.ask(session, body, config.request_timeout_s)
+        except InputError as error:
+            raise InputError(f"problem {problem_id!r}: {error}") from None
+        try:
+            meta = answer["meta_info"]
+            places = meta["output_top_logprobs"] if config.top_logprobs else []
+            part = _Part(
+                text=str(answer["text"]),
+                reason=meta["finish_reason"]["type"],
+                tokens=int(meta["completion_tokens"]),
+                ids=answer.get("output_ids", []),
+                top_logprobs=[[(i, logprob) for logprob, i, *_ in place] for place in places],
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise Temporary(f"an answer that is not SGLang's: {error!r}") from None
+        if part.reason not in ("stop", "length"):
+            raise Temporary(f"the server ended the answer with {meta['finish_reason']}")
+        if (config.thinking_budget is not None or config.top_logprobs) and len(part.ids) != part.tokens:
+            raise InputError(
+                f"{endpoint.url} gives {len(part.ids)} `output_ids` for {part.tokens} tokens: "
+                f"`thinking_budget` and `top_logprobs` need them"
+            )
+        return part
