@@ -18,7 +18,9 @@ STAGES: dict[str, tuple[type, str]] = {
     "mix": (recipe.MixConfig, "micota_fast.mix:run"),
     "train": (recipe.TrainConfig, "micota_fast.train.loop:train"),
     "evaluate": (recipe.EvaluateConfig, "micota_fast.evaluate:run"),
+    "length-sweep": (recipe.LengthSweepConfig, "micota_fast.length_sweep:run"),
     "align": (recipe.AlignConfig, "micota_fast.align:run"),
+    "contamination": (recipe.ContaminationConfig, "micota_fast.contamination:run"),
     "report": (recipe.ReportConfig, "micota_fast.report.build:run"),
 }
 
@@ -65,14 +67,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.set_defaults(call=_merge)
 
+    export = verbs.add_parser(
+        "export",
+        help="completions as a Parquet file",
+        description="Write completions as a Parquet file, in their order.",
+    )
+    export.add_argument("completions", metavar="COMPLETIONS", help="JSONL, as `generate` and `filter` write it")
+    export.add_argument(
+        "out", metavar="OUT", help="the Parquet file; pyarrow is needed (pip install 'micota-fast[parquet]')"
+    )
+    export.set_defaults(call=_export)
+
     serve = verbs.add_parser(
         "serve",
         help="answer SGLang's HTTP API for a checkpoint",
-        description="Serve a checkpoint in the foreground, with our own decoder or a real SGLang server.",
+        description="Serve a checkpoint in the foreground, with our own decoder or real SGLang servers.",
         epilog=_options(recipe.ServeConfig),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     serve.add_argument("model", metavar="MODEL", help="checkpoint folder or hub name")
+    serve.add_argument("--log", metavar="FILE", help="the servers' output: FILE, FILE.1 ...; default: the terminal")
     _add_set(serve)
     serve.set_defaults(call=_serve)
     return parser
@@ -155,10 +169,16 @@ def _merge(parsed: argparse.Namespace) -> None:
     merge(recipe.MergeConfig(config=parsed.config, out=parsed.out, seed=parsed.seed, weights=parsed.weights))
 
 
+def _export(parsed: argparse.Namespace) -> None:
+    from micota_fast.parquet import export
+
+    print(f"{parsed.out}: {export(parsed.completions, parsed.out)} completions")
+
+
 def _serve(parsed: argparse.Namespace) -> None:
     from micota_fast.serve.launch import serve_in_foreground
 
-    serve_in_foreground(parsed.model, config.load(recipe.ServeConfig, None, parsed.overrides))
+    serve_in_foreground(parsed.model, config.load(recipe.ServeConfig, None, parsed.overrides), parsed.log)
 
 
 if __name__ == "__main__":

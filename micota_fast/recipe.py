@@ -488,6 +488,20 @@ class AlignConfig(AlignSettings):
 
 
 @dataclass(kw_only=True)
+class ContaminationConfig:
+    """`micota contamination`: which benchmark problems a training corpus holds."""
+
+    corpora: dict[str, str] = option(doc="name -> JSONL corpus")
+    benchmarks: list[BenchmarkConfig] = option(doc="the sets; of each only name, path and limit count")
+    out: str = option(doc="folder: contamination.json")
+
+    def __post_init__(self) -> None:
+        if not self.corpora or not self.benchmarks:
+            raise InputError("`corpora` and `benchmarks` must each name at least one")
+        check_names("corpora", self.corpora)
+
+
+@dataclass(kw_only=True)
 class ReportConfig:
     """`micota report`: tables, plots and one self-contained page."""
 
@@ -528,6 +542,21 @@ class MergedModel:
 
     mergekit: dict[str, Any] = option(doc="a mergekit configuration whose model names are names under `models`")
     seed: int = option(0, doc="seed of DARE's mask")
+    median_tokens: int | None = option(
+        None,
+        doc="choose the weight, in place of the configuration's own, so that answers have this median length: merge at "
+        "several weights, sample and interpolate (see `micota length-sweep`); null: merge as the configuration says",
+    )
+    problems: str = option("train", doc="name under `problems`, of those answered for `median_tokens`")
+    sweep: dict[str, Any] = option(
+        {}, doc="options of the length sweep; sampling and grading are the recipe's where it says nothing"
+    )
+
+    def __post_init__(self) -> None:
+        if self.median_tokens is not None:
+            at_least(self, median_tokens=1)
+        elif self.sweep:
+            raise InputError("`sweep` says how the weight for `median_tokens` is found; give it, too")
 
 
 @dataclass(kw_only=True)
@@ -626,6 +655,8 @@ class Recipe:
             if model.train is not None:
                 known(model.train.base, self.models, f"models.{name}.train.base", "model")
                 known(model.train.corpus, self.corpora, f"models.{name}.train.corpus", "corpus")
+            if model.merge is not None and model.merge.median_tokens is not None:
+                known(model.merge.problems, self.problems, f"models.{name}.merge.problems", "problem set")
         for name, corpus in self.corpora.items():
             if corpus.generate is not None:
                 known(corpus.generate.model, self.models, f"corpora.{name}.generate.model", "model")

@@ -1,0 +1,112 @@
+"""Benchmark problems that lie in a training corpus are found; others are not."""
+
+import json
+import random
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from micota_fast.contamination import GRAM, _Table, run
+from micota_fast.errors import InputError
+from micota_fast.recipe import BenchmarkConfig, ContaminationConfig
+from micota_fast.records import Problem, write_rows
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+LONG = "Find the number of ordered pairs (a, b) of integers with 1 < a < b < 100 such that $a^2 + b^2$ is prime."
+SHORT = "Compute $\\sin 60^\\circ$."
+OTHER = "A bag holds three red and five blue marbles; two are drawn, and neither is put back. How likely is blue?"
+
+
+def report(tmp_path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    write_rows(tmp_path / "corpus.jsonl", rows)
+    write_rows(tmp_path / "set.jsonl", [Problem("long", LONG, "1"), Problem("short", SHORT, "2")])
+    write_rows(tmp_path / "clean.jsonl", [Problem("other", OTHER, "3")])
+    benchmarks = [BenchmarkConfig(name=n, path=str(tmp_path / f"{n}.jsonl")) for n in ("set", "clean")]
+    corpora = {"c": str(tmp_path / "corpus.jsonl")}
+    run(ContaminationConfig(corpora=corpora, benchmarks=benchmarks, out=str(tmp_path / "out")))
+    found: dict[str, Any] = json.loads((tmp_path / "out" / "contamination.json").read_text())
+    return found["c"]
+
+
+def test_what_is_found_and_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = " ".join(re.findall(r"\w+", LONG)[2 : 2 + GRAM])
+    rows = [
+        {"id": "0", "problem": "What is 3 + 4?", "answer": "7", "completion": "7"},
+        {"id": "1", "problem": f"  {LONG.upper()}  ", "answer": "7", "completion": "7"},
+        {"messages": [{"role": "user", "content": f"Solve: {LONG} Show your work."}]},
+        {"id": "3", "problem": "compute sin 60 circ", "answer": "7", "completion": "7"},
+        {"id": "4", "problem": "x", "answer": "7", "completion": f"I recall: {words}, and so on"},
+        {"id": "5", "problem": "x", "answer": "7", "completion": f"{words.rpartition(' ')[0]} something else"},
+        {"id": "6", "problem": f"Please {SHORT}", "answer": "7", "completion": "too short to be told from chance"},
+    ]
+    found = report(tmp_path, rows)
+    assert found["rows"] == 7
+    assert found["benchmarks"]["set"] == {
+        "problems": 2,
+        "exact": ["long", "short"],
+        "gram13": ["long"],
+        "rows": 4,
+        "examples": [[2, "long"], [3, "long"], [4, "short"], [5, "long"]],
+    }
+    assert found["benchmarks"]["clean"]["rows"] == 0
+    told = capsys.readouterr().out
+    assert "c: 4 of 7 rows share text with set: 2 of its 2 problems word for word, 1 in 13 words or more" in told
+
+
+def test_a_clean_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(tmp_path, [{"id": "0", "problem": "What is 3 + 4?", "answer": "7", "completion": "7"}])
+    assert all(not entry["rows"] and not entry["examples"] for entry in found["benchmarks"].values())
+    assert "no text of 3 benchmark problems found in c" in capsys.readouterr().out
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"corpus\.jsonl: no rows"):
+        report(tmp_path, [])
+    (tmp_path / "bad.jsonl").write_text('{"a": "b"}\nnot json\n')
+    benchmarks = [BenchmarkConfig(name="set", path=str(tmp_path / "set.jsonl"))]
+    corpora = {"c": str(tmp_path / "bad.jsonl")}
+    with pytest.raises(InputError, match=r"bad\.jsonl:2: not a JSON object"):
+        run(ContaminationConfig(corpora=corpora, benchmarks=benchmarks, out=str(tmp_path / "out")))
+
+
+words_ = st.lists(st.sampled_from(["a", "b", "c", "dd", "ee", "fff", "1", "22"]), min_size=0, max_size=40)
+
+
+@given(words_, st.lists(words_, min_size=1, max_size=5))
+@settings(max_examples=200, deadline=None)
+def test_against_the_definition(problem: list[str], texts: list[list[str]]) -> None:
+    def grams(words: list[str]) -> set[tuple[str, ...]]:
+        return {tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)}
+
+    spaced = [" , ".join(words).encode() for words in texts]
+    found = set(_Table([" ".join(problem)]).hits(spaced))
+    expected = {(i, 0, True) for i, words in enumerate(texts) if words and words == problem}
+    expected |= {(i, 0, False) for i, words in enumerate(texts) if grams(words) & grams(problem)}
+    assert found == expected
+
+
+def test_it_reads_fast_enough_for_long_chains_of_thought() -> None:
+    letters = random.Random(0)
+    vocabulary = ["".join(letters.choices("abcdefghij", k=5)) for _ in range(5000)]
+    text = " ".join(letters.choices(vocabulary, k=500_000)).encode()
+    table = _Table([" ".join(letters.choices(vocabulary, k=60)) for _ in range(2000)])
+    list(table.hits([b"compiled now"]))
+    started = time.perf_counter()
+    list(table.hits([text]))
+    assert time.perf_counter() - started < 5.0  # 3 MB; 0.1 s on a quiet core
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the benchmarks' files are not here")
+def test_every_problem_of_the_real_sets_finds_itself(tmp_path: Path) -> None:
+    names = ("aime2024", "amc23", "olympiadbench", "math500", "gsm8k_test")
+    benchmarks = [BenchmarkConfig(name=n, path=str(DATA / f"{n}.jsonl")) for n in names]
+    corpora = {n: str(DATA / f"{n}.jsonl") for n in names}
+    run(ContaminationConfig(corpora=corpora, benchmarks=benchmarks, out=str(tmp_path)))
+    found = json.loads((tmp_path / "contamination.json").read_text())
+    for name in names:
+        assert len(found[name]["benchmarks"][name]["exact"]) == found[name]["rows"]
