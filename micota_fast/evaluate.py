@@ -6,8 +6,9 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,28 @@ from micota_fast.errors import InputError
 from micota_fast.generate import fingerprint, finished, generate_corpus, named_urls, open_problems, servers_for
 from micota_fast.grade import Grader, Verdict
 from micota_fast.intervals import wilson95
+from micota_fast.problem_file import ProblemFile
 from micota_fast.recipe import BenchmarkConfig, EvaluateConfig
 from micota_fast.records import Completion, model_name, read_completions, write_atomic, write_rows
+from micota_fast.string_rule import grade_by_string, grade_last_number
 
 OUTCOMES = ("correct", "wrong", "no_answer", "truncated", "aborted", "timeout", "crashed")
+RULES: dict[str, Callable[[str, str], Verdict]] = {
+    "box": grade_by_string,
+    "box_zeros_trimmed": partial(grade_by_string, trim_zeros=True),
+    "last_number": grade_last_number,
+}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One benchmark: its problems, how they are asked, where the answers lie."""
+
+    benchmark: BenchmarkConfig
+    problems: ProblemFile
+    asked: EvaluateConfig
+    answers: Path
+    rows: Path
 
 
 def run(config: EvaluateConfig) -> None:
@@ -29,42 +48,48 @@ def run(config: EvaluateConfig) -> None:
     cheap. Interrupted, the next run takes up the answers that were given. Equal inputs give equal results.json; what
     depends on the clock stands in timing.json.
 
-    results.json: for each benchmark `n` answers = `correct` + `wrong` + `no_answer` (no complete box) + `truncated`
-    (cut off at the token limit, and not right by then) + `aborted` (the server failed on it) + `timeout` + `crashed`
-    (the comparison hit its limit), `accuracy` = correct / n, `wilson95` over the `problems`, `mean_tokens` of an
-    answer; `average` is the plain mean of the accuracies, as in the paper.
+    Every answer is graded twice: `strict` by math-verify, `paper` by the benchmark's string rule (see `string_rule`).
+    The verdicts of `config.protocol` count: for each benchmark results.json has of them `n` answers = `correct` +
+    `wrong` + `no_answer` (no final answer found) + `truncated` (cut off at the token limit, and not right by then) +
+    `aborted` (the server failed on it) + `timeout` + `crashed` (the comparison hit its limit), `accuracy` = correct /
+    n, `wilson95` over the `problems`, `mean_tokens` of an answer; and of both protocols `correct` and `accuracy`, under
+    `protocols`. `average` is the plain mean of the accuracies, as in the paper.
 
     Raises:
-        InputError: as `micota_fast.generate`; or two benchmarks have one name.
+        InputError: as `micota_fast.generate`; or two benchmarks have one name, or a file holds another number of
+            problems than its benchmark has.
     """
     named_urls(config)
     out = Path(config.out)
-    files = _file_names(config.benchmarks)
-    jobs = []
-    for benchmark in config.benchmarks:
-        chat = config.chat if benchmark.prompt is None else replace(config.chat, prompt=benchmark.prompt)
-        problems = open_problems(benchmark.path, benchmark.limit, out / "completions" / files[benchmark.name])
-        jobs.append((benchmark.name, problems, replace(config, chat=chat)))
+    jobs = _jobs(config, out)
     timing: dict[str, Any] = {"generation_s": {}, "grading_s": {}}
-    answers: dict[str, list[Completion]] = {}
-    done = all(finished(problems, asked, out / "completions" / files[name]) for name, problems, asked in jobs)
-    # No request is sent where all is done, so no URL is needed.
     with contextlib.ExitStack() as stack:
+        # No request is sent where all is done, so no URL is needed.
+        done = all(finished(job.problems, job.asked, job.answers) for job in jobs)
         urls = [] if done else stack.enter_context(servers_for(config, out / "server.log"))
-        for name, problems, asked in jobs:
+        for job in jobs:
             started = time.monotonic()
-            generate_corpus(problems, asked, urls, out / "completions" / files[name])
-            answers[name] = read_completions(out / "completions" / files[name])
-            timing["generation_s"][name] = round(time.monotonic() - started, 3)
+            generate_corpus(job.problems, job.asked, urls, job.answers)
+            timing["generation_s"][job.benchmark.name] = round(time.monotonic() - started, 3)
     benchmarks: dict[str, Any] = {}
     with Grader(config.workers, config.timeout_s) as grader:
-        for name, problems, asked in jobs:
+        for job in jobs:
+            name = job.benchmark.name
             started = time.monotonic()
-            rows = answers[name]
-            verdicts = grader.grade([(row.completion, row.answer) for row in rows])
+            rows = read_completions(job.answers)
+            pairs = [(row.completion, row.answer) for row in rows]
+            rule = RULES[job.benchmark.rule or "box"]
+            verdicts = {"strict": grader.grade(pairs), "paper": [rule(*pair) for pair in pairs]}
             timing["grading_s"][name] = round(time.monotonic() - started, 3)
-            write_rows(out / "rows" / files[name], map(_graded_row, rows, verdicts))
-            benchmarks[name] = {**score(len(problems), rows, verdicts), "made_by": fingerprint(problems, asked)}
+            graded = map(partial(_graded_row, config.protocol), rows, verdicts["strict"], verdicts["paper"])
+            write_rows(job.rows, graded)
+            scores = {protocol: score(len(job.problems), rows, of) for protocol, of in verdicts.items()}
+            benchmarks[name] = {
+                **scores[config.protocol],
+                "protocol": config.protocol,
+                "protocols": {p: {key: s[key] for key in ("correct", "accuracy")} for p, s in scores.items()},
+                "made_by": fingerprint(job.problems, job.asked),
+            }
             print(_line(name, benchmarks[name]), flush=True)
     average = math.fsum(entry["accuracy"] for entry in benchmarks.values()) / len(benchmarks)
     results = {
@@ -76,6 +101,23 @@ def run(config: EvaluateConfig) -> None:
     write_atomic(out / "timing.json", [json.dumps(timing, indent=1).encode() + b"\n"])
     write_atomic(out / "results.json", [json.dumps(results, indent=1, ensure_ascii=False).encode() + b"\n"])
     print(f"average of {len(benchmarks)}: {100 * average:.2f}%")
+
+
+def _jobs(config: EvaluateConfig, out: Path) -> list[_Job]:
+    jobs = []
+    for benchmark, file in zip(config.benchmarks, _file_names(config.benchmarks), strict=True):
+        prompt = config.chat.prompt if benchmark.prompt is None else benchmark.prompt
+        asked = replace(config, chat=replace(config.chat, prompt=prompt), stop=[*config.stop, *benchmark.stop])
+        answers = out / "completions" / file
+        problems = open_problems(benchmark.path, benchmark.limit, answers)
+        # A limit says that the rest is left out on purpose.
+        if benchmark.problems and benchmark.limit is None and len(problems) not in benchmark.problems:
+            raise InputError(
+                f"{benchmark.path} holds {len(problems)} problems; {benchmark.name} has "
+                f"{' or '.join(map(str, benchmark.problems))}"
+            )
+        jobs.append(_Job(benchmark, problems, asked, answers, out / "rows" / file))
+    return jobs
 
 
 def score(problems: int, rows: Sequence[Completion], verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -104,16 +146,27 @@ def _outcome(row: Completion, verdict: Verdict) -> str:
     return verdict.status
 
 
-def _graded_row(row: Completion, verdict: Verdict) -> dict[str, Any]:
-    judged = verdict.status not in ("timeout", "crashed")
-    graded = replace(row, correct=verdict.status == "correct" if judged else None)
-    return asdict(graded) | {"outcome": _outcome(row, verdict), "extracted": verdict.extracted}
+def _graded_row(protocol: str, row: Completion, strict: Verdict, paper: Verdict) -> dict[str, Any]:
+    """The answer with the verdict that counts; what each protocol says and has read stands beside it."""
+    verdicts = {"strict": strict, "paper": paper}
+    counts = verdicts[protocol]
+    graded = replace(row, correct=_correct(counts))
+    return asdict(graded) | {
+        "outcome": _outcome(row, counts),
+        "extracted": counts.extracted,
+        "protocols": {name: {"correct": _correct(of), "extracted": of.extracted} for name, of in verdicts.items()},
+    }
 
 
-def _file_names(benchmarks: Sequence[BenchmarkConfig]) -> dict[str, str]:
+def _correct(verdict: Verdict) -> bool | None:
+    """None: the comparison came to no end."""
+    return None if verdict.status in ("timeout", "crashed") else verdict.status == "correct"
+
+
+def _file_names(benchmarks: Sequence[BenchmarkConfig]) -> list[str]:
     """File of each benchmark: its name, with what a file name should not hold replaced."""
-    names = {benchmark.name: re.sub(r"[^\w.-]", "_", benchmark.name) + ".jsonl" for benchmark in benchmarks}
-    if not benchmarks or len(set(names.values())) != len(benchmarks):
+    names = [re.sub(r"[^\w.-]", "_", benchmark.name) + ".jsonl" for benchmark in benchmarks]
+    if not names or len(set(names)) != len(names):
         raise InputError("`benchmarks` must list at least one benchmark, and no two of the same name")
     return names
 
@@ -121,7 +174,9 @@ def _file_names(benchmarks: Sequence[BenchmarkConfig]) -> dict[str, str]:
 def _line(name: str, entry: dict[str, Any]) -> str:
     low, high = entry["wilson95"]
     apart = ", ".join(f"{entry[k]} {k}" for k in OUTCOMES[2:] if entry[k])
+    other = "paper" if entry["protocol"] == "strict" else "strict"
     return (
         f"{name}: {100 * entry['accuracy']:.2f}% [{100 * low:.2f}, {100 * high:.2f}] "
-        f"({entry['correct']} of {entry['n']}{'; ' + apart if apart else ''})"
+        f"({entry['correct']} of {entry['n']}{'; ' + apart if apart else ''}); "
+        f"by the {other} rule {100 * entry['protocols'][other]['accuracy']:.2f}%"
     )

@@ -8,7 +8,10 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from micota_fast.config import option
 from micota_fast.errors import InputError
@@ -363,16 +366,44 @@ class TrainConfig(TrainSettings):
     out: str = option(doc="folder: model/ (Hugging Face layout), metrics.jsonl, summary.json, resume checkpoints")
 
 
+def shipped_benchmark(name: str) -> dict[str, Any]:
+    """The keys of `BenchmarkConfig` that benchmarks.yaml gives for a benchmark.
+
+    Raises:
+        InputError: it is none of those.
+    """
+    known = yaml.safe_load((Path(__file__).parent / "benchmarks.yaml").read_text(encoding="utf-8"))
+    if name not in known:
+        raise InputError(f"`like` must be one of {', '.join(known)}, not {name!r}")
+    return {key: value for key, value in known[name].items() if key != "hub"}
+
+
 @dataclass(kw_only=True)
 class BenchmarkConfig:
     """One evaluation set."""
 
-    name: str = option(doc="as it stands in the table")
-    path: str = option(doc="JSONL of problems")
+    like: str | None = option(
+        None, doc="a shipped definition (aime2024, amc2023, olympiad, math500, gsm8k): gives whatever is not given here"
+    )
+    name: str = option("", doc="as it stands in the table; required without `like`")
+    path: str = option("", doc="JSONL of problems; required without `like`")
     prompt: str | None = option(None, doc="user message with {problem}; null: that of chat.prompt")
+    stop: list[str] = option([], doc="strings that end an answer, beside those of `stop` for all")
+    rule: Literal["box", "box_zeros_trimmed", "last_number"] | None = option(
+        None, doc="how the `paper` protocol reads and compares the final answer; null: box"
+    )
+    problems: list[int] = option([], doc="numbers of problems that the file may hold; []: any")
     limit: int | None = option(None, doc="only the first so many problems; null: all")
 
     def __post_init__(self) -> None:
+        if self.like is not None:
+            for key, value in shipped_benchmark(self.like).items():
+                if not getattr(self, key):
+                    setattr(self, key, value)
+        for key in ("name", "path"):
+            if not getattr(self, key):
+                raise InputError(f"`{key}` is required where `like` names no shipped definition")
+        self.rule = self.rule or "box"
         if self.limit is not None:
             at_least(self, limit=1)
 
@@ -381,6 +412,11 @@ class BenchmarkConfig:
 class EvaluateSettings(SamplingSettings):
     """Greedy answers to every benchmark, graded."""
 
+    protocol: Literal["strict", "paper"] = option(
+        "strict",
+        doc="whose verdicts count in the table: math-verify's, or the string rules of the paper's evaluation; both are "
+        "in the results",
+    )
     max_new_tokens: int = option(16000, doc="longest answer, tokens", source="MiCoTA")
     timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
     workers: int = option(2, doc="grading processes", operational=True)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ import pytest
 import yaml
 
 from micota_fast import config as configuration
+from micota_fast import evaluate, generate
 from micota_fast.errors import InputError
 from micota_fast.evaluate import OUTCOMES, run, score
 from micota_fast.grade import Verdict
 from micota_fast.intervals import wilson95
+from micota_fast.journal import Journal
 from micota_fast.recipe import BenchmarkConfig, EvaluateConfig, ServeConfig
-from micota_fast.records import Completion, Problem, write_rows
+from micota_fast.records import Completion, Problem, read_problems, write_rows
 
 
 def test_wilson_interval_against_its_definition() -> None:
@@ -154,3 +158,81 @@ def test_names_must_differ(settings: EvaluateConfig) -> None:
     settings.benchmarks = []
     with pytest.raises(InputError, match="at least one benchmark"):
         run(settings)
+
+
+# -- the shipped benchmarks ------------------------------------------------------------------------------------------
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+SHIPPED = {"aime2024": 30, "amc2023": 40, "olympiad": 675, "math500": 500, "gsm8k": 1319}
+
+
+def answered(settings: EvaluateConfig, benchmark: BenchmarkConfig, text: Callable[[Problem], str]) -> dict[str, Any]:
+    """results.json's entry where every problem was answered by `text`."""
+    settings.benchmarks = [benchmark]
+    out = Path(settings.out)
+    [job] = evaluate._jobs(settings, out)
+    rows = [
+        Completion(p.id, 0, p.problem, p.answer, text(p), "stop", 1, 1, None) for p in read_problems(benchmark.path)
+    ]
+    made_by = generate.fingerprint(job.problems, job.asked)
+    with Journal(Path(f"{job.answers}.parts"), made_by) as journal:
+        for i, row in enumerate(rows):
+            journal.append(i, 0, 0, 1, 1, asdict(row))
+    run(settings)
+    entry: dict[str, Any] = json.loads((out / "results.json").read_text())["benchmarks"][benchmark.name]
+    return entry
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the benchmarks' files are not here")
+@pytest.mark.parametrize("like", SHIPPED)
+def test_an_oracle_is_always_right_and_an_empty_answer_never(like: str, settings: EvaluateConfig) -> None:
+    out = settings.out
+
+    def entry(name: str, text: Callable[[Problem], str]) -> dict[str, Any]:
+        settings.out = f"{out}/{name}"
+        benchmark = BenchmarkConfig(like=like)
+        benchmark.path = str(DATA / benchmark.path)
+        return answered(settings, benchmark, text)
+
+    oracle = entry("oracle", lambda problem: f"So it is\nFinal Answer: \\boxed{{{problem.answer}}}")
+    assert oracle["n"] == SHIPPED[like]
+    assert {p: s["accuracy"] for p, s in oracle["protocols"].items()} == {"strict": 1.0, "paper": 1.0}
+    empty = entry("empty", lambda problem: "")
+    assert empty["no_answer"] == SHIPPED[like]
+    assert {p: s["accuracy"] for p, s in empty["protocols"].items()} == {"strict": 0.0, "paper": 0.0}
+
+
+def test_the_protocols_differ_where_they_should(settings: EvaluateConfig, tmp_path: Path) -> None:
+    path = tmp_path / "two.jsonl"
+    write_rows(path, [Problem("a", "?", "\\frac{1}{4}"), Problem("b", "?", "12")])
+    texts = {"a": "\\boxed{0.25}", "b": "\\boxed{12} apples in 3 bags"}
+    last = BenchmarkConfig(name="last", path=str(path), rule="last_number")
+    box = BenchmarkConfig(name="box", path=str(path))
+    out = settings.out
+    for benchmark, paper in ((box, 0.5), (last, 0.0)):
+        for protocol in ("strict", "paper"):
+            settings.out, settings.protocol = f"{out}/{benchmark.name}-{protocol}", protocol
+            entry = answered(settings, benchmark, lambda problem: texts[problem.id])
+            assert {p: s["accuracy"] for p, s in entry["protocols"].items()} == {"strict": 1.0, "paper": paper}
+            assert entry["accuracy"] == entry["protocols"][protocol]["accuracy"]
+            rows = [json.loads(line) for line in (Path(settings.out) / "rows" / f"{benchmark.name}.jsonl").open()]
+            assert [row["correct"] for row in rows] == [row["protocols"][protocol]["correct"] for row in rows]
+
+
+def test_a_set_of_the_wrong_size_is_refused(settings: EvaluateConfig, tmp_path: Path) -> None:
+    path = tmp_path / "aime.jsonl"
+    write_rows(path, [Problem(str(i), "?", "7") for i in range(29)])
+    settings.benchmarks = [BenchmarkConfig(like="aime2024", path=str(path))]
+    with pytest.raises(InputError, match=r"aime\.jsonl holds 29 problems; AIME 2024 has 30"):
+        run(settings)
+
+
+def test_a_shipped_definition_gives_what_is_not_given() -> None:
+    known = BenchmarkConfig(like="gsm8k", path="mine.jsonl", stop=["\n\n"])
+    assert (known.name, known.path, known.stop, known.rule) == ("GSM8K", "mine.jsonl", ["\n\n"], "last_number")
+    assert known.prompt == "{problem}"
+    assert known.problems == [1319]
+    with pytest.raises(InputError, match=r"`like` must be one of aime2024, .*, not 'aime'"):
+        BenchmarkConfig(like="aime")
+    with pytest.raises(InputError, match="`path` is required"):
+        BenchmarkConfig(name="mine")
