@@ -26,10 +26,10 @@ STAGES: dict[str, tuple[type, str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 2 something the user can mend, 130 interrupted."""
+    """Run one verb; returns the exit status: 0 done, 1 `doctor` found errors, 2 something to mend, 130 interrupted."""
     parsed = _parser().parse_args(arguments)
     try:
-        parsed.call(parsed)
+        status: int | None = parsed.call(parsed)
     except InputError as error:
         print(f"micota {parsed.verb}: {error}", file=sys.stderr)
         return 2
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         went_on = "" if parsed.verb == "serve" else "; the same command goes on from here"
         print(f"micota {parsed.verb}: interrupted{went_on}", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,9 +46,42 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     shipped = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
 
-    run = _verb(verbs, "run", recipe.Recipe, _run, "RECIPE", f"YAML file, or a recipe that is shipped: {shipped}")
+    of_recipe = f"YAML file, or a recipe that is shipped: {shipped}"
+    run = _verb(verbs, "run", recipe.Recipe, _run, "RECIPE", of_recipe)
     run.add_argument("--dry-run", action="store_true", help="only show what is done, stale or to do")
     run.add_argument("--out", metavar="DIR", help="the run's folder; default: runs/NAME")
+
+    planned = verbs.add_parser(
+        "plan",
+        help="tokens, FLOPs, GPU-hours, memory, disk and money of a recipe, on paper",
+        description="What each stage of a recipe will take, from the models' shapes and from what is assumed.",
+    )
+    planned.add_argument("--gpu", metavar="NAME", help="h100 (default), h200, a100 ...; cpu: none")
+    planned.add_argument("--gpus", type=int, metavar="N", help="GPUs of the machine; default: as many as are used")
+    planned.add_argument("--dollars-per-gpu-hour", type=float, metavar="X", help="what a GPU costs")
+    planned.add_argument(
+        "--answer-tokens",
+        metavar="NAME=TOKENS",
+        action="append",
+        default=[],
+        help="mean length of the answers in a corpus, or of the student's own (base); can be repeated",
+    )
+    planned.add_argument(
+        "--assume", metavar="KEY=VALUE", action="append", default=[], help="change what the table says is assumed"
+    )
+    planned.add_argument("--json", metavar="FILE", help="write it there, too, with all digits")
+    planned.set_defaults(call=_plan)
+
+    doctor = verbs.add_parser(
+        "doctor",
+        help="check this machine for a recipe, and say what to do",
+        description="Check this machine for a recipe, a line a check, with what to do. Status 1: there are errors.",
+    )
+    doctor.set_defaults(call=_doctor)
+    for verb in (planned, doctor):
+        verb.add_argument("config", metavar="RECIPE", help=of_recipe)
+        verb.add_argument("--out", metavar="DIR", help="the run's folder; default: runs/NAME")
+        _add_set(verb)
 
     for name, (cls, _) in STAGES.items():
         _verb(verbs, name, cls, _stage, "CONFIG", "YAML file of the options below; every one can be --set instead", "?")
@@ -89,6 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--log", metavar="FILE", help="the servers' output: FILE, FILE.1 ...; default: the terminal")
     _add_set(serve)
     serve.set_defaults(call=_serve)
+    benchmarks = verbs.add_parser(
+        "benchmarks",
+        help="fetch the benchmarks' problems from the Hugging Face Hub",
+        description="Write the files of the shipped benchmark definitions to a folder; those that are there stay.",
+    )
+    benchmarks.add_argument("folder", metavar="DIR", help="where the files go: the `data_dir` of a recipe")
+    benchmarks.set_defaults(call=_benchmarks)
     return parser
 
 
@@ -130,16 +170,41 @@ def _options(cls: type) -> str:
     return "\n".join(lines)
 
 
-def _run(parsed: argparse.Namespace) -> None:
-    from micota_fast.graph import plan
-    from micota_fast.pipeline import Run
-
+def _recipe(parsed: argparse.Namespace) -> tuple[recipe.Recipe, Path, Path]:
+    """The recipe, its file, and the run's folder."""
     path = Path(parsed.config)
     if not path.is_file() and (RECIPES / f"{parsed.config}.yaml").exists():
         path = RECIPES / f"{parsed.config}.yaml"
     loaded = config.load(recipe.Recipe, path, parsed.overrides)
-    folder = Path(parsed.out or f"runs/{loaded.name}").resolve()
-    run = Run(plan(loaded, path.resolve(), folder), loaded.launch, folder)
+    return loaded, path.resolve(), Path(parsed.out or f"runs/{loaded.name}").resolve()
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    from micota_fast import plan_table
+    from micota_fast.assumptions import Assumptions
+
+    loaded, path, folder = _recipe(parsed)
+    assumed = config.load(Assumptions, None, parsed.assume)
+    made = plan_table.make_plan(
+        loaded, path, folder, parsed.gpu, parsed.gpus, assumed, parsed.answer_tokens, parsed.dollars_per_gpu_hour
+    )
+    if parsed.json:
+        plan_table.write_json(parsed.json, made, assumed)
+    print(plan_table.table(made, assumed))
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from micota_fast.doctor import check
+
+    return check(*_recipe(parsed))
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    from micota_fast.graph import plan
+    from micota_fast.pipeline import Run
+
+    loaded, path, folder = _recipe(parsed)
+    run = Run(plan(loaded, path, folder), loaded.launch, folder)
     statuses = run.statuses()
     width = max(len(name) for name in statuses)
     open_stages = [name for name, status in statuses.items() if status.state != "done"]
@@ -173,6 +238,12 @@ def _export(parsed: argparse.Namespace) -> None:
     from micota_fast.parquet import export
 
     print(f"{parsed.out}: {export(parsed.completions, parsed.out)} completions")
+
+
+def _benchmarks(parsed: argparse.Namespace) -> None:
+    from micota_fast.hub_benchmarks import fetch
+
+    fetch(parsed.folder)
 
 
 def _serve(parsed: argparse.Namespace) -> None:
