@@ -5,12 +5,13 @@ Speaks SGLang's native /generate with `input_ids`; prompts are checked before th
 
 import asyncio
 import json
+import math
 import random
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from micota_fast.recipe import SamplingSettings
 from micota_fast.records import Completion
 from micota_fast.request import Asker
 from micota_fast.schedule import Schedule, Wanted
-from micota_fast.verdicts import VerdictLog
 
 BACKOFF_S = 0.25, 15.0  # first and longest pause between two tries of a request, or of a server that is down
 # How long nothing may be answered before the run gives up: a server elsewhere may be restarted, ours will not.
@@ -73,7 +73,6 @@ class Client:
         checkpoint: the folder with its tokenizer and template.
         urls: of the servers, without a slash at the end.
         journal: where answers go as they come.
-        verdicts: where verdicts go that come after their rows.
         judge: judges them; None: every answer counts as accepted.
         enough: see `GenerateSettings`.
     """
@@ -86,12 +85,11 @@ class Client:
         checkpoint: Path,
         urls: Sequence[str],
         journal: Journal,
-        verdicts: VerdictLog,
         judge: Judge | None,
         enough: int | None,
     ) -> None:
         self._problems, self._config, self._judge = problems, config, judge
-        self._journal, self._verdicts = journal, verdicts
+        self._journal = journal
         self._model, self._checkpoint, self._enough = model, checkpoint, enough
         self._prompts = Prompts(problems, Chat.from_checkpoint(checkpoint, config.chat))
         self._asker = Asker(self._prompts, config, model)
@@ -101,10 +99,10 @@ class Client:
         self._under_way: set[_Job] = set()
         self._judging = 0
         self._all_down_since: float | None = time.monotonic()
-        self._said_failing = False
+        self._said_failing, self._said_at = False, -math.inf
         self._answered = self._aborted = 0
         self._well = len(journal)  # answers that show that the servers can, sometime
-        accepted = int((verdicts.of(journal.entries) == ACCEPTED).sum())
+        accepted = int((journal.entries["verdict"] == ACCEPTED).sum())
         self.meters = Meters(len(journal), None if judge is None else accepted)
 
     async def run(self) -> None:
@@ -116,10 +114,14 @@ class Client:
         """
         self._wake = asyncio.Event()
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0)
-        connector = aiohttp.TCPConnector(limit=0)
         screen = Screen()
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            self._session = session
+        # What a server sends unasked must not pass from one kind of request to the other: questions about the server
+        # have connections of their own, one each.
+        async with (
+            aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session,
+            aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(force_close=True)) as probing,
+        ):
+            self._session, self._probing = session, probing
             try:
                 async with asyncio.TaskGroup() as group:
                     watchers = [group.create_task(self._watch(endpoint)) for endpoint in self._endpoints]
@@ -169,7 +171,7 @@ class Client:
                 if endpoint.down is not None:
                     await self._admit(endpoint)
                     pause = BACKOFF_S[0]
-                endpoint.adapt(await endpoint.probe_load(self._session))
+                endpoint.adapt(await endpoint.probe_load(self._probing))
                 heard = time.monotonic()
                 self._wake.set()
             except Temporary as error:
@@ -186,12 +188,12 @@ class Client:
 
     async def _admit(self, endpoint: Endpoint) -> None:
         """See that it answers and serves the model asked for, with room for our prompts."""
-        served = await endpoint.served_model(self._session)
+        served = await endpoint.served_model(self._probing)
         if served is not None and not is_model(served, self._model, self._checkpoint):
             raise InputError(f"{endpoint.url} serves {served}, but `model` is {self._model}")
         if served is None and not endpoint.answered:
             print(f"{endpoint.url} does not tell which model it serves: taken on trust", file=sys.stderr, flush=True)
-        await endpoint.read_info(self._session)
+        await endpoint.read_info(self._probing)
         context = endpoint.info.get("context_length")
         if isinstance(context, int) and context < getattr(self, "_context_length", 0):
             raise InputError(
@@ -234,7 +236,7 @@ class Client:
 
     def _make_schedule(self) -> Schedule:
         entries = self._journal.entries
-        accepted = np.ones(len(entries), bool) if self._enough is None else self._verdicts.of(entries) == ACCEPTED
+        accepted = np.ones(len(entries), bool) if self._enough is None else entries["verdict"] == ACCEPTED
         return Schedule(
             self._problems.levels,
             self._problems.sizes,
@@ -250,14 +252,14 @@ class Client:
         if self._judge is None or self._enough is None:
             return
         entries = self._journal.entries
-        left = np.flatnonzero(self._verdicts.of(entries) == UNJUDGED)
+        left = np.flatnonzero(entries["verdict"] == UNJUDGED)
         for start in range(0, len(left), MOST_JUDGED):
             some = left[start : start + MOST_JUDGED]
             rows = [Completion(**_known(json.loads(line))) for line in self._journal.rows(some)]
             judgements = await asyncio.gather(*(self._judgement(row) for row in rows))
             for i, judgement in zip(some, judgements, strict=True):
                 problem, sample = int(entries["problem"][i]), int(entries["sample"][i])
-                self._verdicts.add(problem, sample, verdict_code(judgement))
+                self._journal.settle(problem, sample, verdict_code(judgement))
                 self.meters.judge(judgement.reason)
 
     async def _judgement(self, row: Completion) -> Judgement:
@@ -314,7 +316,7 @@ class Client:
         problem, sample = job.wanted.problem, job.wanted.sample
         judgement = Judgement(None) if self._judge is None else self._judge.at_once(row)
         verdict = UNJUDGED if self._judge is None or judgement is None else verdict_code(judgement)
-        self._journal.append(problem, sample, verdict, row.completion_tokens, row.prompt_tokens, asdict(row) | extra)
+        self._journal.append(problem, sample, verdict, row.completion_tokens, row.prompt_tokens, vars(row) | extra)
         if judgement is None:
             assert self._judge is not None
             self._judging += 1
@@ -322,7 +324,7 @@ class Client:
                 judgement = await self._judge.compared(row)
             finally:
                 self._judging -= 1
-            self._verdicts.add(problem, sample, verdict_code(judgement))
+            self._journal.settle(problem, sample, verdict_code(judgement))
         if self._judge is not None:
             self.meters.judge(judgement.reason)
         self._schedule.done(job.wanted, judgement.accepted)
@@ -370,11 +372,12 @@ class Client:
         raise self._given_up(now - job.failing_since, str(error)) from None
 
     async def _any_healthy(self, path: str) -> bool:
-        return any(await asyncio.gather(*(e.healthy(self._session, path) for e in self._endpoints)))
+        return any(await asyncio.gather(*(e.healthy(self._probing, path) for e in self._endpoints)))
 
     def _say_failing(self, endpoint: Endpoint, why: str) -> None:
-        if not self._said_failing:
-            self._said_failing = True
+        now = time.monotonic()
+        if not self._said_failing and now - self._said_at >= PROGRESS_S:
+            self._said_failing, self._said_at = True, now
             print(f"{endpoint.url}: {why}; trying again", file=sys.stderr, flush=True)
 
     def _given_up(self, silent_s: float, why: str) -> InputError:

@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
+import math
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,10 @@ RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 BUSY_STATUSES = RETRY_STATUSES - {408, 500}  # of an answer: the server's state, not the request, is the reason
 UNAVAILABLE_STATUSES = RETRY_STATUSES - {500}  # of a GET: the server (or the one behind a router) is not up yet
 PROBE_TIMEOUT_S = 30.0
+HALVED_EVERY_S = 1.0
 FIRST_LIMIT = 64  # requests in flight before the server has said how it fares
+_OURS = uuid.uuid4().hex  # how the ids of this process's requests begin
+_numbers = itertools.count()
 
 
 class Temporary(Exception):
@@ -60,7 +66,8 @@ class Endpoint:
 
     The limit follows the server's own queue: requests that only wait there gain nothing, and would be lost with it. It
     grows by a quarter a second while hardly anything waits and the KV cache has room, and falls by what waits beyond
-    an eighth of what runs. A server that tells nothing of itself gets `most` at once. Each 429 or 503 halves the limit.
+    an eighth of what runs. A server that tells nothing of itself gets `most` at once. A 429 or 503 halves the limit, at
+    most once a second: those that were sent together are one refusal.
     """
 
     def __init__(self, url: str, most: int) -> None:
@@ -73,14 +80,16 @@ class Endpoint:
         self.info: dict[str, Any] = {}
         self.down: str | None = "not asked yet"
         self.answered = 0
+        self._adapted = False
+        self._halved_at = -math.inf
 
     @property
     def free(self) -> bool:
         return self.down is None and self.in_flight < int(self.limit)
 
     def up(self) -> None:
+        """It answers."""
         self.down = None
-        self.silent_since = time.monotonic()
 
     def lost(self, why: str) -> None:
         """It answers no more: everything in flight there is broken off, to be asked elsewhere."""
@@ -92,13 +101,17 @@ class Endpoint:
 
     def busy(self) -> None:
         """It refused a request for lack of room."""
-        self.limit = max(1.0, min(self.limit, self.in_flight) / 2)
+        now = time.monotonic()
+        if now - self._halved_at >= HALVED_EVERY_S:
+            self._halved_at = now
+            self.limit = max(1.0, min(self.limit, self.in_flight) / 2)
 
     def adapt(self, load: Load | None) -> None:
         """Take in what the server says of itself; None: it does not say."""
         self.load = load
+        first, self._adapted = not self._adapted, True
         if load is None:
-            self.limit = float(self.most) if not self.answered else min(float(self.most), self.limit + 1)
+            self.limit = float(self.most) if first else min(float(self.most), self.limit + max(1.0, self.limit / 8))
             return
         slack = max(4, load.running // 8)
         if load.waiting > slack:
@@ -113,14 +126,20 @@ class Endpoint:
             Temporary: another try may succeed, here or elsewhere.
             InputError: the server refuses this request (any other 4xx).
         """
+        rid = f"{_OURS}-{next(_numbers)}"
+        data = json.dumps({**body, "rid": rid})
         try:
             async with asyncio.timeout(timeout_s) as timeout:
                 self.timeouts.add(timeout)
                 try:
-                    async with session.post(self.url + "/generate", data=json.dumps(body), headers=JSON) as response:
+                    async with session.post(self.url + "/generate", data=data, headers=JSON) as response:
                         content = await response.read()
                         if response.status == 200:
-                            return json.loads(content)
+                            answer = json.loads(content)
+                            if _is_anothers(answer, rid):
+                                response.close()  # whatever comes on that connection is off by one from now on
+                                raise Temporary("the answer to another request came")
+                            return answer
                 finally:
                     self.timeouts.discard(timeout)
         except aiohttp.ClientConnectorError as error:
@@ -214,6 +233,15 @@ def is_model(served: str, wanted: str, checkpoint: Path) -> bool:
     # NAME/model is called NAME: of our own making, all of them end in `model`.
     last = theirs.parent.name if theirs.name == "model" else theirs.name
     return last in {model_name(wanted).rpartition("/")[2], checkpoint.name} - {"model"}
+
+
+def _is_anothers(answer: Any, rid: str) -> bool:
+    """Whether an answer names another of our requests; one that names none of ours may have passed a router."""
+    try:
+        named = answer["meta_info"]["id"]
+    except (KeyError, TypeError):
+        return False
+    return isinstance(named, str) and named.startswith(_OURS) and named != rid
 
 
 def _message(content: bytes) -> str:

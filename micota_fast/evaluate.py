@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,7 +18,8 @@ from micota_fast.grade import Grader, Verdict
 from micota_fast.intervals import wilson95
 from micota_fast.problem_file import ProblemFile
 from micota_fast.recipe import BenchmarkConfig, EvaluateConfig
-from micota_fast.records import Completion, model_name, read_completions, write_atomic, write_rows
+from micota_fast.records import Completion, benchmark_file, model_name, read_completions, write_atomic, write_rows
+from micota_fast.second_opinion import second_opinions
 from micota_fast.string_rule import grade_by_string, grade_last_number
 
 OUTCOMES = ("correct", "wrong", "no_answer", "truncated", "aborted", "timeout", "crashed")
@@ -28,6 +28,9 @@ RULES: dict[str, Callable[[str, str], Verdict]] = {
     "box_zeros_trimmed": partial(grade_by_string, trim_zeros=True),
     "last_number": grade_last_number,
 }
+
+
+_Graded = tuple[list[Completion], dict[str, list[Verdict]]]  # a benchmark's answers; protocol -> their verdicts
 
 
 @dataclass(frozen=True)
@@ -63,34 +66,17 @@ def run(config: EvaluateConfig) -> None:
     out = Path(config.out)
     jobs = _jobs(config, out)
     timing: dict[str, Any] = {"generation_s": {}, "grading_s": {}}
-    with contextlib.ExitStack() as stack:
-        # No request is sent where all is done, so no URL is needed.
-        done = all(finished(job.problems, job.asked, job.answers) for job in jobs)
-        urls = [] if done else stack.enter_context(servers_for(config, out / "server.log"))
-        for job in jobs:
-            started = time.monotonic()
-            generate_corpus(job.problems, job.asked, urls, job.answers)
-            timing["generation_s"][job.benchmark.name] = round(time.monotonic() - started, 3)
+    _generate(config, jobs, out, timing["generation_s"])
+    graded = _grade(config, jobs, timing["grading_s"])
+    opinions: list[list[bool | None]] | None = None
+    if config.judge is not None:
+        opinions = second_opinions(config.judge, [(rows, of["paper"]) for rows, of in graded], out / "judge")
     benchmarks: dict[str, Any] = {}
-    with Grader(config.workers, config.timeout_s) as grader:
-        for job in jobs:
-            name = job.benchmark.name
-            started = time.monotonic()
-            rows = read_completions(job.answers)
-            pairs = [(row.completion, row.answer) for row in rows]
-            rule = RULES[job.benchmark.rule or "box"]
-            verdicts = {"strict": grader.grade(pairs), "paper": [rule(*pair) for pair in pairs]}
-            timing["grading_s"][name] = round(time.monotonic() - started, 3)
-            graded = map(partial(_graded_row, config.protocol), rows, verdicts["strict"], verdicts["paper"])
-            write_rows(job.rows, graded)
-            scores = {protocol: score(len(job.problems), rows, of) for protocol, of in verdicts.items()}
-            benchmarks[name] = {
-                **scores[config.protocol],
-                "protocol": config.protocol,
-                "protocols": {p: {key: s[key] for key in ("correct", "accuracy")} for p, s in scores.items()},
-                "made_by": fingerprint(job.problems, job.asked),
-            }
-            print(_line(name, benchmarks[name]), flush=True)
+    for i, (job, (rows, verdicts)) in enumerate(zip(jobs, graded, strict=True)):
+        entry, graded_rows = _result(config.protocol, job, rows, verdicts, opinions[i] if opinions else None)
+        write_rows(job.rows, graded_rows)
+        benchmarks[job.benchmark.name] = entry
+        print(_line(job.benchmark.name, entry), flush=True)
     average = math.fsum(entry["accuracy"] for entry in benchmarks.values()) / len(benchmarks)
     results = {
         "model": model_name(config.model),
@@ -101,6 +87,58 @@ def run(config: EvaluateConfig) -> None:
     write_atomic(out / "timing.json", [json.dumps(timing, indent=1).encode() + b"\n"])
     write_atomic(out / "results.json", [json.dumps(results, indent=1, ensure_ascii=False).encode() + b"\n"])
     print(f"average of {len(benchmarks)}: {100 * average:.2f}%")
+
+
+def _generate(config: EvaluateConfig, jobs: Sequence[_Job], out: Path, seconds: dict[str, float]) -> None:
+    """Have every benchmark answered."""
+    with contextlib.ExitStack() as stack:
+        # No request is sent where all is done, so no URL is needed.
+        done = all(finished(job.problems, job.asked, job.answers) for job in jobs)
+        urls = [] if done else stack.enter_context(servers_for(config, out / "server.log"))
+        for job in jobs:
+            started = time.monotonic()
+            generate_corpus(job.problems, job.asked, urls, job.answers)
+            seconds[job.benchmark.name] = round(time.monotonic() - started, 3)
+
+
+def _grade(config: EvaluateConfig, jobs: Sequence[_Job], seconds: dict[str, float]) -> list[_Graded]:
+    """Each benchmark's answers, and their verdicts by protocol."""
+    graded = []
+    with Grader(config.workers, config.timeout_s) as grader:
+        for job in jobs:
+            started = time.monotonic()
+            rows = read_completions(job.answers)
+            pairs = [(row.completion, row.answer) for row in rows]
+            rule = RULES[job.benchmark.rule or "box"]
+            graded.append((rows, {"strict": grader.grade(pairs), "paper": [rule(*pair) for pair in pairs]}))
+            seconds[job.benchmark.name] = round(time.monotonic() - started, 3)
+    return graded
+
+
+def _result(
+    protocol: str,
+    job: _Job,
+    rows: Sequence[Completion],
+    verdicts: dict[str, list[Verdict]],
+    opinions: Sequence[bool | None] | None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The entry of results.json, and the graded rows."""
+    scores = {name: score(len(job.problems), rows, of) for name, of in verdicts.items()}
+    protocols = {name: {key: of[key] for key in ("correct", "accuracy")} for name, of in scores.items()}
+    graded_rows = [_graded_row(protocol, *of) for of in zip(rows, verdicts["strict"], verdicts["paper"], strict=True)]
+    if opinions is not None:
+        for row, opinion in zip(graded_rows, opinions, strict=True):
+            row["protocols"]["judge"] = {"correct": opinion}
+        correct = sum(opinion is True for opinion in opinions)
+        protocols["judge"] = {"correct": correct, "accuracy": correct / len(rows)}
+        protocols["judge"]["undecided"] = sum(opinion is None for opinion in opinions)
+    entry = {
+        **scores[protocol],
+        "protocol": protocol,
+        "protocols": protocols,
+        "made_by": fingerprint(job.problems, job.asked),
+    }
+    return entry, graded_rows
 
 
 def _jobs(config: EvaluateConfig, out: Path) -> list[_Job]:
@@ -164,8 +202,7 @@ def _correct(verdict: Verdict) -> bool | None:
 
 
 def _file_names(benchmarks: Sequence[BenchmarkConfig]) -> list[str]:
-    """File of each benchmark: its name, with what a file name should not hold replaced."""
-    names = [re.sub(r"[^\w.-]", "_", benchmark.name) + ".jsonl" for benchmark in benchmarks]
+    names = [benchmark_file(benchmark.name) for benchmark in benchmarks]
     if not names or len(set(names)) != len(names):
         raise InputError("`benchmarks` must list at least one benchmark, and no two of the same name")
     return names

@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,6 @@ from micota_fast.records import write_atomic
 from micota_fast.request import sampling_params
 from micota_fast.serve import sglang
 from micota_fast.serve.launch import serving
-from micota_fast.verdicts import VerdictLog
 
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 64, 1 << 16
 Config = GenerateConfig | EvaluateConfig
@@ -210,7 +208,7 @@ def generate_corpus(problems: ProblemFile, config: Config, urls: Sequence[str], 
     parts, meta_path = Path(f"{out}.parts"), Path(f"{out}.meta.json")
     if finished(problems, config, out):
         if parts.exists():  # killed between the last file and the clearing away
-            _discard(Journal(parts, fingerprint(problems, config)))
+            Journal(parts, fingerprint(problems, config)).discard()
         meta: dict[str, Any] = json.loads(meta_path.read_bytes())
         return meta
     if out.exists() and not (parts / "manifest.json").exists():
@@ -218,23 +216,18 @@ def generate_corpus(problems: ProblemFile, config: Config, urls: Sequence[str], 
         print(f"{out} was cut off or changed; it is kept as {aside.name} and made anew", file=sys.stderr, flush=True)
         out.replace(aside)
     made_by = fingerprint(problems, config)
-    with Journal(parts, made_by) as journal, VerdictLog(parts / "verdicts.bin", fresh=len(journal) == 0) as verdicts:
-        _complete(problems, config, urls, journal, verdicts, out)
+    with Journal(parts, made_by) as journal:
+        _complete(problems, config, urls, journal, out)
         entries = journal.entries
         order = np.lexsort((entries["sample"], entries["problem"]))
         summary = _Summary()
         write_atomic(out, map(summary.take, journal.rows(order)))
         meta = {"fingerprint": made_by, **summary.counts()}
         if "enough" in made_by:  # every answer is judged then
-            meta["judged"] = _judged(verdicts.of(entries))
+            meta["judged"] = _judged(entries["verdict"])
         write_atomic(meta_path, [json.dumps(meta, indent=2).encode() + b"\n"])
-        _discard(journal)
+        journal.discard()
     return meta
-
-
-def _discard(journal: Journal) -> None:
-    journal.discard()
-    shutil.rmtree(journal.folder, ignore_errors=True)  # what was kept beside it
 
 
 def _complete(
@@ -242,7 +235,6 @@ def _complete(
     config: Config,
     urls: Sequence[str],
     journal: Journal,
-    verdicts: VerdictLog,
     out: Path,
 ) -> None:
     """Ask for what the journal lacks."""
@@ -251,7 +243,7 @@ def _complete(
         return
     with Judge(rules) if rules is not None else contextlib.nullcontext() as judge:
         checkpoint = resolve_checkpoint(config.model)
-        client = Client(problems, config, config.model, checkpoint, urls, journal, verdicts, judge, enough)
+        client = Client(problems, config, config.model, checkpoint, urls, journal, judge, enough)
         try:
             asyncio.run(client.run())
         finally:

@@ -21,15 +21,18 @@ class Prompts:
     Attributes:
         problems: the file.
         chat: the tokenizer and template that make them.
+        problem: the problem of an ordinal.
+        ids: the ids of its prompt.
     """
 
     def __init__(self, problems: ProblemFile, chat: Chat) -> None:
         self.problems, self.chat = problems, chat
+        self.problem = lru_cache(maxsize=KEPT)(problems.__getitem__)
         self.ids = lru_cache(maxsize=KEPT)(self._encode)
 
     def _encode(self, problem: int) -> list[int]:
         """The ids of a problem's prompt."""
-        return self.chat.encode_prompt(self.problems[problem].problem)
+        return self.chat.encode_prompt(self.problem(problem).problem)
 
     def check(self, context_length: int, checked: Path) -> None:
         """See that every prompt can be sent.

@@ -409,6 +409,15 @@ class BenchmarkConfig:
 
 
 @dataclass(kw_only=True)
+class JudgeConfig:
+    """A model that is asked about answers which the paper's string rule rejects."""
+
+    model: str = option(doc="checkpoint (folder or hub name); the paper's: Qwen/Qwen2.5-32B-Instruct", source="SMLG")
+    url: str | list[str] | None = option(None, doc="servers that already serve it; null: started", operational=True)
+    serve: ServeConfig = option(ServeConfig(), doc="the server that is started for it")
+
+
+@dataclass(kw_only=True)
 class EvaluateSettings(SamplingSettings):
     """Greedy answers to every benchmark, graded."""
 
@@ -416,6 +425,9 @@ class EvaluateSettings(SamplingSettings):
         "strict",
         doc="whose verdicts count in the table: math-verify's, or the string rules of the paper's evaluation; both are "
         "in the results",
+    )
+    judge: JudgeConfig | None = option(
+        None, doc="a second opinion on what the `paper` rule rejects, as a third accuracy in the results; null: none"
     )
     max_new_tokens: int = option(16000, doc="longest answer, tokens", source="MiCoTA")
     timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")

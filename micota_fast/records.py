@@ -5,15 +5,13 @@ times, no host names), so equal inputs give equal bytes.
 """
 
 import contextlib
-import fcntl
 import json
 import os
-import time
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
@@ -48,7 +46,6 @@ class Completion:
     seed: int | None  # sampling seed sent to the server; None where decoding was greedy
     correct: bool | None = None  # None: not graded
     model: str = ""
-    rejected: str | None = None  # why it enters no corpus; None: accepted, or not judged
 
 
 _KINDS: dict[Any, tuple[type, ...]] = {
@@ -191,6 +188,11 @@ def read_completions(path: str | Path) -> list[Completion]:
     return list(iter_completions(path))
 
 
+def benchmark_file(name: str) -> str:
+    """Name of a benchmark's file of rows: its own, with what a file name should not hold replaced."""
+    return re.sub(r"[^\w.-]", "_", name) + ".jsonl"
+
+
 def encode_row(row: Problem | Completion | Mapping[str, Any]) -> bytes:
     """One JSON line with its newline, fields in declaration order."""
     value = row if isinstance(row, Mapping) else vars(row)
@@ -248,157 +250,3 @@ def model_name(model: str | Path) -> str:
 def write_rows(path: str | Path, rows: Iterable[Problem | Completion | Mapping[str, Any]]) -> None:
     """Write a JSONL file atomically."""
     write_atomic(Path(path), (encode_row(row) for row in rows))
-
-
-class CompletionWriter:
-    """Append completions to a file that can be taken up again after a SIGKILL or a power cut at any moment.
-
-    The file's first line is a header with the fingerprint of the request it answers; rows follow in the order in which
-    they came. An advisory lock (flock, which the kernel drops with the process) keeps a second writer out. Rows reach
-    the operating system at once, so a killed process loses none; they reach the disk every `fsync_interval_s`, so a
-    power cut loses at most that much. A last line torn by either is cut off when the file is opened again.
-
-    Args:
-        path: the file; made if missing.
-        fingerprint: JSON object that names the making of the rows; must equal the header of an existing file.
-        fsync_interval_s: seconds between two fsyncs.
-
-    Raises:
-        InputError: the file belongs to another fingerprint, is written by another process, or is damaged before its
-            last line.
-    """
-
-    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], fsync_interval_s: float = 2.0) -> None:
-        self.path = Path(path)
-        self.rows: dict[tuple[str, int], Completion] = {}
-        self._fsync_interval_s = fsync_interval_s
-        self._synced_at = time.monotonic()
-        self._header = json.loads(json.dumps({"fingerprint": fingerprint}))  # as it reads back: tuples become lists
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._open_locked()
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
-        try:
-            self._take_up()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _open_locked(self) -> Any:
-        while True:
-            file = self.path.open("a+b", buffering=0)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                raise InputError(
-                    f"{self.path} is being written by another process; wait for it or write elsewhere"
-                ) from None
-            # The former owner may have finished and removed the file between our open and our lock.
-            if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
-                return file
-            file.close()
-
-    def _take_up(self) -> None:
-        """Read what a former run has left, cut off a torn last line, write the header of a new file."""
-        size = self._file.seek(0, os.SEEK_END)
-        self._file.seek(0)
-        good = 0
-        with open(os.dup(self._file.fileno()), "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{self.path}:{number}"
-                try:
-                    if not line.endswith(b"\n"):
-                        raise InputError(f"{where}: the line is torn")
-                    value = parse_line(line, where)
-                    if number == 1:
-                        self._check_header(value)
-                    else:
-                        row = parse_row(Completion, value, where)
-                        if (row.id, row.sample) in self.rows:
-                            raise _Fatal(f"{where}: ({row.id!r}, sample {row.sample}) occurs twice; delete the file")
-                        self.rows[row.id, row.sample] = row
-                except InputError as error:
-                    if isinstance(error, _Fatal) or good + len(line) < size:
-                        raise
-                    break  # only the last line can be torn by a kill
-                good += len(line)
-        if good < size:
-            os.ftruncate(self._file.fileno(), good)
-        if good == 0:
-            self._file.write(json.dumps(self._header, ensure_ascii=False).encode() + b"\n")
-        self._sync()
-
-    def _check_header(self, header: Mapping[str, Any]) -> None:
-        if header == self._header:
-            return
-        theirs = header.get("fingerprint")
-        ours = self._header["fingerprint"]
-        theirs = theirs if isinstance(theirs, dict) else {}
-        differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-        raise _Fatal(
-            f"{self.path} belongs to another run (it differs in: {', '.join(differing)}); "
-            "delete it to start over, or write elsewhere"
-        )
-
-    def append(self, row: Completion) -> None:
-        """Add one row.
-
-        Raises:
-            ValueError: its (id, sample) is in the file already.
-            InputError: the disk is full or the file cannot be written; what was written before stays readable.
-        """
-        key = (row.id, row.sample)
-        if key in self.rows:
-            raise ValueError(f"({row.id!r}, sample {row.sample}) is written already")
-        size = self._file.seek(0, os.SEEK_END)
-        rest = memoryview(encode_row(row))
-        try:
-            while rest:  # a disk that fills up takes a part first and tells at the next attempt
-                rest = rest[self._file.write(rest) :]
-            if time.monotonic() - self._synced_at >= self._fsync_interval_s:
-                self._sync()
-        except OSError as error:
-            os.ftruncate(self._file.fileno(), size)
-            raise InputError(f"cannot write {self.path}: {error.strerror}; what was written before is kept") from None
-        self.rows[key] = row
-
-    def _sync(self) -> None:
-        os.fsync(self._file.fileno())
-        self._synced_at = time.monotonic()
-
-    def finalise(self, out: str | Path, problem_ids: Iterable[str]) -> list[Completion]:
-        """Write the rows to `out`, atomically, sorted by (order of `problem_ids`, sample). Returns them in that order.
-
-        The part file stays: the caller removes it with `discard()` once all that belongs to `out` is written.
-        """
-        order = {problem_id: i for i, problem_id in enumerate(problem_ids)}
-        rows = sorted(self.rows.values(), key=lambda row: (order[row.id], row.sample))
-        write_rows(out, rows)
-        return rows
-
-    def discard(self) -> None:
-        """Remove the part file and release it."""
-        self.path.unlink(missing_ok=True)
-        self._file.close()
-
-    def close(self) -> None:
-        """Bring every row to the disk and release the file; it can be taken up again later."""
-        if not self._file.closed:
-            try:
-                self._sync()
-            finally:
-                self._file.close()
-
-    def __enter__(self) -> "CompletionWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class _Fatal(InputError):
-    """Damage that cutting off the last line would not mend."""

@@ -93,7 +93,7 @@ class Asker:
 
     def row(self, wanted: Wanted, reason: str, text: str, tokens: int) -> Completion:
         """The row of an answer."""
-        problem = self._prompts.problems[wanted.problem]
+        problem = self._prompts.problem(wanted.problem)
         return Completion(
             id=problem.id,
             sample=wanted.sample,
@@ -114,7 +114,7 @@ class Asker:
         self, endpoint: Endpoint, session: aiohttp.ClientSession, wanted: Wanted, ids: list[int], most: int
     ) -> _Part:
         config = self._config
-        problem_id = self._prompts.problems[wanted.problem].id
+        problem_id = self._prompts.problem(wanted.problem).id
         params = {**self._params, "max_new_tokens": most}
         if (seed := self._seed(problem_id, wanted.sample)) is not None:
             params["sampling_seed"] = seed

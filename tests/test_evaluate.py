@@ -16,15 +16,18 @@ from typing import Any
 
 import pytest
 import yaml
+from aiohttp import web
+from servers import http_server
 
 from micota_fast import config as configuration
 from micota_fast import evaluate, generate
+from micota_fast.chat import Chat
 from micota_fast.errors import InputError
 from micota_fast.evaluate import OUTCOMES, run, score
 from micota_fast.grade import Verdict
 from micota_fast.intervals import wilson95
 from micota_fast.journal import Journal
-from micota_fast.recipe import BenchmarkConfig, EvaluateConfig, ServeConfig
+from micota_fast.recipe import BenchmarkConfig, ChatConfig, EvaluateConfig, JudgeConfig, ServeConfig
 from micota_fast.records import Completion, Problem, read_problems, write_rows
 
 
@@ -236,3 +239,33 @@ def test_a_shipped_definition_gives_what_is_not_given() -> None:
         BenchmarkConfig(like="aime")
     with pytest.raises(InputError, match="`path` is required"):
         BenchmarkConfig(name="mine")
+
+
+def test_a_judge_is_asked_about_what_the_string_rule_rejects(settings: EvaluateConfig, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    async def handler(http: web.Request) -> web.StreamResponse:
+        body = await http.json()
+        text = chat.decode(body["input_ids"], skip_special_tokens=False)
+        asked.append(text)
+        reply = "True" if "Answer: 0.25\n" in text else "False." if "Answer: 3\n" in text else "Perhaps"
+        meta = {"finish_reason": {"type": "stop"}, "prompt_tokens": 1, "completion_tokens": 1, "id": body["rid"]}
+        return web.json_response({"text": reply, "output_ids": [1], "meta_info": meta})
+
+    path = tmp_path / "four.jsonl"
+    write_rows(path, [Problem(str(i), "?", "\\frac{1}{4}") for i in range(5)])
+    texts = ["\\boxed{0.25}", "\\boxed{3}", "\\boxed{\\frac14}", "nothing", "\\boxed{4}"]
+    chat = Chat.from_checkpoint(Path(settings.model), ChatConfig())
+    with http_server(handler) as url:
+        settings.judge = JudgeConfig(model=settings.model, url=url)
+        settings.protocol = "paper"
+        entry = answered(settings, BenchmarkConfig(name="four", path=str(path)), lambda problem: texts[int(problem.id)])
+        run(settings)  # graded again, nothing is asked again
+    assert entry["protocols"]["paper"] == {"correct": 1, "accuracy": 0.2}
+    assert entry["protocols"]["judge"] == {"correct": 2, "accuracy": 0.4, "undecided": 1}
+    assert len(asked) == 3
+    assert all("Correct Answer: \\frac{1}{4}\nModel's Generated Answer: " in text for text in asked)
+    rows = [
+        json.loads(line)["protocols"]["judge"]["correct"] for line in (Path(settings.out) / "rows/four.jsonl").open()
+    ]
+    assert rows == [True, False, True, False, None]

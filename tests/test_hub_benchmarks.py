@@ -1,13 +1,11 @@
 """The benchmarks fetched over HTTP by huggingface_hub from a server of our own that speaks the Hub's protocol."""
 
-import asyncio
 import contextlib
 import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from aiohttp import web
+from servers import serving_app
 
 import micota_fast
 
@@ -64,19 +63,8 @@ def hub(folder: Path, changed: dict[str, int]) -> Iterator[str]:
     app = web.Application()
     app.router.add_get("/api/datasets/{org}/{name}", info)
     app.router.add_get("/datasets/{org}/{name}/resolve/{path:.*}", file)
-    loop = asyncio.new_event_loop()
-    runner = web.AppRunner(app)
-    loop.run_until_complete(runner.setup())
-    loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", 0).start())
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+    with serving_app(app) as url:
+        yield url
 
 
 def micota_benchmarks(folder: Path, url: str, cache: Path) -> subprocess.CompletedProcess[str]:
