@@ -19,14 +19,19 @@ from micota_fast.errors import InputError
 from micota_fast.merge.mergekit import parse_mergekit
 from micota_fast.recipe import (
     AlignConfig,
+    BenchmarkConfig,
+    ContaminationConfig,
     EvaluateConfig,
     FilterConfig,
     FilterSettings,
     GenerateConfig,
+    LengthSweepConfig,
+    LengthSweepSettings,
     MergeConfig,
     MixConfig,
     Recipe,
     ReportConfig,
+    SamplingSettings,
     ServeConfig,
     TrainConfig,
 )
@@ -63,21 +68,24 @@ class Stage:
         return tuple(dict.fromkeys(artefact.stage for artefact in self.inputs if artefact.stage is not None))
 
 
-def plan(recipe: Recipe, recipe_path: Path, run_dir: Path) -> list[Stage]:
+def plan(recipe: Recipe, recipe_path: Path, run_dir: Path, absent: list[str] | None = None) -> list[Stage]:
     """All stages that the recipe's arms, alignment and report need, each after those it depends on.
+
+    Where `absent` is given, what is not there (a file, a checkpoint, matplotlib) is told in it and is no error.
 
     Raises:
         InputError: a file or checkpoint that the recipe names is not there, an override is bad, or models and corpora
             are made of each other in a circle.
     """
+    planner = _Planner(recipe, recipe_path, run_dir, absent)
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("the report at the end needs matplotlib: pip install 'micota-fast[report]'")
-    return _Planner(recipe, recipe_path, run_dir).stages()
+        planner.miss("the report at the end needs matplotlib: pip install 'micota-fast[report]'")
+    return planner.stages()
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, recipe_path: Path, run_dir: Path) -> None:
-        self.recipe, self.path, self.run_dir = recipe, recipe_path, run_dir
+    def __init__(self, recipe: Recipe, recipe_path: Path, run_dir: Path, absent: list[str] | None) -> None:
+        self.recipe, self.path, self.run_dir, self.absent = recipe, recipe_path, run_dir, absent
         self.data_dir = Path(recipe.data_dir).resolve() if recipe.data_dir else recipe_path.parent
         self.made: dict[str, Stage] = {}
         self.open: list[str] = []  # names being made, to notice circles
@@ -85,6 +93,12 @@ class _Planner:
     def stages(self) -> list[Stage]:
         self._report()
         return list(self.made.values())
+
+    def miss(self, what: str) -> None:
+        if self.absent is None:
+            raise InputError(what)
+        if what not in self.absent:  # every evaluation names the same files
+            self.absent.append(what)
 
     def _add(self, stage: Stage) -> None:
         self.made[stage.name] = stage
@@ -105,7 +119,7 @@ class _Planner:
         path = self.data_dir / name  # an absolute name stays as it is
         if not path.is_file():
             hint = "" if self.recipe.data_dir else "; --set data_dir=FOLDER says where relative names start from"
-            raise InputError(f"{self.path}, `{where}`: no such file: {path}{hint}")
+            self.miss(f"{self.path}, `{where}`: no such file: {path}{hint}")
         return Artefact(str(path.resolve()))
 
     def _once(self, stage: str, make: Any) -> None:
@@ -137,9 +151,8 @@ class _Planner:
             return Artefact(str(folder.resolve()))
         if name.count("/") == 1 and not name.startswith((".", "/", "~")):
             return Artefact(name)  # a hub name; the stage that opens it says if it cannot be had
-        raise InputError(
-            f"{self.path}, `{where}`: no such folder: {folder} (a hub name has the form organisation/model)"
-        )
+        self.miss(f"{self.path}, `{where}`: no such folder: {folder} (a hub name has the form organisation/model)")
+        return Artefact(str(folder))
 
     def _train(self, stage: str, base: str, corpus: str, overrides: dict[str, Any], where: str) -> None:
         model, data = self.model(base), self.corpus(corpus)
@@ -163,7 +176,7 @@ class _Planner:
         assert spec is not None
         content = copy.deepcopy(spec.mergekit)
         where = f"{self.path}, `models.{name}.merge.mergekit`"
-        parse_mergekit(content, where)  # a mistake is told now, not when the models to merge have been trained
+        merge = parse_mergekit(content, where)  # a mistake is told now, not when the models to merge have been trained
         inputs: list[Artefact] = []
         for holder, key in _model_names(content):
             if holder[key] not in self.recipe.models:
@@ -172,9 +185,35 @@ class _Planner:
             inputs.append(artefact)
             holder[key] = artefact.location
         file = self._out(stage, "mergekit.yaml")
-        settings = MergeConfig(config=file, out=self._out(stage, "model"), seed=spec.seed)
-        text = yaml.safe_dump(content, sort_keys=False)
-        self._add(Stage(stage, "merge", settings, tuple(inputs), ("model",), {"mergekit.yaml": text}))
+        files = {"mergekit.yaml": yaml.safe_dump(content, sort_keys=False)}
+        if spec.median_tokens is None:
+            settings = MergeConfig(config=file, out=self._out(stage, "model"), seed=spec.seed)
+            self._add(Stage(stage, "merge", settings, tuple(inputs), ("model",), files))
+            return
+        source = self.recipe.problems[spec.problems]
+        problems = self._file(source.path, f"problems.{spec.problems}.path")
+        served = self._served(self.recipe.generate, name)
+        sampling = {field.name: getattr(served, field.name) for field in dataclasses.fields(SamplingSettings)}
+        grading = {name: getattr(self.recipe.filter, name) for name in ("timeout_s", "workers")}
+        sweep = self._settings(
+            LengthSweepConfig,
+            LengthSweepSettings(generate=SamplingSettings(**sampling), **grading),
+            spec.sweep,
+            f"models.{name}.merge.sweep",
+            config=file,
+            problems=problems.location,
+            out=str(self.run_dir / stage),
+            seed=spec.seed,
+            target_median_tokens=spec.median_tokens,
+        )
+        try:
+            for weight in sweep.weights:
+                merge.with_weight(weight)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if source.limit is not None:
+            sweep.limit = min(source.limit, sweep.limit or source.limit)
+        self._add(Stage(stage, "length-sweep", sweep, (*inputs, problems), ("model", "sweep.json"), files))
 
     def corpus(self, name: str) -> Artefact:
         spec = self.recipe.corpora[name]
@@ -234,16 +273,18 @@ class _Planner:
         serve = self._settings(ServeConfig, defaults.serve, spec.serve, f"models.{model}.serve")
         return dataclasses.replace(defaults, serve=serve, url=spec.url)
 
+    def _benchmarks(self) -> tuple[list[BenchmarkConfig], list[Artefact]]:
+        """The benchmarks with the places of their files, and the files."""
+        named = self.recipe.evaluate.benchmarks
+        files = [self._file(benchmark.path, f"evaluate.benchmarks.{i}.path") for i, benchmark in enumerate(named)]
+        placed = [dataclasses.replace(b, path=file.location) for b, file in zip(named, files, strict=True)]
+        return placed, files
+
     def _evaluate(self, stage: str, model: Artefact, served_as: str) -> None:
         settings = self._served(self.recipe.evaluate, served_as)
         if model.stage is not None:
             settings.url = None  # a server that runs already serves another model than this one
-        benchmarks = settings.benchmarks
-        files = [self._file(benchmark.path, f"evaluate.benchmarks.{i}.path") for i, benchmark in enumerate(benchmarks)]
-        settings.benchmarks = [
-            dataclasses.replace(benchmark, path=file.location)
-            for benchmark, file in zip(benchmarks, files, strict=True)
-        ]
+        settings.benchmarks, files = self._benchmarks()
         built = self._settings(
             EvaluateConfig, settings, {}, "evaluate", model=model.location, out=str(self.run_dir / stage)
         )
@@ -266,6 +307,7 @@ class _Planner:
                 results[arm].append(self._artefact(f"evaluate/{run}", "results.json"))
                 metrics[arm].append(self._artefact(f"student/{run}", "metrics.jsonl"))
         corpora = self._align(student)
+        self._contamination()
         inputs = [*_flat(results.values()), *_flat(metrics.values()), *_flat(c.values() for c in corpora.values())]
         settings = ReportConfig(
             title=recipe.title or recipe.name,
@@ -278,6 +320,23 @@ class _Planner:
             provenance=versions(),
         )
         self._add(Stage("report", "report", settings, tuple(inputs), ("report.html", "table.md", "report.json")))
+
+    def _contamination(self) -> Artefact | None:
+        """Whether what is trained on holds what is asked in the end; None where nothing is trained."""
+        names = list(self.recipe.arms.values())
+        names += [m.train.corpus for name, m in self.recipe.models.items() if m.train and f"model/{name}" in self.made]
+        if not names:
+            return None
+        corpora = {name: self.corpus(name) for name in dict.fromkeys(names)}
+        benchmarks, files = self._benchmarks()
+        settings = ContaminationConfig(
+            corpora={name: artefact.location for name, artefact in corpora.items()},
+            benchmarks=benchmarks,
+            out=self._out("contamination", ""),
+        )
+        inputs = (*corpora.values(), *files)
+        self._add(Stage("contamination", "contamination", settings, inputs, ("contamination.json",)))
+        return self._artefact("contamination", "contamination.json")
 
     def _align(self, student: Artefact) -> dict[str, dict[str, Artefact]]:
         if not self.recipe.align:
