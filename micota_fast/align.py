@@ -6,6 +6,8 @@ its perplexity analysis). Text is rendered and masked exactly as in training, so
 
 import json
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,13 @@ from micota_fast.data.batches import packed_batch
 from micota_fast.data.packing import pack
 from micota_fast.data.tokenise import Documents, load_documents
 from micota_fast.kernels import linear_cross_entropy
+from micota_fast.likelihood_profile import overlap, profile, reflection_markers
 from micota_fast.model.attention import Backend, PackedAttention, choose_backend
 from micota_fast.model.decoder import Decoder
 from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.model.safetensors_io import load_model
 from micota_fast.recipe import AlignConfig
-from micota_fast.records import write_atomic
+from micota_fast.records import Completion, read_completions, write_atomic
 
 QUANTILES = (1, 10, 25, 50, 75, 90, 99)
 
@@ -34,7 +37,9 @@ def run(config: AlignConfig) -> None:
 
     `perplexity` is exp(`nll`), with `nll` the mean negative log-likelihood (nats) over all supervised tokens of the
     corpus; `document_nll` describes the means of single documents; `tokens` and `lengths` are supervised tokens of each
-    document, in file order. Documents above `max_doc_tokens` are left out and counted in `dropped`.
+    document, in file order. Documents above `max_doc_tokens` are left out and counted in `dropped`. `by_position`,
+    `by_step` and `unlikely` are those of `likelihood_profile.profile`, `markers` phrases of reflection for each 1,000
+    tokens, `own_overlap` what the student says by itself (see `likelihood_profile.overlap`; null without `own`).
 
     Raises:
         InputError: model or corpus cannot be read, a row is bad (file:line), or nothing is left to measure.
@@ -46,13 +51,20 @@ def run(config: AlignConfig) -> None:
     backend, why = choose_backend(config.attention, device, dtype)
     print(f"align: {config.dtype} on {device}, attention {backend}: {why}")
     model = load_model(folder, dtype, device).eval()
+    ends_line_V = np.array(["\n" in chat.decode([i], skip_special_tokens=False) for i in range(chat.vocab_size)])
+    own = _answers(read_completions(config.own)) if config.own is not None else None
     for name, path in config.corpora.items():
         documents = load_documents(path, chat, config.max_doc_tokens or config.pack_tokens, "drop")
-        nll_D = document_nll(model, documents, config.pack_tokens, backend)
+        nll_N, counts_D = token_nll(model, documents, config.pack_tokens, backend)
+        ids_N = documents.input_ids[_has_loss(documents)]
+        texts = (chat.decode(ids.tolist()) for ids in np.split(ids_N, np.cumsum(counts_D)[:-1]))
         result = {
             "corpus": name,
             "model": folder.name if Path(config.model).is_dir() else config.model,
-            **summary(nll_D, documents),
+            **summary(nll_N, counts_D, documents),
+            **profile(nll_N, counts_D, ends_line_V[ids_N]),
+            "markers": reflection_markers(texts, len(ids_N)),
+            "own_overlap": overlap(_answers(read_completions(path)), own) if own is not None else None,
             "settings": {"pack_tokens": config.pack_tokens, "dtype": config.dtype, "attention": backend},
             "versions": {"micota_fast": micota_fast.__version__, "torch": torch.__version__},
         }
@@ -63,14 +75,30 @@ def run(config: AlignConfig) -> None:
         )
 
 
+def _answers(rows: Sequence[Completion]) -> dict[str, list[str]]:
+    answers: dict[str, list[str]] = {}
+    for row in rows:
+        answers.setdefault(row.id, []).append(row.completion)
+    return answers
+
+
+def _has_loss(documents: Documents) -> NDArray[np.bool_]:
+    """Which tokens are supervised and have something before them, [total]."""
+    has_loss = documents.supervised.copy()
+    has_loss[documents.offsets[:-1]] = False
+    return has_loss
+
+
 @torch.inference_mode()
-def document_nll(model: Decoder, documents: Documents, pack_tokens: int, backend: Backend) -> NDArray[np.float64]:
-    """Negative log-likelihood of each document's supervised tokens, nats, summed; [D] in the documents' order.
+def token_nll(
+    model: Decoder, documents: Documents, pack_tokens: int, backend: Backend
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Negative log-likelihood (nats) of every supervised token, in the documents' order, and how many each has.
 
     Documents are packed, so no token is spent on padding; logits exist only chunk by chunk inside the loss.
     """
     device = model.lm_head_weight.device
-    nll_D = np.zeros(len(documents), dtype=np.float64)
+    nll_total = np.zeros(len(documents.input_ids), dtype=np.float32)
     order, pack_offsets = pack(documents.lengths, pack_tokens)
     for doc_ids in np.split(order, pack_offsets[1:-1]):
         batch = packed_batch(documents, doc_ids)
@@ -83,15 +111,16 @@ def document_nll(model: Decoder, documents: Documents, pack_tokens: int, backend
             batch.targets.to(device),
             reduction="none",
             n_supervised=batch.n_supervised,
-        )
-        starts_B = batch.cu_seqlens[:-1].numpy()
-        nll_D[doc_ids] = np.add.reduceat(nll_T.cpu().numpy(), starts_B, dtype=np.float64)
-    return nll_D
+        ).cpu()
+        for d, (start, stop) in zip(doc_ids.tolist(), pairwise(batch.cu_seqlens.tolist()), strict=True):
+            # The loss at a place is that of the token after it.
+            nll_total[documents.offsets[d] + 1 : documents.offsets[d + 1]] = nll_T[start : stop - 1]
+    return nll_total[_has_loss(documents)], documents.n_targets
 
 
-def summary(nll_D: NDArray[np.float64], documents: Documents) -> dict[str, Any]:
+def summary(nll_N: NDArray[np.float32], tokens_D: NDArray[np.int64], documents: Documents) -> dict[str, Any]:
     """Perplexity, and how likelihood and length are distributed over documents (quantiles by linear interpolation)."""
-    tokens_D = documents.n_targets
+    nll_D = np.add.reduceat(nll_N, np.cumsum(tokens_D) - tokens_D, dtype=np.float64)
     nll = float(nll_D.sum() / tokens_D.sum())
     return {
         "documents": len(documents),

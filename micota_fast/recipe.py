@@ -527,6 +527,7 @@ class AlignConfig(AlignSettings):
 
     model: str = option(doc="the untrained student (folder or hub name)")
     corpora: dict[str, str] = option(doc="name -> JSONL corpus")
+    own: str | None = option(None, doc="JSONL of the model's own completions of the same problems; null: none are there")
     out: str = option(doc="folder: one NAME.json a corpus")
 
     def __post_init__(self) -> None:
