@@ -10,13 +10,17 @@ Medicine 17). With one benchmark and one seed it is exactly the Wilson interval;
   answer the same problems, so more seeds do not make the sample of problems larger (conservative).
 - Training: Student's t interval of the mean over S seeds, S - 1 degrees of freedom. One seed tells nothing about
   it; its interval then covers the problems only.
-- A difference of two arms adds both arms' distances as if they had answered different problems. They answered the same
-  ones, so this interval is too wide where they agree on which are hard. It is not a paired test.
+- A difference of two arms: `difference` adds both arms' distances as if they had answered different problems. They
+  answered the same ones, so this interval is too wide where they agree on which are hard. `paired` gives that of the
+  problems from the answers themselves, and `with_training` adds to it what the seeds say.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 Z95 = 1.959963984540054
 """Two-sided 95% point of the normal distribution."""
@@ -74,6 +78,65 @@ def wilson95(accuracy: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def clustered_se(correct_PS: NDArray[np.float64]) -> float:
+    """Standard error of avg@k, the mean over S answers to each of P >= 2 problems, with the problems as clusters.
+
+    Miller, "Adding error bars to evals" (arXiv 2411.00640), section 2.2, on the sandwich estimator of Liang & Zeger,
+    Biometrika 73 (1986): the squares of the clusters' summed residuals, so that answers to one problem may depend on
+    each other in any way. The factor P / (P - 1) makes its square unbiased here, where it is the variance of the
+    problems' means over P. A standard error of 0 (all problems alike) is no certainty: `wilson95` is the interval
+    that holds there.
+
+    Args:
+        correct_PS: 1 where the answer is right, else 0; or any score.
+
+    Raises:
+        ValueError: one problem alone, whose spread nothing tells.
+    """
+    problems, samples = correct_PS.shape
+    if problems < 2:
+        raise ValueError(f"a standard error needs two problems or more, got {problems}")
+    residual_P = correct_PS.sum(axis=1) - samples * correct_PS.mean()
+    return math.sqrt(float((residual_P**2).sum()) * problems / (problems - 1)) / (problems * samples)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k answers to a problem is right, when c of n answers are.
+
+    1 - C(n - c, k) / C(n, k), as a product: Chen et al., "Evaluating large language models trained on code"
+    (arXiv 2107.03374), section 2.1 and figure 3.
+
+    Raises:
+        ValueError: not 0 <= c <= n or not 1 <= k <= n: fewer than k answers cannot tell.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} from {c} right of {n} answers: needs 0 <= right <= answers and 1 <= k <= answers")
+    if n - c < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
+
+
+def median95(values: Sequence[float], n: int) -> tuple[float, float] | None:
+    """95% interval of the median of a distribution from `n` independent draws, by order statistics; free of its shape.
+
+    From the l-th smallest value to the l-th largest, with the greatest l for which a binomial(n, 1/2) variable lies
+    below l with probability <= 2.5% (David & Nagaraja, "Order Statistics", 3rd ed. 2003, section 7.1). None where no l
+    does: below 6 draws.
+
+    Args:
+        values: `n` of them; or more, several for each draw, which then count as copies of each other (conservative).
+    """
+    rank, probability, log_term = 0, 0.0, -n * math.log(2)  # of `rank` heads in n throws
+    while (probability := probability + math.exp(log_term)) <= 0.025:
+        log_term += math.log((n - rank) / (rank + 1))
+        rank += 1
+    if rank == 0:
+        return None
+    ordered = sorted(values)
+    at = (rank - 1) * len(ordered) // n
+    return ordered[at], ordered[-1 - at]
+
+
 def student_t95(degrees: int) -> float:
     """Two-sided 95% point of Student's t (beyond 10 degrees: Abramowitz & Stegun 26.7.5, to the third term)."""
     if degrees <= len(_T95):
@@ -121,3 +184,19 @@ def difference(a: Estimate, b: Estimate) -> Difference:
     """a - b, the two taken as independent (see the module's docstring)."""
     value = a.mean - b.mean
     return Difference(value, value - math.hypot(a.below, b.above), value + math.hypot(a.above, b.below))
+
+
+def with_training(problems: Difference, a: Estimate, b: Estimate) -> Difference:
+    """a - b, the interval of the `problems` widened by each arm's Student t interval over its seeds.
+
+    The seeds' spread holds the part of the problems' that differs from seed to seed, which the mean over seeds has as
+    well: it counts twice (conservative; for two crossed sources of error no resampling is exact either, Owen, "The
+    pigeonhole bootstrap", Annals of Applied Statistics 1, 2007). An arm of one seed adds nothing.
+    """
+    of_training = [
+        student_t95(len(arm.seeds) - 1) * arm.sd / math.sqrt(len(arm.seeds)) for arm in (a, b) if arm.sd is not None
+    ]
+    # The bounds lie around the bootstrap's centre, which is not quite the estimate.
+    below = math.hypot(max(0.0, problems.value - problems.low), *of_training)
+    above = math.hypot(max(0.0, problems.high - problems.value), *of_training)
+    return Difference(problems.value, max(-1.0, problems.value - below), min(1.0, problems.value + above))

@@ -5,8 +5,6 @@ and whose outputs still have the recorded contents. Folders made for another ide
 never deleted, and come back when a recipe wants them again.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import re
@@ -17,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from micota_fast import config, processes
 from micota_fast.errors import InputError
@@ -25,9 +23,9 @@ from micota_fast.fingerprint import Fingerprints, of_json
 from micota_fast.graph import Artefact, Stage, versions
 from micota_fast.recipe import LaunchConfig
 from micota_fast.records import write_atomic
+from micota_fast.run_lock import only_run
 
 DONE, MAKING = "done.json", "making.json"
-LOCK_WAIT_S = 30.0  # the stages of a killed run have up to 3 * processes.GUARD_GRACE_S to end
 POLL_S = 0.05
 SAY_EVERY_S = 5.0
 TAIL_LINES = 25
@@ -71,7 +69,7 @@ class Run:
             InputError: a stage failed (its log's end is in the message), or another run uses the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / ".lock", say) as lock:
+        with only_run(self.folder, say) as lock:
             self._run_all(lock.fileno(), say)
 
     # --- what is done ---
@@ -342,24 +340,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); delete it to make its stage again") from None
     return dict(value)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, say: Callable[[str], None]) -> Iterator[IO[bytes]]:
-    """Hold the run's lock.
-
-    The stages' guards inherit it and end last, so it is free only when the last process of a run is gone.
-    """
-    with path.open("ab") as file:
-        started = time.monotonic()
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() - started > LOCK_WAIT_S:
-                    raise InputError(f"{path.parent} is in use by another run; wait for it, or choose --out") from None
-                if time.monotonic() - started < POLL_S:
-                    say("waiting for the processes of an earlier run to end")
-                time.sleep(POLL_S)
-        yield file

@@ -1,10 +1,12 @@
 """Run by an interpreter that has mergekit: its own command, with what it leaves to chance fixed.
 
-python mergekit_runner.py CONFIG OUT MASKS     merge; sorts are stable; DARE's masks come from MASKS (safetensors)
+python mergekit_runner.py CONFIG OUT MASKS     merge; sorts are stable; DARE's masks come from MASKS (safetensors), or,
+                                               where there is no such file, are its own, kept there
 python mergekit_runner.py sparsify IN OUT      sparsify the tensor `delta` of IN at random many times; write moments
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +19,7 @@ def merge(config: str, out: str, masks: str) -> None:
     from mergekit.scripts.run_yaml import main
 
     argsort, bernoulli, merge_group = torch.argsort, torch.bernoulli, Method.merge_group
-    given, now = load_file(masks), {}
+    given, drawn, now = load_file(masks) if Path(masks).exists() else None, {}, {}
 
     def note(self, group, /, **parameters):
         # Which of its calls draw: those for a density below 1, in the order of the models.
@@ -26,8 +28,11 @@ def merge(config: str, out: str, masks: str) -> None:
         return merge_group(self, group, **parameters)
 
     def draw(probabilities, **options):
-        bernoulli(probabilities, **options)
-        return given.pop(f"{now['name']}|{next(now['indices'])}").to(probabilities.dtype).view_as(probabilities)
+        own, name = bernoulli(probabilities, **options), f"{now['name']}|{next(now['indices'])}"
+        if given is None:
+            drawn[name] = own.bool()
+            return own
+        return given.pop(name).to(probabilities.dtype).view_as(probabilities)
 
     Method.merge_group, torch.bernoulli = note, draw
     # Its sort leaves open which of equal magnitudes comes first.
@@ -36,6 +41,8 @@ def merge(config: str, out: str, masks: str) -> None:
     if result.exception is not None:
         raise result.exception
     assert not given, f"not asked for: {sorted(given)}"
+    if given is None:
+        save_file(drawn, masks)
 
 
 def moments(source: str, out: str) -> None:

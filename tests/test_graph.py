@@ -43,6 +43,13 @@ RECIPE: dict[str, Any] = {
 }
 
 
+MEDIAN = "models.assistant-mid.merge.median_tokens"
+LINEAR = (
+    "models.assistant-mid.merge.mergekit="
+    "{merge_method: linear, models: [{model: assistant-long, parameters: {weight: 1}}]}"
+)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name in ("teacher", "student"):
@@ -97,6 +104,32 @@ def test_settings_reach_the_stage_they_are_for(folder: Path) -> None:
     assert merged["models"][0]["model"] == str(folder / "run/model/assistant-long/model")
 
 
+def test_a_merge_of_a_wanted_length_is_a_sweep(folder: Path) -> None:
+    plain = planned(folder)["model/assistant-mid"]
+    assert (plain.verb, plain.outputs) == ("merge", ("model",))
+    wanted = ("models.assistant-mid.merge.median_tokens=90", "models.assistant-mid.merge.sweep={weights: [0.1, 0.9]}")
+    own = ("generate.temperature=0.5", "generate.samples=2", "models.assistant-mid.serve.dtype=float64")
+    stages = planned(folder, overrides=(*wanted, *own, "filter.timeout_s=7"))
+    stage = stages["model/assistant-mid"]
+    assert (stage.verb, stage.outputs) == ("length-sweep", ("model", "sweep.json"))
+    settings = stage.settings
+    assert (settings.target_median_tokens, settings.weights, settings.seed) == (90, [0.1, 0.9], 3)
+    assert (settings.limit, settings.timeout_s) == (3, 7)  # the recipe's problems are three
+    assert (settings.generate.temperature, settings.generate.samples) == (0.5, 2)
+    assert settings.generate.serve.dtype == "float64"
+    assert settings.out == str(folder / "run/model/assistant-mid")
+    assert settings.config == str(folder / "run/model/assistant-mid/mergekit.yaml")
+    assert settings.problems in [artefact.location for artefact in stage.inputs]
+    assert stage.needs == plain.needs
+    assert stages["answers/mid"].settings.model == str(folder / "run/model/assistant-mid/model")
+    assert config.load(type(settings), write(folder, config.dump(settings))) == settings
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "stage.yaml").write_text(text)
+    return folder / "stage.yaml"
+
+
 def test_only_what_the_arms_need_is_made(folder: Path) -> None:
     stages = planned(folder, {"arms": {}})
     assert set(stages) == {"evaluate/base", "answers/long", "corpus/long", "align", "report"}
@@ -121,7 +154,17 @@ def test_only_what_the_arms_need_is_made(folder: Path) -> None:
         (("name=..",), r"`name`: '\.\.' is no name"),
         (("generate.url=http://127.0.0.1:1",), r"`generate\.url` would serve every model"),
         (("models.assistant-mid.url=http://127.0.0.1:1",), "a model made in the run is served in the run"),
-        (("models.assistant-mid.merge.mergekit.models=[x]",), "must be a list of mappings"),
+        (("models.assistant-mid.merge.mergekit.models=[x]",), r"merge\.mergekit`: `models\.0`: must be a mapping"),
+        (("models.assistant-mid.merge.mergekit.slices=[]",), r"merge\.mergekit`: `slices`: unknown key"),
+        (("models.assistant-mid.merge.mergekit.parameters.density=2",), r"`parameters\.density` must lie between"),
+        (("models.assistant-mid.merge.mergekit.base_model={a: b}",), r"`base_model`: must be str"),
+        (("models.assistant-mid.merge.median_tokens=0",), "`median_tokens` must be at least 1"),
+        (("models.assistant-mid.merge.sweep={limit: 3}",), "`sweep` says how the weight for `median_tokens` is found"),
+        ((f"{MEDIAN}=9", "models.assistant-mid.merge.problems=no"), r"merge\.problems` names the problem set 'no'"),
+        ((f"{MEDIAN}=9", "models.assistant-mid.merge.sweep={wieghts: []}"), r"merge\.sweep`: `wieghts`: unknown key"),
+        ((f"{MEDIAN}=9", "models.assistant-mid.merge.sweep={weights: [1, 1]}"), "`weights` must list at least two"),
+        ((f"{MEDIAN}=9", "models.assistant-mid.merge.sweep={weights: [1, 1e9]}"), "is out of range"),
+        ((f"{MEDIAN}=9", LINEAR), r"merge\.mergekit`: a sweep over weights needs one model"),
         (("launch.jobs=0",), "`jobs` must be at least 1"),
         (("generate.temperature=.nan",), "`temperature` must be at least 0"),
         (("filter.timeout_s=0",), "`timeout_s` must be at least"),

@@ -1,5 +1,6 @@
 """Merging from checkpoint to checkpoint: what comes out, whatever the inputs' files, types and vocabularies; killed."""
 
+import fcntl
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from micota_fast.errors import InputError
-from micota_fast.merge import methods
+from micota_fast.merge import methods, stream
 from micota_fast.merge.mergekit import MergePlan, read_mergekit
 from micota_fast.merge.methods import TensorMerge, mask_key
 from micota_fast.merge.settings import depth_of
@@ -271,6 +272,14 @@ class TestResult:
         one, other = ([i["fingerprint"] for i in r["plan"]["inputs"]] for r in (report, changed))
         assert (one[0] == other[0], one[1] == other[1]) == (True, False)
 
+    def test_a_filter_that_fits_nothing_is_told(
+        self, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        weight = [{"filter": "q_porj", "value": 0.1}, {"filter": "q_proj", "value": 0.2}, {"value": 0.3}]
+        path = mergekit_file(checkpoints, models=[{"model": "a", "parameters": {"weight": weight}}])
+        merge_plan(read_mergekit(path), tmp_path / "out")
+        assert capsys.readouterr().err == "merge: the filter 'q_porj' fits no tensor's name\n"
+
 
 class TestVocabularies:
     """The tokenizer of these checkpoints uses ids up to VOCAB_SIZE - 1 = 319 at most."""
@@ -301,6 +310,16 @@ class TestVocabularies:
             assert torch.equal(embedding[:320], one.pop(EMBEDDING))
         assert all(torch.equal(tensor, one[name]) for name, tensor in other.items())
 
+    def test_padding_that_is_copied_is_part_of_the_fingerprint(self, models: Path, tmp_path: Path) -> None:
+        resize(models / "base", 352)
+        reports = []
+        for value in (9.0, 8.0):
+            rewrite(models / "base", lambda tensors: tensors[EMBEDDING][351].fill_(value))  # noqa: B023
+            merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
+            reports.append(json.loads((tmp_path / "out" / "merge.json").read_text()))
+        assert reports[0]["base_fingerprint"] != reports[1]["base_fingerprint"]
+        assert reports[0]["plan"] == reports[1]["plan"], "the others' are the same"
+
     def test_a_token_that_would_be_cut(self, models: Path, tmp_path: Path) -> None:
         from tokenizers import Tokenizer
 
@@ -319,11 +338,27 @@ class TestVocabularies:
         first, second = sorted(vocabulary, key=lambda token: vocabulary[token])[10:12]
         vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
         path.write_text(json.dumps(content))
-        with pytest.raises(InputError, match="different sizes, and not of one tokenizer: token"):
+        with pytest.raises(InputError, match="not of one tokenizer: token"):
             merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
         path.unlink()
         with pytest.raises(InputError, match=r"b/tokenizer\.json is missing"):
             merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
+
+    @pytest.mark.parametrize("key", [{"tokenizer_source": "base"}, {"tokenizer": {"source": "base"}}])
+    def test_a_file_that_names_a_tokenizer_wants_one_for_all(
+        self, models: Path, tmp_path: Path, key: dict[str, Any]
+    ) -> None:
+        plan = read_mergekit(mergekit_file(models, **key))
+        merge_plan(plan, tmp_path / "out")
+        path = models / "b" / "tokenizer.json"
+        content = json.loads(path.read_text())
+        vocabulary = content["model"]["vocab"]
+        first, second = sorted(vocabulary, key=lambda token: vocabulary[token])[10:12]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match="not of one tokenizer: token"):
+            merge_plan(plan, tmp_path / "out")
+        merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")  # as mergekit: element by element
 
     def test_added_tokens_may_go_by_other_names(self, models: Path, tmp_path: Path) -> None:
         resize(models / "b", 352)
@@ -391,6 +426,8 @@ class TestSweep:
         (out / "notes.txt").write_text("keep")
         assert main(["merge", str(path), str(out), "--weights", "0.5"]) == 2
         assert main(["merge", str(path), str(tmp_path / "twice"), "--weights", "0.5", "0.50"]) == 2
+        assert main(["merge", str(path), str(tmp_path / "near"), "--weights", "0.1234567", "0.1234568"]) == 0
+        assert len(list((tmp_path / "near").iterdir())) == 2
         assert not (tmp_path / "twice").exists()
 
 
@@ -453,13 +490,79 @@ class TestWholeOrNotAtAll:
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "notes.txt").write_text("keep")
-        with pytest.raises(InputError, match="exists"):
+        with pytest.raises(InputError, match="mine is not of a former merge"):
             merge_plan(plan, tmp_path / "mine")
         assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
-        with pytest.raises(InputError, match="exists"):
+        with pytest.raises(InputError, match="is not of a former merge"):
             merge_plan(plan, tmp_path)  # holds a merge, but is none
         with pytest.raises(InputError, match="cannot write"):
             merge_plan(plan, tmp_path / "mine" / "notes.txt" / "out")
+
+    @pytest.mark.parametrize("place", ["/", "..", "."])
+    def test_places_without_a_name(
+        self, checkpoints: Path, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(shutil.copytree(checkpoints, tmp_path / "models"))
+        with pytest.raises(InputError, match="place"):
+            merge_plan(read_mergekit(mergekit_file(Path())), Path(place))
+
+    def test_what_was_put_beside_a_former_merge_is_not_deleted_with_it(self, checkpoints: Path, tmp_path: Path) -> None:
+        plan, out = read_mergekit(mergekit_file(checkpoints)), tmp_path / "out"
+        merge_plan(plan, out)
+        before = contents(out)
+        (out / "scores").mkdir()
+        with pytest.raises(InputError, match=r"out/scores is not of a former merge"):
+            merge_plan(plan, out, seed=1)
+        (out / "scores").rmdir()
+        assert contents(out) == before
+        merge_plan(plan, out, max_shard_bytes=60_000)
+        merge_plan(plan, out)  # shards are of a former merge, too
+        assert contents(out) == before
+
+    def test_one_merge_at_a_time(self, checkpoints: Path, tmp_path: Path) -> None:
+        plan, out, lock = read_mergekit(mergekit_file(checkpoints)), tmp_path / "out", tmp_path / ".out.lock"
+        (tmp_path / ".out.partial").mkdir()
+        with lock.open("wb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            with pytest.raises(InputError, match="another merge is writing"):
+                merge_plan(plan, out)
+            assert (tmp_path / ".out.partial").exists(), "it is the other's"
+        assert lock.exists()  # as a killed merge leaves it, held by nobody
+        merge_plan(plan, out)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_a_former_merge_comes_back_when_the_new_one_fails(
+        self, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plan, out = read_mergekit(mergekit_file(checkpoints)), tmp_path / "out"
+        merge_plan(plan, out)
+        before = contents(out)
+
+        def fail(aside: Path, out: Path) -> None:
+            raise OSError(16, os.strerror(16))
+
+        monkeypatch.setattr(stream, "publish", fail)
+        with pytest.raises(InputError, match="cannot write"):
+            merge_plan(plan, out, seed=1)
+        assert contents(out) == before
+        out.rename(tmp_path / ".out.former")  # killed between the two renames
+        with pytest.raises(InputError, match="cannot write"):
+            merge_plan(plan, out, seed=1)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert contents(out) == before
+
+    def test_a_limit_on_the_size_of_files(self, checkpoints: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        config = mergekit_file(checkpoints)
+        merge(MergeConfig(config=str(config), out=str(out)))
+        before = contents(out)
+        micota = f"{sys.executable} -m micota_fast.cli merge {config} {out} --seed 1"
+        done = subprocess.run(["sh", "-c", f"ulimit -f 50; exec {micota}"], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert f"cannot write {out}: File too large" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert contents(out) == before
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     def test_a_full_disk(self, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(fd: int, offset: int, size: int) -> None:
@@ -470,10 +573,13 @@ class TestWholeOrNotAtAll:
             merge_plan(read_mergekit(mergekit_file(checkpoints)), tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 
-    def test_memory_is_bounded_by_blocks(self, checkpoints: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("change", ["random", "the same everywhere"])
+    def test_memory_is_bounded_by_blocks(self, checkpoints: Path, tmp_path: Path, change: str) -> None:
         models = shutil.copytree(checkpoints, tmp_path / "models")
         for name in ("base", "a"):
-            big = torch.randn((500_000, 64)).to(torch.bfloat16)  # 64 MB; 128 in float32
+            big = torch.full((500_000, 64), float(name == "a"), dtype=torch.bfloat16)  # 64 MB; 128 in float32
+            if change == "random":
+                big.normal_()
             rewrite(models / name, lambda tensors: tensors.update({EMBEDDING: big}), vocab_size=len(big))  # noqa: B023
         config = mergekit_file(models, merge_method="ties", models=[{"model": "a", "parameters": {"weight": 1}}])
         config.write_text(config.read_text() + "parameters: {density: 0.3}\n")
@@ -534,6 +640,40 @@ class TestDamage:
         assert "extra.weight" in str(error.value) if value == "more" else NAME in str(error.value)
         assert not (tmp_path / "out").exists()
         assert not (tmp_path / ".out.partial").exists()
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_what_no_model_has_is_missing_all_the_same(self, checkpoints: Path, tmp_path: Path, tied: bool) -> None:
+        models = shutil.copytree(checkpoints, tmp_path / "models")
+        gone = EMBEDDING if tied else HEAD
+        for name in ("base", "a", "b"):
+            rewrite(
+                models / name,
+                lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)} if tied else {}),
+                tie_word_embeddings=tied,
+            )
+        with pytest.raises(InputError, match=rf"models/base: tensor {gone} is missing"):
+            merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_tensors_and_files_that_hold_nothing(self, checkpoints: Path, tmp_path: Path) -> None:
+        models = shutil.copytree(checkpoints, tmp_path / "models")
+        for name in ("base", "a", "b"):
+            rewrite(models / name, lambda tensors: tensors.update({NAME: torch.ones(0, 4)}))
+        with pytest.raises(InputError, match=rf"base/model\.safetensors: tensor {NAME} has no elements"):
+            merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
+        for name in ("base", "a", "b"):
+            rewrite(models / name, lambda tensors: tensors.clear())
+        with pytest.raises(InputError, match=f"tensor {EMBEDDING} is missing"):
+            merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
+
+    def test_not_a_number_in_tied_matrices_that_are_stored_twice(self, checkpoints: Path, tmp_path: Path) -> None:
+        def change(tensors: dict[str, torch.Tensor]) -> None:
+            tensors[EMBEDDING][1, 2] = float("nan")
+            tensors[HEAD] = tensors[EMBEDDING].clone()
+
+        plan = self.broken(checkpoints, tmp_path / "models", change)
+        with pytest.raises(InputError, match=rf"b/model\.safetensors: tensor {EMBEDDING} holds NaN"):
+            merge_plan(plan, tmp_path / "out")
 
     def test_a_truncated_file_is_named(self, checkpoints: Path, tmp_path: Path) -> None:
         plan = self.broken(checkpoints, tmp_path / "models", lambda tensors: None)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from merge_reference import mask
+from merge_reference import mask, merged
 from safetensors.torch import load_file, save_file
 
 from micota_fast.merge import kernels
@@ -96,20 +96,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def both(models: Path, tmp_path: Path, method: str, changes: dict[str, Any]) -> Any:
-    """Every tensor of mergekit's result and of ours, and the number of masks that they had in common."""
-    content: dict[str, Any] = {
-        "merge_method": method,
-        "base_model": "base",
-        "dtype": "float32",
-        "out_dtype": "bfloat16",
-    }
-    content = {key: value for key, value in (content | changes).items() if value is not None}
-    config = tmp_path / "merge.yaml"
-    text = yaml.safe_dump(content)
+def write_config(models: Path, folder: Path, method: str, changes: dict[str, Any]) -> Path:
+    """folder/merge.yaml; a change to None takes a key out."""
+    content = {"merge_method": method, "base_model": "base", "dtype": "float32", "out_dtype": "bfloat16"} | changes
+    text = yaml.safe_dump({key: value for key, value in content.items() if value is not None})
     for name in ("base", "a", "b"):  # mergekit takes a bare name for the hub's
         text = text.replace(f"model: {name}\n", f"model: {models / name}\n")
-    config.write_text(text)
+    (folder / "merge.yaml").write_text(text)
+    return folder / "merge.yaml"
+
+
+def both(models: Path, tmp_path: Path, method: str, changes: dict[str, Any]) -> Any:
+    """Every tensor of mergekit's result and of ours, and the number of masks that they had in common."""
+    config = write_config(models, tmp_path, method, changes)
     merge(MergeConfig(config=str(config), out=str(tmp_path / "ours"), seed=7))
     ours = load_file(tmp_path / "ours" / "model.safetensors")
     masks, plan = {}, read_mergekit(config)
@@ -119,12 +118,17 @@ def both(models: Path, tmp_path: Path, method: str, changes: dict[str, Any]) -> 
                 if density < 1:
                     masks[f"{tensor}|{i}"] = mask(mask_key(7, tensor, i), values.numel(), density)
     save_file(masks, tmp_path / "masks.safetensors")
-    command = [MERGEKIT, str(RUNNER), config.name, "theirs", "masks.safetensors"]
-    done = subprocess.run(command, cwd=tmp_path, env=OFFLINE, capture_output=True, text=True)  # type: ignore[arg-type]
-    assert done.returncode == 0, done.stderr
-    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    theirs = by_mergekit(tmp_path)
     assert theirs.keys() == ours.keys()
     return theirs, ours, len(masks)
+
+
+def by_mergekit(folder: Path) -> dict[str, torch.Tensor]:
+    """mergekit's result of folder/merge.yaml; DARE's masks come from, or else go to, folder/masks.safetensors."""
+    command = [MERGEKIT, str(RUNNER), "merge.yaml", "theirs", "masks.safetensors"]
+    done = subprocess.run(command, cwd=folder, env=OFFLINE, capture_output=True, text=True)  # type: ignore[arg-type]
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / "theirs" / "model.safetensors")
 
 
 def ulps(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -156,6 +160,38 @@ def test_dare_with_equal_masks(models: Path, tmp_path: Path, case: str) -> None:
     print(f"\n{case}: {int((apart > 0).sum())} of {apart.numel()} elements differ, by {int(apart.max())} ulp at most")
     assert apart.max() <= 1
     assert (apart > 0).float().mean() < 0.001
+
+
+@pytest.mark.parametrize("case", DARE)
+def test_dare_with_the_masks_that_mergekit_draws(models: Path, tmp_path: Path, case: str) -> None:
+    """The plain formulas, which the engine equals for any mask (tests/test_merge_methods.py), given mergekit's own."""
+    method, changes = DARE[case]
+    plan = read_mergekit(write_config(models, tmp_path, method, changes))
+    theirs = by_mergekit(tmp_path)
+    masks = load_file(tmp_path / "masks.safetensors")
+    base, *others = (load_file(models / name / "model.safetensors") for name in ("base", "a", "b"))
+    apart, used = [], 0
+    for name, result in theirs.items():
+        at = plan.at(name, depth_of(name, 4))
+        own = [masks.get(f"{name}|{i}") for i in range(2)]
+        used += sum(each is not None for each in own)
+        wanted = merged(
+            method,
+            base[name].float(),
+            [other[name].float() for other in others],
+            at.weights,
+            at.densities,
+            normalize=at.normalize,
+            rescale=at.rescale,
+            lambda_=at.lambda_,
+            masks=own,
+        )
+        apart.append(ulps(result, wanted.to(torch.bfloat16)))
+    assert used == len(masks) > len(theirs)
+    elements = torch.cat(apart)
+    print(f"\n{case}: {int((elements > 0).sum())} of {elements.numel()} differ, by {int(elements.max())} ulp at most")
+    assert elements.max() <= 1
+    assert (elements > 0).float().mean() < 0.001
 
 
 def test_dare_has_the_same_expectation_and_variance_over_seeds(tmp_path: Path) -> None:

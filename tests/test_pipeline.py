@@ -202,7 +202,7 @@ def test_the_order_of_names_counts(sources: Path) -> None:
 def test_two_runs_do_not_share_a_folder(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
-    monkeypatch.setattr("micota_fast.pipeline.LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr("micota_fast.run_lock.WAIT_S", 0.2)
     (sources / "run").mkdir()
     with (sources / "run" / ".lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

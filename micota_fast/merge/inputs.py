@@ -56,6 +56,9 @@ class Checkpoint:
             for tensor, stored in read_header(path).items():
                 if not DERIVED_BUFFERS.search(tensor):
                     self._tensors[tensor] = path, stored
+        for tensor in (EMBEDDING,) if self.config.tie_word_embeddings else (EMBEDDING, HEAD):
+            if tensor not in self._tensors:
+                raise InputError(f"{self.folder}: tensor {tensor} is missing, which its config.json asks for")
         if self.config.tie_word_embeddings and HEAD in self._tensors:
             # Some tools write the tied matrix twice.
             if _differ(self[HEAD].elements, self[EMBEDDING].elements):
@@ -80,7 +83,7 @@ class Checkpoint:
 
     def untie(self) -> None:
         """Give the model a head of its own, where it has none: its embedding."""
-        if self.config.tie_word_embeddings and EMBEDDING in self._tensors:
+        if self.config.tie_word_embeddings:
             self._tensors[HEAD] = self._tensors[EMBEDDING]
 
     @property
@@ -93,19 +96,24 @@ class Checkpoint:
         where = f"{path}: tensor {tensor}"
         if code not in NUMPY:
             raise InputError(f"{where} is of type {code}; known: {', '.join(NUMPY)}")
+        if math.prod(shape) == 0:
+            raise InputError(f"{where} has no elements: its shape is {list(shape)}")
         elements = np.frombuffer(mapped, NUMPY[code], math.prod(shape), start)
         return Source(elements, code, shape, where, fd, start)
 
 
 def _differ(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    return a.dtype != b.dtype or not np.array_equal(a, b)
+    return a.dtype != b.dtype or not np.array_equal(a.view(np.uint8), b.view(np.uint8))  # NaN equals itself here
 
 
-def match(models: Sequence[Checkpoint]) -> dict[str, tuple[Source, ...]]:
+def match(models: Sequence[Checkpoint], one_tokenizer: bool) -> dict[str, tuple[Source, ...]]:
     """The tensors of all models (the first of them gives the shapes), in the order of their names.
 
     If one model has a head of its own and others are tied, the latter's embedding is their head too. Embeddings and
     heads may differ in their number of rows, as those of one tokenizer's family do by padding.
+
+    Args:
+        one_tokenizer: check that the models share one, also where nothing in their shapes says otherwise.
 
     Raises:
         InputError: naming file and tensor: one is missing, of another shape or of no float type; the models are of
@@ -129,6 +137,8 @@ def match(models: Sequence[Checkpoint]) -> dict[str, tuple[Source, ...]]:
         rows = min(source.shape[0] for source in sources) if sources[0].shape else 0
         for model, source in zip(models[1:], sources[1:], strict=True):
             if source.shape == sources[0].shape:
+                if one_tokenizer and tensor == EMBEDDING:
+                    check_vocabulary(first.folder, model.folder, rows)
                 continue
             if tensor not in (EMBEDDING, HEAD) or source.shape[1:] != sources[0].shape[1:]:
                 raise InputError(

@@ -3,7 +3,7 @@
 The functions on rows take flat float32 arrays that fit the innermost cache. The passes are what a thread does at a
 time: the elements [start, stop) of one tensor in all models. They widen a row of every model to float32 and use it
 there, so memory is read once a pass and nothing of the chunk's size is made. Tensors are given by address, since they
-come in any number and type. Passes return -1, or the number of the model whose elements are not all finite; `digests`
+come in any number and type. Passes return DONE, or the number of the model whose elements are not all finite; `digests`
 [models] has the models' elements mixed in, unless it is empty.
 
 Sums are kept in float64, one for each place of a row and those added up in order, so they depend on no CPU's vectors.
@@ -29,11 +29,12 @@ Ints = NDArray[np.int64]
 Digests = NDArray[np.uint64]
 
 ROW = 1024  # elements; a multiple of 4, as `random_words` makes them
-COARSE_BITS, FINE_BITS = 16, 15  # the 31 bits of a magnitude, as `histogram` and `members` take them
-CODES = {"F32": 0, "F16": 1, "BF16": 2}
+COARSE_BITS, FINE_BITS = 16, 15  # the 31 bits of a magnitude, as `histogram` and `histogram_within` take them
+F32, F16, BF16 = 0, 1, 2
+CODES = {"F32": F32, "F16": F16, "BF16": BF16}
 KEEP_ALL, AT_RANDOM, SMALLEST = 0, 1, 2
 WEIGHTED_SUM, TASK_VECTORS, AGREEING = 0, 1, 2
-OVERFLOW = -2
+DONE, OVERFLOW = -1, -2
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _EXPONENT = np.uint32(0x7F800000)
@@ -213,18 +214,14 @@ def histogram(delta: Floats, counts: Words) -> None:
 
 
 @compiled
-def members(delta: Floats, bin_: int, found: NDArray[np.uint16], count: int) -> int:
-    """The magnitudes of a histogram's bin, but for zeros: their last bits go to `found` from place `count` on.
-
-    Returns the place after the last.
-    """
+def histogram_within(delta: Floats, bin_: int, counts: Words) -> None:
+    """Add to `counts` [2^FINE_BITS] how many magnitudes of a bin of `histogram` end with each pattern; zeros do not
+    count."""
     bits = delta.view(np.uint32)
     for i in range(bits.size):
         word = bits[i] & _MAGNITUDE
         if word >> np.uint32(FINE_BITS) == np.uint32(bin_) and word != 0:
-            found[count] = np.uint16(word & np.uint32((1 << FINE_BITS) - 1))
-            count += 1
-    return count
+            counts[word & np.uint32((1 << FINE_BITS) - 1)] += np.uint32(1)
 
 
 @compiled
@@ -359,9 +356,9 @@ def _load(tensors: Tensors, start: int, rows: Floats, n: int, differences: bool,
     """A row of n elements of every model into `rows` [models, ROW]; with `differences`, the first taken from others."""
     for k in range(tensors.codes.size):
         out, code, address = rows[k, :n], tensors.codes[k], tensors.addresses[k]
-        if code == 0:
+        if code == F32:
             fine = widen_float32(carray(_as_pointer(address + 4 * start), (n,), np.float32), out)
-        elif code == 1:
+        elif code == F16:
             fine = widen_float16(carray(_as_pointer(address + 2 * start), (n,), np.uint16), out)
         else:
             fine = widen_bfloat16(carray(_as_pointer(address + 2 * start), (n,), np.uint16), out)
@@ -371,7 +368,7 @@ def _load(tensors: Tensors, start: int, rows: Floats, n: int, differences: bool,
             digests[k] = digests[k] * _MIX + digest(out)
         if differences and k > 0:
             subtract(out, rows[0, :n])
-    return -1
+    return DONE
 
 
 @compiled
@@ -386,7 +383,7 @@ def products(tensors: Tensors, start: int, stop: int, sums: Doubles, digests: Di
         add_products(rows[0, :n], rows[1, :n], places[0], places[1], places[2])
     for i in range(3):
         sums[i] = places[i].sum()
-    return -1
+    return DONE
 
 
 @compiled
@@ -400,13 +397,13 @@ def magnitudes_at_random(tensors: Tensors, start: int, stop: int, drops: Drops, 
         if bad >= 0:
             return bad
         for k in range(count):
-            if drops.kinds[k] == 1:
+            if drops.kinds[k] == AT_RANDOM:
                 random_words(drops.keys[k], low, words)
                 add_magnitudes_at_random(rows[k + 1, :n], words, drops.limits[k], places[k, 0], places[k, 1])
     for k in range(count):
         for i in range(2):
             sums[k, i] = places[k, i].sum()
-    return -1
+    return DONE
 
 
 @compiled
@@ -421,24 +418,16 @@ def count_magnitudes(tensors: Tensors, start: int, stop: int, counts: NDArray[np
             return bad
         for k in range(count):
             histogram(rows[k + 1, :n], counts[k])
-    return -1
+    return DONE
 
 
 @compiled
-def find_members(
-    tensors: Tensors,
-    start: int,
-    stop: int,
-    bins: Ints,
-    found: NDArray[np.uint16],
-    counts: Ints,
-    sums: Doubles,
-    digests: Digests,
+def count_within(
+    tensors: Tensors, start: int, stop: int, bins: Ints, counts: NDArray[np.uint32], sums: Doubles, digests: Digests
 ) -> int:
-    """The members of a bin of each task vector's histogram (see `kernels.members`).
+    """Histograms of what lies in one bin of each task vector's, added to `counts` [task vectors, 2^FINE_BITS].
 
-    Into `found` [task vectors, chunk] and `counts` [task vectors]; and into `sums` [task vectors, 2], if it has room,
-    the sum of magnitudes and that of the magnitudes in higher bins.
+    Into `sums` [task vectors, 2], if it has room, the sum of magnitudes and that of the magnitudes in higher bins.
     """
     count = tensors.codes.size - 1
     rows, places = np.empty((count + 1, ROW), np.float32), np.zeros((count, 2, ROW))
@@ -448,13 +437,13 @@ def find_members(
         if bad >= 0:
             return bad
         for k in range(count):
-            counts[k] = members(rows[k + 1, :n], bins[k], found[k], counts[k])
+            histogram_within(rows[k + 1, :n], bins[k], counts[k])
             if sums.size > 0:
                 add_magnitudes_above(rows[k + 1, :n], bins[k], places[k, 0], places[k, 1])
     for k in range(sums.shape[0]):
         for i in range(2):
             sums[k, i] = places[k, i].sum()
-    return -1
+    return DONE
 
 
 @compiled
@@ -482,15 +471,15 @@ def merge(
     spares = drops.spares.copy()
     for low in range(start, stop, ROW):
         n = min(ROW, stop - low)
-        bad = _load(tensors, low, rows, n, how != 0, digests)
+        bad = _load(tensors, low, rows, n, how != WEIGHTED_SUM, digests)
         if bad >= 0:
             return bad
         for k in range(drops.kinds.size):
             delta, limit = rows[k + 1, :n], drops.limits[k]
-            if drops.kinds[k] == 1:
+            if drops.kinds[k] == AT_RANDOM:
                 random_words(drops.keys[k], low, words)
                 drop_at_random(delta, words, limit, drops.scales[k])
-            elif drops.kinds[k] == 2:
+            elif drops.kinds[k] == SMALLEST:
                 if start == drops.borders[k]:
                     spares[k] = drop_smallest(delta, limit, spares[k], drops.scales[k])
                 else:
@@ -500,17 +489,17 @@ def merge(
                     drop_smallest(delta, limit, 0, drops.scales[k])
         for v in range(weights_VK.shape[0]):
             out = result[:n]
-            if how == 0:
+            if how == WEIGHTED_SUM:
                 weighted_sum(rows, weights_VK[v], divisors_V[v], out)
-            elif how == 1:
+            elif how == TASK_VECTORS:
                 add_task_vectors(rows[0], rows[1:], weights_VK[v], divisors_V[v], lambdas_V[v], out)
             else:
                 add_agreeing_task_vectors(
                     rows[0], rows[1:], weights_VK[v], normalize_V[v], lambdas_V[v], total, kept, out
                 )
             if not _store(out, code, out_VB[v], low - start):
-                return -2
-    return -1
+                return OVERFLOW
+    return DONE
 
 
 @compiled
@@ -523,15 +512,15 @@ def copy(tensors: Tensors, start: int, stop: int, code: int, out: NDArray[np.uin
         if bad >= 0:
             return bad
         if not _store(rows[0, :n], code, out, low - start):
-            return -2
-    return -1
+            return OVERFLOW
+    return DONE
 
 
 @compiled
 def _store(values: Floats, code: int, out: NDArray[np.uint8], place: int) -> bool:
-    if code == 0:
+    if code == F32:
         return narrow_float32(values, out.view(np.float32)[place : place + values.size])
     halves = out.view(np.uint16)[place : place + values.size]
-    if code == 1:
+    if code == F16:
         return narrow_float16(values, halves)
     return narrow_bfloat16(values, halves)

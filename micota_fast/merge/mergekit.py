@@ -5,12 +5,13 @@ here, or that would change nothing, is an error that names it; nothing is ignore
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from micota_fast.config import load, option
+from micota_fast.config import build, load, option
 from micota_fast.errors import InputError
 from micota_fast.merge.settings import Case, Scalar, Setting, plain, read_setting, value_at
 
@@ -44,7 +45,7 @@ class MergekitModel:
 class MergekitTokenizer:
     """The `tokenizer` key."""
 
-    source: Literal["base"] = option("base", doc="only the base model's tokenizer is supported")
+    source: Literal["base"] = option("base", doc="the base model's, which all models then have to share")
 
 
 @dataclass(kw_only=True)
@@ -60,7 +61,9 @@ class MergekitFile:
     )
     dtype: Dtype | None = option(None, doc="type of the result where out_dtype is absent; arithmetic is float32 always")
     out_dtype: Dtype | None = option(None, doc="type of the result; absent everywhere: that of the inputs")
-    tokenizer_source: Literal["base"] | None = option(None, doc="only the base model's tokenizer is supported")
+    tokenizer_source: Literal["base"] | None = option(
+        None, doc="the base model's, which all models then have to share; nothing is re-ordered"
+    )
     tokenizer: MergekitTokenizer | None = option(None, doc="the same in another form")
 
     def __post_init__(self) -> None:
@@ -124,6 +127,7 @@ class MergePlan:
     rescale: Setting
     lambda_: Setting
     dtype: Dtype | None
+    one_tokenizer: bool  # a file that names a tokenizer counts on a vocabulary that all share
 
     def at(self, tensor: str, depth: float) -> Scalars:
         """What holds for a tensor at a depth (see `settings.value_at`).
@@ -147,6 +151,12 @@ class MergePlan:
         rescale = cast(Rescale, value_at(self.rescale, tensor, depth))
         lambda_ = float(value_at(self.lambda_, tensor, depth) or 0.0)
         return Scalars(tuple(weights), tuple(densities), normalize, rescale, lambda_)
+
+    def filters(self) -> list[str]:
+        """The parts of names by which parameters hold for some tensors only."""
+        of_inputs = (setting for entry in self.inputs for setting in (entry.weight, entry.density))
+        settings = (*of_inputs, self.normalize, self.rescale, self.lambda_)
+        return sorted({case.filter for setting in settings for case in setting if case.filter is not None})
 
     def with_weight(self, weight: float) -> "MergePlan":
         """The plan with another weight (slerp: `t`) of its one model.
@@ -188,7 +198,25 @@ def read_mergekit(path: Path | str) -> MergePlan:
     Raises:
         InputError: naming file, line and key of what is unknown, missing or out of range.
     """
-    file = load(MergekitFile, path)
+    folder = Path(path).parent
+
+    def located(model: str) -> str:
+        """A folder relative to the file, where there is one; else the name as it stands."""
+        return str(folder / model) if (folder / model).is_dir() else model
+
+    return _plan(load(MergekitFile, path), str(path), located)
+
+
+def parse_mergekit(content: dict[str, Any], source: str) -> MergePlan:
+    """The same of a file's content that stands elsewhere. Model names stay as they are.
+
+    Args:
+        source: named in errors.
+    """
+    return _plan(build(MergekitFile, content, source), source, lambda model: model)
+
+
+def _plan(file: MergekitFile, source: str, located: Callable[[str], str]) -> MergePlan:
     method = file.merge_method
 
     def setting(name: str, default: Scalar | None, own: dict[str, Any] | None = None, where: str = "") -> Setting:
@@ -214,19 +242,20 @@ def read_mergekit(path: Path | str) -> MergePlan:
             if not weight:
                 raise InputError(f"`models`: {entry.model} has no `{key}`, which {method} needs")
             density = setting("density", 1.0, entry.parameters, where)
-            inputs.append(MergeInput(_located(entry.model, path), _trimmed(weight), _trimmed(density)))
+            inputs.append(MergeInput(located(entry.model), _trimmed(weight), _trimmed(density)))
         setting("int8_mask", None)
         return MergePlan(
             method=method,
-            base=_located(file.base_model or entries[0].model, path),
+            base=located(file.base_model or entries[0].model),
             inputs=tuple(inputs),
             normalize=_trimmed(setting("normalize", method in _NORMALIZE)),
             rescale=_trimmed(setting("rescale", "l1" if method in _RESCALE else "none")),
             lambda_=_trimmed(setting("lambda", 1.0)),
             dtype=file.out_dtype or file.dtype,
+            one_tokenizer=file.tokenizer_source is not None or file.tokenizer is not None,
         )
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{source}: {error}") from None
 
 
 def _trimmed(setting: Setting) -> Setting:
@@ -235,12 +264,6 @@ def _trimmed(setting: Setting) -> Setting:
         if case.filter is None:
             return setting[: i + 1]
     return setting
-
-
-def _located(model: str, path: Path | str) -> str:
-    """A folder relative to the file, where there is one; else the name as it stands."""
-    beside = Path(path).parent / model
-    return str(beside) if beside.is_dir() else model
 
 
 def _check_keys(where: str, parameters: dict[str, Any], known: tuple[str, ...], method: str) -> None:

@@ -38,11 +38,11 @@ _HOW = {
 }
 
 
-class _Found(NamedTuple):
-    """A chunk's members of each task vector's bin, and sums of magnitudes: all, and those in higher bins."""
+class _Within(NamedTuple):
+    """What a chunk has of each task vector's bin, as a histogram, and sums of magnitudes: all, and in higher bins."""
 
     start: int
-    members: list[NDArray[np.uint16]]
+    counts: NDArray[np.uint32]  # [task vectors, 2^FINE_BITS]
     sums: NDArray[np.float64]
 
 
@@ -73,6 +73,7 @@ class TensorMerge:
     ) -> None:
         self.name, self.method, self.scalars, self.seed = name, method, scalars, seed
         self.sources, self.donor, self.code, self.write = sources, sources[donor], code, write
+        self._donor_index = donor
         self.size = min(source.elements.size for source in sources)
         self._tensors = _tensors(sources)
         count = len(sources) - 1 if method not in ("linear", "slerp") else 0
@@ -86,6 +87,7 @@ class TensorMerge:
         )
         self._weights = np.array([each.weights for each in scalars], np.float32)
         self._digests: dict[int, NDArray[np.uint64]] = {}
+        self._digests_beyond: dict[int, NDArray[np.uint64]] = {}  # of the rows that the donor alone gives
         self._lock = threading.Lock()
         self._counts = np.zeros((count, 1), np.int64)  # of magnitudes, a histogram for each task vector
 
@@ -97,7 +99,7 @@ class TensorMerge:
         elif self.method == "ties" and min(shared.densities) < 1:
             yield self.size, self._count
             bins = [self._bin(*each) for each in zip(self._counts, shared.densities, strict=True)]
-            self._trim((yield self.size, lambda start, stop: self._find(start, stop, bins)), bins)
+            self._trim((yield self.size, lambda start, stop: self._count_within(start, stop, bins)), bins)
         elif self.method in ("dare_linear", "dare_ties"):
             self._draw()
             if shared.rescale == "l1" and min(shared.densities) < 1:
@@ -105,9 +107,12 @@ class TensorMerge:
         yield self.donor.elements.size, self._merge
 
     def fingerprints(self) -> list[bytes]:
-        """Of each source, what of it was read. To be called after the first pass."""
+        """Of each source, what of it was read. To be called after the last pass."""
         marks = np.array([self._digests[start] for start in sorted(self._digests)], "<u8")
-        return [marks[:, i].tobytes() for i in range(len(self.sources))]
+        found = [marks[:, i].tobytes() for i in range(len(self.sources))]
+        beyond = [self._digests_beyond[start] for start in sorted(self._digests_beyond)]
+        found[self._donor_index] += np.array(beyond, "<u8").tobytes()
+        return found
 
     def _run(self, start: int, stop: int, work: Callable[..., int], *arguments: Any) -> None:
         """A pass of `kernels` over the sources. Raises InputError naming the source that is not finite."""
@@ -179,20 +184,20 @@ class TensorMerge:
         bin_ = int(np.flatnonzero(at_least >= keep)[-1])
         return bin_, keep - int(at_least[bin_] - counts[bin_])
 
-    def _find(self, start: int, stop: int, bins: list[tuple[int, int]]) -> _Found:
-        found = np.empty((len(bins), stop - start), np.uint16)
-        counts = np.zeros(len(bins), np.int64)
+    def _count_within(self, start: int, stop: int, bins: list[tuple[int, int]]) -> _Within:
+        counts = np.zeros((len(bins), 1 << FINE_BITS), np.uint32)
         sums = np.zeros((len(bins) if self.scalars[0].rescale == "l1" else 0, 2))
-        numbers = np.array([bin_ for bin_, _ in bins])
-        self._run(start, stop, kernels.find_members, numbers, found, counts, sums)
-        return _Found(start, [found[k, :count].copy() for k, count in enumerate(counts)], sums)
+        self._run(start, stop, kernels.count_within, np.array([bin_ for bin_, _ in bins]), counts, sums)
+        return _Within(start, counts, sums)
 
-    def _trim(self, parts: list[_Found], bins: list[tuple[int, int]]) -> None:
+    def _trim(self, parts: list[_Within], bins: list[tuple[int, int]]) -> None:
         drops = self._drops
         for k, (density, (bin_, keep)) in enumerate(zip(self.scalars[0].densities, bins, strict=True)):
             if density >= 1:
                 continue
-            counts = np.bincount(np.concatenate([part.members[k] for part in parts]), minlength=1 << FINE_BITS)
+            counts = np.zeros(1 << FINE_BITS, np.int64)
+            for part in parts:
+                counts += part.counts[k]
             at_least = counts[::-1].cumsum()[::-1]
             enough = np.flatnonzero(at_least >= keep)
             last = int(enough[-1]) if enough.size else 0  # else zeros stay, too, and none of them matters
@@ -200,7 +205,7 @@ class TensorMerge:
             stay[0] = spare = min(int(counts[last]), keep - int(at_least[last] - counts[last]))
             border = self.size
             for part in parts:
-                here = int((part.members[k] == last).sum())
+                here = int(part.counts[k, last])
                 if spare < here:
                     border = part.start
                     break
@@ -240,7 +245,8 @@ class TensorMerge:
         if common < stop:  # rows that not all sources have
             low = max(start, common)
             tail = np.empty((stop - low) * size, np.uint8)
-            status = kernels.copy(_tensors([self.donor]), low, stop, CODES[self.code], tail, np.zeros(0, np.uint64))
+            digest = self._digests_beyond[low] = np.zeros(1, np.uint64)
+            status = kernels.copy(_tensors([self.donor]), low, stop, CODES[self.code], tail, digest)
             if status >= 0:
                 raise self.donor.not_finite(low, stop)
             if status == kernels.OVERFLOW:

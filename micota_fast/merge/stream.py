@@ -1,11 +1,14 @@
 """A merge from checkpoint to checkpoint: inputs mapped, output written as it is made, OUT whole or absent."""
 
+import fcntl
 import hashlib
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -28,6 +31,7 @@ from micota_fast.recipe import MergeConfig
 _AHEAD = 4  # chunks a thread that are prepared and read ahead
 _REPORT = "merge.json"
 _SWEEP = "weight-"
+_WRITTEN = re.compile(r"merge\.json|config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 
 def merge(config: MergeConfig) -> None:
@@ -46,7 +50,7 @@ def merge(config: MergeConfig) -> None:
     if not config.weights:
         merge_plans({"": plan}, Path(config.out), config.seed)
     else:
-        plans = {f"{_SWEEP}{weight:g}": plan.with_weight(weight) for weight in config.weights}
+        plans = {f"{_SWEEP}{weight:.15g}": plan.with_weight(weight) for weight in config.weights}
         if len(plans) < len(config.weights):
             raise InputError("`weights` names one twice")
         merge_plans(plans, Path(config.out), config.seed)
@@ -59,35 +63,83 @@ def merge_plans(plans: dict[str, MergePlan], out: Path, seed: int, max_shard_byt
         plans: by folder; a sole plan's may be "", which is `out` itself.
         max_shard_bytes: weights above it are split into shards.
     """
-    out = out.absolute()  # "." has no name
-    if out.exists() and not _is_former(out):
-        raise InputError(f"{out} exists and is not a former merge; remove it or choose another place")
+    out = Path(os.path.abspath(out))  # "." and ".." have no name
+    if not out.name:
+        raise InputError(f"a merge cannot take the place of {out}; name a folder")
     aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
     try:
-        folders = [aside / name for name in plans]
-        for folder in folders:
-            folder.mkdir(parents=True)
-        with ExitStack() as stack:
-            _write(list(plans.values()), folders, seed, max_shard_bytes, stack)
-        for folder in folders:
-            for path in (*folder.iterdir(), folder):
-                sync(path)
-        _replace(out, aside)
+        with _only_merge(out):
+            former = out.with_name(f".{out.name}.former")
+            _bring_back(former, out)  # of a merge that was killed between the two renames below
+            if out.exists() and (foreign := _foreign(out)) is not None:
+                raise InputError(f"{foreign} is not of a former merge; remove it or choose another place than {out}")
+            try:
+                _write_aside(plans, aside, seed, max_shard_bytes)
+                if out.exists():
+                    out.rename(former)
+                publish(aside, out)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                _bring_back(former, out)
+                raise
+            shutil.rmtree(former, ignore_errors=True)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _is_former(out: Path) -> bool:
-    """Is this an empty folder, a merge, or a sweep with nothing else in it?"""
+@contextmanager
+def _only_merge(out: Path) -> Iterator[None]:
+    """Keep a second merge away from `out`. The kernel drops the lock with the process, however that ends."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_name(f".{out.name}.lock")
+    while True:
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another merge is writing {out}; wait for it, or choose another place") from None
+            # The one before us may have removed the file between our opening and locking it.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                try:
+                    yield
+                finally:
+                    path.unlink()
+                return
+
+
+def _bring_back(former: Path, out: Path) -> None:
+    if former.exists() and not out.exists():
+        former.rename(out)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _foreign(out: Path) -> Path | None:
+    """Something at `out` that no merge writes; None where it is an empty folder, a merge, or a sweep of them."""
     if not out.is_dir():
-        return False
-    inside = list(out.iterdir())
-    return (out / _REPORT).is_file() or all(
-        path.name.startswith(_SWEEP) and (path / _REPORT).is_file() for path in inside
-    )
+        return out
+    inside = sorted(out.iterdir())
+    if all(path.is_dir() and path.name.startswith(_SWEEP) for path in inside):
+        return next((found for path in inside if (found := _foreign_in_merge(path)) is not None), None)
+    return _foreign_in_merge(out)
+
+
+def _foreign_in_merge(folder: Path) -> Path | None:
+    inside = sorted(folder.iterdir())
+    if all(path.name != _REPORT for path in inside):
+        return folder
+    return next((path for path in inside if not (path.name in COPIED_FILES or _WRITTEN.fullmatch(path.name))), None)
+
+
+def _write_aside(plans: dict[str, MergePlan], aside: Path, seed: int, max_shard_bytes: int) -> None:
+    shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
+    folders = [aside / name for name in plans]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    with ExitStack() as stack:
+        _write(list(plans.values()), folders, seed, max_shard_bytes, stack)
+    for folder in folders:  # now, so that nothing is waited for while a former merge makes room
+        for path in (*folder.iterdir(), folder):
+            sync(path)
 
 
 def _write(plans: list[MergePlan], folders: list[Path], seed: int, max_shard_bytes: int, stack: ExitStack) -> None:
@@ -97,12 +149,15 @@ def _write(plans: list[MergePlan], folders: list[Path], seed: int, max_shard_byt
     names = dict.fromkeys([plan.base, *order])
     models = {name: stack.enter_context(closing(Checkpoint(name))) for name in names}
     base = models[plan.base]
-    matched = match(list(models.values()))
+    matched = match(list(models.values()), plan.one_tokenizer)
     layout = {
         tensor: (sources[0].shape, result_code({source.code for source in sources}, plan.dtype))
         for tensor, sources in matched.items()
     }
     layers = base.config.num_hidden_layers
+    for part in plan.filters():
+        if not any(part in tensor for tensor in layout):
+            print(f"merge: the filter {part!r} fits no tensor's name", file=sys.stderr)
     scalars = {tensor: [each.at(tensor, depth_of(tensor, layers)) for each in plans] for tensor in layout}
     writers = [stack.enter_context(closing(ShardWriter(folder, layout, max_shard_bytes))) for folder in folders]
 
@@ -222,13 +277,3 @@ def _describe(
         "versions": {"micota_fast": micota_fast.__version__, "numba": numba.__version__, "numpy": np.__version__},
     }
     write_json(folder / _REPORT, report)
-
-
-def _replace(out: Path, aside: Path) -> None:
-    """Put the finished folder in its place, a former merge out of it."""
-    former = out.with_name(f".{out.name}.former")
-    shutil.rmtree(former, ignore_errors=True)
-    if out.exists():
-        out.rename(former)
-    publish(aside, out)
-    shutil.rmtree(former, ignore_errors=True)

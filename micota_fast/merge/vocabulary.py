@@ -1,4 +1,4 @@
-"""Are two vocabularies of different sizes one tokenizer's, padded differently?"""
+"""Are two vocabularies one tokenizer's, possibly padded differently?"""
 
 from pathlib import Path
 
@@ -28,8 +28,8 @@ def check_vocabulary(base: Path, model: Path, rows: int) -> None:
     if regular != other:
         token = min(regular.items() ^ other.items(), key=lambda item: item[1])[0]
         raise InputError(
-            f"{model} and {base} have embeddings of different sizes, and not of one tokenizer: token {token!r} has the "
-            f"id {other.get(token)} there and {regular.get(token)} here"
+            f"{model} and {base} are not of one tokenizer: token {token!r} has the id {other.get(token)} there and "
+            f"{regular.get(token)} here; tokens are not re-ordered between vocabularies"
         )
 
 
@@ -39,7 +39,7 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
 
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise InputError(f"{path} is missing; it tells whether embeddings of different sizes have one vocabulary")
+        raise InputError(f"{path} is missing; it tells whether the embeddings have one vocabulary")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception

@@ -1,0 +1,93 @@
+"""Median length over merge weight: where the curve bends, and the weight that gives a wanted length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from micota_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured at a weight: lengths in tokens.
+
+    `interval` is the median's 95% interval, None where there were too few answers for one. `cut`: at least half of the
+    answers ended at the token limit, so the true median is no less than this, and unknown.
+    """
+
+    weight: float
+    median: float
+    interval: tuple[float, float] | None
+    cut: bool
+
+
+def bend(points: Sequence[Point], side: Literal["knee", "elbow"]) -> Point | None:
+    """The point farthest above ("knee") or below ("elbow") the chord from the first point to the last.
+
+    At the knee the length has risen early and more weight adds little; from the elbow on it rises steeply. An S-shaped
+    curve has both. This is Kneedle (Satopaa et al. 2011, "Finding a 'Kneedle' in a Haystack", section III) for a
+    concave and a convex curve, without its smoothing: the largest distance to the chord after both axes are scaled to
+    [0, 1]. What takes the place of its sensitivity is the interval: a point counts only if the chord passes outside.
+
+    Args:
+        points: in the order of their weights.
+
+    Returns:
+        None where no point counts, or the curve does not rise from the first point to the last.
+    """
+    first, last = points[0], points[-1]
+    rise = last.median - first.median
+    if rise <= 0:
+        return None
+    sign = 1 if side == "knee" else -1
+    best, farthest = None, 0.0
+    for point in points[1:-1]:
+        chord = first.median + rise * (point.weight - first.weight) / (last.weight - first.weight)
+        distance = sign * (point.median - chord) / rise
+        apart = point.interval is not None and not point.interval[0] <= chord <= point.interval[1]
+        if apart and distance > farthest:
+            best, farthest = point, distance
+    return best
+
+
+def weight_of(median: float, points: Sequence[Point]) -> float:
+    """The weight at which the median length is `median` tokens, rounded to 4 decimals.
+
+    Between the measured weights the length is taken to be linear, after medians that fall are made equal to their
+    neighbours by isotonic regression (pool adjacent violators: Barlow et al. 1972). Of several weights the smallest.
+
+    Args:
+        points: in the order of their weights.
+
+    Raises:
+        InputError: the points do not reach `median`, or only at a weight whose own median is not known.
+    """
+    levels = isotonic([point.median for point in points])
+    if not levels[0] <= median <= levels[-1]:
+        raise InputError(
+            f"no weight from {points[0].weight:g} to {points[-1].weight:g} gives a median of {median:g} tokens: they "
+            f"reach from {levels[0]:g} to {levels[-1]:g}; choose a length in between, or other weights"
+        )
+    after = next(i for i, level in enumerate(levels) if level >= median)
+    if points[after].cut:
+        raise InputError(
+            f"a median of {median:g} tokens lies beyond weight {points[max(after - 1, 0)].weight:g}, but half of the "
+            f"answers at {points[after].weight:g} were cut off; raise generate.max_new_tokens"
+        )
+    if after == 0:
+        return round(points[0].weight, 4)
+    before = after - 1
+    share = (median - levels[before]) / (levels[after] - levels[before])
+    return round(points[before].weight + share * (points[after].weight - points[before].weight), 4)
+
+
+def isotonic(values: Sequence[float]) -> list[float]:
+    """The non-decreasing sequence nearest to `values` (least squares)."""
+    blocks: list[tuple[float, int]] = []  # (mean, how many)
+    for value in values:
+        mean, size = value, 1
+        while blocks and blocks[-1][0] >= mean:
+            other, count = blocks.pop()
+            mean, size = (mean * size + other * count) / (size + count), size + count
+        blocks.append((mean, size))
+    return [mean for mean, size in blocks for _ in range(size)]
