@@ -288,7 +288,7 @@ class _Planner:
         built = self._settings(
             EvaluateConfig, settings, {}, "evaluate", model=model.location, out=str(self.run_dir / stage)
         )
-        self._add(Stage(stage, "evaluate", built, (model, *files), ("results.json",)))
+        self._add(Stage(stage, "evaluate", built, (model, *files), ("results.json", "rows")))
 
     def _report(self) -> None:
         recipe = self.recipe
@@ -309,6 +309,8 @@ class _Planner:
         corpora = self._align(student)
         self._contamination()
         inputs = [*_flat(results.values()), *_flat(metrics.values()), *_flat(c.values() for c in corpora.values())]
+        # The report reads the rows that lie beside each results.json.
+        inputs += [self._artefact(artefact.stage or "", "rows") for artefact in _flat(results.values())]
         settings = ReportConfig(
             title=recipe.title or recipe.name,
             out=str(self.run_dir / "report"),

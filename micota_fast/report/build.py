@@ -6,14 +6,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from micota_fast.intervals import Difference, Estimate, difference
+from micota_fast.intervals import Estimate
 from micota_fast.recipe import ReportConfig
 from micota_fast.records import write_atomic
+from micota_fast.report.comparison import Comparison
 from micota_fast.report.inputs import Inputs, load
 from micota_fast.report.page import render
 from micota_fast.report.plots import drawing_style, require_matplotlib
 from micota_fast.report.summary import INTERVAL_METHOD, Arm, Summary, headline, mean_curve, summarise
-from micota_fast.report.tables import accuracy_table, answers_table, corpora_table, to_markdown
+from micota_fast.report.tables import (
+    accuracy_table,
+    answers_table,
+    corpora_table,
+    deltas_table,
+    samples_table,
+    to_markdown,
+)
 
 
 def run(config: ReportConfig) -> None:
@@ -40,6 +48,10 @@ def run(config: ReportConfig) -> None:
 
 def _markdown(config: ReportConfig, inputs: Inputs, summary: Summary) -> str:
     tables = [accuracy_table(summary)]
+    if summary.trained:
+        tables.append(deltas_table(summary))
+    if of_samples := samples_table(summary):
+        tables.append(of_samples)
     if inputs.corpora:
         tables.append(corpora_table(inputs.corpora))
     tables.append(answers_table(summary.arms))
@@ -61,8 +73,7 @@ def _numbers(config: ReportConfig, inputs: Inputs, summary: Summary) -> dict[str
         "arm_order": [arm.name for arm in summary.arms],
         "arms": {arm.name: _arm(arm) for arm in summary.arms},
         "average_differences": {
-            a.name: {b.name: _difference(difference(a.average, b.average)) for b in summary.arms if b is not a}
-            for a in summary.arms
+            a.name: {b.name: _difference(summary.gap(a, b)) for b in summary.arms if b is not a} for a in summary.arms
         },
         "winner": summary.winner.name if summary.winner else None,
         "corpora": {
@@ -92,6 +103,8 @@ def _arm(arm: Arm) -> dict[str, Any]:
         "benchmarks": {name: _estimate(estimate) for name, estimate in arm.benchmarks.items()},
         "average": _estimate(arm.average),
         "delta": _difference(arm.delta) if arm.delta else None,
+        "deltas": {name: _difference(delta) for name, delta in arm.deltas.items()},
+        "sampled": {name: asdict(sampled) for name, sampled in arm.sampled.items()},
         "answers": asdict(arm.answers),
     }
 
@@ -105,5 +118,12 @@ def _estimate(estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def _difference(gap: Difference) -> dict[str, Any]:
-    return {"value": gap.value, "interval95": [gap.low, gap.high], "spans_zero": gap.spans_zero}
+def _difference(gap: Comparison) -> dict[str, Any]:
+    return {
+        "value": gap.value,
+        "interval95": [gap.low, gap.high],
+        "spans_zero": gap.spans_zero,
+        "paired": gap.paired,
+        "p": gap.p,
+        "p_holm": gap.p_holm,
+    }

@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from micota_fast.errors import InputError
 from micota_fast.recipe import ReportConfig
+from micota_fast.records import benchmark_file, parse_line, read_lines
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,22 @@ class BenchmarkResult:
 
 
 @dataclass(frozen=True)
+class Graded:
+    """Of each problem, by id in sorted order, how many of its `samples` answers are right."""
+
+    ids: tuple[str, ...]
+    correct: tuple[int, ...]
+    samples: int
+
+
+@dataclass(frozen=True)
 class Results:
-    """One evaluated model."""
+    """One evaluated model. `graded` is None where a benchmark's rows/NAME.jsonl is not beside results.json."""
 
     path: Path
     model: str
     benchmarks: dict[str, BenchmarkResult]
+    graded: dict[str, Graded] | None
 
 
 @dataclass(frozen=True)
@@ -80,8 +91,8 @@ def load(config: ReportConfig) -> Inputs:
 
     Raises:
         InputError: a file is absent or malformed, a required key is missing or has the wrong type, an accuracy
-            contradicts its counts, or an arm was not evaluated on the same problems as the base (averages over
-            different benchmarks cannot be compared). Names the file and the key.
+            contradicts its counts or its rows, or an arm was not evaluated on the same problems as the base (averages
+            over different benchmarks cannot be compared). Names the file and the key.
     """
     if "base" in config.arms:
         raise InputError("report config: arms.base: this name belongs to the untouched student; rename the arm")
@@ -93,6 +104,7 @@ def load(config: ReportConfig) -> Inputs:
         arms[name] = [_results(Path(path)) for path in paths]
         for results in arms[name]:
             _same_benchmarks(results, base)
+    _same_problems([base, *(results for runs in arms.values() for results in runs)])
     corpora = {name: _corpus(name, files) for name, files in config.corpora.items()}
     training = {name: [_loss_curve(Path(path)) for path in paths] for name, paths in config.training.items() if paths}
     return Inputs(base, arms, corpora, training)
@@ -156,6 +168,12 @@ class _Node:
             raise self._wrong(key, "an object", value)
         return _Node(value, self.where, f"{self.prefix}{key}.")
 
+    def text(self, key: str) -> str:
+        value = self._value(key, "a string", optional=False)
+        if not isinstance(value, str):
+            raise self._wrong(key, "a string", value)
+        return value
+
     def lengths(self, key: str) -> tuple[int, ...]:
         value = self._value(key, "a list of token counts", optional=True) or []
         if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
@@ -209,7 +227,48 @@ def _results(path: Path) -> Results:
             timeout=entry.optional_count("timeout"),
             mean_tokens=entry.optional_number("mean_tokens", 0.0),
         )
-    return Results(path, str(node.data.get("model") or ""), benchmarks)
+    rows = {name: path.parent / "rows" / benchmark_file(name) for name in benchmarks}
+    graded = None
+    if all(file.exists() for file in rows.values()):
+        graded = {name: _graded(file, path, benchmarks[name]) for name, file in rows.items()}
+    return Results(path, str(node.data.get("model") or ""), benchmarks, graded)
+
+
+def _graded(file: Path, results: Path, expected: BenchmarkResult) -> Graded:
+    right: dict[str, dict[int, bool]] = {}
+    for where, line in read_lines(file):
+        row = _Node(parse_line(line, where), where)
+        problem, sample = right.setdefault(row.text("id"), {}), row.count("sample")
+        if sample in problem:
+            raise InputError(f"{where}: sample {sample} of problem {row.text('id')!r} occurs a second time")
+        problem[sample] = row.text("outcome") == "correct"
+    ids = sorted(right)
+    counts = tuple(sum(right[problem].values()) for problem in ids)
+    answers = sum(map(len, right.values()))
+    found = (len(ids), answers, sum(counts))
+    named = (expected.problems, expected.n, round(expected.accuracy * expected.n))
+    if found != named:
+        of = "{} problems with {} answers, {} of them correct".format
+        raise InputError(f"{file} holds {of(*found)}, but {results} says {of(*named)}; evaluate again")
+    samples = answers // len(ids)
+    uneven = next((problem for problem in ids if len(right[problem]) != samples), None)
+    if uneven is not None:
+        raise InputError(
+            f"{file}: problem {uneven!r} has {len(right[uneven])} answers, others another number; evaluate again"
+        )
+    return Graded(tuple(ids), counts, samples)
+
+
+def _same_problems(every: Sequence[Results]) -> None:
+    first, *others = [(of.path, of.graded) for of in every if of.graded is not None] or [(Path(), {})]
+    for path, graded in others:
+        for name, of_name in graded.items():
+            odd = sorted(set(of_name.ids) ^ set(first[1][name].ids))
+            if odd:
+                raise InputError(
+                    f"benchmark {name!r}: problem {odd[0]!r} is among the rows of one of {first[0]} and {path} but not "
+                    "of the other; evaluate both on the same problems"
+                )
 
 
 def _same_benchmarks(results: Results, base: Results) -> None:

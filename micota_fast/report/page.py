@@ -18,7 +18,7 @@ from micota_fast.report.plots import (
     series_colours,
 )
 from micota_fast.report.summary import INTERVAL_METHOD, Summary, headline
-from micota_fast.report.tables import accuracy_table, answers_table, corpora_table, to_html
+from micota_fast.report.tables import accuracy_table, answers_table, corpora_table, deltas_table, samples_table, to_html
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --wash: #f3f4f4; LIGHT }
@@ -106,6 +106,8 @@ def render(config: ReportConfig, inputs: Inputs, summary: Summary) -> str:
         f"<p>{escape(qualified)}</p>\n" if qualified else "",
         "</header>\n<main>\n",
         to_html(accuracy_table(summary), dots),
+        to_html(deltas_table(summary), dots) if summary.trained else "",
+        to_html(of_samples, dots) if (of_samples := samples_table(summary)) else "",
         _accuracy_figures(summary, colours),
         _corpora(inputs, colours, dots),
         _training(inputs, colours),

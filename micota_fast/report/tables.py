@@ -5,20 +5,29 @@ from dataclasses import dataclass
 from html import escape
 
 from micota_fast.intervals import Estimate
+from micota_fast.paired import RESAMPLES
+from micota_fast.report.comparison import LEVEL, Comparison
 from micota_fast.report.inputs import Corpus
-from micota_fast.report.summary import BASE, Arm, Summary, percent, points
+from micota_fast.report.samples import Sampled
+from micota_fast.report.summary import BASE, Arm, Summary, p_value, percent, points
 
 MARK = "†"
 MARK_MEANING = f"{MARK} The 95% interval of Δ spans zero: not distinguishable from the untouched student."
+CORRECTED_MARK = "‡"
+CORRECTED_MEANING = (
+    f"{CORRECTED_MARK} The 95% interval of Δ is clear of zero, but corrected for the number of comparisons its p-value "
+    f"is above {LEVEL:g}: not distinguishable from the untouched student."
+)
 ABSENT = "–"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number and, smaller, what qualifies it. `strong` and `muted` are how it is set."""
+    """A number and, smaller, what qualifies it, first and second. `strong` and `muted` are how it is set."""
 
     text: str
     qualifier: str = ""
+    second: str = ""
     strong: bool = False
     muted: bool = False
 
@@ -43,12 +52,16 @@ def accuracy_table(summary: Summary) -> Table:
         Cell("Δ vs base", "95% interval"),
     )
     rows = tuple(_accuracy_row(arm, strong=arm is summary.winner) for arm in summary.arms)
-    spans = any(arm.delta and arm.delta.spans_zero for arm in summary.trained)
+    deltas = [arm.delta for arm in summary.trained if arm.delta]
     notes = [
         "Mean ± standard deviation over seeds, in % of problems; of a single run the 95% interval.",
-        *([MARK_MEANING] if spans else []),
+        *_mark_meanings(deltas),
     ]
     if summary.trained:
+        unpaired = _unpaired(summary)
+        except_for = f", except for {', '.join(unpaired)}" if unpaired else ""
+        paired = "not paired" if len(unpaired) == len(summary.trained) else f"paired on the problems{except_for}"
+        notes.append(f"Δ is {paired}: see the table of differences.")
         notes.append(
             "Bold: an average whose difference to every other arm's has an interval clear of zero."
             if summary.winner
@@ -62,16 +75,86 @@ def _accuracy_row(arm: Arm, strong: bool) -> tuple[Cell, ...]:
     runs = len(average.seeds)
     delta = Cell(ABSENT, muted=True)
     if arm.delta is not None:
-        bounds = f"[{points(arm.delta.low)}, {points(arm.delta.high)}]"
-        mark = f" {MARK}" if arm.delta.spans_zero else ""
-        delta = Cell(points(arm.delta.value) + mark, bounds, strong, muted=arm.delta.spans_zero)
+        delta = _delta(arm.delta, strong)
     return (
-        Cell(arm.name, "untouched" if arm.name == BASE else f"{runs} seed{'s' if runs > 1 else ''}", strong),
+        Cell(arm.name, "untouched" if arm.name == BASE else f"{runs} seed{'s' if runs > 1 else ''}", strong=strong),
         *(_accuracy(estimate) for estimate in arm.benchmarks.values()),
-        Cell(percent(average.mean), "" if average.sd is None else f"± {percent(average.sd)}", strong),
+        Cell(percent(average.mean), "" if average.sd is None else f"± {percent(average.sd)}", strong=strong),
         Cell(_bounds(average)),
         delta,
     )
+
+
+def _delta(delta: Comparison, strong: bool = False, tested: bool = False) -> Cell:
+    mark = f" {MARK}" if delta.spans_zero else "" if delta.clear else f" {CORRECTED_MARK}"
+    bounds = f"[{points(delta.low)}, {points(delta.high)}]"
+    test = ("unpaired" if delta.p_holm is None else p_value(delta.p_holm)) if tested else ""
+    return Cell(points(delta.value) + mark, bounds, test, strong, muted=not delta.clear)
+
+
+def _mark_meanings(deltas: Sequence[Comparison]) -> list[str]:
+    spans = [MARK_MEANING] if any(delta.spans_zero for delta in deltas) else []
+    corrected = any(not delta.clear and not delta.spans_zero for delta in deltas)
+    return [*spans, *([CORRECTED_MEANING] if corrected else [])]
+
+
+def _unpaired(summary: Summary) -> list[str]:
+    return [arm.name for arm in summary.trained if arm.delta and not arm.delta.paired]
+
+
+def deltas_table(summary: Summary) -> Table:
+    """Every trained arm's difference to the base, by benchmark and on average, with interval and p-value."""
+    benchmarks = list(summary.problems) if len(summary.problems) > 1 else []
+    rows, every = [], []
+    for arm in summary.trained:
+        assert arm.delta is not None  # a trained arm always has one
+        deltas = [*(arm.deltas[name] for name in benchmarks), arm.delta]
+        every += deltas
+        rows.append((Cell(arm.name), *(_delta(delta, tested=True) for delta in deltas)))
+    tests = sum(delta.p_holm is not None for delta in every)
+    notes = _mark_meanings(every)
+    if any(delta.paired for delta in every):
+        notes += [
+            f"In points. [ ]: 95% interval of the paired difference: percentiles of {RESAMPLES:,} bootstrap resamples "
+            "of the problems within each benchmark, two pseudo-problems added to each (after Bonett & Price 2012), "
+            "answers averaged over samples and seeds; Student's t over seeds added. Not corrected for the number of "
+            "comparisons.",
+            "p: two-sided, from the same pairs. On a benchmark where all differences are −1, 0 or 1 (one answer each), "
+            f"McNemar's exact test; otherwise, and for the average, {RESAMPLES:,} random flips of the signs of the "
+            f"problems' differences. Corrected by Holm's method over the {tests} tests of this table. It is about the "
+            "models at hand: what another training seed would change is in the interval only.",
+        ]
+    if unpaired := _unpaired(summary):
+        notes.append(
+            f"Unpaired ({', '.join(unpaired)}): the graded rows of the arm or of the untouched student are not beside "
+            "its results.json. The interval treats the two as if they had answered different problems, which makes it "
+            "wide; nothing is tested."
+        )
+    columns = (Cell("Arm"), *(Cell(name, f"n = {summary.problems[name]}") for name in benchmarks), Cell("Average"))
+    return Table("Difference to the untouched student", columns, tuple(rows), tuple(notes))
+
+
+def samples_table(summary: Summary) -> Table | None:
+    """avg@k and pass@k of the benchmarks with several answers to each problem; None where there are none."""
+    names = [name for name in summary.problems if any(name in arm.sampled for arm in summary.arms)]
+    if not names:
+        return None
+    rows = tuple((Cell(arm.name), *(_sampled(arm.sampled.get(name)) for name in names)) for arm in summary.arms)
+    notes = (
+        "avg@k: the mean over k answers to each problem (and over seeds), in %. SE: its standard error, the answers to "
+        "a problem taken as one cluster (Miller 2024, arXiv 2411.00640); it covers the sample of problems, not "
+        "training. pass@k: the unbiased estimate (Chen et al. 2021, arXiv 2107.03374), mean over problems and seeds.",
+    )
+    columns = (Cell("Arm"), *(Cell(name, f"n = {summary.problems[name]}") for name in names))
+    return Table("Several answers to a problem", columns, rows, notes)
+
+
+def _sampled(one: Sampled | None) -> Cell:
+    if one is None:
+        return Cell(ABSENT, muted=True)
+    error = "" if one.standard_error is None else f", SE {percent(one.standard_error)}"
+    k = one.samples
+    return Cell(percent(one.accuracy), f"avg@{k}{error}", f"pass@{k} {percent(one.pass_at[k])}")
 
 
 def _bounds(estimate: Estimate) -> str:
@@ -184,7 +267,7 @@ def _markdown_cell(cell: Cell, heading: bool = False) -> str:
     text = f"**{text}**" if cell.strong else text
     if not cell.qualifier:
         return text
-    qualifier = _markdown(cell.qualifier)
+    qualifier = _markdown(", ".join(filter(None, (cell.qualifier, cell.second))))
     plain = cell.qualifier.startswith(("±", "[")) and not heading
     return f"{text} {qualifier}" if plain else f"{text} ({qualifier})"
 
@@ -222,5 +305,5 @@ def to_html(table: Table, colours: dict[str, str]) -> str:
 def _html_cell(cell: Cell) -> str:
     text = escape(cell.text)
     text = f"<b>{text}</b>" if cell.strong else text
-    qualifier = f"<small>{escape(cell.qualifier)}</small>" if cell.qualifier else ""
-    return f"<span>{text}{qualifier}</span>"
+    qualifiers = "".join(f"<small>{escape(one)}</small>" for one in (cell.qualifier, cell.second) if one)
+    return f"<span>{text}{qualifiers}</span>"

@@ -1,0 +1,86 @@
+"""What a plan takes for granted: GPUs' data sheets, sizes of known sets, and what is assumed, with where it is from."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from micota_fast.config import option
+from micota_fast.errors import InputError
+from micota_fast.recipe import at_least
+from micota_fast.train.meters import peak_flops
+
+
+class GPU(NamedTuple):
+    """One GPU: its name as torch gives it, bytes of memory, and bytes a second that are read from it at most."""
+
+    name: str
+    memory: float
+    bandwidth: float
+
+    @property
+    def flops(self) -> float:
+        """Dense bfloat16 FLOP/s."""
+        found = peak_flops(self.name)
+        assert found is not None, self.name
+        return found
+
+
+# Memory and bandwidth from NVIDIA's data sheets.
+GPUS = {
+    "h100": GPU("H100", 80e9, 3.35e12),
+    "h100-pcie": GPU("H100 PCIe", 80e9, 2.0e12),
+    "h200": GPU("H200", 141e9, 4.8e12),
+    "b200": GPU("B200", 180e9, 8.0e12),
+    "a100": GPU("A100", 80e9, 2.04e12),
+    "a100-40gb": GPU("A100", 40e9, 1.56e12),
+    "l40s": GPU("L40S", 48e9, 0.864e12),
+    "l4": GPU("L4", 24e9, 0.3e12),
+    "a10g": GPU("A10G", 24e9, 0.6e12),
+    "rtx4090": GPU("RTX 4090", 24e9, 1.01e12),
+}
+# Problems in a file that the shipped recipes name, for where it is not there: MiCoTA's MATH without MATH-500. Those of
+# the benchmarks stand with their definitions.
+KNOWN_SETS = {"math_train": 12000}
+REASONING = re.compile(r"R1|QwQ|reason|think", re.IGNORECASE)
+
+
+@dataclass(kw_only=True)
+class Assumptions:
+    """What shapes do not say."""
+
+    train_mfu: float = option(
+        0.4,
+        doc="model-FLOP utilisation of training",
+        source="Llama 3 405B on H100: 0.38 to 0.43, arXiv 2407.21783 t. 4",
+    )
+    prefill_mfu: float = option(0.5, doc="model-FLOP utilisation where prompts are read", source="assumed")
+    decode_bandwidth: float = option(
+        0.6, doc="share of the memory's bandwidth used where answers are written", source="assumed"
+    )
+    serve_memory: float = option(0.85, doc="share of a GPU's memory for weights and KV cache", source="assumed")
+    long_tokens: int = option(4000, doc="mean answer of a model called R1, QwQ or reasoning", source="assumed")
+    short_tokens: int = option(600, doc="mean answer of any other model that is not trained here", source="assumed")
+    length_cv: float = option(0.7, doc="standard deviation of answers' lengths over their mean", source="assumed")
+    accepted: float = option(
+        0.85,
+        doc="share of answers that the filter accepts",
+        source="assumed; R1-Distill-Qwen-32B solves 0.943 of MATH-500, arXiv 2501.12948",
+    )
+    problem_chars: int = option(200, doc="characters of a problem whose file is not there", source="assumed")
+    chars_per_token: float = option(3.0, doc="of problems whose tokenizer is not there", source="assumed")
+    template_tokens: int = option(60, doc="of a prompt, beside the problem", source="assumed")
+    pack_fill: float = option(0.98, doc="share of a pack that documents fill", source="a micro run's summary.json")
+    text_bytes: float = option(4.0, doc="bytes on disk of a token in a JSONL row", source="assumed")
+    disk_rate: float = option(1e9, doc="bytes a second that a merge reads and writes", source="assumed")
+    startup_s: float = option(120.0, doc="seconds until a server is ready", source="assumed")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            at_least(self, **{field.name: 0})
+        for name in ("train_mfu", "prefill_mfu", "decode_bandwidth", "serve_memory", "accepted", "pack_fill"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"`{name}` must lie above 0 and at most at 1, not {getattr(self, name)}")
+        for name in ("chars_per_token", "disk_rate"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"`{name}` must be above 0, not {getattr(self, name)}")

@@ -1,0 +1,161 @@
+"""What this machine has: GPUs, memory, ports, network. Every question that may find no answer has a time limit."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from micota_fast.errors import InputError
+from micota_fast.serve.gpus import VISIBLE
+
+T = TypeVar("T")
+PROBE_S, NETWORK_S = 20.0, 5.0
+
+
+class Device(NamedTuple):
+    """A GPU as nvidia-smi shows it."""
+
+    name: str
+    memory: float  # bytes
+    capability: float
+    driver: str
+
+
+def within(seconds: float, function: Callable[[], T]) -> T:
+    """What `function` returns, unless it takes longer: what it waits for (a resolver, a socket) may have no limit.
+
+    Raises:
+        TimeoutError: it was not done in time; its thread is left to itself and ends with this process.
+        Exception: what `function` raises.
+    """
+    outcome: list[Any] = []
+
+    def call() -> None:
+        try:
+            outcome.append((True, function()))
+        except Exception as error:
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    done, value = outcome[0]
+    if not done:
+        raise value
+    result: T = value
+    return result
+
+
+def devices() -> list[Device]:
+    """The GPUs that a process of ours would see; none where there is no nvidia-smi.
+
+    Raises:
+        InputError: nvidia-smi fails, or does not answer.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    out = output([program, "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits"])
+    try:
+        rows = [[cell.strip() for cell in line.split(",")] for line in out.splitlines() if line.strip()]
+        found = [Device(name, float(mib) * 2**20, float(capability), driver) for name, mib, capability, driver in rows]
+    except ValueError:
+        raise InputError(f"nvidia-smi does not tell what GPUs have: {out.strip()[:200]}") from None
+    named = os.environ.get(VISIBLE)
+    if named is None:
+        return found
+    if not all(name.strip().isdecimal() for name in named.split(",") if name.strip()):
+        return found[: len(named.split(","))]  # by UUID: how many there are is known
+    numbers = [int(name) for name in named.split(",") if name.strip()]
+    return [found[number] for number in numbers if number < len(found)]
+
+
+def output(command: list[str]) -> str:
+    """What a program prints.
+
+    Raises:
+        InputError: it cannot be run, fails, or takes longer than PROBE_S.
+    """
+    try:
+        told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PROBE_S)
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{command[0]} does not answer within {PROBE_S:g} s") from None
+    except OSError as error:
+        raise InputError(f"{command[0]} cannot be run: {error}") from None
+    if told.returncode:
+        last = (told.stderr.strip() or told.stdout.strip() or "it says nothing").splitlines()[-1]
+        raise InputError(f"{command[0]} fails with status {told.returncode}: {last[:200]}")
+    return told.stdout
+
+
+def available_memory() -> float:
+    """Bytes that can be had: of the machine, or of our control group where that has less."""
+    text = Path("/proc/meminfo").read_text(encoding="utf-8") if Path("/proc/meminfo").exists() else ""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    there = float(found[1]) * 1024 if found else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        group = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+    except OSError:
+        return there
+    return min(there, float(group)) if group.isdecimal() else there
+
+
+def port_obstacle(host: str, port: int) -> str | None:
+    """Why a server cannot listen there; None: it can."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return None
+
+
+def http_status(url: str, method: str = "GET", token: str | None = None, proxies: bool = True) -> int:
+    """HTTP status of a request.
+
+    Raises:
+        OSError: there was no answer within NETWORK_S, or `url` is none.
+    """
+
+    def ask() -> int:
+        request = urllib.request.Request(url, method=method)
+        if token is not None:
+            request.add_header("Authorization", f"Bearer {token}")
+        handlers = [] if proxies else [urllib.request.ProxyHandler({})]
+        with urllib.request.build_opener(*handlers).open(request, timeout=NETWORK_S) as response:
+            return int(response.status)
+
+    try:
+        return within(NETWORK_S + 1, ask)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except urllib.error.URLError as error:
+        raise OSError(str(error.reason)) from None
+    except ValueError as error:
+        raise OSError(str(error)) from None
+
+
+def unknown_interfaces() -> dict[str, str]:
+    """Of $NCCL_SOCKET_IFNAME and $GLOO_SOCKET_IFNAME those that name no network interface, with what they name."""
+    there = [name for _, name in socket.if_nameindex()]
+    matches: dict[str, Callable[[str, str], bool]] = {
+        "NCCL_SOCKET_IFNAME": lambda interface, name: interface.startswith(name.lstrip("=")),
+        "GLOO_SOCKET_IFNAME": lambda interface, name: interface == name,
+    }
+    unknown = {}
+    for variable, match in matches.items():
+        names = os.environ.get(variable, "")
+        named = bool(names) and not names.startswith("^")  # ^: all but those
+        if named and not any(match(interface, name) for name in names.split(",") for interface in there):
+            unknown[variable] = names
+    return unknown

@@ -1,0 +1,233 @@
+"""`micota plan`: the costs of a recipe's stages as a table that says what is assumed."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from micota_fast.assumptions import GPUS, Assumptions
+from micota_fast.costs import Cost, Model, parameters, two
+from micota_fast.errors import InputError
+from micota_fast.graph import BASE, Artefact, Stage, plan
+from micota_fast.pipeline import Run
+from micota_fast.planning import Planner
+from micota_fast.recipe import Recipe
+from micota_fast.records import write_atomic
+from micota_fast.shapes import cached_on_disk, shapes_of
+
+CPU = "cpu"
+DEFAULT_GPU = "h100"
+
+
+@dataclass
+class Plan:
+    """A recipe's stages and what they cost.
+
+    Attributes:
+        costs: of each stage, in order.
+        downloads: bytes of hub models that are not in the local cache, by name.
+        gpu: of `assumptions.GPUS`, or "cpu".
+        gpus: in the machine, held from the first stage to the last.
+        absent: files and folders that the recipe names and that are not there.
+    """
+
+    stages: list[Stage]
+    costs: list[Cost]
+    downloads: dict[str, float]
+    gpu: str
+    gpus: int
+    absent: list[str]
+    dollars: float | None = None
+
+    @property
+    def to_do(self) -> list[Cost]:
+        """Of the stages that are not done."""
+        return [cost for cost in self.costs if not cost.done]
+
+    @property
+    def disk(self) -> float:
+        """Bytes at the worst moment of what is still to be written, hub downloads not counted."""
+        return sum(cost.disk for cost in self.to_do) + max((cost.passing for cost in self.to_do), default=0)
+
+    def gpu_hours(self, cost: Cost) -> float:
+        """GPU-hours that are paid: the whole machine is held for as long as the stage runs."""
+        return self.gpus * (cost.hours or 0)
+
+
+def make_plan(
+    recipe: Recipe,
+    path: Path,
+    folder: Path,
+    gpu: str | None = None,
+    gpus: int | None = None,
+    assumed: Assumptions | None = None,
+    answer_tokens: Sequence[str] = (),
+    dollars: float | None = None,
+) -> Plan:
+    """Work out what a recipe takes.
+
+    Args:
+        recipe: loaded from `path`.
+        path: of the recipe.
+        folder: of the run; what is done there is counted instead of assumed.
+        gpu: a name of `assumptions.GPUS`, or "cpu"; None: "cpu" where the recipe trains on one, else an H100.
+        gpus: in the machine; None: as many as the stage takes that takes most.
+        assumed: what shapes do not say; None: the defaults.
+        answer_tokens: NAME=N, mean tokens of the answers in a corpus, or of the student's own ("base").
+        dollars: an hour of one GPU.
+
+    Raises:
+        InputError: the recipe or an option is wrong, or shapes or sizes cannot be known.
+    """
+    if gpu not in (None, CPU, *GPUS):
+        raise InputError(f"--gpu {gpu}: known are {', '.join((CPU, *GPUS))}")
+    if gpus is not None and gpus < 1:
+        raise InputError(f"--gpus must be at least 1, not {gpus}")
+    if dollars is not None and not dollars > 0:
+        raise InputError(f"--dollars-per-gpu-hour must be above 0, not {dollars}")
+    absent: list[str] = []
+    stages = plan(recipe, path, folder, absent)
+    gpu = gpu or (CPU if recipe.train.device == "cpu" else DEFAULT_GPU)
+    done: dict[str, float] = {}
+    if folder.is_dir():
+        statuses = Run(stages, recipe.launch, folder).statuses()
+        for name in (name for name, status in statuses.items() if status.state == "done"):
+            done[name] = json.loads((folder / name / "done.json").read_bytes())["seconds"]
+    lengths = _lengths(answer_tokens, recipe)
+    planner = Planner(recipe.launch, GPUS.get(gpu), assumed or Assumptions(), lengths, done)
+    costs = planner.costs(stages)
+    gpus = gpus or max((cost.gpus for cost in costs), default=0)
+    absent = [what.removeprefix(f"{path}, ") for what in absent]
+    return Plan(stages, costs, downloads(stages), gpu, gpus, absent, dollars)
+
+
+def _lengths(given: Sequence[str], recipe: Recipe) -> dict[str, float]:
+    known = [BASE, *(name for name, corpus in recipe.corpora.items() if corpus.generate is not None)]
+    lengths: dict[str, float] = {}
+    for item in given:
+        name, _, number = item.partition("=")
+        if name not in known or not number.isdecimal() or int(number) < 1:
+            raise InputError(f"--answer-tokens {item}: expected NAME=TOKENS with a NAME of {', '.join(known)}")
+        lengths[name] = int(number)
+    return lengths
+
+
+def downloads(stages: Sequence[Stage]) -> dict[str, float]:
+    """Bytes of the hub models that are not in the local cache yet, by name."""
+    names = dict.fromkeys(a.location for stage in stages for a in stage.inputs if named_on_hub(a))
+    models = {name: Model(shapes_of(name), 0, name) for name in names if cached_on_disk(name) is None}
+    return {name: float(parameters(model.config) * model.width) for name, model in models.items()}
+
+
+def named_on_hub(artefact: Artefact) -> bool:
+    """Whether it is a hub's name, and not a file that is missing."""
+    return artefact.on_hub and not Path(artefact.location).is_absolute()
+
+
+def table(made: Plan, assumed: Assumptions) -> str:
+    """The plan as text, figures with two significant digits."""
+    head = ["stage", "tokens", "FLOPs", "hours", "GPU-hours", "memory", "disk", *(["cost"] if made.dollars else []), ""]
+    rows = [head, *(_row(cost, made) for cost in made.costs)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:-1], widths[1:], strict=True)), row[-1]]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([*lines, "", *_totals(made), "", *_legend(made, assumed)])
+
+
+def _row(cost: Cost, made: Plan) -> list[str]:
+    hours = made.gpu_hours(cost)
+    money = [f"${two(hours * made.dollars)}" if hours and made.dollars else "–"] if made.dollars else []
+    how = f"DOES NOT FIT: {cost.too_big}" if cost.too_big else f"{'done: ' if cost.done else ''}{cost.how}"
+    if not cost.done and cost.gpus and cost.gpus != made.gpus:
+        how += f"; {cost.gpus} of {made.gpus} GPUs"
+    passing = f" + {size(cost.passing)}" if cost.passing else ""
+    return [
+        cost.stage,
+        size(cost.tokens, ""),
+        f"{cost.flops:.1e}".replace("e+", "e") if cost.flops else "–",
+        _hours(cost.hours or 0),
+        _hours(hours),
+        size(cost.memory),
+        size(cost.disk) + passing,
+        *money,
+        how,
+    ]
+
+
+def _hours(hours: float) -> str:
+    if not hours:
+        return "–"
+    return two(hours) if hours >= 0.01 else "<0.01"
+
+
+def _totals(made: Plan) -> list[str]:
+    done = len(made.costs) - len(made.to_do)
+    hours = sum(cost.hours or 0 for cost in made.to_do)
+    paid = sum(made.gpu_hours(cost) for cost in made.to_do)
+    what = f"To do: {len(made.to_do)} of {len(made.costs)} stages" if done else f"In all: {len(made.costs)} stages"
+    parts = [
+        f"{size(sum(cost.tokens for cost in made.to_do), '')} tokens",
+        f"{sum(cost.flops for cost in made.to_do):.1e} FLOPs".replace("e+", "e"),
+    ]
+    if made.gpus:
+        each = f"{made.gpus} × {made.gpu.upper()}"
+        parts += [f"{two(hours)} hours of {each}, one stage after another: {two(paid)} GPU-hours"]
+        idle = sum((cost.hours or 0) * (made.gpus - cost.gpus) for cost in made.to_do)
+        if idle > 0.1 * paid:
+            parts[-1] += f", {two(idle)} of them idle (more `serve.replicas` would use them)"
+        if made.dollars:
+            parts += [f"${two(paid * made.dollars)} at ${made.dollars:g} a GPU-hour"]
+    lines = [f"{what}: {'; '.join(parts)}."]
+    if big := [cost.stage for cost in made.to_do if cost.too_big]:
+        lines.append(f"DOES NOT FIT on {made.gpu.upper()}: {', '.join(big)}.")
+    lines.append(f"Disk: {size(made.disk)} at the worst moment")
+    if made.downloads:
+        total = sum(made.downloads.values())
+        lines[-1] += f", and {size(total)} of {len(made.downloads)} models from the hub ({', '.join(made.downloads)})"
+    lines[-1] += "."
+    lines += [f"Not there: {what}" for what in made.absent]
+    return lines
+
+
+def _legend(made: Plan, assumed: Assumptions) -> list[str]:
+    lines = [
+        "This is a plan, not a measurement. Shapes are exact; lengths, efficiencies and so hours are assumed, except",
+        "those of stages that are done. Tokens: read and written, in training over all epochs. GPU-hours: of the whole",
+        "machine for as long as a stage runs. Memory: the least that each GPU (or process) needs, without the",
+        "allocator's gaps; of a server, weights and one longest answer. Disk: what stays + what is there while the",
+        "stage runs. –: none, or not estimated, as time on a CPU. Each set of answers ends with one that runs alone to",
+        "`max_new_tokens`, as greedy ones do that repeat themselves.",
+        "Assumed (change: --assume KEY=VALUE; the length of answers by corpus: --answer-tokens NAME=TOKENS):",
+    ]
+    for field in dataclasses.fields(assumed):
+        value, source = getattr(assumed, field.name), field.metadata["source"]
+        source = source if value == field.default else "as you say"
+        lines.append(f"  {field.name} = {value:g}: {field.metadata['doc']} [{source}]")
+    return lines
+
+
+def size(value: float, unit: str = "B") -> str:
+    """Two significant digits with a decimal prefix: 15 GB, 50M."""
+    if value <= 0:
+        return "–"
+    power, prefix = next((p for p in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= p[0]), (1.0, ""))
+    return f"{two(value / power)}{' ' if unit else ''}{prefix}{unit}"
+
+
+def write_json(file: str, made: Plan, assumed: Assumptions) -> None:
+    """All of it with all its digits: hours, bytes, FLOPs."""
+    content: Mapping[str, Any] = {
+        "stages": [dataclasses.asdict(cost) | {"gpu_hours": made.gpu_hours(cost)} for cost in made.costs],
+        "downloads": made.downloads,
+        "disk": made.disk,
+        "gpu": made.gpu,
+        "gpus": made.gpus,
+        "dollars_per_gpu_hour": made.dollars,
+        "assumed": dataclasses.asdict(assumed),
+        "absent": made.absent,
+    }
+    write_atomic(Path(file), [json.dumps(content, indent=1).encode() + b"\n"])

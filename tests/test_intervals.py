@@ -1,0 +1,67 @@
+"""avg@k's clustered standard error against statsmodels, pass@k against enumeration, coverage by simulation."""
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import statsmodels.api as sm
+
+from micota_fast.intervals import clustered_se, pass_at_k, wilson95
+
+
+class TestClusteredSe:
+    @pytest.mark.parametrize(("problems", "samples"), [(2, 3), (30, 1), (30, 16), (400, 4)])
+    def test_is_that_of_statsmodels(self, problems: int, samples: int) -> None:
+        """OLS on a constant; its small-sample factor G / (G - 1) * (N - 1) / (N - K) is ours, as K = 1."""
+        rng = np.random.default_rng([problems, samples])
+        correct_PS = (rng.random((problems, samples)) < rng.beta(0.5, 0.7, (problems, 1))).astype(float)
+        groups = np.repeat(np.arange(problems), samples)
+        fit = sm.OLS(correct_PS.ravel(), np.ones(correct_PS.size)).fit(
+            cov_type="cluster", cov_kwds={"groups": groups, "use_correction": True}
+        )
+        assert clustered_se(correct_PS) == pytest.approx(float(fit.bse[0]), rel=1e-9)
+
+    def test_copies_of_an_answer_change_nothing(self) -> None:
+        once = np.array([[1.0], [0.0], [1.0], [1.0]])
+        assert clustered_se(np.repeat(once, 8, axis=1)) == pytest.approx(clustered_se(once))
+        assert clustered_se(once) == pytest.approx(once.std(ddof=1) / 2)
+
+    def test_one_problem_tells_nothing(self) -> None:
+        with pytest.raises(ValueError, match="two problems or more, got 1"):
+            clustered_se(np.ones((1, 8)))
+
+    def test_is_the_spread_of_avg_at_k_over_draws_of_problems(self) -> None:
+        rng = np.random.default_rng(0)
+        draws = rng.random((4000, 50, 4)) < rng.beta(0.5, 0.7, (4000, 50, 1))
+        squares = [clustered_se(correct_PS.astype(float)) ** 2 for correct_PS in draws]
+        assert np.mean(squares) == pytest.approx(draws.mean(axis=(1, 2)).var(ddof=1), rel=0.08)
+
+
+class TestPassAtK:
+    @pytest.mark.parametrize("n", [1, 2, 5, 8])
+    def test_is_the_share_of_all_choices_with_a_right_one(self, n: int) -> None:
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                choices = [any(i < c for i in chosen) for chosen in itertools.combinations(range(n), k)]
+                assert pass_at_k(n, c, k) == pytest.approx(float(Fraction(sum(choices), len(choices))), abs=1e-12)
+
+    def test_is_the_accuracy_at_one_and_stable_for_many(self) -> None:
+        assert pass_at_k(10_000, 1, 1) == pytest.approx(1e-4, rel=1e-9)
+        assert pass_at_k(10_000, 1, 5_000) == pytest.approx(0.5, rel=1e-9)
+        assert pass_at_k(10_000, 5_000, 1_000) == 1.0
+
+    @pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)])
+    def test_what_cannot_be_told_is_refused(self, n: int, c: int, k: int) -> None:
+        with pytest.raises(ValueError, match=rf"pass@{k} from {c} right of {n} answers"):
+            pass_at_k(n, c, k)
+
+
+@pytest.mark.parametrize("accuracy", [0.05, 0.3, 0.9])
+def test_wilson_covers_the_truth(accuracy: float) -> None:
+    """Of 4,000 sets of 30 problems, and averaged over accuracies nearby, for the count of so few is coarse."""
+    rng = np.random.default_rng(1)
+    truths = np.clip(rng.normal(accuracy, 0.02, 4000), 0.01, 0.99)
+    bounds = [wilson95(count / 30, 30) for count in rng.binomial(30, truths)]
+    covered = np.mean([low <= truth <= high for (low, high), truth in zip(bounds, truths, strict=True)])
+    assert 0.935 <= covered <= 0.985
