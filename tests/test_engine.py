@@ -277,7 +277,11 @@ def test_prompts_that_cannot_be_answered(running: Running) -> None:
     ):
         with pytest.raises(BadRequest, match=message):
             running.submit(ids)
-    assert len(running.answer([3] * 510, max_new_tokens=50).output_ids) == 2  # the context is full
+    with pytest.raises(BadRequest, match="510 tokens and 3 new ones exceed the context length 512"):
+        running.submit([3] * 510, max_new_tokens=3)
+    assert len(running.answer([3] * 510, max_new_tokens=2).output_ids) == 2
+    with pytest.raises(BadRequest, match="logprob_start_len 3 exceeds the 2 prompt tokens"):
+        running.engine.request("r", [3, 4], SamplingParams(), on_update=lambda _: None, logprob_start_len=3)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ class EmbeddedServer:
             app.router.add_get(path, self.server_info)
         app.router.add_get("/health", self.health)
         app.router.add_get("/health_generate", self.health_generate)
+        app.router.add_get("/v1/loads", self.loads)
         app.router.add_get("/get_load", self.load)
         app.router.add_get("/v1/models", self.models)
         app.router.add_route("*", "/flush_cache", self.flush_cache)
@@ -120,6 +121,7 @@ class EmbeddedServer:
                 "dtype": str(weight.dtype).removeprefix("torch."),
                 "device": str(weight.device),
                 "context_length": engine.context_length,
+                "max_req_input_len": engine.context_length,  # a prompt of so many tokens is refused
                 "max_running_requests": engine.max_running,
                 "max_total_num_tokens": engine.kv_tokens,
                 "internal_states": [
@@ -128,7 +130,16 @@ class EmbeddedServer:
             }
         )
 
+    async def loads(self, _: web.Request) -> web.Response:
+        """SGLang's, of one data-parallel rank, with those of its numbers that this engine has."""
+        engine, load = self.engine, self.engine.load()
+        rank = {"timestamp": time.time(), "dp_rank": 0, **load, "max_total_num_tokens": engine.kv_tokens}
+        rank |= {"max_running_requests": engine.max_running}
+        rank |= {"token_usage": round(load["num_used_tokens"] / engine.kv_tokens, 4)}
+        return web.json_response({"version": __version__, "loads": [rank]})
+
     async def load(self, _: web.Request) -> web.Response:
+        """What sglang-router's power_of_two policy asks; newer SGLang servers have /v1/loads alone."""
         load = self.engine.load()
         waiting = load["num_waiting_reqs"]
         load = {"num_reqs": load["num_running_reqs"] + waiting, "num_tokens": load["num_used_tokens"]}

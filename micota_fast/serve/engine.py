@@ -51,7 +51,6 @@ class Request:
     logprob_start_len: int = -1  # first prompt position whose log-probability is returned; -1: none
     top_logprobs_num: int = 0
 
-    max_new_tokens: int = 0  # within the context
     stop_ids: frozenset[int] = frozenset()
     output_ids: list[int] = field(default_factory=list)
     finish_reason: dict[str, Any] | None = None
@@ -127,7 +126,7 @@ class Engine:
         """Check a request and complete it with what follows from the model.
 
         Raises:
-            BadRequest: empty prompt, an id outside the vocabulary, or a prompt that leaves no room for an answer.
+            BadRequest: empty prompt, an id outside the vocabulary, or more than the context holds.
         """
         if not input_ids:
             raise BadRequest("the prompt is empty")
@@ -135,14 +134,17 @@ class Engine:
         for token_id in input_ids:
             if not 0 <= token_id < vocab_size:
                 raise BadRequest(f"input id {token_id} is outside the vocabulary of {vocab_size} ids")
-        room = self.context_length - len(input_ids)
-        if room < 1:
+        asked = len(input_ids) + params.max_new_tokens
+        if asked > self.context_length:
             raise BadRequest(
-                f"the prompt has {len(input_ids)} tokens; the context length is {self.context_length}, of which at "
-                f"least one must be left for the answer"
+                f"a prompt of {len(input_ids)} tokens and {params.max_new_tokens} new ones exceed the context length "
+                f"{self.context_length}"
             )
         request = Request(rid, input_ids, params, **options)
-        request.max_new_tokens = min(params.max_new_tokens, room)
+        if request.logprob_start_len > len(input_ids):
+            raise BadRequest(
+                f"logprob_start_len {request.logprob_start_len} exceeds the {len(input_ids)} prompt tokens"
+            )
         if not params.ignore_eos:  # in SGLang it switches stop_token_ids off, too
             request.stop_ids = params.stop_token_ids | set(self.chat.eos_ids)
         return request
@@ -318,7 +320,7 @@ class Engine:
             matched = self._match_stop(request)
             if matched is not None:
                 return {"type": "stop", "matched": matched}
-        if len(request.output_ids) >= request.max_new_tokens:
+        if len(request.output_ids) >= request.params.max_new_tokens:
             return {"type": "length", "length": len(request.output_ids)}
         return None
 

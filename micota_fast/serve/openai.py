@@ -52,7 +52,8 @@ class OpenAI:
         except InputError as error:
             raise BadRequest(str(error)) from None
         ids = self._chat.tokenizer.encode(prompt, add_special_tokens=False).ids
-        return await self._answer(http, body, ids, "chat.completion", self._engine.engine.context_length)
+        room = max(1, self._engine.engine.context_length - len(ids))
+        return await self._answer(http, body, ids, "chat.completion", default_max_tokens=room)
 
     async def _answer(
         self, http: web.Request, body: dict[str, Any], ids: list[int], kind: str, default_max_tokens: int

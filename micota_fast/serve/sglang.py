@@ -17,6 +17,10 @@ INSTALL_HINT = (
 
 DETERMINISTIC = "--enable-deterministic-inference"
 DETERMINISTIC_BACKENDS = ("flashinfer", "fa3", "triton")
+_SIZES = {
+    "tp": ("--tp-size", "--tp", "--tensor-parallel-size"),
+    "dp": ("--dp-size", "--dp", "--data-parallel-size"),
+}
 
 
 def find_python(config: ServeConfig) -> str:
@@ -51,13 +55,13 @@ def seeded(config: ServeConfig) -> ServeConfig:
     """
     if config.engine != "sglang" or DETERMINISTIC in config.args:
         return config
-    backend = _argument(config, "--attention-backend")
-    if "cpu" in (config.device, _argument(config, "--device")) or backend not in (None, *DETERMINISTIC_BACKENDS):
+    backend = argument(config, "--attention-backend")
+    if "cpu" in (config.device, argument(config, "--device")) or backend not in (None, *DETERMINISTIC_BACKENDS):
         return config
     return replace(config, args=[*config.args, DETERMINISTIC])
 
 
-def _argument(config: ServeConfig, name: str) -> str | None:
+def argument(config: ServeConfig, name: str) -> str | None:
     """The value of a further argument, written `--name value` or `--name=value`."""
     for i, argument in enumerate(config.args):
         if argument == name:
@@ -68,7 +72,11 @@ def _argument(config: ServeConfig, name: str) -> str | None:
 
 
 def command(model: str, config: ServeConfig, port: int) -> list[str]:
-    """The command line of `sglang.launch_server` for a checkpoint (folder or hub name)."""
+    """The command line of `sglang.launch_server` for a checkpoint (folder or hub name).
+
+    Raises:
+        InputError: no interpreter has sglang, or `config` asks for what it has not.
+    """
     line = [find_python(config), "-m", "sglang.launch_server", "--model-path", model]
     line += ["--host", config.host, "--port", str(port)]
     if config.dtype == "float64":
@@ -79,7 +87,20 @@ def command(model: str, config: ServeConfig, port: int) -> list[str]:
         line += ["--context-length", str(config.context_length)]
     if config.device != "auto":
         line += ["--device", config.device]
+    for size, names in _SIZES.items():
+        for name in names:
+            if argument(config, name) is not None:
+                raise InputError(f"`serve.args`: {name}: give it as `serve.{size}`, by which GPUs are assigned")
+    if config.tp > 1:
+        line += ["--tp-size", str(config.tp)]
+    if config.dp > 1:
+        line += ["--dp-size", str(config.dp)]
     return [*line, *config.args]
+
+
+def gpus_needed(config: ServeConfig) -> int:
+    """By one server: `tp` for each of its `dp` copies; with data-parallel attention the copies share them."""
+    return config.tp if "--enable-dp-attention" in config.args else config.tp * config.dp
 
 
 def environment() -> dict[str, str]:
