@@ -9,7 +9,7 @@ import math
 import random
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +32,11 @@ from micota_fast.records import Completion
 from micota_fast.request import Asker
 from micota_fast.schedule import Schedule, Wanted
 
-BACKOFF_S = 0.25, 15.0  # first and longest pause between two tries of a request, or of a server that is down
+BACKOFF_S = 0.25, 15.0  # first and longest pause between two tries of a request, or of a server that is down or fails
 # How long nothing may be answered before the run gives up: a server elsewhere may be restarted, ours will not.
 PATIENCE_OWN_S, PATIENCE_URL_S = 20.0, 600.0
 SILENT_S = 60.0  # after which a server that answers not even a GET is taken for lost
-POISONED_AFTER = 8  # failures in a row of one request, while the server answers others, that are the request's fault
+POISONED_AFTER = 8  # failures of one request on a server that answers others meanwhile, that are the request's fault
 POLL_S = 1.0
 PROGRESS_S = 5.0
 MOST_JUDGED = 4096  # answers that wait for their judgement before no more are asked for
@@ -56,9 +56,9 @@ def verdict_code(judgement: Judgement) -> int:
 @dataclass(slots=True, eq=False)
 class _Job:
     wanted: Wanted
-    failures: int = 0  # of its own, in a row
-    failing_since: float = 0.0  # the first of them
-    answered_then: int = 0  # how many others had been answered by then
+    failures: Counter[Endpoint] = field(default_factory=Counter)  # that may be its own
+    answered_then: dict[Endpoint, int] = field(default_factory=dict)  # others, when it first failed there
+    failing_since: float = 0.0
     pause: float = field(default_factory=lambda: BACKOFF_S[0])
     sent: float = 0.0  # when the try now under way was
 
@@ -100,7 +100,8 @@ class Client:
         self._judging = 0
         self._all_down_since: float | None = time.monotonic()
         self._said_failing, self._said_at = False, -math.inf
-        self._answered = self._aborted = 0
+        self._answered_at = -math.inf
+        self._aborted = 0
         self._well = len(journal)  # answers that show that the servers can, sometime
         accepted = int((journal.entries["verdict"] == ACCEPTED).sum())
         self.meters = Meters(len(journal), None if judge is None else accepted)
@@ -302,11 +303,11 @@ class Client:
             await self._failed(endpoint, job, error)
             return
         endpoint.in_flight -= 1
-        endpoint.answered += 1
+        endpoint.succeeded()
         self._under_way.discard(job)
         self._wake.set()
         self._said_failing = False
-        self._answered += 1
+        self._answered_at = time.monotonic()
         self._well += 1
         self.meters.answer(row.prompt_tokens, row.completion_tokens)
         await self._deliver(job, row, extra)
@@ -332,35 +333,40 @@ class Client:
 
     async def _failed(self, endpoint: Endpoint, job: _Job, error: Temporary) -> None:
         """Try again later, here or elsewhere; or give up on the request, or on the run."""
-        if not job.failing_since:
-            job.failing_since, job.answered_then = time.monotonic(), self._answered
-        job.failures += error.own
-        if not error.own and not str(error).startswith("HTTP") and endpoint.down is None:
+        job.failing_since = job.failing_since or time.monotonic()
+        job.answered_then.setdefault(endpoint, endpoint.answered)
+        job.failures[endpoint] += error.own
+        loop = asyncio.get_running_loop()
+        if rest_s := endpoint.failed(*BACKOFF_S):
+            loop.call_later(rest_s, self._wake.set)
+        if error.lost and endpoint.down is None:
             self._is_down(endpoint, str(error))
         self._say_failing(endpoint, str(error))
-        if await self._is_poisoned(job, error):
+        if await self._is_poisoned(endpoint, job, error):
             self._aborted += 1
             await self._deliver(job, self._asker.row(job.wanted, "abort", "", 0), {})
             return
         # Spread out: not all at once again.
-        asyncio.get_running_loop().call_later(job.pause * random.uniform(0.5, 1.5), self._again, job)
+        loop.call_later(job.pause * random.uniform(0.5, 1.5), self._again, job)
         job.pause = min(2 * job.pause, BACKOFF_S[1])
 
     def _again(self, job: _Job) -> None:
         self._ready.append(job)
         self._wake.set()
 
-    async def _is_poisoned(self, job: _Job, error: Temporary) -> bool:
-        """Whether a failed request will never be answered though the servers are well. False: try again.
+    async def _is_poisoned(self, endpoint: Endpoint, job: _Job, error: Temporary) -> bool:
+        """Whether a request that failed will never be answered though the server is well. False: try again.
 
         Raises:
             InputError: the servers are not well, and have had their time.
         """
         now = time.monotonic()
-        often = job.failures >= POISONED_AFTER
-        if self._answered > job.answered_then:
+        often = job.failures[endpoint] >= POISONED_AFTER
+        if endpoint.answered > job.answered_then[endpoint]:
             return often
-        if now - job.failing_since <= self._patience_s:
+        # That others answer shows nothing: it may be this server that is not well.
+        silent_s = now - max(job.failing_since, self._answered_at)
+        if silent_s <= self._patience_s:
             return False
         # Nothing was answered for long. That may be because the others' answers take long.
         if any(other.sent < now - self._patience_s / 2 for other in self._under_way):
@@ -369,7 +375,7 @@ class Client:
         # Or because only requests that fail are left: a server has answered others and still generates.
         elif self._well and not self._under_way and await self._any_healthy("/health_generate"):
             return often
-        raise self._given_up(now - job.failing_since, str(error)) from None
+        raise self._given_up(silent_s, str(error)) from None
 
     async def _any_healthy(self, path: str) -> bool:
         return any(await asyncio.gather(*(e.healthy(self._probing, path) for e in self._endpoints)))

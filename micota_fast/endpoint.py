@@ -22,6 +22,7 @@ BUSY_STATUSES = RETRY_STATUSES - {408, 500}  # of an answer: the server's state,
 UNAVAILABLE_STATUSES = RETRY_STATUSES - {500}  # of a GET: the server (or the one behind a router) is not up yet
 PROBE_TIMEOUT_S = 30.0
 HALVED_EVERY_S = 1.0
+RESTS_AFTER = 8  # failures in a row
 FIRST_LIMIT = 64  # requests in flight before the server has said how it fares
 _OURS = uuid.uuid4().hex  # how the ids of this process's requests begin
 _numbers = itertools.count()
@@ -30,12 +31,13 @@ _numbers = itertools.count()
 class Temporary(Exception):
     """A failure that another try may mend.
 
-    `own`: it may be the request's fault, so that a request which meets nothing else is given up on.
+    `own`: it may be the request's fault, so that a request which meets nothing else is given up on. `lost`: the server
+    is not there.
     """
 
-    def __init__(self, message: str, own: bool = True) -> None:
+    def __init__(self, message: str, own: bool = True, lost: bool = False) -> None:
         super().__init__(message)
-        self.own = own
+        self.own, self.lost = own, lost
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Endpoint:
     The limit follows the server's own queue: requests that only wait there gain nothing, and would be lost with it. It
     grows by a quarter a second while hardly anything waits and the KV cache has room, and falls by what waits beyond
     an eighth of what runs. A server that tells nothing of itself gets `most` at once. A 429 or 503 halves the limit, at
-    most once a second: those that were sent together are one refusal.
+    most once a second: those that were sent together are one refusal. A server on which one request after another fails
+    is left alone for a while, and for longer each time: it would fail on all work there is before others get to it.
     """
 
     def __init__(self, url: str, most: int) -> None:
@@ -82,14 +85,38 @@ class Endpoint:
         self.answered = 0
         self._adapted = False
         self._halved_at = -math.inf
+        self._work_again()
+
+    def _work_again(self) -> None:
+        self._failed_in_row, self._rest_s, self._rests_until = 0, 0.0, -math.inf
 
     @property
     def free(self) -> bool:
-        return self.down is None and self.in_flight < int(self.limit)
+        return self.down is None and self.in_flight < int(self.limit) and time.monotonic() >= self._rests_until
 
     def up(self) -> None:
         """It answers."""
         self.down = None
+        self._work_again()
+
+    def succeeded(self) -> None:
+        """It has answered a request."""
+        self.answered += 1
+        self._work_again()
+
+    def failed(self, shortest_s: float, longest_s: float) -> float:
+        """A request has failed there; returns for how many seconds it now gets no further one.
+
+        Args:
+            shortest_s: the first rest.
+            longest_s: the last.
+        """
+        self._failed_in_row += 1
+        now = time.monotonic()
+        if self._failed_in_row >= RESTS_AFTER and now >= self._rests_until:
+            self._rest_s = min(max(2 * self._rest_s, shortest_s), longest_s)
+            self._rests_until = now + self._rest_s
+        return max(0.0, self._rests_until - now)
 
     def lost(self, why: str) -> None:
         """It answers no more: everything in flight there is broken off, to be asked elsewhere."""
@@ -138,17 +165,18 @@ class Endpoint:
                             answer = json.loads(content)
                             if _is_anothers(answer, rid):
                                 response.close()  # whatever comes on that connection is off by one from now on
-                                raise Temporary("the answer to another request came")
+                                raise Temporary("the answer to another request came", own=False)
                             return answer
                 finally:
                     self.timeouts.discard(timeout)
         except aiohttp.ClientConnectorError as error:
-            raise Temporary(f"{type(error).__name__}: {error}", own=False) from None
+            raise Temporary(f"{type(error).__name__}: {error}", own=False, lost=True) from None
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             if self.down is not None:
                 raise Temporary(self.down, own=False) from None
             what = f"no answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
-            raise Temporary(f"{type(error).__name__}: {what}") from None
+            no_http = isinstance(error, aiohttp.ClientResponseError)  # but what an answer before it has left behind
+            raise Temporary(f"{type(error).__name__}: {what}", own=not no_http) from None
         message = _message(content)
         if response.status in RETRY_STATUSES:
             if response.status in BUSY_STATUSES:
