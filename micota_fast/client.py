@@ -129,7 +129,8 @@ class Client:
                     await self._first_up()
                     self._context_length = self._find_context_length()
                     self._say_seeds_ignored()
-                    self._prompts.check(self._context_length, self._journal.folder / "prompts-checked.json")
+                    checked = self._journal.folder / "prompts-checked.json"
+                    self._prompts.check(self._longest_prompt(), self._context_length, checked)
                     await self._judge_left_over()
                     self._schedule = self._make_schedule()
                     watchers.append(group.create_task(self._report(screen)))
@@ -227,6 +228,11 @@ class Client:
         told = [endpoint.info.get("context_length") for endpoint in self._endpoints if endpoint.down is None]
         default = ModelConfig.from_checkpoint(self._checkpoint).max_position_embeddings
         return min((length if isinstance(length, int) else default for length in told), default=default)
+
+    def _longest_prompt(self) -> int:
+        """Tokens: SGLang refuses prompts from its `max_req_input_len` on, a few below the context's length."""
+        told = [endpoint.info.get("max_req_input_len") for endpoint in self._endpoints if endpoint.down is None]
+        return min((limit - 1 for limit in told if isinstance(limit, int)), default=self._context_length - 2)
 
     def _say_seeds_ignored(self) -> None:
         for endpoint in self._endpoints:

@@ -34,23 +34,26 @@ class Prompts:
         """The ids of a problem's prompt."""
         return self.chat.encode_prompt(self.problem(problem).problem)
 
-    def check(self, context_length: int, checked: Path) -> None:
+    def check(self, longest: int, context_length: int, checked: Path) -> None:
         """See that every prompt can be sent.
 
         Args:
+            longest: prompt that the servers take, tokens.
             context_length: the servers', tokens.
             checked: a file that says so where an earlier run has done it; it must go where model or problems change.
 
         Raises:
             InputError: naming the first problems whose prompts cannot be sent.
         """
-        limits = json.dumps({"vocab_size": self.chat.vocab_size, "context_length": context_length}).encode()
+        limits = json.dumps(
+            {"vocab_size": self.chat.vocab_size, "longest": longest, "context_length": context_length}
+        ).encode()
         if checked.is_file() and checked.read_bytes() == limits:
             return
         bad: list[str] = []
         number = 0
         for problem_id, ids, refusal in self._all():
-            refusal = refusal or self._unsendable(ids, context_length)
+            refusal = refusal or self._unsendable(ids, longest, context_length)
             if refusal is not None:
                 number += 1
                 if len(bad) < OFFENDERS_NAMED:
@@ -78,14 +81,14 @@ class Prompts:
             for problem, tokens, refusal in zip(some, encoded, refusals, strict=True):
                 yield problem.id, tokens.ids, refusal
 
-    def _unsendable(self, ids: Sequence[int], context_length: int) -> str | None:
+    def _unsendable(self, ids: Sequence[int], longest: int, context_length: int) -> str | None:
         # An id outside the vocabulary kills an SGLang server.
         if max(ids, default=0) >= self.chat.vocab_size:
             return (
                 f"its prompt has token id {max(ids)}; the model knows only {self.chat.vocab_size}: "
                 f"the tokenizer does not belong to this checkpoint"
             )
-        if len(ids) + 1 >= context_length:
+        if len(ids) > longest:
             return (
                 f"its prompt of {len(ids)} tokens leaves no room for an answer in "
                 f"the server's context of {context_length}"

@@ -356,6 +356,27 @@ def test_nothing_that_could_kill_a_server_is_sent(tmp_path: Path, qwen2_checkpoi
             generate.run(config(small, problems, tmp_path / "b.jsonl", url))
 
 
+def test_the_servers_own_limit_on_prompts_is_kept(tmp_path: Path, qwen2_checkpoint: Path, problems: Path) -> None:
+    """SGLang takes no prompt from `max_req_input_len` tokens on, though the context would hold it."""
+    lengths: list[int] = []
+
+    async def handler(http: web.Request) -> web.StreamResponse:
+        body = await http.json()
+        lengths.append(len(body["input_ids"]))
+        return web.json_response(answer(body))
+
+    greedy = {"temperature": 0.0, "samples": 1}
+    with http_server(handler) as url:
+        generate.run(config(qwen2_checkpoint, problems, tmp_path / "a.jsonl", url, **greedy))
+    with http_server(handler, {"max_req_input_len": max(lengths) + 1}) as url:
+        generate.run(config(qwen2_checkpoint, problems, tmp_path / "b.jsonl", url, **greedy))
+    with (
+        http_server(handler, {"max_req_input_len": max(lengths)}) as url,
+        pytest.raises(InputError, match=f"its prompt of {max(lengths)} tokens leaves no room"),
+    ):
+        generate.run(config(qwen2_checkpoint, problems, tmp_path / "c.jsonl", url, **greedy))
+
+
 def test_the_answer_limit_fits_the_context(tmp_path: Path, qwen2_checkpoint: Path, problems: Path) -> None:
     """SGLang refuses what could grow over its context (512 here): the limit sent is what is left of it."""
     asked: list[dict[str, Any]] = []
