@@ -527,7 +527,7 @@ class AlignConfig(AlignSettings):
 
     model: str = option(doc="the untrained student (folder or hub name)")
     corpora: dict[str, str] = option(doc="name -> JSONL corpus")
-    own: str | None = option(None, doc="JSONL of the model's own completions of the same problems; null: none are there")
+    own: str | None = option(None, doc="JSONL of the model's own completions of the same problems; null: there are none")
     out: str = option(doc="folder: one NAME.json a corpus")
 
     def __post_init__(self) -> None:
@@ -551,15 +551,32 @@ class ContaminationConfig:
 
 
 @dataclass(kw_only=True)
+class ClaimsConfig:
+    """What others have published, to stand beside our figures."""
+
+    source: str = option(doc="where it is published")
+    deltas: dict[str, float] = option(doc="arm -> difference of its average to the untouched student's, points")
+
+    def __post_init__(self) -> None:
+        for arm, delta in self.deltas.items():
+            if not math.isfinite(delta):
+                raise InputError(f"`deltas.{arm}` must be a number of points, not {delta}")
+
+
+@dataclass(kw_only=True)
 class ReportConfig:
-    """`micota report`: tables, plots and one self-contained page."""
+    """`micota report`: tables, plots and two self-contained pages."""
 
     title: str = option(doc="heading of the page")
-    out: str = option(doc="folder: table.md, report.json, report.html")
+    out: str = option(
+        doc="folder: report.html, answers.html, report.json, table.md, table.tex, CSV files, plots/ (SVG and PNG)"
+    )
     base: str = option(doc="results.json of the untouched student")
     arms: dict[str, list[str]] = option(doc="arm -> results.json of each seed, in the table's order")
     corpora: dict[str, dict[str, str]] = option({}, doc="corpus -> {counts: FILE, alignment: FILE}")
     training: dict[str, list[str]] = option({}, doc="arm -> metrics.jsonl of each seed")
+    contamination: str | None = option(None, doc="contamination.json of the training corpora; null: not reported")
+    claims: ClaimsConfig | None = option(None, doc="published differences, printed beside the measured ones")
     notes: list[str] = option([], doc="paragraphs printed as they stand: what was tried, what is unusual")
     provenance: dict[str, str] = option({}, doc="versions and machine, printed as they stand", operational=True)
 
@@ -686,6 +703,7 @@ class Recipe:
     evaluate: EvaluateSettings = option(EvaluateSettings(), doc="evaluation of every arm")
     alignment: AlignSettings = option(AlignSettings(), doc="measurement of corpora under the student")
     launch: LaunchConfig = option(LaunchConfig(), doc="processes and threads")
+    claims: ClaimsConfig | None = option(None, doc="published differences, for the report to print beside the measured")
     notes: list[str] = option([], doc="paragraphs for the report")
 
     def __post_init__(self) -> None:
@@ -714,6 +732,8 @@ class Recipe:
                 known(part, self.corpora, f"corpora.{name}.mix", "corpus")
         for arm, corpus_name in self.arms.items():
             known(corpus_name, self.corpora, f"arms.{arm}", "corpus")
+        for arm in self.claims.deltas if self.claims is not None else ():
+            known(arm, self.arms, "claims.deltas", "arm")
         for corpus_name in self.align:
             known(corpus_name, self.corpora, "align", "corpus")
         if not self.evaluate.benchmarks:
