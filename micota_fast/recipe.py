@@ -527,7 +527,7 @@ class AlignConfig(AlignSettings):
 
     model: str = option(doc="the untrained student (folder or hub name)")
     corpora: dict[str, str] = option(doc="name -> JSONL corpus")
-    own: str | None = option(None, doc="JSONL of the model's own completions of the same problems; null: there are none")
+    own: str | None = option(None, doc="JSONL of the model's own completions of these problems; null: there are none")
     out: str = option(doc="folder: one NAME.json a corpus")
 
     def __post_init__(self) -> None:
