@@ -307,10 +307,11 @@ class _Planner:
                 results[arm].append(self._artefact(f"evaluate/{run}", "results.json"))
                 metrics[arm].append(self._artefact(f"student/{run}", "metrics.jsonl"))
         corpora = self._align(student)
-        self._contamination()
+        contamination = self._contamination()
         inputs = [*_flat(results.values()), *_flat(metrics.values()), *_flat(c.values() for c in corpora.values())]
         # The report reads the rows that lie beside each results.json.
         inputs += [self._artefact(artefact.stage or "", "rows") for artefact in _flat(results.values())]
+        inputs += [contamination] if contamination is not None else []
         settings = ReportConfig(
             title=recipe.title or recipe.name,
             out=str(self.run_dir / "report"),
@@ -318,10 +319,13 @@ class _Planner:
             arms={arm: [artefact.location for artefact in of_arm] for arm, of_arm in results.items()},
             corpora={name: {kind: a.location for kind, a in kinds.items()} for name, kinds in corpora.items()},
             training={arm: [artefact.location for artefact in of_arm] for arm, of_arm in metrics.items()},
+            contamination=contamination.location if contamination is not None else None,
+            claims=recipe.claims,
             notes=recipe.notes,
             provenance=versions(),
         )
-        self._add(Stage("report", "report", settings, tuple(inputs), ("report.html", "table.md", "report.json")))
+        outputs = ("report.html", "answers.html", "table.md", "report.json")
+        self._add(Stage("report", "report", settings, tuple(inputs), outputs))
 
     def _contamination(self) -> Artefact | None:
         """Whether what is trained on holds what is asked in the end; None where nothing is trained."""

@@ -31,7 +31,7 @@ from micota_fast.length_curve import Point, bend, weight_of
 from micota_fast.merge.mergekit import MergePlan, read_mergekit
 from micota_fast.recipe import GenerateConfig, LengthSweepConfig
 from micota_fast.records import Completion, encode_row, read_completions, read_problems, write_atomic
-from micota_fast.report.plots import INK, MUTED, RULE, drawing_style, require_matplotlib
+from micota_fast.report.drawing import INK, MUTED, RULE, drawing_style, require_matplotlib
 from micota_fast.run_lock import only_run
 
 QUANTILES = (10, 25, 50, 75, 90)

@@ -108,6 +108,10 @@ def made(config: ReportConfig) -> Made:
     )
 
 
+def contents(out: str) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+
+
 def rows_of(markdown: str) -> dict[str, list[str]]:
     """First row of that name in the file -> its cells."""
     found: dict[str, list[str]] = {}
@@ -296,8 +300,10 @@ def graded(folder: Path, answers: Answers) -> str:
     """What an evaluation leaves in its folder: results.json and the rows behind it."""
     benchmarks = {}
     for name, right_PS in answers.items():
+        of_all = {"problem": "?", "answer": "1", "completion": "…", "finish_reason": "stop", "prompt_tokens": 1}
+        of_all |= {"completion_tokens": 1, "seed": None}
         rows = [
-            {"id": f"{name}-{p}", "sample": s, "outcome": "correct" if right_PS[p, s] else "wrong", "completion": "…"}
+            {"id": f"{name}-{p}", "sample": s, "outcome": "correct" if right_PS[p, s] else "wrong"} | of_all
             for p, s in np.ndindex(*right_PS.shape)
         ]
         (folder / "rows").mkdir(parents=True, exist_ok=True)
@@ -419,7 +425,7 @@ class TestPaired:
 
     def test_same_bytes_from_rows_in_another_order_and_more_threads(self, paired: ReportConfig, tmp_path: Path) -> None:
         run(paired)
-        first = {path.name: path.read_bytes() for path in Path(paired.out).iterdir()}
+        first = contents(paired.out)
         for arm in ("base", "mid0"):
             for file in (tmp_path / arm / "rows").iterdir():
                 file.write_text("".join(sorted(file.read_text().splitlines(keepends=True), reverse=True)))
@@ -435,7 +441,7 @@ class TestPaired:
         threads = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
         command = [sys.executable, "-c", program, json.dumps(dataclasses.asdict(again))]
         subprocess.run(command, check=True, env=os.environ | threads)
-        assert {path.name: path.read_bytes() for path in Path(again.out).iterdir()} == first
+        assert contents(again.out) == first
 
     def test_an_interval_clear_of_zero_is_not_enough_among_many_comparisons(self, tmp_path: Path) -> None:
         """15 problems won and 4 lost: p = 0.019, 0.077 as one of four."""
@@ -580,7 +586,8 @@ class TestPage:
         assert page.tags.isdisjoint({"script", "link", "iframe", "object", "img", "base"})
         assert len(page.ids) == len(set(page.ids)), "an id stands twice"
         assert page.references, "the plots reuse clip paths and markers by reference"
-        for reference in page.references:
+        assert page.references.count("answers.html") == 1
+        for reference in set(page.references) - {"answers.html"}:
             assert reference.startswith("#"), reference
             assert reference[1:] in page.ids
         assert "http" not in html
@@ -607,8 +614,13 @@ class TestPage:
 
     def test_same_bytes_twice_and_under_other_matplotlib_settings(self, config: ReportConfig, tmp_path: Path) -> None:
         run(config)
-        first = {path.name: path.read_bytes() for path in Path(config.out).iterdir()}
-        assert set(first) == {"table.md", "report.json", "report.html"}
+        first = contents(config.out)
+        plots = ("average", "benchmark0-gsm", "benchmark1-aime", "lengths", "perplexity", "loss0-short", "loss1-mid")
+        assert set(first) == {
+            *("report.html", "answers.html", "report.json", "table.md", "table.tex"),
+            *("table.csv", "answers.csv", "corpora.csv"),
+            *(f"plots/{name}.{kind}" for name in plots for kind in ("svg", "png")),
+        }
         again = dataclasses.replace(config, out=str(tmp_path / "again"))
         program = (
             "import json, sys, matplotlib; matplotlib.rcParams.update({'lines.linewidth': 9, 'font.size': 20,"
@@ -617,7 +629,7 @@ class TestPage:
             "run(ReportConfig(**json.loads(sys.argv[1])))"
         )
         subprocess.run([sys.executable, "-c", program, json.dumps(dataclasses.asdict(again))], check=True)
-        assert {path.name: path.read_bytes() for path in Path(again.out).iterdir()} == first
+        assert contents(again.out) == first
 
     @pytest.mark.parametrize("name", ["<b>x", "--><script>alert(1)</script>", "\"' onload=x &amp;"])
     def test_names_are_text(self, name: str, config: ReportConfig, tmp_path: Path) -> None:

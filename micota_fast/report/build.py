@@ -1,7 +1,8 @@
-"""Write the report: `table.md`, `report.json` and `report.html` in the directory that the config names."""
+"""Write the report: pages, tables, numbers and plots in the directory that the config names."""
 
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,18 @@ from typing import Any
 from micota_fast.intervals import Estimate
 from micota_fast.recipe import ReportConfig
 from micota_fast.records import write_atomic
+from micota_fast.report.answers import render_answers
 from micota_fast.report.comparison import Comparison
+from micota_fast.report.drawing import Plot, drawing_style, require_matplotlib
 from micota_fast.report.inputs import Inputs, load
+from micota_fast.report.latex import to_latex
+from micota_fast.report.numbers_csv import accuracy_csv, answers_csv, contamination_csv, corpora_csv
+from micota_fast.report.overlap import contamination_table, found_text
 from micota_fast.report.page import render
-from micota_fast.report.plots import drawing_style, require_matplotlib
+from micota_fast.report.plots import draw, series_colours
 from micota_fast.report.summary import INTERVAL_METHOD, Arm, Summary, headline, mean_curve, summarise
 from micota_fast.report.tables import (
+    Table,
     accuracy_table,
     answers_table,
     corpora_table,
@@ -33,31 +40,55 @@ def run(config: ReportConfig) -> None:
     require_matplotlib()
     inputs = load(config)
     summary = summarise(inputs)
-    out = Path(config.out)
+    colours = series_colours([*(arm.name for arm in summary.arms), *inputs.corpora, *inputs.training])
     numbers = _numbers(config, inputs, summary)
     with drawing_style():
-        page = render(config, inputs, summary)
-    files = {
-        "table.md": _markdown(config, inputs, summary),
+        plots = draw(inputs, summary, colours)
+    tables = _tables(config, inputs, summary)
+    claims = config.claims.deltas if config.claims is not None else {}
+    texts = {
+        "table.md": _markdown(config, inputs, summary, tables),
+        "table.tex": "% Needs \\usepackage{booktabs}.\n" + "\n".join(map(to_latex, tables)),
+        "table.csv": accuracy_csv(summary, claims),
+        "answers.csv": answers_csv(summary.arms),
         "report.json": json.dumps(numbers, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n",
-        "report.html": page,
     }
-    for name, text in files.items():
-        write_atomic(out / name, [text.encode()])
+    if inputs.corpora:
+        texts["corpora.csv"] = corpora_csv(inputs.corpora)
+    if inputs.overlaps:
+        texts["contamination.csv"] = contamination_csv(inputs.overlaps)
+    files = {name: text.encode() for name, text in texts.items()}
+    for plot in plots.every:
+        files |= {f"plots/{_stem(plot)}.svg": plot.svg_file, f"plots/{_stem(plot)}.png": plot.png_file}
+    files["answers.html"] = render_answers(config, inputs, colours)
+    files["report.html"] = render(config, inputs, summary, plots, colours).encode()  # last: it is there, so all is
+    for name, content in files.items():
+        write_atomic(Path(config.out) / name, [content])
 
 
-def _markdown(config: ReportConfig, inputs: Inputs, summary: Summary) -> str:
-    tables = [accuracy_table(summary)]
+def _stem(plot: Plot) -> str:
+    """The name of a plot's files: numbered, so different for all, and with what it is of."""
+    return "-".join(filter(None, (plot.name, re.sub(r"[^\w.-]", "_", plot.title)[:60])))
+
+
+def _tables(config: ReportConfig, inputs: Inputs, summary: Summary) -> list[Table]:
+    tables = [accuracy_table(summary, config.claims)]
     if summary.trained:
         tables.append(deltas_table(summary))
     if of_samples := samples_table(summary):
         tables.append(of_samples)
     if inputs.corpora:
         tables.append(corpora_table(inputs.corpora))
-    tables.append(answers_table(summary.arms))
+    if inputs.overlaps:
+        tables.append(contamination_table(inputs.overlaps))
+    return [*tables, answers_table(summary.arms)]
+
+
+def _markdown(config: ReportConfig, inputs: Inputs, summary: Summary, tables: list[Table]) -> str:
     parts = [f"# {' '.join(config.title.split())}", " ".join(filter(None, headline(summary)))]
     parts += [to_markdown(table).rstrip() for table in tables]
-    return "\n\n".join([*parts, INTERVAL_METHOD]) + "\n"
+    found = [found_text(inputs.overlaps)] if inputs.overlaps else []
+    return "\n\n".join([*parts, *found, INTERVAL_METHOD]) + "\n"
 
 
 def _numbers(config: ReportConfig, inputs: Inputs, summary: Summary) -> dict[str, Any]:
@@ -80,6 +111,11 @@ def _numbers(config: ReportConfig, inputs: Inputs, summary: Summary) -> dict[str
             name: {key: value for key, value in asdict(corpus).items() if key != "lengths"}
             for name, corpus in inputs.corpora.items()
         },
+        "contamination": {
+            corpus: {name: asdict(overlap) for name, overlap in of_corpus.items()}
+            for corpus, of_corpus in inputs.overlaps.items()
+        },
+        "claims": None if config.claims is None else asdict(config.claims),
         "training": {
             name: {
                 "steps": [curve.steps[-1] for curve in curves],

@@ -77,6 +77,17 @@ class LossCurve:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """One corpus and one benchmark: of its `problems`, how many a row holds word for word (`exact`) and with how many a
+    row shares 13 words in a run (`shared`); and how many `rows` of the corpus do either."""
+
+    problems: int
+    exact: int
+    shared: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Everything the report shows, in the order of the config."""
 
@@ -84,6 +95,8 @@ class Inputs:
     arms: dict[str, list[Results]]
     corpora: dict[str, Corpus]
     training: dict[str, list[LossCurve]]
+    overlaps: dict[str, dict[str, Overlap]]
+    """Corpus -> benchmark -> what they share; empty where the config names no contamination.json."""
 
 
 def load(config: ReportConfig) -> Inputs:
@@ -107,7 +120,11 @@ def load(config: ReportConfig) -> Inputs:
     _same_problems([base, *(results for runs in arms.values() for results in runs)])
     corpora = {name: _corpus(name, files) for name, files in config.corpora.items()}
     training = {name: [_loss_curve(Path(path)) for path in paths] for name, paths in config.training.items() if paths}
-    return Inputs(base, arms, corpora, training)
+    overlaps = {} if config.contamination is None else _overlaps(Path(config.contamination), list(base.benchmarks))
+    for arm in config.claims.deltas if config.claims is not None else ():
+        if arm not in arms:
+            raise InputError(f"report config: claims.deltas: no arm is named {arm!r}; there are {', '.join(arms)}")
+    return Inputs(base, arms, corpora, training, overlaps)
 
 
 @dataclass(frozen=True)
@@ -173,6 +190,12 @@ class _Node:
         if not isinstance(value, str):
             raise self._wrong(key, "a string", value)
         return value
+
+    def length(self, key: str) -> int:
+        value = self._value(key, "a list", optional=False)
+        if not isinstance(value, list):
+            raise self._wrong(key, "a list", value)
+        return len(value)
 
     def lengths(self, key: str) -> tuple[int, ...]:
         value = self._value(key, "a list of token counts", optional=True) or []
@@ -316,6 +339,21 @@ def _corpus(name: str, files: Mapping[str, str]) -> Corpus:
         perplexity=alignment.number("perplexity", 1.0) if alignment else None,
         document_nll=(spread.number("p10"), spread.number("p50"), spread.number("p90")) if spread else None,
     )
+
+
+def _overlaps(path: Path, benchmarks: Sequence[str]) -> dict[str, dict[str, Overlap]]:
+    node = _parse(_read(path), str(path))
+    overlaps: dict[str, dict[str, Overlap]] = {}
+    for corpus in node.data:
+        named = node.child(corpus).child("benchmarks")
+        entries = {name: named.child(name) for name in benchmarks}
+        overlaps[corpus] = {
+            name: Overlap(
+                entry.count("problems", low=1), entry.length("exact"), entry.length("gram13"), entry.count("rows")
+            )
+            for name, entry in entries.items()
+        }
+    return overlaps
 
 
 def _rows(path: Path) -> Iterator[_Node]:

@@ -4,19 +4,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from micota_fast.recipe import ReportConfig
+from micota_fast.report.drawing import Plot, css_colour, figure_html, theme_variables
 from micota_fast.report.inputs import Inputs
-from micota_fast.report.plots import (
-    THEME,
-    Plot,
-    average_plot,
-    benchmark_plots,
-    css_colour,
-    figure_html,
-    length_plot,
-    loss_plots,
-    perplexity_plot,
-    series_colours,
-)
+from micota_fast.report.overlap import contamination_table, found_text
+from micota_fast.report.plots import Plots
 from micota_fast.report.summary import INTERVAL_METHOD, Summary, headline
 from micota_fast.report.tables import accuracy_table, answers_table, corpora_table, deltas_table, samples_table, to_html
 
@@ -27,14 +18,16 @@ _STYLE = """
 html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
 body { margin: 0 auto; max-width: 66rem; padding: 3.5rem 1.5rem 5rem; background: var(--paper); color: var(--ink);
   font: 1.0625rem/1.6 Charter, "Bitstream Charter", "Sitka Text", Cambria, Georgia, "Liberation Serif", serif; }
-h1, h2, h3, h4, .table, .plot, figcaption, dl {
+h1, h2, h3, .table, .plot, figcaption, dl {
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "Liberation Sans", sans-serif; }
 h1 { font-size: 1rem; font-weight: 600; margin: 0; color: var(--muted); letter-spacing: .01em; text-wrap: balance; }
 h2 { font-size: 1.2rem; font-weight: 650; margin: 3rem 0 1rem; padding-top: 1.1rem;
   border-top: 1px solid var(--rule); }
 h3 { font-size: 1rem; font-weight: 650; margin: 2.25rem 0 .5rem; }
-h4 { font-size: .9rem; font-weight: 600; margin: 0 0 .15rem; overflow-wrap: anywhere; }
+.title { font-size: .9rem; font-weight: 600; line-height: 1.4; margin: 0 0 .15rem; overflow-wrap: anywhere; }
 p { margin: 0 0 .9rem; max-width: 42rem; }
+a { color: inherit; text-underline-offset: .15em; }
+a:focus-visible { outline: 2px solid var(--series-blue); outline-offset: 2px; }
 .finding { font-size: clamp(1.35rem, 1.05rem + 1.5vw, 1.9rem); line-height: 1.3; margin: .9rem 0 1rem; max-width: 50rem;
   text-wrap: pretty; letter-spacing: -.005em; }
 .table { margin: 1.5rem 0 2rem; }
@@ -88,36 +81,35 @@ dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; font-varian
   .scroll { overflow: visible; background: none; }
   th:first-child { position: static; background: none; }
   th, td { padding-left: .5rem; } thead th { min-width: 0; }
-  h2, h3, h4, .caption { break-after: avoid; }
+  h2, h3, .title, .caption { break-after: avoid; }
   figure, .table, .plot, tr { break-inside: avoid; }
   .grid { grid-template-columns: repeat(var(--columns), 1fr); } .pair { grid-template-columns: 1fr 1fr; }
 }
 """
 
 
-def render(config: ReportConfig, inputs: Inputs, summary: Summary) -> str:
-    """The whole page; the same inputs give the same bytes."""
-    names = [*(arm.name for arm in summary.arms), *inputs.corpora, *inputs.training]
-    colours = series_colours(names)
+def render(config: ReportConfig, inputs: Inputs, summary: Summary, plots: Plots, colours: Mapping[str, str]) -> str:
+    """The whole page; the same inputs give the same bytes. `colours`: arm or corpus -> colour as drawn."""
     dots = {name: css_colour(colour) for name, colour in colours.items()}
     finding, qualified = headline(summary)
     body = [
         f'<header>\n<h1>{escape(config.title)}</h1>\n<p class="finding">{escape(finding)}</p>\n',
         f"<p>{escape(qualified)}</p>\n" if qualified else "",
         "</header>\n<main>\n",
-        to_html(accuracy_table(summary), dots),
+        to_html(accuracy_table(summary, config.claims), dots),
         to_html(deltas_table(summary), dots) if summary.trained else "",
         to_html(of_samples, dots) if (of_samples := samples_table(summary)) else "",
-        _accuracy_figures(summary, colours),
-        _corpora(inputs, colours, dots),
-        _training(inputs, colours),
+        _accuracy_figures(summary, plots),
+        _corpora(inputs, plots, dots),
+        _contamination(inputs, dots),
+        _training(plots.losses),
         "<h2>Answers</h2>\n",
         to_html(answers_table(summary.arms), dots),
+        '<p><a href="answers.html">Every problem with the answers of all arms side by side</a></p>\n',
         _making(config),
         "</main>\n",
     ]
-    light = " ".join(f"{variable}: {colour};" for colour, (variable, _) in THEME.items())
-    dark = " ".join(f"{variable}: {colour};" for variable, colour in THEME.values())
+    light, dark = theme_variables()
     style = _STYLE.replace("LIGHT", light).replace("DARK", dark).strip()
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -136,17 +128,17 @@ def _figure(plots: Sequence[Plot], layout: str, title: str, caption: str) -> str
     return f'<figure>\n<div class="{layout}"{columns}>\n{drawn}</div>\n<figcaption>{text}</figcaption>\n</figure>\n'
 
 
-def _accuracy_figures(summary: Summary, colours: Mapping[str, str]) -> str:
+def _accuracy_figures(summary: Summary, plots: Plots) -> str:
     seeds = "small dots: seeds; " if any(len(arm.average.seeds) > 1 for arm in summary.arms) else ""
     figures = _figure(
-        [average_plot(summary, colours)],
+        [plots.average],
         "",
         "Average accuracy by arm.",
         f"Large dot and line: mean and 95% interval; {seeds}dashed: the untouched student.",
     )
-    if len(summary.problems) > 1:
+    if plots.benchmarks:
         figures += _figure(
-            benchmark_plots(summary, colours),
+            plots.benchmarks,
             "grid",
             "Accuracy by benchmark.",
             "Read as above; each has its own scale.",
@@ -154,22 +146,21 @@ def _accuracy_figures(summary: Summary, colours: Mapping[str, str]) -> str:
     return figures
 
 
-def _corpora(inputs: Inputs, colours: Mapping[str, str], dots: dict[str, str]) -> str:
+def _corpora(inputs: Inputs, plots: Plots, dots: dict[str, str]) -> str:
     if not inputs.corpora:
         return ""
     figures = ""
-    lengths, perplexity = length_plot(inputs.corpora, colours), perplexity_plot(inputs.corpora, colours)
-    if lengths:
+    if plots.lengths:
         figures += _figure(
-            [lengths],
+            [plots.lengths],
             "",
             "How long the completions are.",
             "Density over the documents of each corpus; dashed: the median.",
         )
-    if perplexity:
+    if plots.perplexity:
         spread = any(corpus.document_nll for corpus in inputs.corpora.values())
         figures += _figure(
-            [perplexity],
+            [plots.perplexity],
             "",
             "How familiar they are to the student before training.",
             "Dot: perplexity over all tokens" + ("; bar: 10th to 90th percentile of documents." if spread else "."),
@@ -177,8 +168,14 @@ def _corpora(inputs: Inputs, colours: Mapping[str, str], dots: dict[str, str]) -
     return f'<h2>Corpora</h2>\n{to_html(corpora_table(inputs.corpora), dots)}<div class="pair">\n{figures}</div>\n'
 
 
-def _training(inputs: Inputs, colours: Mapping[str, str]) -> str:
-    plots = loss_plots(inputs.training, colours)
+def _contamination(inputs: Inputs, dots: dict[str, str]) -> str:
+    if not inputs.overlaps:
+        return ""
+    table = to_html(contamination_table(inputs.overlaps), dots)
+    return f"<h2>Contamination</h2>\n<p>{escape(found_text(inputs.overlaps))}</p>\n{table}"
+
+
+def _training(plots: Sequence[Plot]) -> str:
     if not plots:
         return ""
     caption = "Thin: seeds; bold: their mean over short windows of steps"

@@ -1,26 +1,21 @@
-"""The report's plots: inline SVG whose colours are CSS variables, so that one drawing serves light, dark and print.
+"""The report's plots.
 
-matplotlib draws with the colours of the light theme; each is then replaced by `var(--name, #colour)`. Text stays text
-(searchable, read aloud, in the page's own font). Every plot is small and made for one column: the page sets
-several in a grid that becomes one column on a phone, where the type keeps its size.
+Every plot is small and made for one column: the page sets several in a grid that becomes one column on a phone, where
+the type keeps its size.
 """
 
-import io
 import itertools
 import math
-import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from micota_fast.errors import InputError
 from micota_fast.intervals import Estimate
-from micota_fast.report.inputs import Corpus, LossCurve
+from micota_fast.report.drawing import INK, MUTED, RULE, THEME, Plot, finish
+from micota_fast.report.inputs import Corpus, Inputs, LossCurve
 from micota_fast.report.summary import BASE, Summary, mean_curve, percent
 from micota_fast.report.tables import significant
 
@@ -28,23 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, MUTED, RULE = "#1c2126", "#667079", "#d3d8dd"
-
-THEME = {
-    # colour as drawn: (CSS variable, colour in the dark theme)
-    INK: ("--ink", "#e6e9ec"),
-    MUTED: ("--muted", "#98a2ab"),
-    RULE: ("--rule", "#3a424a"),
-    # Okabe & Ito's palette, which colour-blind readers tell apart, lightened for the dark theme.
-    "#5b646c": ("--series-base", "#aab4bd"),
-    "#0072b2": ("--series-blue", "#5bb4ea"),
-    "#d55e00": ("--series-vermillion", "#f5894a"),
-    "#b0568d": ("--series-purple", "#e29ac5"),
-    "#00835f": ("--series-green", "#35c99c"),
-    "#a37200": ("--series-ochre", "#e6b33d"),
-    "#3a8fb7": ("--series-sky", "#8fd0f0"),
-    "#7a5195": ("--series-violet", "#b79bd6"),
-}
 _SERIES = [colour for colour, (variable, _) in THEME.items() if variable.startswith("--series")]
 _KNOWN = dict(zip((BASE, "short", "long", "mix", "mid"), _SERIES, strict=False))
 
@@ -65,49 +43,38 @@ def series_colours(names: Iterable[str]) -> dict[str, str]:
     return colours | {name: free[index % len(free)] for index, name in enumerate(others)}
 
 
-def css_colour(colour: str) -> str:
-    """The colour as the page's CSS refers to it."""
-    return f"var({THEME[colour][0]}, {colour})"
-
-
 @dataclass(frozen=True)
-class Plot:
-    """An SVG with what it shows in words for those who do not see it. `title` heads it where several stand together."""
+class Plots:
+    """All plots of a report; what there is no data for is None or empty."""
 
-    svg: str
-    description: str
-    title: str = ""
+    average: Plot
+    benchmarks: list[Plot]
+    lengths: Plot | None
+    perplexity: Plot | None
+    losses: list[Plot]
 
-
-def require_matplotlib() -> None:
-    """Raise InputError where the optional extra `report` is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            "the report draws with matplotlib, which is not installed: pip install 'micota-fast[report]'"
-        ) from error
+    @property
+    def every(self) -> list[Plot]:
+        several = [self.average, *self.benchmarks, self.lengths, self.perplexity, *self.losses]
+        return [plot for plot in several if plot is not None]
 
 
-def drawing_style() -> AbstractContextManager[None]:
-    """matplotlib's defaults and our few changes, whatever the user's own settings: the same bytes for everyone."""
-    from matplotlib import RcParams, rc_context, rcParamsDefault
-
-    changes: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "micota-fast",
-        "font.family": "DejaVu Sans",  # ships with matplotlib, so the layout is the same everywhere; pages set theirs
-        "text.color": INK,
-        "text.parse_math": False,  # a dollar sign in an arm's name is a dollar sign
-    }
-    defaults = {key: value for key, value in rcParamsDefault.items() if not key.startswith(("backend", "interactive"))}
-    return rc_context(RcParams({**defaults, **changes}))
+def draw(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Plots:
+    """Draw everything; to be called within `drawing_style`. Of one benchmark the average is the same plot."""
+    return Plots(
+        average_plot(summary, colours),
+        benchmark_plots(summary, colours) if len(summary.problems) > 1 else [],
+        length_plot(inputs.corpora, colours),
+        perplexity_plot(inputs.corpora, colours),
+        loss_plots(inputs.training, colours),
+    )
 
 
 def average_plot(summary: Summary, colours: Mapping[str, str]) -> Plot:
     """Average accuracy of each arm: the mean, its interval, and the seeds."""
-    svg = _dots("average", [(arm.name, arm.average) for arm in summary.arms], colours, "average accuracy, %")
-    return Plot(svg, _accuracies("Average accuracy", [(arm.name, arm.average) for arm in summary.arms]))
+    rows = [(arm.name, arm.average) for arm in summary.arms]
+    figure = _dots(rows, colours, "average accuracy, %")
+    return finish(figure, "average", _accuracies("Average accuracy", rows))
 
 
 def benchmark_plots(summary: Summary, colours: Mapping[str, str]) -> list[Plot]:
@@ -115,8 +82,8 @@ def benchmark_plots(summary: Summary, colours: Mapping[str, str]) -> list[Plot]:
     plots = []
     for index, (benchmark, n) in enumerate(summary.problems.items()):
         rows = [(arm.name, arm.benchmarks[benchmark]) for arm in summary.arms]
-        svg = _dots(f"benchmark{index}", rows, colours, f"accuracy, % of {n} problems", width=300)
-        plots.append(Plot(svg, _accuracies(f"Accuracy on {benchmark}", rows), benchmark))
+        figure = _dots(rows, colours, f"accuracy, % of {n} problems", width=300)
+        plots.append(finish(figure, f"benchmark{index}", _accuracies(f"Accuracy on {benchmark}", rows), benchmark))
     return plots
 
 
@@ -126,8 +93,8 @@ def _accuracies(what: str, rows: Sequence[tuple[str, Estimate]]) -> str:
 
 
 def _dots(
-    name: str, rows: Sequence[tuple[str, Estimate]], colours: Mapping[str, str], xlabel: str, width: float = _COLUMN
-) -> str:
+    rows: Sequence[tuple[str, Estimate]], colours: Mapping[str, str], xlabel: str, width: float = _COLUMN
+) -> "Figure":
     figure, axes = _figure(width, 62 + 25 * len(rows))
     axes.axvline(100 * rows[0][1].mean, color=MUTED, linewidth=0.8, dashes=(3, 3), zorder=0)
     for index, (series, estimate) in enumerate(rows):
@@ -154,7 +121,7 @@ def _dots(
     pad = max(0.06 * (high - low), 0.001)
     axes.set_xlim(100 * max(low - pad, -pad / 2), 100 * min(high + pad, 1 + pad / 2))
     axes.set_xlabel(xlabel)
-    return _svg(figure, name)
+    return figure
 
 
 def length_plot(corpora: Mapping[str, Corpus], colours: Mapping[str, str]) -> Plot | None:
@@ -190,7 +157,7 @@ def length_plot(corpora: Mapping[str, Corpus], colours: Mapping[str, str]) -> Pl
     axes.set_ylim(len(known) - 0.4, -0.62)
     _log_axis(axes, "x", math.exp(low - pad), math.exp(high + pad))
     axes.set_xlabel("tokens per completion, logarithmic")
-    return Plot(_svg(figure, "lengths"), f"Distribution of completion lengths; medians in tokens: {', '.join(words)}.")
+    return finish(figure, "lengths", f"Distribution of completion lengths; medians in tokens: {', '.join(words)}.")
 
 
 def _density(x: np.ndarray, grid: np.ndarray) -> np.ndarray:
@@ -232,7 +199,7 @@ def perplexity_plot(corpora: Mapping[str, Corpus], colours: Mapping[str, str]) -
     ratio = 1.08 * (max(extent) / min(extent)) ** 0.04
     _log_axis(axes, "x", min(extent) / ratio, max(extent) * ratio)
     axes.set_xlabel("perplexity under the untrained student, logarithmic")
-    return Plot(_svg(figure, "perplexity"), f"Perplexity under the untrained student: {', '.join(words)}.")
+    return finish(figure, "perplexity", f"Perplexity under the untrained student: {', '.join(words)}.")
 
 
 def loss_plots(training: Mapping[str, Sequence[LossCurve]], colours: Mapping[str, str]) -> list[Plot]:
@@ -265,7 +232,7 @@ def loss_plots(training: Mapping[str, Sequence[LossCurve]], colours: Mapping[str
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss, nats per token")
         words = f"ends at {end:.3f}" if math.isfinite(end) else "diverged"
-        plots.append(Plot(_svg(figure, f"loss{index}"), f"Training loss of the {name} arm: {words}.", name))
+        plots.append(finish(figure, f"loss{index}", f"Training loss of the {name} arm: {words}.", name))
     return plots
 
 
@@ -341,39 +308,3 @@ def log_ticks(low: float, high: float) -> list[float]:
     room = _LABEL_SHARE * math.log(high / low)
     fitting = [s for s in inside if all(math.log(b / a) >= room for a, b in itertools.pairwise(s))]
     return max(fitting, key=len)
-
-
-def _svg(figure: "Figure", name: str) -> str:
-    """The figure as SVG to stand inside HTML: no prolog, no metadata, ids of its own, colours by variable."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-    figure.clear()
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
-    # Its style sheet would hold for the whole page; the page's own says the same of the plots.
-    svg = re.sub(r"\s*<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
-    opening, rest = svg.split(">", 1)
-    box = re.search(r'viewBox="[^"]*"', opening)
-    assert box is not None  # matplotlib always writes one
-    # The page's background shows through: matplotlib's white sheets would not follow the theme.
-    rest = re.sub(r'\s*<g id="patch_[12]">\s*<path [^>]*style="fill: #ffffff[^>]*/>\s*</g>', "", rest)
-    rest = re.sub(
-        r"font(-family)?: ([\d.]+px )?[^;\"]*'DejaVu Sans'[^;\"]*", lambda m: f"font-size: {m[2]}" if m[2] else "", rest
-    )
-    rest = re.sub(r'\bid="', f'id="{name}-', rest)
-    rest = re.sub(r"url\(#", f"url(#{name}-", rest)
-    rest = re.sub(r'xlink:href="#', f'href="#{name}-', rest)
-    for colour, (variable, _) in THEME.items():
-        rest = rest.replace(f": {colour}", f": var({variable}, {colour})")
-    return f"<svg {box[0]}>{rest}".strip()
-
-
-def figure_html(plot: Plot) -> str:
-    """The plot as an image with its description, headed by its title if it has one."""
-    svg = plot.svg.replace("<svg ", f'<svg role="img" aria-label="{escape(plot.description)}" ', 1)
-    head = f"<h4>{escape(plot.title)}</h4>\n" if plot.title else ""
-    return f'<div class="plot">{head}{svg}</div>\n'

@@ -1,11 +1,12 @@
 """The report's tables, built once and written as Markdown and as HTML."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from micota_fast.intervals import Estimate
 from micota_fast.paired import RESAMPLES
+from micota_fast.recipe import ClaimsConfig
 from micota_fast.report.comparison import LEVEL, Comparison
 from micota_fast.report.inputs import Corpus
 from micota_fast.report.samples import Sampled
@@ -42,8 +43,9 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def accuracy_table(summary: Summary) -> Table:
-    """Arms by benchmarks, their average and Δ to the base. Only an arm apart from all others is set in bold."""
+def accuracy_table(summary: Summary, claims: ClaimsConfig | None) -> Table:
+    """Arms by benchmarks, their average, Δ to the base and what is claimed of it. Only an arm apart from all others is
+    set in bold."""
     columns = (
         Cell("Arm"),
         *(Cell(name, f"n = {n}") for name, n in summary.problems.items()),
@@ -51,7 +53,8 @@ def accuracy_table(summary: Summary) -> Table:
         Cell("95% interval"),
         Cell("Δ vs base", "95% interval"),
     )
-    rows = tuple(_accuracy_row(arm, strong=arm is summary.winner) for arm in summary.arms)
+    claimed = claims.deltas if claims is not None else {}
+    rows = tuple(_accuracy_row(arm, arm is summary.winner, claimed.get(arm.name)) for arm in summary.arms)
     deltas = [arm.delta for arm in summary.trained if arm.delta]
     notes = [
         "Mean ± standard deviation over seeds, in % of problems; of a single run the 95% interval.",
@@ -67,15 +70,19 @@ def accuracy_table(summary: Summary) -> Table:
             if summary.winner
             else "No average is in bold: none is distinguishable from every other."
         )
+    if claims is not None:
+        notes.append(f"Published: the difference of the average in points according to {claims.source}.")
     return Table("Accuracy of the student, by training corpus", columns, rows, tuple(notes))
 
 
-def _accuracy_row(arm: Arm, strong: bool) -> tuple[Cell, ...]:
+def _accuracy_row(arm: Arm, strong: bool, claimed: float | None) -> tuple[Cell, ...]:
     average = arm.average
     runs = len(average.seeds)
     delta = Cell(ABSENT, muted=True)
     if arm.delta is not None:
         delta = _delta(arm.delta, strong)
+        if claimed is not None:
+            delta = replace(delta, second=f"published: {claimed:+g}".replace("-", "−"))
     return (
         Cell(arm.name, "untouched" if arm.name == BASE else f"{runs} seed{'s' if runs > 1 else ''}", strong=strong),
         *(_accuracy(estimate) for estimate in arm.benchmarks.values()),

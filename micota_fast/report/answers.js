@@ -1,0 +1,223 @@
+"use strict";
+// Shows the JSON that stands in the page, one page of problems at a time. What a model wrote becomes text by
+// textContent alone, never markup.
+(() => {
+  const PER_PAGE = 10;
+  const PRINTED = 100;
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const { arms, benchmarks, outcomes, finishes, problems } = data;
+  const form = document.getElementById("filters");
+  const benchmark = document.getElementById("benchmark");
+  const text = document.getElementById("text");
+  const outcomeOf = [...form.querySelectorAll("select[data-arm]")];
+  const shown = [...form.querySelectorAll("input[data-arm]")];
+  const heading = document.getElementById("found");
+  const status = document.getElementById("status");
+  const view = document.getElementById("view");
+  const list = document.getElementById("problems");
+  const pagers = [...document.querySelectorAll("nav.pager")];
+  let matches = [];
+  let page = 0;
+  let haystacks = null;
+
+  const number = (value) => value.toLocaleString("en");
+
+  function element(tag, className, content) {
+    const made = document.createElement(tag);
+    if (className) made.className = className;
+    if (content !== undefined) made.textContent = content;
+    return made;
+  }
+
+  // A text is a string, or [its start, how many characters are left out, its end].
+  const pieces = (value) => (typeof value === "string" ? [value] : [value[0], value[2]]);
+
+  const tests = {
+    all: (found) => found.every((outcome) => outcome === 0),
+    some: (found) => found.some((outcome) => outcome === 0),
+    lacking: (found) => found.some((outcome) => outcome !== 0),
+    none: (found) => found.every((outcome) => outcome !== 0),
+  };
+
+  function matching(wanted, found) {
+    if (found.length === 0) return false;
+    return wanted in tests ? tests[wanted](found) : found.includes(Number(wanted));
+  }
+
+  function haystack(problem) {
+    const [, id, prompt, gold, answers] = problem;
+    const every = answers.flatMap((ofArm) => ofArm.flatMap(([, , , extracted, , , answer]) => [extracted ?? "", ...pieces(answer)]));
+    return [id, prompt, gold, ...every].join("\n").toLowerCase();
+  }
+
+  function filtered() {
+    const needle = text.value.trim().toLowerCase();
+    if (needle && haystacks === null) haystacks = problems.map(haystack);
+    const wanted = outcomeOf.map((select) => [Number(select.dataset.arm), select.value]).filter(([, value]) => value);
+    return [...problems.keys()].filter((index) => {
+      const [of, , , , answers] = problems[index];
+      return (
+        (benchmark.value === "" || of === Number(benchmark.value)) &&
+        wanted.every(([arm, value]) => matching(value, answers[arm].map((answer) => answer[2]))) &&
+        (!needle || haystacks[index].includes(needle))
+      );
+    });
+  }
+
+  function describedView() {
+    const parts = [benchmark.value === "" ? "all benchmarks" : benchmarks[Number(benchmark.value)].name];
+    for (const select of outcomeOf) {
+      if (select.value) parts.push(`${arms[Number(select.dataset.arm)].name}: ${select.selectedOptions[0].textContent}`);
+    }
+    if (text.value.trim()) parts.push(`text “${text.value.trim()}”`);
+    const hidden = shown.filter((box) => !box.checked).map((box) => arms[Number(box.dataset.arm)].name);
+    if (hidden.length) parts.push(`not shown: ${hidden.join(", ")}`);
+    return `Shown: ${parts.join("; ")}.`;
+  }
+
+  function textBlock(value, where) {
+    const block = element("div", "text");
+    block.dir = "auto";
+    if (typeof value === "string") {
+      block.textContent = value;
+      return block;
+    }
+    const [start, omitted, end] = value;
+    block.append(start, element("em", "cut", `[${number(omitted)} characters are left out here; the whole answer: ${where}]`), end);
+    return block;
+  }
+
+  function answerBlock(arm, of, answer) {
+    const [run, sample, outcome, extracted, tokens, finish, written, others] = answer;
+    const { sign, name } = outcomes[outcome];
+    const block = element("div", `answer ${outcome === 0 ? "right" : "not-right"}`);
+    const parts = [];
+    if (arms[arm].runs.length > 1) parts.push(`run ${run + 1}`);
+    if (sample > 0 || arms[arm].samples > 1) parts.push(`sample ${sample + 1}`);
+    const verdict = element("p", "verdict");
+    const mark = element("span", "sign", sign);
+    mark.setAttribute("aria-hidden", "true");
+    verdict.append(mark, " ", element("b", "", name), parts.length ? ` · ${parts.join(", ")}` : "");
+    const facts = element("p", "facts");
+    facts.append("Read as ");
+    const read = element("span", "read", extracted === null ? "no final answer" : extracted);
+    if (extracted !== null) read.dir = "auto";
+    facts.append(read, ` · ${number(tokens)} tokens · ${finishes[finish]}`);
+    block.append(verdict, facts);
+    if (others) {
+      const said = Object.entries(others).map(([rule, right]) => `${rule}: ${right === null ? "undecided" : right ? "right" : "not right"}`);
+      block.append(element("p", "facts", `Other rules differ. ${said.join("; ")}`));
+    }
+    const line = `${arms[arm].runs[run]}/${benchmarks[of].file}`;
+    block.append(textBlock(written, line));
+    return block;
+  }
+
+  function problemBlock(index) {
+    const [of, id, prompt, gold, answers] = problems[index];
+    const article = element("article", "problem");
+    const title = element("h3", "", `${benchmarks[of].name}: ${id}`);
+    title.id = `problem-${index}`;
+    article.setAttribute("aria-labelledby", title.id);
+    const asked = element("div", "asked", prompt);
+    asked.dir = "auto";
+    const goldLine = element("p", "gold", "Gold answer: ");
+    const goldText = element("b", "", gold);
+    goldText.dir = "auto";
+    goldLine.append(goldText);
+    const grid = element("div", "arms");
+    for (const box of shown) {
+      if (!box.checked) continue;
+      const arm = Number(box.dataset.arm);
+      const column = element("div", `arm arm-${arm}`);
+      column.setAttribute("role", "group");
+      const name = element("h4", "", arms[arm].name);
+      name.id = `problem-${index}-arm-${arm}`;
+      column.setAttribute("aria-labelledby", name.id);
+      column.append(name);
+      if (answers[arm].length === 0) column.append(element("p", "facts", "no graded rows at hand"));
+      for (const answer of answers[arm]) column.append(answerBlock(arm, of, answer));
+      grid.append(column);
+    }
+    article.append(title, asked, goldLine, grid);
+    return article;
+  }
+
+  // Only what scrolls needs a place in the order of focus.
+  function makeScrollersFocusable() {
+    for (const block of list.querySelectorAll(".text")) {
+      if (block.scrollHeight <= block.clientHeight + 1) continue;
+      block.tabIndex = 0;
+      block.setAttribute("role", "group");
+      block.setAttribute("aria-label", `Answer of ${block.closest(".arm").querySelector("h4").textContent}`);
+    }
+  }
+
+  function show(indices) {
+    list.replaceChildren(...indices.map(problemBlock));
+    makeScrollersFocusable();
+  }
+
+  function tell(range) {
+    status.textContent = matches.length
+      ? `${number(matches.length)} of ${number(problems.length)} problems${range}`
+      : problems.length
+        ? `No problem of ${number(problems.length)} fits. Loosen or clear the filters.`
+        : "Nothing to show: no graded rows were at hand.";
+    view.textContent = describedView();
+  }
+
+  function showPage() {
+    const pages = Math.max(1, Math.ceil(matches.length / PER_PAGE));
+    page = Math.min(page, pages - 1);
+    const first = page * PER_PAGE;
+    const indices = matches.slice(first, first + PER_PAGE);
+    show(indices);
+    const part = indices.length < matches.length;
+    tell(part ? `; showing ${number(first + 1)} to ${number(first + indices.length)}` : "");
+    for (const pager of pagers) {
+      pager.hidden = pages === 1;
+      pager.querySelector(".previous").disabled = page === 0;
+      pager.querySelector(".next").disabled = page === pages - 1;
+      pager.querySelector(".place").textContent = `Page ${number(page + 1)} of ${number(pages)}`;
+    }
+  }
+
+  function update() {
+    matches = filtered();
+    page = 0;
+    showPage();
+  }
+
+  function turn(by) {
+    page += by;
+    showPage();
+    heading.focus(); // the new problems stand below it
+  }
+
+  let waiting = 0;
+  form.addEventListener("input", (event) => {
+    clearTimeout(waiting);
+    if (event.target === text) waiting = setTimeout(update, 200); // a search per word, not per key
+    else update();
+  });
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    clearTimeout(waiting);
+    update();
+  });
+  form.addEventListener("reset", () => setTimeout(update)); // after the controls have their first values
+  for (const pager of pagers) {
+    pager.querySelector(".previous").addEventListener("click", () => turn(-1));
+    pager.querySelector(".next").addEventListener("click", () => turn(1));
+  }
+  // Paper has no pages to turn: all that the filters leave is printed, up to a number.
+  addEventListener("beforeprint", () => {
+    show(matches.slice(0, PRINTED));
+    tell(matches.length > PRINTED ? `; printed are the first ${PRINTED}` : "");
+  });
+  addEventListener("afterprint", showPage);
+
+  document.getElementById("browser").hidden = false;
+  update();
+})();

@@ -1,0 +1,335 @@
+"""answers.html: every benchmark problem with the answers of all arms side by side, to filter, search and print.
+
+The page is one file that loads nothing. What models wrote is data in it, never markup: JSON that answers.js puts on the
+screen as text, under a content security policy that lets no other script run.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from micota_fast.errors import InputError
+from micota_fast.recipe import ReportConfig
+from micota_fast.records import Completion, benchmark_file, parse_line, parse_row, read_lines
+from micota_fast.report.drawing import THEME, theme_variables
+from micota_fast.report.inputs import Inputs, Results
+from micota_fast.report.summary import BASE
+
+OUTCOMES = {
+    # as graded: (sign, name), "correct" first
+    "correct": ("✓", "right"),
+    "wrong": ("✗", "wrong"),
+    "no_answer": ("○", "no final answer"),
+    "truncated": ("…", "truncated"),
+    "aborted": ("!", "aborted by the server"),
+    "timeout": ("?", "grading timed out"),
+    "crashed": ("?", "grading crashed"),
+}
+FINISHES = {"stop": "ended by itself", "length": "hit the token limit", "abort": "given up by the server"}
+ROOM = 27_000_000
+"""Bytes for the problems and answers; with what stands around each, the page stays below 30 MB."""
+_AROUND = 60  # bytes in the page beside an answer's text
+_LONGEST_READ = 300  # characters of an answer as it was read for grading
+
+Cut = str | list[str | int]
+"""A text, or [its start, number of characters left out, its end]."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    answer: Completion
+    outcome: str
+    extracted: str | None
+    others: dict[str, bool | None]
+    """What the protocols say that see it otherwise than the one that counts."""
+
+
+def render_answers(config: ReportConfig, inputs: Inputs, colours: Mapping[str, str]) -> bytes:
+    """The whole page. The same rows, in whatever order, give the same bytes.
+
+    Args:
+        config: its title and folder; rows' files are named relative to the folder.
+        inputs: the runs; those whose rows are not beside results.json are named as missing.
+        colours: arm -> colour as drawn.
+
+    Raises:
+        InputError: a row is bad (file:line), or two runs have different problems under one id.
+    """
+    arms = {BASE: [inputs.base], **inputs.arms}
+    kept = _kept_characters(arms)
+    problems = _problems(arms, kept)
+    folders = {
+        name: [_relative(run.path.parent / "rows", config.out) for run in runs if run.graded is not None]
+        for name, runs in arms.items()
+    }
+    benchmarks = list(inputs.base.benchmarks)
+    cut = any(isinstance(answer[6], list) for problem in problems for of_arm in problem[4] for answer in of_arm)
+    samples = {name: _samples(runs) for name, runs in arms.items()}
+    data = {
+        "arms": [{"name": name, "runs": folders[name], "samples": samples[name]} for name in arms],
+        "benchmarks": [{"name": name, "file": benchmark_file(name)} for name in benchmarks],
+        "outcomes": [{"sign": sign, "name": name} for sign, name in OUTCOMES.values()],
+        "finishes": list(FINISHES.values()),
+        "problems": problems,
+    }
+    script = _resource("answers.js")
+    style = _style([colours[name] for name in arms])
+    policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'"
+    parts = [
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}; form-action \'none\'">\n',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
+        f"<title>Answers: {escape(config.title)}</title>\n<style>{style}</style>\n</head>\n<body>\n",
+        '<a class="skip" href="#found">Skip to the problems</a>\n',
+        f'<header>\n<p><a href="report.html">Report</a></p>\n<h1>Answers: {escape(config.title)}</h1>\n</header>\n',
+        "<main>\n",
+        "<noscript><p>This page shows problems and answers with JavaScript, which is switched off here. The rows that "
+        'it would show lie in the files named <a href="#files">below</a>, one JSON object a line.</p></noscript>\n',
+        '<div id="browser" hidden>\n',
+        _form(arms, problems, benchmarks, kept if cut else None),
+        '<h2 id="found" tabindex="-1">Problems</h2>\n<p id="status" role="status"></p>\n<p id="view"></p>\n',
+        _pager("Pages, above the problems"),
+        '<div id="problems"></div>\n',
+        _pager("Pages, below the problems"),
+        "</div>\n",
+        _files(arms, folders, benchmarks, config.out),
+        f'</main>\n<script type="application/json" id="data">{_embedded(data)}</script>\n',
+        f"<script>{script}</script>\n</body>\n</html>\n",
+    ]
+    return "".join(parts).encode("utf-8", "replace")  # JSON can hold half a surrogate pair, UTF-8 cannot
+
+
+def _rows(file: Path) -> Iterator[_Row]:
+    for where, line in read_lines(file):
+        value = parse_line(line, where)
+        answer = parse_row(Completion, value, where)
+        outcome, extracted = str(value.get("outcome")), value.get("extracted")
+        for key, found, known in (("outcome", outcome, OUTCOMES), ("finish_reason", answer.finish_reason, FINISHES)):
+            if found not in known:
+                raise InputError(f"{where}: key {key!r} must be one of {', '.join(known)}, found {found!r}")
+        if not isinstance(extracted, str | None):
+            raise InputError(f"{where}: key 'extracted' must be str or null, found {extracted!r:.60}")
+        yield _Row(answer, outcome, extracted, _others(value.get("protocols"), answer.correct, where))
+
+
+def _others(protocols: Any, counts: bool | None, where: str) -> dict[str, bool | None]:
+    if protocols is None:
+        return {}
+    try:
+        return {name: of["correct"] for name, of in protocols.items() if of["correct"] is not counts}
+    except (AttributeError, KeyError, TypeError):
+        raise InputError(
+            f"{where}: key 'protocols' must hold {{NAME: {{correct: ...}}}}, found {protocols!r:.80}"
+        ) from None
+
+
+def _graded_files(runs: Sequence[Results]) -> list[list[tuple[str, Path]]]:
+    """Of each run whose rows are there, its benchmarks and their files."""
+    return [
+        [(name, run.path.parent / "rows" / benchmark_file(name)) for name in run.benchmarks]
+        for run in runs
+        if run.graded is not None
+    ]
+
+
+def _kept_characters(arms: Mapping[str, Sequence[Results]]) -> int:
+    """How many characters of an answer's start, and as many of its end, the page has room for; at least 100."""
+    characters, encoded, seen, taken = [], [], set(), 0
+    for runs in arms.values():
+        for of_run in _graded_files(runs):
+            for benchmark, file in of_run:
+                for row in _rows(file):
+                    text = row.answer.completion
+                    characters.append(len(text))
+                    encoded.append(_size(text))
+                    if (benchmark, row.answer.id) not in seen:
+                        seen.add((benchmark, row.answer.id))
+                        taken += _size(row.answer.problem) + _size(row.answer.answer)
+    lengths, sizes = np.array(characters), np.array(encoded)
+    room = ROOM - taken - _AROUND * len(lengths)
+    for kept in (digit * 10**power for power in range(6, 1, -1) for digit in range(9, 0, -1)):
+        share = np.minimum(1.0, 2 * kept / np.maximum(lengths, 1))  # as if its bytes lay evenly in a text
+        if kept == 100 or (share * sizes).sum() <= room:
+            break
+    return kept
+
+
+def _size(text: str) -> int:
+    """Bytes of a text in the page."""
+    return len(_json(text).encode("utf-8", "replace")) + 5 * text.count("<")
+
+
+def _problems(arms: Mapping[str, Sequence[Results]], kept: int) -> list[list[Any]]:
+    """[benchmark, id, problem, gold answer, answers by arm] of each, benchmarks in their order, ids in natural order.
+
+    An answer is [run, sample, outcome, extracted, tokens, finish reason, text, other protocols' verdicts or null]; what
+    has few values stands as its place in the list of them.
+    """
+    outcomes, finishes = list(OUTCOMES), list(FINISHES)
+    found: dict[tuple[int, str], list[Any]] = {}
+    for arm, runs in enumerate(arms.values()):
+        for run, of_run in enumerate(_graded_files(runs)):
+            for benchmark, (_, file) in enumerate(_in_order(of_run, arms)):
+                for row in _rows(file):
+                    answer = row.answer
+                    text = [answer.problem, answer.answer]
+                    new = [benchmark, answer.id, *text, [[] for _ in arms]]
+                    problem = found.setdefault((benchmark, answer.id), new)
+                    if problem[2:4] != text:
+                        raise InputError(f"{file}: problem {answer.id!r} or its gold answer differs from other runs'")
+                    problem[4][arm].append(
+                        [
+                            run,
+                            answer.sample,
+                            outcomes.index(row.outcome),
+                            None if row.extracted is None else _shortened(row.extracted),
+                            answer.completion_tokens,
+                            finishes.index(answer.finish_reason),
+                            _cut(answer.completion, kept),
+                            row.others or None,
+                        ]
+                    )
+    for problem in found.values():
+        for of_arm in problem[4]:
+            of_arm.sort(key=lambda answer: answer[:2])
+    return [found[key] for key in sorted(found, key=lambda key: (key[0], _natural(key[1])))]
+
+
+def _in_order(of_run: list[tuple[str, Path]], arms: Mapping[str, Sequence[Results]]) -> list[tuple[str, Path]]:
+    """A run's benchmarks in the order of the base's."""
+    order = list(arms[BASE][0].benchmarks)
+    return sorted(of_run, key=lambda named: order.index(named[0]))
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """By this key x-2 comes before x-10."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))], name
+
+
+def _cut(text: str, kept: int) -> Cut:
+    return text if len(text) <= 2 * kept else [text[:kept], len(text) - 2 * kept, text[-kept:]]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_READ else f"{text[:_LONGEST_READ]} … ({len(text):,} characters)"
+
+
+def _samples(runs: Sequence[Results]) -> int:
+    """Most answers to a problem in a run of this arm."""
+    return max((of.samples for run in runs for of in (run.graded or {}).values()), default=0)
+
+
+def _relative(path: Path, out: str) -> str:
+    return Path(os.path.relpath(path, out)).as_posix()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _embedded(data: Any) -> str:
+    """JSON that neither ends a script element nor begins a comment, and holds no line end that JavaScript knows."""
+    return _json(data).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _resource(name: str) -> str:
+    return (files("micota_fast.report") / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _style(colours: Sequence[str]) -> str:
+    light, dark = theme_variables()
+    rules = [f".arm-{arm} {{ --series: var({THEME[colour][0]}); }}\n" for arm, colour in enumerate(colours)]
+    return _resource("answers.css").replace("LIGHT", light).replace("DARK", dark) + "".join(rules)
+
+
+def _form(
+    arms: Mapping[str, Sequence[Results]], problems: Sequence[list[Any]], benchmarks: Sequence[str], kept: int | None
+) -> str:
+    counts = [sum(problem[0] == benchmark for problem in problems) for benchmark in range(len(benchmarks))]
+    sets = "".join(
+        f'<option value="{place}">{escape(name)} ({counts[place]:,})</option>' for place, name in enumerate(benchmarks)
+    )
+    outcomes, boxes = "", ""
+    for place, name in enumerate(arms):
+        answers = [problem[4][place] for problem in problems]
+        if any(answers):
+            outcomes += f"<label>{escape(name)} <select data-arm={place}>{_outcome_options(answers)}</select></label>\n"
+        boxes += f"<label><input type=checkbox data-arm={place} checked> {escape(name)}</label>\n"
+    hint = "Looks in problems, gold answers and answers."
+    if kept is not None:
+        hint += (
+            f" Of long answers only the first and last {kept:,} characters are in this page; the rest is not searched."
+        )
+    return (
+        '<form id="filters" role="search" aria-labelledby="filter-heading" autocomplete="off">\n'
+        '<h2 id="filter-heading">Filter</h2>\n'
+        f'<div><label for="benchmark">Benchmark</label><select id="benchmark"><option value="">all ({len(problems):,})'
+        f"</option>{sets}</select></div>\n"
+        '<div><label for="text">Text</label><input id="text" type="search" spellcheck="false" aria-describedby="hint">'
+        f'<p class="hint" id="hint">{hint}</p></div>\n'
+        f'<fieldset class="outcomes"><legend>Outcome under each arm</legend><div>\n{outcomes}</div></fieldset>\n'
+        f"<fieldset><legend>Arms shown</legend><div>\n{boxes}</div></fieldset>\n"
+        '<div class="buttons"><button type="reset">Clear filters</button></div>\n</form>\n'
+    )
+
+
+def _outcome_options(answers: Sequence[list[Any]]) -> str:
+    """By what an arm's answers to a problem can be filtered: `answers` of each problem."""
+    options = {"": "any"}
+    if max(map(len, answers)) > 1:
+        options |= {
+            "all": "always right",
+            "some": "right at least once",
+            "lacking": "not always right",
+            "none": "never right",
+        }
+    else:
+        options |= {"all": "right", "none": "not right"}
+    every = {answer[2] for of_problem in answers for answer in of_problem}
+    options |= {str(place): name for place, (_, name) in enumerate(OUTCOMES.values()) if place and place in every}
+    return "".join(f'<option value="{value}">{text}</option>' for value, text in options.items())
+
+
+def _pager(label: str) -> str:
+    return (
+        f'<nav class="pager" aria-label="{label}"><button type="button" class="previous">Previous</button>'
+        '<span class="place"></span><button type="button" class="next">Next</button></nav>\n'
+    )
+
+
+def _files(
+    arms: Mapping[str, Sequence[Results]], folders: Mapping[str, Sequence[str]], benchmarks: Sequence[str], out: str
+) -> str:
+    named = ", ".join(f"<code>{escape(benchmark_file(name))}</code>" for name in benchmarks)
+    there = "".join(
+        f"<li>{escape(name)}{f', run {place}' if len(of_arm) > 1 else ''}: <code>{escape(folder)}/</code></li>\n"
+        for name, of_arm in folders.items()
+        for place, folder in enumerate(of_arm, 1)
+    )
+    missing = "".join(
+        f"<li>{escape(name)}: beside <code>{escape(_relative(run.path, out))}</code></li>\n"
+        for name, runs in arms.items()
+        for run in runs
+        if run.graded is None
+    )
+    return (
+        '<section id="files" aria-labelledby="files-heading">\n<h2 id="files-heading">Where the rows lie</h2>\n'
+        f"<p>Every answer whole, with its verdicts, one JSON object a line, in files named {named}, in these folders "
+        f"(from that of this page):</p>\n<ul>\n{there}</ul>\n"
+        + (f"<p>Without graded rows, so not shown:</p>\n<ul>\n{missing}</ul>\n" if missing else "")
+        + "</section>\n"
+    )
