@@ -1,12 +1,14 @@
-r"""Exact sums of rational multiples of square roots, powers of π and symbols: reading from LaTeX, and arithmetic."""
+r"""Exact sums of rational multiples of square roots, powers of π, other roots and symbols: reading, and arithmetic."""
 
 import math
+import random
 import re
 from fractions import Fraction
+from functools import lru_cache
 
 # A product of a square root and powers of symbols; "π" is a symbol as well, as it is transcendental. Different
 # monomials of squarefree radicands are linearly independent over the rationals, so sums of them are equal only if
-# their coefficients are.
+# their coefficients are. Not so with other roots, which are symbols such as "12^1/7": two sums may then be one number.
 Monomial = tuple[int, tuple[tuple[str, int], ...]]
 Sum = dict[Monomial, Fraction]
 
@@ -22,19 +24,19 @@ class NotReadable(Exception):
 _TOKEN = re.compile(r"\\(?:frac|sqrt|pi|cdot|times)(?![a-zA-Z]) ?|\d+|[abckmnpqrstuvwxyzi]|[-+/^(){}]")
 
 
-def read_sum(text: str) -> Sum:
+def read_sum(text: str, mark: str = "") -> Sum:
     r"""The value of LaTeX such as `\frac{3+\sqrt{5}}{2}` or `2x^2-1`, spelled as by `answers.normalise`.
+
+    `mark` is appended to the name of every symbol.
 
     Raises:
         NotReadable: it is outside the grammar, or too large.
         ZeroDivisionError: a denominator is zero.
     """
     tokens = [token.rstrip() for token in _TOKEN.findall(text)]
-    if len("".join(tokens)) != len(text.replace(" ", "")) or re.search(r"[^a-z] | [^a-z0-9]", text):
+    if len("".join(tokens)) != len(text.replace(" ", "")) or re.search(r"[^a-z0-9] | [^a-z0-9]", text):
         raise NotReadable  # something between the tokens
-    if re.search(r"\bi\b", text):  # math-verify then takes all symbols for complex
-        raise NotReadable
-    parser = _Parser(tokens)
+    parser = _Parser(tokens, mark)
     value = parser.sum()
     if parser.peek():
         raise NotReadable
@@ -44,8 +46,9 @@ def read_sum(text: str) -> Sum:
 class _Parser:
     """Recursive descent over sums of products; raises NotReadable where TeX and math-verify might read otherwise."""
 
-    def __init__(self, tokens: list[str]) -> None:
+    def __init__(self, tokens: list[str], mark: str) -> None:
         self.tokens = tokens
+        self.mark = mark
         self.at = 0
 
     def peek(self) -> str:
@@ -77,17 +80,17 @@ class _Parser:
                 self.take()
             elif token == "/":
                 self.take()
-                if not self.peek().isdigit():
+                if not self.peek().isdigit() and self.peek() != "\\sqrt":
                     raise NotReadable
-                total = times(total, {ONE: Fraction(1, int(self.take()))})
+                total = times(total, _inverse(self.factor()[0]))
                 if self.peek() not in ("", "-", "+", ")", "}"):  # 1/2x
                     raise NotReadable
                 break
             elif (
                 token.isdigit()
                 or (token == "\\frac" and before.isdigit())
-                or (token == "(" and before != ")" and not before.isdigit())
-            ):  # x2, 3\frac{1}{2}
+                or (token == "(" and before != ")" and not before.isalnum())
+            ):  # x2, 3\frac{1}{2}, \pi(x+1)
                 raise NotReadable
             factor, before = self.power()
             total = times(total, factor)
@@ -107,6 +110,11 @@ class _Parser:
             if sign < 0:
                 self.take()
             digits = self.take()
+            if self.peek() == "/":
+                self.take()
+                root = self.take()
+                self.expect("}")
+                return _root(base, sign, digits, root), "^"
             self.expect("}")
         else:
             sign, digits = 1, self.take()
@@ -125,7 +133,7 @@ class _Parser:
         if token == "\\pi":
             return {(1, (("π", 1),)): Fraction(1)}, token
         if token.isalpha():
-            return {(1, ((token, 1),)): Fraction(1)}, token
+            return {(1, ((token + self.mark, 1),)): Fraction(1)}, token
         if token == "(":
             value = self.sum()
             self.expect(")")
@@ -172,8 +180,22 @@ def rational(value: Sum) -> Fraction:
 
 
 def is_constant(value: Sum) -> bool:
-    """Whether it holds no symbol but π."""
-    return all(symbol == "π" for _, powers in value for symbol, _ in powers)
+    """Whether it holds no symbol but π and roots."""
+    return all(_constant(symbol) is not None for _, powers in value for symbol, _ in powers)
+
+
+def has_roots(value: Sum) -> bool:
+    """Whether it holds roots that are not square: other sums may then be the same number."""
+    return any("^" in symbol for _, powers in value for symbol, _ in powers)
+
+
+@lru_cache(maxsize=1 << 10)
+def _constant(symbol: str) -> float | None:
+    """What a symbol stands for, None if for a variable."""
+    if symbol == "π":
+        return math.pi
+    base, _, exponent = symbol.partition("^")
+    return float(int(base) ** Fraction(exponent)) if exponent else None
 
 
 def is_symbol(value: Sum) -> bool:
@@ -181,15 +203,59 @@ def is_symbol(value: Sum) -> bool:
     if len(value) != 1:
         return False
     ((radicand, powers), coefficient) = next(iter(value.items()))
-    return radicand == coefficient == 1 and len(powers) == 1 and powers[0][1] == 1 and powers[0][0] != "π"
+    return radicand == coefficient == 1 and len(powers) == 1 and powers[0][1] == 1 and _constant(powers[0][0]) is None
 
 
 def to_float(value: Sum) -> float:
     """Of a constant."""
     total = 0.0
     for (radicand, powers), coefficient in value.items():
-        total += float(coefficient) * math.sqrt(radicand) * math.prod(math.pi**power for _, power in powers)
+        size = float(coefficient) * math.sqrt(radicand)
+        for symbol, power in powers:
+            constant = _constant(symbol)
+            assert constant is not None
+            size *= constant**power
+        total += size
     return total
+
+
+def has_other_zeros(a: Sum, b: Sum) -> bool:
+    """Whether a real zero of the polynomial `a`, at which it changes its sign, is found that is none of `b`'s."""
+    symbols = sorted({s for value in (a, b) for _, powers in value for s, _ in powers if _constant(s) is None})
+    monomials = [powers for value in (a, b) for _, powers in value]
+    # of high degree a zero may be multiple, and found only roughly
+    simple = all(power > 0 for powers in monomials for _, power in powers) and all(
+        sum(power for symbol, power in powers if symbol != "π") <= 4 for powers in monomials
+    )
+    if not simple or not 1 <= len(symbols) <= 4 or any("'" in symbol for symbol in symbols):
+        return False
+    sizes = _at({monomial: abs(coefficient) for monomial, coefficient in b.items()}, symbols, [10.0] * len(symbols))
+    source = random.Random(0)
+    for _ in range(20):
+        low, high = ([source.uniform(-10, 10) for _ in symbols] for _ in range(2))
+        sign = _at(a, symbols, low) > 0
+        if (_at(a, symbols, high) > 0) == sign:
+            continue
+        for _ in range(60):
+            middle = [(x + y) / 2 for x, y in zip(low, high, strict=True)]
+            if (_at(a, symbols, middle) > 0) == sign:
+                low = middle
+            else:
+                high = middle
+        if abs(_at(b, symbols, low)) > 1e-3 * sizes:
+            return True
+    return False
+
+
+def _at(value: Sum, symbols: list[str], point: list[float]) -> float:
+    """The value at a point."""
+    place = dict(zip(symbols, point, strict=True))
+    return sum(
+        float(coefficient)
+        * math.sqrt(radicand)
+        * math.prod((place.get(symbol) or _constant(symbol) or 0.0) ** power for symbol, power in powers)
+        for (radicand, powers), coefficient in value.items()
+    )
 
 
 def _checked(value: Sum) -> Sum:
@@ -240,6 +306,16 @@ def _power(base: Sum, exponent: int) -> Sum:
     for _ in range(abs(exponent)):
         total = times(total, factor)
     return total
+
+
+def _root(base: Sum, sign: int, above: str, below: str) -> Sum:
+    """`base` to a fraction, for an integer above 1."""
+    if not (above.isdigit() and below.isdigit()) or len(above) > 2 or len(below) > 3 or not is_rational(base):
+        raise NotReadable
+    exponent = Fraction(sign * int(above), int(below))
+    if exponent.denominator == 1 or rational(base).denominator != 1 or not 1 < rational(base) <= 1000:
+        raise NotReadable
+    return {(1, ((f"{rational(base)}^{exponent}", 1),)): Fraction(1)}
 
 
 def _square_root(value: Sum) -> Sum:

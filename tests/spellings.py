@@ -8,6 +8,21 @@ Value = tuple[Any, ...]
 
 LETTERS = "xynkzpq"
 UNITS = ["\\text{ cm}", "^\\circ", "^{\\circ}", "\\text{ inches}^2", "\\%", " cm", ".0", ".00", "\\text{ units}"]
+OTHER_KINDS = [
+    "poly",
+    "product",
+    "list",
+    "set",
+    "matrix",
+    "union",
+    "x=",
+    "i",
+    "line",
+    "power",
+    "symbols",
+    "roots union",
+]
+OTHER_KINDS += ["percent", "equation", "plane", "conic", "tuples", "degrees", "base", "over root", "x=set"]
 
 
 class Spellings:
@@ -31,9 +46,7 @@ class Spellings:
 
     def value(self, constant: bool = False) -> Value:
         kinds = ["rational"] * 3 + ["root", "pi", "sum"]
-        kind = self.choice(
-            kinds if constant else [*kinds, "poly", "product", "list", "set", "matrix", "union", "x=", "i"]
-        )
+        kind = self.choice(kinds if constant else [*kinds, *OTHER_KINDS])
         several = [self.value(constant=True) for _ in range(self.choice([2, 2, 3]))] if not constant else []
         match kind:
             case "rational":
@@ -57,6 +70,44 @@ class Spellings:
             case "union":
                 ends = tuple(map(Fraction, sorted(self.random.sample(range(-4, 6), 4))))
                 return kind, ends, self.choice(["(]", "[)", "()"]), self.choice(["(]", "[)"])
+            case "roots union":
+                roots = tuple(sorted(self.random.sample([-9, -8, -4, -3, -2, -1, 1, 2, 3, 4, 5, 8], 4)))
+                return kind, roots, self.random.random() < 0.5, self.choice(["(]", "[)", "()", "[]"])
+            case "line":
+                return kind, self.rational(), self.integer(), self.choice("yzk"), self.choice("xxan")
+            case "power":
+                return (
+                    kind,
+                    self.choice([2, 3, 8, 12, 64]),
+                    Fraction(self.choice([-2, -1, 1, 2, 3]), self.choice([3, 4, 7])),
+                )
+            case "symbols":
+                letter = self.choice("kni")
+                return kind, tuple((self.rational(), self.integer(), letter) for _ in several)
+            case "x=set":
+                return kind, tuple(several), self.choice("xyn")
+            case "percent":
+                return kind, self.choice([Fraction(1), Fraction(5, 2), self.integer(), self.integer() * 10])
+            case "equation":
+                return kind, self.integer(), self.integer(), self.integer()
+            case "plane":
+                return kind, self.integer(), self.integer(), self.integer(), self.integer()
+            case "conic":
+                return (
+                    kind,
+                    self.choice([1, 4]),
+                    self.choice([1, -1, 9]),
+                    self.choice([-1, 1, -36, 0]),
+                    self.choice("xa"),
+                )
+            case "tuples":
+                return kind, tuple((self.integer(), self.integer()) for _ in several)
+            case "degrees":
+                return kind, tuple({self.integer() * 15 for _ in range(2)})
+            case "base":
+                return kind, self.choice([10, 212, 1021]), self.choice(["", "-"]), self.choice([3, 4, 7])
+            case "over root":
+                return kind, self.integer(), self.choice([2, 3, 5, 7])
             case "x=":
                 return kind, several[0], self.choice("xykn")
             case _:
@@ -68,10 +119,19 @@ class Spellings:
         if kind == "rational":
             tenths = Fraction(1, self.choice([10, 100, 1000]))
             return kind, self.choice([first + 1, -first, first + tenths, first * 100, first / 100])
-        if kind in ("list", "set", "matrix"):
+        if kind in ("list", "set", "matrix", "x=set"):
             return kind, (self.near(first[0]), *first[1:]), *rest
         if kind == "union":
             return kind, (*first[:3], first[3] + 1), *rest
+        if kind == "symbols":
+            ((a, b, letter), *others) = first
+            return kind, ((a, b + 1, letter), *others)
+        if kind == "tuples":
+            return kind, ((first[0][0], first[0][1] + 1), *first[1:])
+        if kind == "degrees":
+            return kind, (first[0] + 5, *first[1:])
+        if kind == "roots union":
+            return kind, (*first[:3], first[3] + 3), *rest
         if kind == "x=":
             return kind, self.near(first), *rest
         if kind == "poly":
@@ -120,6 +180,46 @@ class Spellings:
                 a, b, c, d = map(self._rational, first)
                 parts = [rest[0][0] + f"{a},{b}" + rest[0][1], rest[1][0] + f"{c},{d}" + rest[1][1]]
                 return self.choice(["\\cup", " \\cup "]).join(parts)
+            case "roots union":
+                ends = [f"{'-' if end < 0 else ''}\\sqrt{{{abs(end)}}}" for end in first]
+                inner = [ends[1], ends[2]] if rest[0] else [ends[2], ends[1]]  # apart or not
+                parts = [f"({ends[0]},{inner[0]}{rest[1][1]}", f"{rest[1][0]}{inner[1]},{ends[3]})"]
+                self.random.shuffle(parts)
+                return "\\cup".join(parts)
+            case "line":
+                return f"{rest[1]}={self._sum([self._multiple(first, rest[2]), self._rational(rest[0])])}"
+            case "power":
+                return self.choice(["", "-", "2"]) + f"{first}^{{{rest[0]}}}" if self.random.random() < 0.9 else "2"
+            case "symbols":
+                text = ",".join(self._sum([self._multiple(a, c), self._rational(b)]) for a, b, c in first)
+                return self.choice([text, f"\\{{{text}\\}}", f"x={text}"])
+            case "x=set":
+                return f"{rest[0]}={','.join(map(self._item, first))}"
+            case "percent":
+                value = first if self.random.random() < 0.7 else first / 100
+                return f"{float(first):g}\\%" if self.random.random() < 0.5 else self._rational(value, alone=True)
+            case "equation":
+                left, right = f"{first}x+{abs(rest[0])}y", rest[1]
+                return self.choice([f"{left}={right}", f"{left}={right}", f"{right}", f"x^2+y^2={right}", "x+y=7"])
+            case "plane":
+                times = self.choice([1, 1, 1, -1, 2])
+                a, b, c, d = (int(times * x) for x in (first, *rest))
+                return self.choice([f"{a}x{b:+}y{c:+}z{d:+}=0", f"{b}y{a:+}x{c:+}z={-d}"])
+            case "conic":
+                a, b, c = (int(x) for x in (first, *rest[:2]))
+                forms = [f"{a}{rest[2]}^2{b:+}y^2{c:+}=0", f"{b}y^2={-c}-{a}{rest[2]}^2", f"y={a}{rest[2]}^2{b:+}"]
+                return self.choice([*forms, f"{rest[2]}^2={abs(c)}", f"{rest[2]}^2+{a}={b}"])
+            case "tuples":
+                return self.choice([",", ", "]).join(f"({x}, {y})" for x, y in first)
+            case "degrees":
+                return self.choice([",", ", "]).join(f"{x}{self.choice(UNITS[1:3])}" for x in first)
+            case "base":
+                return self.choice(
+                    [f"{rest[0]}{first}_{rest[1]}", f"{rest[0]}{first}_{{{rest[1]}}}", f"\\${rest[0]}{first}"]
+                )
+            case "over root":
+                forms = [f"{first}/\\sqrt{{{rest[0]}}}", f"\\frac{{{first}}}{{\\sqrt{{{rest[0]}}}}}"]
+                return self.choice([*forms, self._root(first / rest[0], rest[0])])
             case "x=":
                 return self.choice([f"{rest[0]}=", f"{rest[0]} = ", ""]) + self._item(first)
             case _:
