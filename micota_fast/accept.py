@@ -137,6 +137,9 @@ class Judge:
             pairs = [(row.completion, row.answer) for row, _ in batch]
             try:
                 verdicts = await asyncio.to_thread(self._grader.grade, pairs)
+            except asyncio.CancelledError:
+                self._grader.close()  # the run ends: the loop's end waits for its threads, and a batch may take minutes
+                raise
             except Exception as error:  # a grader that cannot start: whoever waits must hear of it
                 for _, future in batch:
                     if not future.done():

@@ -204,13 +204,16 @@ def _run(parsed: argparse.Namespace) -> None:
     from micota_fast.pipeline import Run
 
     loaded, path, folder = _recipe(parsed)
-    run = Run(plan(loaded, path, folder), loaded.launch, folder)
+    absent: list[str] | None = [] if parsed.dry_run else None  # a dry run shows the stages all the same
+    run = Run(plan(loaded, path, folder, absent), loaded.launch, folder)
     statuses = run.statuses()
     width = max(len(name) for name in statuses)
     open_stages = [name for name, status in statuses.items() if status.state != "done"]
     if parsed.dry_run:
         for name, status in statuses.items():
             print(f"{name:{width}}  {status.state:8}  {status.why}".rstrip())
+        for what in absent or ():
+            print(f"absent: {what}")
         print(f"{len(statuses) - len(open_stages)} of {len(statuses)} stages done; folder: {folder}")
         return
     if open_stages:

@@ -102,6 +102,7 @@ class Client:
         self._said_failing, self._said_at = False, -math.inf
         self._answered_at = -math.inf
         self._aborted = 0
+        self._context_length = 0  # tokens; 0: no server is up yet
         self._well = len(journal)  # answers that show that the servers can, sometime
         accepted = int((journal.entries["verdict"] == ACCEPTED).sum())
         self.meters = Meters(len(journal), None if judge is None else accepted)
@@ -130,7 +131,7 @@ class Client:
                     self._context_length = self._find_context_length()
                     self._say_seeds_ignored()
                     checked = self._journal.folder / "prompts-checked.json"
-                    self._prompts.check(self._longest_prompt(), self._context_length, checked)
+                    await self._prompts.check(self._longest_prompt(), self._context_length, checked)
                     await self._judge_left_over()
                     self._schedule = self._make_schedule()
                     watchers.append(group.create_task(self._report(screen)))
@@ -197,7 +198,7 @@ class Client:
             print(f"{endpoint.url} does not tell which model it serves: taken on trust", file=sys.stderr, flush=True)
         await endpoint.read_info(self._probing)
         context = endpoint.info.get("context_length")
-        if isinstance(context, int) and context < getattr(self, "_context_length", 0):
+        if isinstance(context, int) and context < self._context_length:
             raise InputError(
                 f"{endpoint.url} has come up with a context of {context} tokens, less than the "
                 f"{self._context_length} of the others, by which the prompts were checked; start it like them"
@@ -390,7 +391,8 @@ class Client:
         now = time.monotonic()
         if not self._said_failing and now - self._said_at >= PROGRESS_S:
             self._said_failing, self._said_at = True, now
-            print(f"{endpoint.url}: {why}; trying again", file=sys.stderr, flush=True)
+            limit = f"trying again for up to {self._patience_s:.0f} s"
+            print(f"{endpoint.url}: {why}; {limit}", file=sys.stderr, flush=True)
 
     def _given_up(self, silent_s: float, why: str) -> InputError:
         urls = ", ".join(endpoint.url for endpoint in self._endpoints)
@@ -406,6 +408,7 @@ class Client:
             print(f"going on after {before} of {self._schedule.expected} completions", file=sys.stderr, flush=True)
         while True:
             await asyncio.sleep(PROGRESS_S)
+            self._journal.sync()  # answers may be far apart, and only an append finds that a sync is due
             screen.show(self.meters.line(self._schedule.expected, self._endpoints))
 
 

@@ -140,7 +140,22 @@ def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
         if field.metadata.get("source"):
             doc += f" [{field.metadata['source']}]"
         rows.append((key, default, doc))
+        for shape, inner in _nested(hint):
+            rows += describe(inner, f"{key}{shape}.")
     return rows
+
+
+def _nested(hint: Any) -> typing.Iterator[tuple[str, type]]:
+    """(how it is reached, dataclass) of those that a list, a mapping or an optional value holds."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        yield "", typing.cast(type, hint)
+    elif origin in (Union, types.UnionType):
+        for arg in args:
+            yield from _nested(arg)
+    elif origin in (list, dict):
+        for shape, inner in _nested(args[-1]):
+            yield ("[i]" if origin is list else ".NAME") + shape, inner
 
 
 def _compose(text: str, source: str) -> yaml.Node | None:

@@ -24,6 +24,7 @@ PROBE_TIMEOUT_S = 30.0
 HALVED_EVERY_S = 1.0
 RESTS_AFTER = 8  # failures in a row
 FIRST_LIMIT = 64  # requests in flight before the server has said how it fares
+JSON = {"Content-Type": "application/json"}
 _OURS = uuid.uuid4().hex  # how the ids of this process's requests begin
 _numbers = itertools.count()
 
@@ -59,7 +60,7 @@ def parse_load(body: Any) -> Load | None:
             waiting=sum(int(rank["num_waiting_reqs"]) for rank in ranks),
             usage=sum(usage) / len(usage) if usage else None,
         )
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return None
 
 
@@ -83,6 +84,7 @@ class Endpoint:
         self.info: dict[str, Any] = {}
         self.down: str | None = "not asked yet"
         self.answered = 0
+        self._headers = JSON
         self._adapted = False
         self._halved_at = -math.inf
         self._work_again()
@@ -159,12 +161,14 @@ class Endpoint:
             async with asyncio.timeout(timeout_s) as timeout:
                 self.timeouts.add(timeout)
                 try:
-                    async with session.post(self.url + "/generate", data=data, headers=JSON) as response:
+                    async with session.post(self.url + "/generate", data=data, headers=self._headers) as response:
                         content = await response.read()
                         if response.status == 200:
                             answer = json.loads(content)
                             if _is_anothers(answer, rid):
-                                response.close()  # whatever comes on that connection is off by one from now on
+                                # Whatever comes on that connection is off by one from now on, and it is among the
+                                # idle ones again: this server has each connection for one request from now on.
+                                self._headers = JSON | {"Connection": "close"}
                                 raise Temporary("the answer to another request came", own=False)
                             return answer
                 finally:
@@ -245,9 +249,6 @@ class Endpoint:
             raise InputError(f"`url`: {self.url!r} is no address of a server") from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Temporary(f"{type(error).__name__}: {error}") from None
-
-
-JSON = {"Content-Type": "application/json"}
 
 
 def is_model(served: str, wanted: str, checkpoint: Path) -> bool:

@@ -16,6 +16,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ from micota_fast.request import sampling_params
 from micota_fast.serve import sglang
 from micota_fast.serve.launch import serving
 
-FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 64, 1 << 16
 Config = GenerateConfig | EvaluateConfig
 
 
@@ -50,6 +50,7 @@ def run(config: GenerateConfig) -> None:
     named_urls(config)
     problems = open_problems(config.problems, config.limit, config.out)
     if finished(problems, config, config.out):
+        _clear_away(problems, config, config.out)
         print(f"{config.out}: done already")
         return
     with servers_for(config, f"{config.out}.server.log") as urls:
@@ -137,26 +138,28 @@ def fingerprint(problems: ProblemFile, config: Config) -> dict[str, Any]:
 
 
 def model_fingerprint(path: Path) -> str:
-    """SHA-256 over a checkpoint's files: all of the small ones; of a large one its size and evenly spaced blocks.
+    """SHA-256 over the names and contents of a checkpoint's files, all of the weights: frozen models differ in little.
 
-    Training and merging change weights everywhere, so blocks suffice to tell two checkpoints of one shape apart, and
-    a 60 GB checkpoint takes no minute.
+    Several files are read at once, so a 60 GB checkpoint takes as long as its disk or page cache does.
+
+    Raises:
+        InputError: there is no checkpoint.
     """
-    digest = hashlib.sha256()
     files = sorted(p for p in path.iterdir() if p.suffix in {".safetensors", ".json", ".jinja"} and p.is_file())
+    files = [file for file in files if file.name != "trainer_state.json"]  # how it was made is not what it is
     if not files:
         raise InputError(f"{path}: no checkpoint here (no *.json, no *.safetensors)")
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            if size <= FINGERPRINT_BLOCKS * FINGERPRINT_BLOCK_BYTES:
-                digest.update(stream.read())
-                continue
-            for block in range(FINGERPRINT_BLOCKS):
-                stream.seek(block * (size - FINGERPRINT_BLOCK_BYTES) // (FINGERPRINT_BLOCKS - 1))
-                digest.update(stream.read(FINGERPRINT_BLOCK_BYTES))
+    with ThreadPoolExecutor() as pool:
+        contents = list(pool.map(_sha256, files))
+    digest = hashlib.sha256()
+    for file, content in zip(files, contents, strict=True):
+        digest.update(f"{file.name}\0{content}\n".encode())
     return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finished(problems: ProblemFile, config: Config, out: str | Path) -> bool:
@@ -207,8 +210,7 @@ def generate_corpus(problems: ProblemFile, config: Config, urls: Sequence[str], 
     out = Path(out_path)
     parts, meta_path = Path(f"{out}.parts"), Path(f"{out}.meta.json")
     if finished(problems, config, out):
-        if parts.exists():  # killed between the last file and the clearing away
-            Journal(parts, fingerprint(problems, config)).discard()
+        _clear_away(problems, config, out)
         meta: dict[str, Any] = json.loads(meta_path.read_bytes())
         return meta
     if out.exists() and not (parts / "manifest.json").exists():
@@ -228,6 +230,12 @@ def generate_corpus(problems: ProblemFile, config: Config, urls: Sequence[str], 
         write_atomic(meta_path, [json.dumps(meta, indent=2).encode() + b"\n"])
         journal.discard()
     return meta
+
+
+def _clear_away(problems: ProblemFile, config: Config, out: str | Path) -> None:
+    """Remove what a run that was killed between its last file and its end has left."""
+    if (parts := Path(f"{out}.parts")).exists():
+        Journal(parts, fingerprint(problems, config)).discard()
 
 
 def _complete(

@@ -126,6 +126,7 @@ class Journal:
         (self.folder / "index.new").unlink(missing_ok=True)
         segments = self._segments()
         self._check_manifest(fingerprint, segments)
+        segments = self._segments()
         for number, path in enumerate(segments):
             if path != self._path(number):
                 raise InputError(f"{self._path(number)} is missing; put it back, or delete {self.folder} to start over")
@@ -148,6 +149,11 @@ class Journal:
         if not known:
             raise InputError(f"{path} has a format this version does not know; delete {self.folder} to start over")
         differing = sorted(k for k in fingerprint.keys() | theirs.keys() if fingerprint.get(k) != theirs.get(k))
+        if differing and not any(segment.stat().st_size for segment in segments):
+            path.replace(self.folder / "discarded")  # it has no row: it was begun with settings that were mended since
+            self._remove_files()
+            self._check_manifest(fingerprint, [])
+            return
         if differing:
             raise InputError(
                 f"{self.folder} belongs to another run (it differs in: {', '.join(differing)}); "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from micota_fast.errors import InputError
 from micota_fast.recipe import MixConfig
-from micota_fast.records import read_lines, write_atomic
+from micota_fast.records import read_lines, refuse_to_overwrite, write_atomic
 
 
 def run(config: MixConfig) -> None:
@@ -24,6 +24,7 @@ def run(config: MixConfig) -> None:
     """
     if not config.parts or any(share < 1 for share in config.parts.values()):
         raise InputError("`parts` must name at least one corpus, each with a share of at least 1")
+    refuse_to_overwrite(config.out, *config.parts)
     rows = {path: _first_rows(Path(path)) for path in config.parts}
     first, *others = rows.values()
     common = [problem for problem in first if all(problem in other for other in others)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from micota_fast.errors import InputError
-from micota_fast.records import Completion, iter_completions, open_atomic
+from micota_fast.records import Completion, iter_completions, open_atomic, refuse_to_overwrite
 
 if TYPE_CHECKING:
     import pyarrow
@@ -47,6 +47,7 @@ def export(completions: str | Path, out: str | Path) -> int:
         import pyarrow.parquet as pq
     except ImportError:
         raise InputError("export needs pyarrow: pip install 'micota-fast[parquet]'") from None
+    refuse_to_overwrite(out, completions)
     columns, count = schema(), 0
     rows = iter_completions(completions)
     with open_atomic(Path(out)) as file, pq.ParquetWriter(file, columns, compression="zstd") as writer:

@@ -1,5 +1,6 @@
 """The prompts of a generation: made of the problems, checked before the first is sent, made again when they are."""
 
+import asyncio
 import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -34,8 +35,8 @@ class Prompts:
         """The ids of a problem's prompt."""
         return self.chat.encode_prompt(self.problem(problem).problem)
 
-    def check(self, longest: int, context_length: int, checked: Path) -> None:
-        """See that every prompt can be sent.
+    async def check(self, longest: int, context_length: int, checked: Path) -> None:
+        """See that every prompt can be sent; that may take minutes, in which the event loop turns and can be stopped.
 
         Args:
             longest: prompt that the servers take, tokens.
@@ -52,34 +53,34 @@ class Prompts:
             return
         bad: list[str] = []
         number = 0
-        for problem_id, ids, refusal in self._all():
-            refusal = refusal or self._unsendable(ids, longest, context_length)
-            if refusal is not None:
-                number += 1
-                if len(bad) < OFFENDERS_NAMED:
-                    bad.append(f"problem {problem_id!r}: {refusal}")
+        for start in range(0, len(self.problems), CHECKED_AT_ONCE):
+            await asyncio.sleep(0)
+            for problem_id, ids, refusal in self._some(start, min(start + CHECKED_AT_ONCE, len(self.problems))):
+                refusal = refusal or self._unsendable(ids, longest, context_length)
+                if refusal is not None:
+                    number += 1
+                    if len(bad) < OFFENDERS_NAMED:
+                        bad.append(f"problem {problem_id!r}: {refusal}")
         if bad:
             named = "; ".join(bad) + ("; ..." if number > OFFENDERS_NAMED else "")
             raise InputError(f"{number} of {len(self.problems)} prompts cannot be sent: {named}")
         write_atomic(checked, [limits])
 
-    def _all(self) -> Iterator[tuple[str, Sequence[int], str | None]]:
-        """(problem id, ids, why the prompt cannot be made) of each problem, tokenised many at once."""
-        number = len(self.problems)
-        for start in range(0, number, CHECKED_AT_ONCE):
-            some = [self.problems[i] for i in range(start, min(start + CHECKED_AT_ONCE, number))]
-            texts: list[str] = []
-            refusals: list[str | None] = []
-            for problem in some:
-                try:
-                    texts.append(self.chat.render(self.chat.prompt_messages(problem.problem), True))
-                    refusals.append(None)
-                except InputError as error:
-                    texts.append("")
-                    refusals.append(str(error))
-            encoded = self.chat.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            for problem, tokens, refusal in zip(some, encoded, refusals, strict=True):
-                yield problem.id, tokens.ids, refusal
+    def _some(self, start: int, end: int) -> Iterator[tuple[str, Sequence[int], str | None]]:
+        """(problem id, ids, why the prompt cannot be made) of problems start to end - 1, tokenised together."""
+        some = [self.problems[i] for i in range(start, end)]
+        texts: list[str] = []
+        refusals: list[str | None] = []
+        for problem in some:
+            try:
+                texts.append(self.chat.render(self.chat.prompt_messages(problem.problem), True))
+                refusals.append(None)
+            except InputError as error:
+                texts.append("")
+                refusals.append(str(error))
+        encoded = self.chat.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for problem, tokens, refusal in zip(some, encoded, refusals, strict=True):
+            yield problem.id, tokens.ids, refusal
 
     def _unsendable(self, ids: Sequence[int], longest: int, context_length: int) -> str | None:
         # An id outside the vocabulary kills an SGLang server.

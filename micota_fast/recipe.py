@@ -17,6 +17,7 @@ from micota_fast.config import option
 from micota_fast.errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # names become folders
+MOST_SAMPLES = (1 << 16) - 1  # a sample's number takes 16 bits in the journal of a run
 TEACHER_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -147,6 +148,10 @@ class SamplingSettings:
             raise InputError(f"`top_p` must lie above 0 and at most at 1, not {self.top_p}")
         if self.top_k != -1:
             at_least(self, top_k=1)
+        if self.samples > MOST_SAMPLES:
+            raise InputError(f"`samples` must be at most {MOST_SAMPLES}, not {self.samples}")
+        if "" in self.stop:
+            raise InputError("`stop` holds an empty string, which would end every answer at once")
         if self.samples > 1 and self.temperature == 0:
             raise InputError("`samples` > 1 needs `temperature` > 0: greedy answers would all be the same")
         if self.url == []:
@@ -205,7 +210,7 @@ class GenerateConfig(GenerateSettings):
 
     model: str = option(doc="checkpoint (folder or hub name): its tokenizer and template, and what is served")
     problems: str = option(doc="JSONL of problems: id, problem, answer")
-    out: str = option(doc="JSONL of completions; an interrupted run leaves OUT.part, from which the next one goes on")
+    out: str = option(doc="JSONL of completions; an interrupted run leaves OUT.parts, from which the next one goes on")
     limit: int | None = option(None, doc="only the first so many problems; null: all")
     accept: FilterSettings | None = option(
         None,

@@ -247,6 +247,17 @@ def model_name(model: str | Path) -> str:
     return folder.parent.name if folder.name == "model" else folder.name
 
 
+def refuse_to_overwrite(out: str | Path, *inputs: str | Path) -> None:
+    """See that what is to be written is none of the files that it is made of.
+
+    Raises:
+        InputError: it is.
+    """
+    for file in inputs:
+        if os.path.exists(out) and os.path.exists(file) and os.path.samefile(out, file):
+            raise InputError(f"{out} is also read: writing it would destroy that; name another `out`")
+
+
 def write_rows(path: str | Path, rows: Iterable[Problem | Completion | Mapping[str, Any]]) -> None:
     """Write a JSONL file atomically."""
     write_atomic(Path(path), (encode_row(row) for row in rows))

@@ -48,6 +48,9 @@ class Asker:
         prompts: of the problems.
         config: the settings.
         model: what is served, as the recipe names it.
+
+    Raises:
+        InputError: the settings ask for tokens that the model does not know.
     """
 
     def __init__(self, prompts: Prompts, config: SamplingSettings, model: str) -> None:
@@ -55,6 +58,15 @@ class Asker:
         self._params = sampling_params(config)
         self._model_name = model_name(model)
         self._thinking_end = prompts.chat.tokenizer.encode(config.thinking_end, add_special_tokens=False).ids
+        known = prompts.chat.vocab_size
+        # Either would kill an SGLang server.
+        if config.thinking_budget is not None and max(self._thinking_end) >= known:
+            raise InputError(
+                f"`thinking_end` has token id {max(self._thinking_end)}; the model knows only {known}: "
+                f"the tokenizer does not belong to this checkpoint"
+            )
+        if config.top_logprobs > known:
+            raise InputError(f"`top_logprobs` is {config.top_logprobs}; the model knows only {known} tokens")
 
     async def answer(
         self, endpoint: Endpoint, session: aiohttp.ClientSession, wanted: Wanted, context_length: int
@@ -129,12 +141,14 @@ class Asker:
             meta = answer["meta_info"]
             places = meta["output_top_logprobs"] if config.top_logprobs else []
             part = _Part(
-                text=str(answer["text"]),
+                text=answer["text"],
                 reason=meta["finish_reason"]["type"],
-                tokens=int(meta["completion_tokens"]),
-                ids=answer.get("output_ids", []),
+                tokens=meta["completion_tokens"],
+                ids=answer.get("output_ids") or [],
                 top_logprobs=[[(i, logprob) for logprob, i, *_ in place] for place in places],
             )
+            if type(part.text) is not str or type(part.tokens) is not int or not 0 <= part.tokens < 1 << 32:
+                raise ValueError(f"{part.tokens!r} tokens, of text {part.text!r:.60}")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise Temporary(f"an answer that is not SGLang's: {error!r}") from None
         if part.reason not in ("stop", "length"):

@@ -70,15 +70,22 @@ class Schedule:
         if self._first:
             wanted = self._first.popleft()
             return self._hand_out(wanted.problem, wanted.sample)
+        if (problem := self._next_problem()) is None:
+            return None
+        sample = int(self._next[problem])
+        self._next[problem] += 1
+        return self._hand_out(problem, sample)
+
+    def _next_problem(self) -> int | None:
+        """The problem whose next sample comes next."""
         # Problems whose answers were rejected are hard ones: they go on before new ones begin.
         while self._reopened:
             if self._wants(self._reopened[0]):
-                return self._hand_out_next(self._reopened[0])
+                return self._reopened[0]
             self._reopened.popleft()
         while self._cursor < len(self._order):
-            problem = int(self._order[self._cursor])
-            if self._wants(problem):
-                return self._hand_out_next(problem)
+            if self._wants(problem := int(self._order[self._cursor])):
+                return problem
             self._cursor += 1
         return None
 
@@ -93,7 +100,7 @@ class Schedule:
     @property
     def finished(self) -> bool:
         """Nothing is on the way and nothing is wanted any more."""
-        return self._in_flight == 0 and not self._first and not self._reopened and self._cursor == len(self._order)
+        return self._in_flight == 0 and not self._first and self._next_problem() is None
 
     @property
     def expected(self) -> int:
@@ -107,11 +114,6 @@ class Schedule:
         if self._next[problem] >= self._samples:
             return False
         return self._enough is None or int(self._accepted[problem]) + int(self._under_way[problem]) < self._enough
-
-    def _hand_out_next(self, problem: int) -> Wanted:
-        sample = int(self._next[problem])
-        self._next[problem] += 1
-        return self._hand_out(problem, sample)
 
     def _hand_out(self, problem: int, sample: int) -> Wanted:
         self._in_flight += 1

@@ -23,7 +23,7 @@ from aiohttp import web
 # Written to the connection as they are: the HTTP itself is wrong, or what comes in it.
 RAW = ("reset", "reset in the body", "too long", "too short", "drip", "again")
 # Bodies that no answer may be made of.
-BODIES = ("truncated", "twice", "not json", "wrong shape", "abort")
+BODIES = ("truncated", "twice", "not json", "wrong shape", "no text", "no count", "abort")
 STATUSES = ("429", "500", "503")
 FAULTS = (*STATUSES, *RAW, *BODIES, "never")
 
@@ -153,6 +153,8 @@ class _Server:
                 "twice": whole + whole,
                 "not json": b"<html>",
                 "wrong shape": json.dumps([answer(body)]).encode(),
+                "no text": json.dumps({**answer(body), "text": None}).encode(),
+                "no count": whole.replace(b'"completion_tokens": ', b'"completion_tokens": -1'),
             }[fault]
         )
 

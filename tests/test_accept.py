@@ -101,6 +101,21 @@ def test_the_loop_goes_on_while_answers_are_compared() -> None:
     assert longest < 0.5
 
 
+def test_a_run_that_is_broken_off_does_not_wait_for_its_comparisons() -> None:
+    hostile = [replace(ROW, completion=f"\\boxed{{{base}^{{10^{{10}}}}}}") for base in range(2, 10)]
+
+    async def broken_off(judge: Judge) -> None:
+        asyncio.gather(*(judge.compared(row) for row in hostile))
+        await asyncio.sleep(1.0)
+        raise KeyboardInterrupt
+
+    with Judge(FilterSettings(timeout_s=20.0, workers=1)) as judge:
+        started = time.perf_counter()
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(broken_off(judge))
+    assert time.perf_counter() - started < 5.0
+
+
 def test_a_judge_whose_grader_cannot_work_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     async def one() -> Judgement:
         with Judge(FilterSettings()) as judge:

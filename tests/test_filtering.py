@@ -1,6 +1,7 @@
 """Rejection and mixing: each rule, each reject kept, equal bytes again."""
 
 import json
+import tracemalloc
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -102,6 +103,25 @@ def test_rules_can_be_relaxed(tmp_path: Path) -> None:
     assert [row.id for row in read_completions(anything.out)] == ["good", "bare", "torn", "empty", "off", "endless"]
 
 
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    text = "word " * 2000 + "\\boxed{7}"
+    rows = (replace(GOOD, id=f"p{i // 2}", sample=i % 2, completion=text) for i in range(6 * 2048))
+    write_rows(tmp_path / "completions.jsonl", rows)
+    config = FilterConfig(
+        completions=str(tmp_path / "completions.jsonl"), out=str(tmp_path / "corpus.jsonl"), require_correct=False
+    )
+    tracemalloc.start()
+    try:
+        run(config)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "completions.jsonl").stat().st_size > 120e6
+    assert peak < 60e6
+    counts = json.loads((tmp_path / "corpus.jsonl.counts.json").read_text())
+    assert (counts["accepted"], counts["problems"]) == (6 * 2048, 3 * 2048)
+
+
 def test_nothing_accepted(tmp_path: Path) -> None:
     config = filtered(tmp_path, [ROWS[3]])
     assert read_completions(config.out) == []
@@ -158,8 +178,10 @@ def test_mix_refuses(tmp_path: Path) -> None:
     long, _ = corpora(tmp_path)
     write_rows(tmp_path / "other.jsonl", [replace(GOOD, id="elsewhere")])
     write_rows(tmp_path / "chat.jsonl", [{"messages": []}])
+    write_rows(tmp_path / "mix.jsonl", [GOOD])
     for parts, said in (
         ({}, "at least one corpus"),
+        ({long: 1, str(tmp_path / "mix.jsonl"): 1}, "mix.jsonl is also read"),
         ({long: 0}, "share of at least 1"),
         ({long: 1, str(tmp_path / "other.jsonl"): 1}, "nothing to mix"),
         ({long: 1, str(tmp_path / "chat.jsonl"): 1}, r"chat\.jsonl:1"),
@@ -167,3 +189,15 @@ def test_mix_refuses(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=said):
             mix.run(MixConfig(parts=parts, out=str(tmp_path / "mix.jsonl")))
+
+
+def test_filter_refuses_to_write_over_what_it_reads_and_to_filter_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [GOOD])
+    with pytest.raises(InputError, match="is also read"):
+        run(FilterConfig(completions=str(path), out=str(path)))
+    assert read_completions(path) == [GOOD]
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="no completions"):
+        run(FilterConfig(completions=str(path), out=str(tmp_path / "out.jsonl")))
+    assert not (tmp_path / "out.jsonl").exists()

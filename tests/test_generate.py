@@ -190,7 +190,7 @@ def test_sigkill_of_the_client(tmp_path: Path, url: str, corpus: Path, qwen2_che
 
 
 def test_sigkill_between_the_last_writes(tmp_path: Path, corpus: Path, qwen2_checkpoint: Path, problems: Path) -> None:
-    """The two moments at the end: OUT is there but its meta file is not; both are there but OUT.part still is."""
+    """The two moments at the end: OUT is there but its meta file is not; both are there but OUT.parts still is."""
     out, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
     request = config(qwen2_checkpoint, problems, out, "http://127.0.0.1:9")
     asked = ProblemFile(problems)
@@ -204,6 +204,9 @@ def test_sigkill_between_the_last_writes(tmp_path: Path, corpus: Path, qwen2_che
     assert not parts.exists()
     shutil.copytree(saved, parts)
     assert generate.generate_corpus(asked, request, [], out) == meta
+    assert not parts.exists()
+    shutil.copytree(saved, parts)
+    generate.run(request)  # says "done already"
     assert not parts.exists()
 
 
@@ -351,6 +354,10 @@ def test_nothing_that_could_kill_a_server_is_sent(tmp_path: Path, qwen2_checkpoi
     with http_server(handler) as url:
         with pytest.raises(InputError, match=r"problem 'p0': .*token id \d+; the model knows only 100"):
             generate.run(config(small, problems, tmp_path / "a.jsonl", url))
+        with pytest.raises(InputError, match=r"`thinking_end` has token id \d+; the model knows only 100"):
+            generate.run(config(small, problems, tmp_path / "a.jsonl", url, thinking_budget=5))
+        with pytest.raises(InputError, match="`top_logprobs` is 101; the model knows only 100 tokens"):
+            generate.run(config(small, problems, tmp_path / "a.jsonl", url, top_logprobs=101))
         (small / "config.json").write_text(json.dumps({**raw, "max_position_embeddings": 16}))
         with pytest.raises(InputError, match=r"problem 'p0': .*context of 16"):
             generate.run(config(small, problems, tmp_path / "b.jsonl", url))
@@ -583,6 +590,18 @@ def test_long_answers_and_a_few_faults_are_no_silence(
     assert [row.finish_reason for row in read_completions(tmp_path / "out.jsonl")] == ["stop", "stop"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 1 << 16}, "`samples` must be at most 65535, not 65536"),
+        ({"stop": ["a", ""]}, "`stop` holds an empty"),
+    ],
+)
+def test_settings_that_no_run_can_have(settings: dict[str, Any], message: str, tmp_path: Path, problems: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        config(tmp_path, problems, tmp_path / "out.jsonl", None, **settings)
+
+
 def test_seeds_depend_on_problem_and_sample_alone() -> None:
     seeds = {derive_seed(s, f"p{i}", k) for s in range(2) for i in range(50) for k in range(4)}
     assert len(seeds) == 400
@@ -591,7 +610,7 @@ def test_seeds_depend_on_problem_and_sample_alone() -> None:
 
 
 def test_the_fingerprint_tells_checkpoints_apart(tmp_path: Path, qwen2_checkpoint: Path) -> None:
-    """Same files, same fingerprint; another weight, another. (Of large files only blocks are read.)"""
+    """Same files, same fingerprint; another byte anywhere, another."""
     copy = tmp_path / "copy"
     shutil.copytree(qwen2_checkpoint, copy)
     assert generate.model_fingerprint(copy) == generate.model_fingerprint(qwen2_checkpoint)

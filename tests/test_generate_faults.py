@@ -127,6 +127,29 @@ def test_each_fault_alone(fault: str, config: Configure, tmp_path: Path, clean: 
     assert Path(request.out).read_bytes() == b"".join(clean.splitlines(keepends=True)[: 20 * SAMPLES])
 
 
+def test_a_connection_that_is_off_by_one_is_not_used_again(config: Configure, tmp_path: Path, clean: bytes) -> None:
+    """Each answer comes a second time, and is there before that to the next request, which takes longer to come."""
+    with FaultyServer(tmp_path, Plan(faults=("again",), tries=1, delays_s=(0.1, 0.1))) as server:
+        request = config(server.url, limit=3, concurrency=1)
+        generate.run(request)
+        asked = len(server.asked)
+    assert Path(request.out).read_bytes() == b"".join(clean.splitlines(keepends=True)[: 3 * SAMPLES])
+    assert asked <= 3 * SAMPLES + 2
+
+
+def test_an_answer_is_on_the_disk_soon_though_no_other_follows(
+    config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "PROGRESS_S", 0.1)
+    with FaultyServer(tmp_path, Plan(slots=1, delays_s=(0.6, 0.6))) as server:
+        request = config(server.url, limit=1, samples=2)
+        index = Path(f"{request.out}.parts") / "index.bin"
+        with running(request):
+            wait_for(lambda: index.exists() and index.stat().st_size == 40)
+            assert len(server.asked) == 2
+            assert not Path(request.out).exists()
+
+
 def test_a_server_that_is_killed_comes_back(config: Configure, tmp_path: Path, clean: bytes) -> None:
     with FaultyServer(tmp_path, Plan(delays_s=(0.01, 0.03))) as server:
         request = config(server.url, concurrency=16)

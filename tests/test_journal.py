@@ -124,6 +124,35 @@ def test_another_fingerprint_is_refused_and_nothing_is_lost(tmp_path: Path) -> N
         Journal(tmp_path / "j", FINGERPRINT)
 
 
+def test_a_journal_without_a_row_is_begun_anew_under_another_fingerprint(tmp_path: Path) -> None:
+    """Settings that let no answer come are mended, and the same command must then do."""
+    for fingerprint in (FINGERPRINT, {**FINGERPRINT, "sampling": {}}):
+        with Journal(tmp_path / "j", fingerprint) as journal:
+            (tmp_path / "j" / "prompts-checked.json").touch()
+    with Journal(tmp_path / "j", FINGERPRINT) as journal:
+        assert not (tmp_path / "j" / "prompts-checked.json").exists()  # it was of the former settings
+        append(journal, 0)
+    with Journal(tmp_path / "j", FINGERPRINT) as journal:
+        assert texts(journal) == expected(range(1))
+
+
+def test_a_sync_brings_the_rows_to_the_disk_before_the_index_that_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Journal(tmp_path / "j", FINGERPRINT, fsync_interval_s=1e9) as journal:
+        append(journal, 0)
+        named: list[tuple[str, int]] = []
+        fsync = os.fsync
+
+        def told(fd: int) -> None:
+            named.append((Path(os.readlink(f"/proc/self/fd/{fd}")).name, journal._index._written))
+            fsync(fd)
+
+        monkeypatch.setattr(os, "fsync", told)
+        journal.sync()
+    assert named[:2] == [("000000.jsonl", 0), ("index.bin", 0)]
+
+
 def test_two_writers_keep_apart_until_the_first_is_killed(tmp_path: Path) -> None:
     code = "import sys, time; from micota_fast.journal import Journal\n"
     code += "journal = Journal(sys.argv[1], {}); print('open', flush=True); time.sleep(60)\n"

@@ -145,3 +145,14 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["export", "--help"])
     assert "usage: micota export" in capsys.readouterr().out
+
+
+def test_what_is_read_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    write_rows(path, [ROW])
+    before = path.read_bytes()
+    (tmp_path / "link.parquet").symlink_to(path)
+    for out in (path, tmp_path / "link.parquet"):
+        with pytest.raises(InputError, match="is also read: writing it would destroy that"):
+            parquet.export(path, out)
+    assert path.read_bytes() == before

@@ -61,8 +61,9 @@ def test_without_figures_none_are_made_up(clock: list[float]) -> None:
 def test_loads_of_ranks_are_added_up() -> None:
     rank = {"num_running_reqs": 3, "num_waiting_reqs": 1, "token_usage": 0.5}
     assert parse_load({"loads": [rank, {**rank, "token_usage": 0.7}]}) == Load(6, 2, 0.6)
-    for nothing in ({}, [], {"loads": [{"num_running_reqs": 3}]}, None, {"loads": 3}):
+    for nothing in ({}, [], {"loads": [{"num_running_reqs": 3}]}, None, {"loads": 3}, {"loads": [3]}):
         assert parse_load(nothing) is None
+    assert parse_load({"loads": [{**rank, "num_running_reqs": float("inf")}]}) is None
 
 
 def test_a_terminal_is_rewritten_and_a_log_is_not() -> None:

@@ -37,6 +37,20 @@ def test_hard_problems_come_first_and_samples_of_one_together() -> None:
     assert plan.finished
 
 
+def test_it_is_finished_with_the_last_answer_though_nobody_asks_for_a_further_one() -> None:
+    """A client whose servers have all gone by then must not wait for them."""
+    plan = schedule(1, 3, 2)
+    two = [plan.next(), plan.next()]
+    assert not plan.finished
+    plan.done(Wanted(0, 0), True)
+    assert two == [Wanted(0, 0), Wanted(0, 1)]
+    plan.done(Wanted(0, 1), False)
+    assert not plan.finished  # one accepted answer is lacking
+    assert plan.next() == Wanted(0, 2)
+    plan.done(Wanted(0, 2), False)
+    assert plan.finished
+
+
 def run(plan: Schedule, right: np.ndarray, random: np.random.Generator, most: int = 7) -> list[Wanted]:
     """Let answers come back in random order; what was asked for, in order."""
     asked: list[Wanted] = []

@@ -118,6 +118,19 @@ def test_servers_die_with_a_parent_that_was_killed(tmp_path: Path, qwen2_checkpo
         wait_for(server.gone)
 
 
+def test_a_run_that_fails_tells_what_became_of_its_server(tmp_path: Path, qwen2_checkpoint: Path) -> None:
+    def fail() -> None:
+        with serving(qwen2_checkpoint, ServeConfig(), tmp_path / "log.txt"):
+            [guard] = [child for child in psutil.Process().children() if str(qwen2_checkpoint) in child.cmdline()]
+            [engine] = guard.children()
+            engine.kill()
+            wait_for(lambda: guard.status() == psutil.STATUS_ZOMBIE)
+            raise InputError("no answer")
+
+    with pytest.raises(InputError, match=r"^no answer\nthe server for .* ended with status 137; the end of its log"):
+        fail()
+
+
 def test_serve_tells_its_urls_and_goes_on_with_the_servers_that_are_left(
     tmp_path: Path, qwen2_checkpoint: Path
 ) -> None:

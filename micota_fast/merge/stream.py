@@ -47,6 +47,7 @@ def merge(config: MergeConfig) -> None:
             a tensor holds NaN or infinity. Names file and tensor.
     """
     plan = read_mergekit(config.config)
+    former = Path(config.out).exists()
     if not config.weights:
         merge_plans({"": plan}, Path(config.out), config.seed)
     else:
@@ -54,6 +55,8 @@ def merge(config: MergeConfig) -> None:
         if len(plans) < len(config.weights):
             raise InputError("`weights` names one twice")
         merge_plans(plans, Path(config.out), config.seed)
+    number = f"{len(config.weights)} merges" if config.weights else "merged"
+    print(f"{config.out}: {number} by {plan.method}" + (", in place of a former merge" if former else ""), flush=True)
 
 
 def merge_plans(plans: dict[str, MergePlan], out: Path, seed: int, max_shard_bytes: int = 5_000_000_000) -> None:

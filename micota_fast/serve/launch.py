@@ -37,10 +37,15 @@ def serving(model: str | Path, config: ServeConfig, log_path: str | Path) -> Ite
 
     Raises:
         InputError: a port is taken; there are too few GPUs; or a server ended, or was not ready within
-            `config.startup_timeout_s`, with the tail of its log.
+            `config.startup_timeout_s`, with the tail of its log. Raised in the block, it is raised again with what has
+            become of servers that ended meanwhile.
     """
     with _started(str(model), config, Path(log_path)) as servers:
-        yield _wait_ready(servers, config)
+        urls = _wait_ready(servers, config)
+        try:
+            yield urls
+        except InputError as error:
+            raise InputError("\n".join([str(error), *(end for server in servers if (end := server.end))])) from None
 
 
 def serve_in_foreground(model: str, config: ServeConfig, log_path: str | Path | None = None) -> None:
@@ -58,9 +63,9 @@ def serve_in_foreground(model: str, config: ServeConfig, log_path: str | Path | 
         while running:
             time.sleep(POLL_S)
             for server in running:
-                if server.process.poll() is not None:
-                    print(f"{server.name} ended with status {server.process.returncode}; {server.tail()}", flush=True)
-            running = [server for server in running if server.process.poll() is None]
+                if (end := server.end) is not None:
+                    print(end, flush=True)
+            running = [server for server in running if server.process.returncode is None]
     raise InputError(f"no server of {model} is left")
 
 
@@ -82,6 +87,13 @@ class _Server:
             told = re.search(r"^listening on http://.*:(\d+)$", self._log(), re.MULTILINE)
             self.port = int(told[1]) if told else 0
         return f"http://{self.address}:{self.port}" if self.port else None
+
+    @property
+    def end(self) -> str | None:
+        """How it ended, and the last of what it has said; None: it runs."""
+        if self.process.poll() is None:
+            return None
+        return f"{self.name} ended with status {self.process.returncode}; {self.tail()}"
 
     def tail(self) -> str:
         """The last of what it has said."""
@@ -115,8 +127,11 @@ def _started(model: str, config: ServeConfig, log_path: Path | None) -> Iterator
             with contextlib.ExitStack() as stack:
                 log = None
                 if path is not None:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    log = stack.enter_context(path.open("ab"))
+                    try:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        log = stack.enter_context(path.open("ab"))
+                    except OSError as error:
+                        raise InputError(f"cannot write the server's log {path}: {error.strerror}") from None
                 process = processes.spawn(
                     command, env=environment, stdout=log, stderr=subprocess.STDOUT if log else None
                 )
@@ -150,8 +165,8 @@ def _wait_ready(servers: list[_Server], config: ServeConfig) -> list[str]:
     urls: dict[str, str] = {}
     while True:
         for server in servers:
-            if server.process.poll() is not None:
-                raise InputError(f"{server.name} ended with status {server.process.returncode}; {server.tail()}")
+            if (end := server.end) is not None:
+                raise InputError(end)
         waiting = [server for server in servers if server.name not in urls]
         if not waiting:
             return [urls[server.name] for server in servers]

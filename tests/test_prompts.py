@@ -1,0 +1,37 @@
+"""The check of prompts before the first is sent: what a generation of many problems spends its first minutes on."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from micota_fast import prompts
+from micota_fast.chat import Chat
+from micota_fast.problem_file import ProblemFile
+from micota_fast.prompts import Prompts
+from micota_fast.recipe import ChatConfig
+from micota_fast.records import Problem, write_rows
+
+
+def test_it_can_be_broken_off(tmp_path: Path, qwen2_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop turns between two batches, so that Ctrl-C is heard."""
+    monkeypatch.setattr(prompts, "CHECKED_AT_ONCE", 10)
+    write_rows(tmp_path / "problems.jsonl", [Problem(f"p{i}", "1 + 1 =", "2") for i in range(1000)])
+    chat = Chat.from_checkpoint(qwen2_checkpoint, ChatConfig(system=None, prompt="{problem}"))
+    read = []
+
+    async def broken_off() -> None:
+        with ProblemFile(tmp_path / "problems.jsonl") as problems:
+            all_ = Prompts(problems, chat)
+            checking = asyncio.create_task(all_.check(1000, 1000, tmp_path / "checked"))
+            some = all_._some
+            monkeypatch.setattr(all_, "_some", lambda start, end: read.append(end) or some(start, end))
+            for _ in range(5):
+                await asyncio.sleep(0)
+            checking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await checking
+
+    asyncio.run(broken_off())
+    assert 0 < len(read) < 10
+    assert not (tmp_path / "checked").exists()
