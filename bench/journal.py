@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from machine import provenance
 
-from micota_fast.journal import Journal
-from micota_fast.problem_file import ProblemFile
+from micota_fast.generation.journal import Journal
+from micota_fast.generation.problem_file import ProblemFile
 
 SAMPLES, WINDOW = 4, 10_000
 ROW = {

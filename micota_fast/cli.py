@@ -180,8 +180,8 @@ def _recipe(parsed: argparse.Namespace) -> tuple[recipe.Recipe, Path, Path]:
 
 
 def _plan(parsed: argparse.Namespace) -> None:
-    from micota_fast import plan_table
-    from micota_fast.assumptions import Assumptions
+    from micota_fast.planning import table as plan_table
+    from micota_fast.planning.assumptions import Assumptions
 
     loaded, path, folder = _recipe(parsed)
     assumed = config.load(Assumptions, None, parsed.assume)
@@ -194,7 +194,7 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from micota_fast.doctor import check
+    from micota_fast.planning.doctor import check
 
     return check(*_recipe(parsed))
 

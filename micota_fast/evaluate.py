@@ -14,13 +14,13 @@ from typing import Any
 import micota_fast
 from micota_fast.errors import InputError
 from micota_fast.generate import fingerprint, finished, generate_corpus, named_urls, open_problems, servers_for
+from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.grade import Grader, Verdict
-from micota_fast.intervals import wilson95
-from micota_fast.problem_file import ProblemFile
+from micota_fast.grading.string_rule import grade_by_string, grade_last_number
 from micota_fast.recipe import BenchmarkConfig, EvaluateConfig
 from micota_fast.records import Completion, benchmark_file, model_name, read_completions, write_atomic, write_rows
 from micota_fast.second_opinion import second_opinions
-from micota_fast.string_rule import grade_by_string, grade_last_number
+from micota_fast.statistics.intervals import wilson95
 
 OUTCOMES = ("correct", "wrong", "no_answer", "truncated", "aborted", "timeout", "crashed")
 RULES: dict[str, Callable[[str, str], Verdict]] = {

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from micota_fast.accept import REASONS, reject_at_once, reject_graded
 from micota_fast.errors import InputError
+from micota_fast.generation.accept import REASONS, reject_at_once, reject_graded
 from micota_fast.grade import Grader
 from micota_fast.recipe import FilterConfig
 from micota_fast.records import Completion, encode_row, iter_completions, open_atomic, refuse_to_overwrite, write_atomic

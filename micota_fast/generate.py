@@ -25,15 +25,15 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from micota_fast import config as configuration
-from micota_fast.accept import REASONS, Judge
-from micota_fast.client import ACCEPTED, Client
 from micota_fast.errors import InputError
-from micota_fast.journal import Journal
+from micota_fast.generation.accept import REASONS, Judge
+from micota_fast.generation.client import ACCEPTED, Client
+from micota_fast.generation.journal import Journal
+from micota_fast.generation.problem_file import ProblemFile
+from micota_fast.generation.request import sampling_params
 from micota_fast.model.folder import resolve_checkpoint
-from micota_fast.problem_file import ProblemFile
 from micota_fast.recipe import EvaluateConfig, GenerateConfig
 from micota_fast.records import write_atomic
-from micota_fast.request import sampling_params
 from micota_fast.serve import sglang
 from micota_fast.serve.launch import serving
 

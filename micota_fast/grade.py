@@ -24,8 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from micota_fast.answers import extract_boxed, normalise
-from micota_fast.exact import settle
+from micota_fast.grading.answers import extract_boxed, normalise
+from micota_fast.grading.exact import settle
 
 __all__ = ["Grader", "Status", "Verdict", "extract_boxed"]
 
@@ -182,7 +182,7 @@ class _Worker:
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         self.process = subprocess.Popen(
             # -P: a module lying in the current directory must not stand in for one of ours
-            [sys.executable, "-P", "-m", "micota_fast.grading_process", str(timeout_s), str(memory_bytes)],
+            [sys.executable, "-P", "-m", "micota_fast.grading.process", str(timeout_s), str(memory_bytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # sympy's order of terms may follow the hashes of strings; one thread, as the pool is the parallelism

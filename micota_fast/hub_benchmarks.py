@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from micota_fast.answers import extract_boxed
 from micota_fast.errors import InputError
+from micota_fast.grading.answers import extract_boxed
 from micota_fast.records import Problem, read_lines, write_atomic, write_rows
 
 

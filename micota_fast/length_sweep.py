@@ -26,13 +26,13 @@ from micota_fast import processes
 from micota_fast.errors import InputError
 from micota_fast.fingerprint import Fingerprints, of_json
 from micota_fast.grade import Grader
-from micota_fast.intervals import median95, wilson95
 from micota_fast.length_curve import Point, bend, weight_of
 from micota_fast.merge.mergekit import MergePlan, read_mergekit
 from micota_fast.recipe import GenerateConfig, LengthSweepConfig
 from micota_fast.records import Completion, encode_row, read_completions, read_problems, write_atomic
 from micota_fast.report.drawing import INK, MUTED, RULE, drawing_style, require_matplotlib
 from micota_fast.run_lock import only_run
+from micota_fast.statistics.intervals import median95, wilson95
 
 QUANTILES = (10, 25, 50, 75, 90)
 TAIL_BYTES = 2000

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from micota_fast.accept import RUN_WORDS, Judge, Judgement, foreign_share, reject_at_once, repeated_share
+from micota_fast.generation.accept import RUN_WORDS, Judge, Judgement, foreign_share, reject_at_once, repeated_share
 from micota_fast.recipe import FilterSettings
 from micota_fast.records import Completion
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from micota_fast import machine
 from micota_fast.cli import RECIPES, main
+from micota_fast.planning import machine
 
 PAPER = "micota-qwen2.5-7b"
 SETS = {"math_train": 8, "aime2024": 30, "amc23": 40, "olympiadbench": 675, "math500": 500, "gsm8k_test": 1319}
@@ -78,7 +78,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(programs))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr("micota_fast.doctor.cached_on_disk", lambda name: None)
+    monkeypatch.setattr("micota_fast.planning.doctor.cached_on_disk", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 

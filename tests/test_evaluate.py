@@ -24,11 +24,11 @@ from micota_fast import evaluate, generate
 from micota_fast.chat import Chat
 from micota_fast.errors import InputError
 from micota_fast.evaluate import OUTCOMES, run, score
+from micota_fast.generation.journal import Journal
 from micota_fast.grade import Verdict
-from micota_fast.intervals import wilson95
-from micota_fast.journal import Journal
 from micota_fast.recipe import BenchmarkConfig, ChatConfig, EvaluateConfig, JudgeConfig, ServeConfig
 from micota_fast.records import Completion, Problem, read_problems, write_rows
+from micota_fast.statistics.intervals import wilson95
 
 
 def test_wilson_interval_against_its_definition() -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from spellings import Spellings
 from unaided import math_verify_verdicts
 
-from micota_fast.answers import normalise
-from micota_fast.exact import settle
+from micota_fast.grading.answers import normalise
+from micota_fast.grading.exact import settle
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 FILES = ["aime2024", "amc23", "gsm8k_test", "math500", "math_train", "olympiadbench"]

@@ -21,14 +21,14 @@ import pytest
 from aiohttp import web
 from servers import http_server
 
-from micota_fast import client as http_client
 from micota_fast import generate
 from micota_fast.errors import InputError
-from micota_fast.journal import Journal
-from micota_fast.problem_file import ProblemFile
+from micota_fast.generation import client as http_client
+from micota_fast.generation.journal import Journal
+from micota_fast.generation.problem_file import ProblemFile
+from micota_fast.generation.request import derive_seed
 from micota_fast.recipe import ChatConfig, GenerateConfig, ServeConfig
 from micota_fast.records import Completion, Problem, read_completions, write_rows
-from micota_fast.request import derive_seed
 from micota_fast.serve.launch import serving
 
 SERVE = ServeConfig(dtype="float64", startup_timeout_s=120)

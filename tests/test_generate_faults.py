@@ -22,12 +22,13 @@ import pytest
 from faulty_server import FAULTS, FaultyServer, Plan, answer, expected, key
 from servers import wait_for
 
-from micota_fast import client, endpoint, generate
+from micota_fast import generate
 from micota_fast.chat import Chat
 from micota_fast.errors import InputError
+from micota_fast.generation import client, endpoint
+from micota_fast.generation.request import derive_seed
 from micota_fast.recipe import ChatConfig, FilterSettings, GenerateConfig
 from micota_fast.records import Problem, read_completions, write_rows
-from micota_fast.request import derive_seed
 
 PROBLEMS, SAMPLES = 200, 4
 CHAT = ChatConfig(system=None, prompt="{problem}")
@@ -377,7 +378,8 @@ def test_log_probabilities_are_kept_with_their_tokens(budget: int | None, config
 # Forks before each run, as importing all takes longer than being killed.
 CLIENT = """
 import json, os, sys, traceback
-from micota_fast import client, config, generate
+from micota_fast import config, generate
+from micota_fast.generation import client
 from micota_fast.recipe import GenerateConfig
 request = config.build(GenerateConfig, json.loads(sys.argv[1]), "test")
 print("ready", flush=True)

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spellings import Spellings
 
-from micota_fast.answers import normalise
-from micota_fast.exact import settle
 from micota_fast.grade import Grader, Status, Verdict, extract_boxed
+from micota_fast.grading.answers import normalise
+from micota_fast.grading.exact import settle
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

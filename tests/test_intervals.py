@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import statsmodels.api as sm
 
-from micota_fast.intervals import clustered_se, pass_at_k, wilson95
+from micota_fast.statistics.intervals import clustered_se, pass_at_k, wilson95
 
 
 class TestClusteredSe:

@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from micota_fast import journal as module
 from micota_fast.errors import InputError
-from micota_fast.journal import Journal
-from micota_fast.journal_index import ENTRY
+from micota_fast.generation import journal as module
+from micota_fast.generation.journal import Journal
+from micota_fast.generation.journal_index import ENTRY
 from micota_fast.records import encode_row
 
 FINGERPRINT = {"model": "m", "sampling": {"stop": ("a", "b")}}
@@ -154,7 +154,7 @@ def test_a_sync_brings_the_rows_to_the_disk_before_the_index_that_names_them(
 
 
 def test_two_writers_keep_apart_until_the_first_is_killed(tmp_path: Path) -> None:
-    code = "import sys, time; from micota_fast.journal import Journal\n"
+    code = "import sys, time; from micota_fast.generation.journal import Journal\n"
     code += "journal = Journal(sys.argv[1], {}); print('open', flush=True); time.sleep(60)\n"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "j")], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
@@ -189,7 +189,7 @@ def test_discard_removes_the_folder_also_when_it_was_killed_in_the_middle(tmp_pa
 # For each line that it reads, a child of its own (which need not import anything) appends what is missing.
 APPENDING_CODE = """
 import os, random, sys
-from micota_fast import journal as module
+from micota_fast.generation import journal as module
 sys.path.insert(0, sys.argv[2])
 from test_journal import append
 module.SEGMENT_BYTES = 30_000

@@ -25,12 +25,12 @@ from micota_fast import config as configuration
 from micota_fast.cli import main
 from micota_fast.errors import InputError
 from micota_fast.graph import plan
-from micota_fast.intervals import median95, wilson95
 from micota_fast.length_curve import Point, bend, isotonic, weight_of
 from micota_fast.length_sweep import measure
 from micota_fast.pipeline import Run
 from micota_fast.recipe import Recipe
 from micota_fast.records import Completion, Problem, write_rows
+from micota_fast.statistics.intervals import median95, wilson95
 
 
 def curve(*medians: float, spread: float = 1.0, cut: int | None = None) -> list[Point]:

@@ -11,8 +11,8 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from micota_fast.intervals import Difference, macro_average, with_training
-from micota_fast.paired import Floats, holm, mcnemar_exact, paired_bootstrap, resampled_means, sign_flip
+from micota_fast.statistics.intervals import Difference, macro_average, with_training
+from micota_fast.statistics.paired import Floats, holm, mcnemar_exact, paired_bootstrap, resampled_means, sign_flip
 
 SIZES = (30, 40, 120)
 

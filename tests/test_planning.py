@@ -11,10 +11,8 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 
-from micota_fast import config, planning
-from micota_fast.assumptions import GPUS, Assumptions
+from micota_fast import config
 from micota_fast.cli import RECIPES, main
-from micota_fast.costs import Corpus, Cost, Model, answering, parameters, train_flops, two
 from micota_fast.data.batches import PackedSteps
 from micota_fast.data.tokenise import Documents
 from micota_fast.errors import InputError
@@ -22,9 +20,12 @@ from micota_fast.graph import Artefact, Stage, plan
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder
 from micota_fast.pipeline import Run
-from micota_fast.plan_table import Plan, make_plan, size, table
+from micota_fast.planning import plan as planning
+from micota_fast.planning.assumptions import GPUS, Assumptions
+from micota_fast.planning.costs import Corpus, Cost, Model, answering, parameters, train_flops, two
+from micota_fast.planning.shapes import known_shapes, shapes_of
+from micota_fast.planning.table import Plan, make_plan, size, table
 from micota_fast.recipe import GenerateConfig, LaunchConfig, Recipe, ServeConfig, TrainConfig
-from micota_fast.shapes import known_shapes, shapes_of
 from micota_fast.train.memory import estimate
 
 MICRO = RECIPES / "micro.yaml"

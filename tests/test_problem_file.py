@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from micota_fast.errors import InputError
-from micota_fast.problem_file import ProblemFile
+from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.records import Problem, encode_row, read_problems, write_rows
 
 PROBLEMS = [Problem(f"p{i}", "½ + \u2028" * i, str(i), level=None if i % 3 == 0 else i) for i in range(20)]
@@ -65,7 +65,7 @@ def test_errors_are_those_of_reading_it_whole(
 
 
 def test_equal_hashes_of_different_ids_are_no_duplicates(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("micota_fast.problem_file.hash", lambda text: len(text), raising=False)
+    monkeypatch.setattr("micota_fast.generation.problem_file.hash", lambda text: len(text), raising=False)
     assert len(ProblemFile(path)) == len(PROBLEMS)
     path.write_bytes(path.read_bytes() + LINES[4])
     with pytest.raises(InputError, match=rf"{path}:21: id 'p4' occurs already at {path}:5"):

@@ -4,14 +4,14 @@ import io
 
 import pytest
 
-from micota_fast.endpoint import Endpoint, Load, parse_load
-from micota_fast.progress import Meters, Screen
+from micota_fast.generation.endpoint import Endpoint, Load, parse_load
+from micota_fast.generation.progress import Meters, Screen
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr("micota_fast.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("micota_fast.generation.progress.time.monotonic", lambda: now[0])
     return now
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from micota_fast import prompts
 from micota_fast.chat import Chat
-from micota_fast.problem_file import ProblemFile
-from micota_fast.prompts import Prompts
+from micota_fast.generation import prompts
+from micota_fast.generation.problem_file import ProblemFile
+from micota_fast.generation.prompts import Prompts
 from micota_fast.recipe import ChatConfig
 from micota_fast.records import Problem, write_rows
 

@@ -12,8 +12,8 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 from spellings import Spellings
 from unaided import math_verify_verdicts
 
-from micota_fast.answers import normalise
-from micota_fast.refute import certainly_differ
+from micota_fast.grading.answers import normalise
+from micota_fast.grading.refute import certainly_differ
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TARGETS = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]

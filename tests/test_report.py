@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from micota_fast.errors import InputError
-from micota_fast.intervals import difference, macro_average, student_t95, wilson95
-from micota_fast.paired import holm, mcnemar_exact, paired_bootstrap, sign_flip
 from micota_fast.recipe import ReportConfig
 from micota_fast.report.build import run
 from micota_fast.report.inputs import LossCurve
 from micota_fast.report.plots import _thinned, log_ticks
 from micota_fast.report.tables import CORRECTED_MARK, MARK
+from micota_fast.statistics.intervals import difference, macro_average, student_t95, wilson95
+from micota_fast.statistics.paired import holm, mcnemar_exact, paired_bootstrap, sign_flip
 
 N = {"gsm": 1000, "aime": 200}
 

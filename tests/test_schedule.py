@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from micota_fast.schedule import Schedule, Wanted
+from micota_fast.generation.schedule import Schedule, Wanted
 
 
 def schedule(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from micota_fast.grade import Status, Verdict
-from micota_fast.string_rule import equivalent, grade_by_string, grade_last_number, normalise
+from micota_fast.grading.string_rule import equivalent, grade_by_string, grade_last_number, normalise
 
 # Inputs written for this test; verdicts of hendrycks_math_500 and AIME (utils.py) and of gsm8k_cot_zeroshot's filter
 # `flexible-extract` with its metric, in lm-evaluation-harness as Small-Model-Learnability-Gap has it at 814cf97, run on

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from micota_fast.intervals import Estimate
 from micota_fast.recipe import ReportConfig
 from micota_fast.records import write_atomic
 from micota_fast.report.answers import render_answers
@@ -29,6 +28,7 @@ from micota_fast.report.tables import (
     samples_table,
     to_markdown,
 )
+from micota_fast.statistics.intervals import Estimate
 
 
 def run(config: ReportConfig) -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from micota_fast.intervals import Difference, Estimate, difference, with_training
-from micota_fast.paired import Floats, holm, mcnemar_exact, paired_bootstrap, sign_flip
 from micota_fast.report.inputs import Results
+from micota_fast.statistics.intervals import Difference, Estimate, difference, with_training
+from micota_fast.statistics.paired import Floats, holm, mcnemar_exact, paired_bootstrap, sign_flip
 
 LEVEL = 0.05
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from micota_fast.intervals import Estimate
 from micota_fast.report.drawing import INK, MUTED, RULE, THEME, Plot, finish
 from micota_fast.report.inputs import Corpus, Inputs, LossCurve
 from micota_fast.report.summary import BASE, Summary, mean_curve, percent
 from micota_fast.report.tables import significant
+from micota_fast.statistics.intervals import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from micota_fast.intervals import clustered_se, pass_at_k
 from micota_fast.report.inputs import Results
+from micota_fast.statistics.intervals import clustered_se, pass_at_k
 
 
 @dataclass(frozen=True)

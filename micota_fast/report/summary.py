@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from micota_fast.intervals import Estimate, macro_average, mean_and_sd
-from micota_fast.paired import RESAMPLES
 from micota_fast.report.comparison import Comparison, compare
 from micota_fast.report.inputs import BenchmarkResult, Inputs, LossCurve, Results
 from micota_fast.report.samples import Sampled, sampled
+from micota_fast.statistics.intervals import Estimate, macro_average, mean_and_sd
+from micota_fast.statistics.paired import RESAMPLES
 
 BASE = "base"
 METHOD_ARM = "mid"

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-from micota_fast.intervals import Estimate
-from micota_fast.paired import RESAMPLES
 from micota_fast.recipe import ClaimsConfig
 from micota_fast.report.comparison import LEVEL, Comparison
 from micota_fast.report.inputs import Corpus
 from micota_fast.report.samples import Sampled
 from micota_fast.report.summary import BASE, Arm, Summary, p_value, percent, points
+from micota_fast.statistics.intervals import Estimate
+from micota_fast.statistics.paired import RESAMPLES
 
 MARK = "†"
 MARK_MEANING = f"{MARK} The 95% interval of Δ spans zero: not distinguishable from the untouched student."

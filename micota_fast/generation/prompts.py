@@ -8,7 +8,7 @@ from pathlib import Path
 
 from micota_fast.chat import Chat
 from micota_fast.errors import InputError
-from micota_fast.problem_file import ProblemFile
+from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.records import write_atomic
 
 OFFENDERS_NAMED = 3

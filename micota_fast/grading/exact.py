@@ -15,7 +15,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
-from micota_fast.sums import (
+from micota_fast.grading.sums import (
     ONE,
     NotReadable,
     Sum,

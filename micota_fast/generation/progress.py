@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from micota_fast.endpoint import Endpoint
+from micota_fast.generation.endpoint import Endpoint
 
 BAR = 20  # characters
 WINDOW_S = 60.0  # over which speeds are taken

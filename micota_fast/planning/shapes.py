@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from micota_fast.errors import InputError
-from micota_fast.machine import http_status, within
 from micota_fast.model.config import ModelConfig
+from micota_fast.planning.machine import http_status, within
 
 HUB_TIMEOUT_S = 10.0
 # Qwen2.5 technical report (arXiv 2412.15115), table 1, and the models' config.json: hidden and intermediate size,

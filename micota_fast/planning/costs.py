@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from micota_fast.assumptions import GPU, Assumptions
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder
+from micota_fast.planning.assumptions import GPU, Assumptions
 from micota_fast.recipe import SamplingSettings
 from micota_fast.serve import sglang
 

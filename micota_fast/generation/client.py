@@ -18,19 +18,19 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from micota_fast.accept import REASONS, Judge, Judgement
 from micota_fast.chat import Chat
-from micota_fast.endpoint import Endpoint, Temporary, is_model
 from micota_fast.errors import InputError
-from micota_fast.journal import Journal
+from micota_fast.generation.accept import REASONS, Judge, Judgement
+from micota_fast.generation.endpoint import Endpoint, Temporary, is_model
+from micota_fast.generation.journal import Journal
+from micota_fast.generation.problem_file import ProblemFile
+from micota_fast.generation.progress import Meters, Screen
+from micota_fast.generation.prompts import Prompts
+from micota_fast.generation.request import Asker
+from micota_fast.generation.schedule import Schedule, Wanted
 from micota_fast.model.config import ModelConfig
-from micota_fast.problem_file import ProblemFile
-from micota_fast.progress import Meters, Screen
-from micota_fast.prompts import Prompts
 from micota_fast.recipe import SamplingSettings
 from micota_fast.records import Completion
-from micota_fast.request import Asker
-from micota_fast.schedule import Schedule, Wanted
 
 BACKOFF_S = 0.25, 15.0  # first and longest pause between two tries of a request, or of a server that is down or fails
 # How long nothing may be answered before the run gives up: a server elsewhere may be restarted, ours will not.

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from micota_fast.errors import InputError
-from micota_fast.journal_index import Index, write_at
+from micota_fast.generation.journal_index import Index, write_at
 from micota_fast.records import encode_row, write_atomic
 
 FORMAT = 1

@@ -36,7 +36,7 @@ def _serve(timeout_s: float, memory_bytes: int) -> None:
 
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    from micota_fast.refute import certainly_differ
+    from micota_fast.grading.refute import certainly_differ
 
     logging.disable(logging.CRITICAL)
     # Nothing but our answers may reach the pipe; what the parsers print about hostile input helps nobody.

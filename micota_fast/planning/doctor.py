@@ -22,19 +22,19 @@ import torch
 from huggingface_hub import constants, get_token
 from packaging.requirements import Requirement
 
-from micota_fast import machine
-from micota_fast.assumptions import GPUS
-from micota_fast.costs import Cost
 from micota_fast.errors import InputError
 from micota_fast.graph import Stage, plan
 from micota_fast.model.attention import choose_backend
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.folder import tensor_files
-from micota_fast.plan_table import CPU, DEFAULT_GPU, Plan, make_plan, named_on_hub, size
-from micota_fast.planning import FITS
+from micota_fast.planning import machine
+from micota_fast.planning.assumptions import GPUS
+from micota_fast.planning.costs import Cost
+from micota_fast.planning.plan import FITS
+from micota_fast.planning.shapes import cached_on_disk
+from micota_fast.planning.table import CPU, DEFAULT_GPU, Plan, make_plan, named_on_hub, size
 from micota_fast.recipe import Recipe, ServeConfig
 from micota_fast.serve import sglang
-from micota_fast.shapes import cached_on_disk
 
 SLOW_FLOPS = 1e15  # hours on a CPU: a stage above that which asks for no device is meant for a GPU
 PROCESS_BYTES = 0.6e9  # resident of an interpreter with torch: 0.61 GB in the metrics.jsonl of a micro training

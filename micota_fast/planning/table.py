@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from micota_fast.assumptions import GPUS, Assumptions
-from micota_fast.costs import Cost, Model, parameters, two
 from micota_fast.errors import InputError
 from micota_fast.graph import BASE, Artefact, Stage, plan
 from micota_fast.pipeline import Run
-from micota_fast.planning import Planner
+from micota_fast.planning.assumptions import GPUS, Assumptions
+from micota_fast.planning.costs import Cost, Model, parameters, two
+from micota_fast.planning.plan import Planner
+from micota_fast.planning.shapes import cached_on_disk, shapes_of
 from micota_fast.recipe import Recipe
 from micota_fast.records import write_atomic
-from micota_fast.shapes import cached_on_disk, shapes_of
 
 CPU = "cpu"
 DEFAULT_GPU = "h100"

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from micota_fast.assumptions import GPU, KNOWN_SETS, REASONING, Assumptions
 from micota_fast.chat import Chat
-from micota_fast.costs import BYTES, Corpus, Cost, Model, answering, parameters, train_flops
 from micota_fast.errors import InputError
 from micota_fast.graph import BASE, Stage
 from micota_fast.kernels.chunks import LOGITS_BYTES
 from micota_fast.mix import apportion
+from micota_fast.planning.assumptions import GPU, KNOWN_SETS, REASONING, Assumptions
+from micota_fast.planning.costs import BYTES, Corpus, Cost, Model, answering, parameters, train_flops
+from micota_fast.planning.shapes import shapes_of
 from micota_fast.recipe import ChatConfig, LaunchConfig
 from micota_fast.records import parse_line, read_lines, read_problems
-from micota_fast.shapes import shapes_of
 from micota_fast.train.memory import estimate, kept
 
 SAMPLED_PROMPTS = 200  # tokenised to know their length, where the tokenizer is here

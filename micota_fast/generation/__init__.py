@@ -1,0 +1,1 @@
+"""Requests to servers, and a store that loses none of their answers."""

@@ -1,0 +1,1 @@
+"""What `grade` is made of: reading, spelling and comparing final answers."""
