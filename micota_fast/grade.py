@@ -2,7 +2,7 @@
 
 The comparison is math-verify's (https://github.com/huggingface/Math-Verify), which parses LaTeX into sympy. sympy may
 need unbounded time or memory (`10^{10^{10}}`, `99999999!`), and math-verify's own limits are SIGALRM-based and turn a
-time-out into a silent "not equal". So each comparison runs in a worker process (`grading_process`) whose limits the
+time-out into a silent "not equal". So each comparison runs in a worker process (`grading.process`) whose limits the
 kernel enforces, and a pair that hits one is reported as `timeout` or `crashed`, never as `wrong`. Pairs whose verdict
 is certain without sympy (`exact`) are settled in this process, so that most corpora need a worker for few pairs; and
 there what one number shows to differ (`refute`) is not simplified.

@@ -26,7 +26,7 @@ print(json.dumps(verdicts))
 
 
 def math_verify_verdicts(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Of (answer, gold) pairs, read and compared as by `grading_process`; without limits, so the pairs must be tame."""
+    """Of (answer, gold) pairs, read and compared as by `grading.process`; without limits, so the pairs must be tame."""
     spelled = json.dumps([(normalise(answer), normalise(gold)) for answer, gold in pairs])
     environment = os.environ | {"PYTHONHASHSEED": "0"}
     command = [sys.executable, "-c", _CODE]
