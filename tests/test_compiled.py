@@ -29,6 +29,10 @@ CPU = World(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.slow
 
 
+# torch 2.13 does not quote the path of its own headers when it calls the compiler.
+QUOTED = pytest.mark.skipif(" " in torch.__file__, reason="torch.compile does not work in a path with a space")
+
+
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch._dynamo.reset()
@@ -62,6 +66,7 @@ def products_of_backward(loss: Tensor) -> int:
     return runs["aten::mm"] + runs["aten::addmm"]
 
 
+@QUOTED
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
 def test_one_graph_for_all_layers_and_packs(how: How, qwen2_checkpoint: Path) -> None:
     eager, model = (model_of(qwen2_checkpoint, CPU, how, compiled) for compiled in (False, True))
@@ -80,6 +85,7 @@ def test_one_graph_for_all_layers_and_packs(how: How, qwen2_checkpoint: Path) ->
     assert products == (2 * 7 + again) * layers
 
 
+@QUOTED
 def test_two_ranks_with_fsdp(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     with world("cpu") as here:
         expected = steps_of(model_of(qwen2_checkpoint, here, compiled=False), here)

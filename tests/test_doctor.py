@@ -252,7 +252,7 @@ def test_sglang_in_an_interpreter_of_its_own(
     (packages / "sglang" / "__init__.py").touch()
     (packages / "sglang-0.5.23.dist-info").mkdir()
     (packages / "sglang-0.5.23.dist-info" / "METADATA").write_text("Name: sglang\nVersion: 0.5.23\n")
-    python = program(tmp_path, "its-python", f'PYTHONPATH={packages} exec {sys.executable} "$@"')
+    python = program(tmp_path, "its-python", f'PYTHONPATH={packages} exec "{sys.executable}" "$@"')
     call = (PAPER, "--set", data, "--out", str(tmp_path / "run"))
     _, said = doctor(
         capsys, *call, "--set", f"generate.serve.python={python}", "--set", f"evaluate.serve.python={python}"

@@ -17,7 +17,8 @@ from micota_fast.serve.launch import QUIET_PORTS
 ROOT = Path(__file__).parent.parent
 PROBLEMS, SAMPLES = 100, 2
 
-# What is used of Slurm. srun passes SIGTERM on to its step, as the real one does.
+# What is used of Slurm. srun passes SIGTERM on to its step, as the real one does. Its first line names the interpreter in
+# such a way because that path may hold a space.
 SLURM = {
     "scontrol": """#!/bin/sh
 case "$*" in
@@ -26,7 +27,10 @@ case "$*" in
     *) exit 1 ;;
 esac
 """,
-    "srun": f"""#!{sys.executable}
+    "srun": f"""#!/bin/sh
+''':'
+exec "{sys.executable}" "$0" "$@"
+'''
 import signal, subprocess, sys
 assert sys.argv[1:3] == ["--no-kill", "--kill-on-bad-exit=0"]
 step = subprocess.Popen(sys.argv[3:], start_new_session=True)

@@ -23,6 +23,12 @@ SCRIPTS = ROOT / "scripts"
 STEPS = 60
 WAIT_S = 120
 
+# A path with a space, which a first line `#!` does not bear.
+START = f"""#!/bin/sh
+''':'
+exec "{sys.executable}" "$0" "$@"
+'''"""
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(qwen2_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
@@ -265,7 +271,7 @@ sys.exit(task.wait())
 def slurm(tmp_path: Path) -> dict[str, object]:
     """What a job's environment has beside the usual."""
     for name, text in SLURM.items():
-        executable(tmp_path / "bin" / name, text.replace("#!/usr/bin/env python3", f"#!{sys.executable}"))
+        executable(tmp_path / "bin" / name, text.replace("#!/usr/bin/env python3", START))
     here = {"PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NPROC": 1, "MAX_RESTARTS": 0}
     return here | {"SLURM_HERE": tmp_path, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
 

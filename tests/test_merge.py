@@ -556,7 +556,7 @@ class TestWholeOrNotAtAll:
         config = mergekit_file(checkpoints)
         merge(MergeConfig(config=str(config), out=str(out)))
         before = contents(out)
-        micota = f"{sys.executable} -m micota_fast.cli merge {config} {out} --seed 1"
+        micota = f"'{sys.executable}' -m micota_fast.cli merge {config} {out} --seed 1"
         done = subprocess.run(["sh", "-c", f"ulimit -f 50; exec {micota}"], capture_output=True, text=True)
         assert done.returncode == 2
         assert f"cannot write {out}: File too large" in done.stderr

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from micota_fast.chat import Chat
+from micota_fast.errors import InputError
 from micota_fast.generation import prompts
 from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.generation.prompts import Prompts
@@ -23,7 +24,7 @@ def test_it_can_be_broken_off(tmp_path: Path, qwen2_checkpoint: Path, monkeypatc
     async def broken_off() -> None:
         with ProblemFile(tmp_path / "problems.jsonl") as problems:
             all_ = Prompts(problems, chat)
-            checking = asyncio.create_task(all_.check(1000, 1000, tmp_path / "checked"))
+            checking = asyncio.create_task(all_.check(1000, 1000, 16, tmp_path / "checked"))
             some = all_._some
             monkeypatch.setattr(all_, "_some", lambda start, end: read.append(end) or some(start, end))
             for _ in range(5):
@@ -35,3 +36,20 @@ def test_it_can_be_broken_off(tmp_path: Path, qwen2_checkpoint: Path, monkeypatc
     asyncio.run(broken_off())
     assert 0 < len(read) < 10
     assert not (tmp_path / "checked").exists()
+
+
+def test_one_corpus_is_not_cut_off_at_two_lengths(tmp_path: Path, qwen2_checkpoint: Path) -> None:
+    write_rows(tmp_path / "problems.jsonl", [Problem(f"p{i}", "1 + 1 =", "2") for i in range(3)])
+    chat = Chat.from_checkpoint(qwen2_checkpoint, ChatConfig(system=None, prompt="{problem}"))
+    with ProblemFile(tmp_path / "problems.jsonl") as problems:
+
+        def check(context: int, max_new_tokens: int) -> None:
+            asyncio.run(Prompts(problems, chat).check(context - 2, context, max_new_tokens, tmp_path / "checked"))
+
+        check(512, 400)
+        check(512, 400)
+        check(2048, 400)  # nothing is cut off at either
+        check(512, 400)
+        with pytest.raises(InputError, match="context is 256 tokens and was 512 when the first answers were made"):
+            check(256, 400)
+        check(512, 400)  # as before

@@ -131,7 +131,8 @@ class Client:
                     self._context_length = self._find_context_length()
                     self._say_seeds_ignored()
                     checked = self._journal.folder / "prompts-checked.json"
-                    await self._prompts.check(self._longest_prompt(), self._context_length, checked)
+                    most = self._config.max_new_tokens
+                    await self._prompts.check(self._longest_prompt(), self._context_length, most, checked)
                     await self._judge_left_over()
                     self._schedule = self._make_schedule()
                     watchers.append(group.create_task(self._report(screen)))
@@ -265,9 +266,8 @@ class Client:
             some = left[start : start + MOST_JUDGED]
             rows = [Completion(**_known(json.loads(line))) for line in self._journal.rows(some)]
             judgements = await asyncio.gather(*(self._judgement(row) for row in rows))
-            for i, judgement in zip(some, judgements, strict=True):
-                problem, sample = int(entries["problem"][i]), int(entries["sample"][i])
-                self._journal.settle(problem, sample, verdict_code(judgement))
+            for i, judgement in zip(some.tolist(), judgements, strict=True):
+                self._journal.settle_entry(i, verdict_code(judgement))
                 self.meters.judge(judgement.reason)
 
     async def _judgement(self, row: Completion) -> Judgement:

@@ -295,6 +295,11 @@ class Journal:
         with self._errors():
             self._index.settle(problem, sample, verdict)
 
+    def settle_entry(self, entry: int, verdict: int) -> None:
+        """As `settle`, for a row whose place in `entries` is known: no search."""
+        with self._errors():
+            self._index.settle_record(entry, verdict)
+
     def sync(self) -> None:
         """Bring every row and the index to the disk.
 

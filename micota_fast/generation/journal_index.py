@@ -166,10 +166,14 @@ class Index:
             start = max(stop - step, 0)
             place = _find(entries[start:stop], problem, sample)
             if place is not None:
-                write_at(self._fd, value, (start + place) * _SIZE + _VERDICT)
-                self._verdict_changed = True
+                self.settle_record(start + place, verdict)
                 return
             stop, step = start, min(2 * step, _CHUNK)
+
+    def settle_record(self, place: int, verdict: int) -> None:
+        """Change the verdict of a record of the file, by its place in `entries`."""
+        write_at(self._fd, bytes((verdict, 255 - verdict)), place * _SIZE + _VERDICT)
+        self._verdict_changed = True
 
     def close(self) -> None:
         """Release the file; `entries` taken before stay."""

@@ -35,27 +35,29 @@ class Prompts:
         """The ids of a problem's prompt."""
         return self.chat.encode_prompt(self.problem(problem).problem)
 
-    async def check(self, longest: int, context_length: int, checked: Path) -> None:
+    async def check(self, longest: int, context_length: int, max_new_tokens: int, checked: Path) -> None:
         """See that every prompt can be sent; that may take minutes, in which the event loop turns and can be stopped.
 
         Args:
             longest: prompt that the servers take, tokens.
             context_length: the servers', tokens.
+            max_new_tokens: of an answer.
             checked: a file that says so where an earlier run has done it; it must go where model or problems change.
 
         Raises:
-            InputError: naming the first problems whose prompts cannot be sent.
+            InputError: naming the first problems whose prompts cannot be sent; or the context is another than that of
+                an earlier run, so that answers of one corpus would be cut off at two lengths.
         """
-        limits = json.dumps(
-            {"vocab_size": self.chat.vocab_size, "longest": longest, "context_length": context_length}
-        ).encode()
-        if checked.is_file() and checked.read_bytes() == limits:
+        limits = {"vocab_size": self.chat.vocab_size, "longest": longest, "context_length": context_length}
+        earlier = json.loads(checked.read_bytes()) if checked.is_file() else limits
+        if checked.is_file() and earlier == limits:
             return
         bad: list[str] = []
-        number = 0
+        number = most_ids = 0
         for start in range(0, len(self.problems), CHECKED_AT_ONCE):
             await asyncio.sleep(0)
             for problem_id, ids, refusal in self._some(start, min(start + CHECKED_AT_ONCE, len(self.problems))):
+                most_ids = max(most_ids, len(ids))
                 refusal = refusal or self._unsendable(ids, longest, context_length)
                 if refusal is not None:
                     number += 1
@@ -64,7 +66,14 @@ class Prompts:
         if bad:
             named = "; ".join(bad) + ("; ..." if number > OFFENDERS_NAMED else "")
             raise InputError(f"{number} of {len(self.problems)} prompts cannot be sent: {named}")
-        write_atomic(checked, [limits])
+        before = earlier["context_length"]
+        if before != context_length and most_ids + max_new_tokens + 1 > min(before, context_length):
+            raise InputError(
+                f"the servers' context is {context_length} tokens and was {before} when the first answers were made: "
+                f"answers of one corpus would be cut off at two lengths; start servers as before, or lower "
+                f"`max_new_tokens` and start over"
+            )
+        write_atomic(checked, [json.dumps(limits).encode()])
 
     def _some(self, start: int, end: int) -> Iterator[tuple[str, Sequence[int], str | None]]:
         """(problem id, ids, why the prompt cannot be made) of problems start to end - 1, tokenised together."""
