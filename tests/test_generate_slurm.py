@@ -17,8 +17,8 @@ from micota_fast.serve.launch import QUIET_PORTS
 ROOT = Path(__file__).parent.parent
 PROBLEMS, SAMPLES = 100, 2
 
-# What is used of Slurm. srun passes SIGTERM on to its step, as the real one does; it names the interpreter in such a way
-# because that path may hold a space.
+# What is used of Slurm. srun passes SIGTERM on to its step, as the real one does; its head is such because the path of
+# the interpreter may hold a space.
 SLURM = {
     "scontrol": """#!/bin/sh
 case "$*" in
