@@ -168,6 +168,8 @@ class _Sweep:
         completions, done = folder / "completions.jsonl", folder / "done.json"
         is_done = done.is_file() and json.loads(done.read_bytes()).get("sha256") == _sha256(completions)
         if not is_done:
+            for torn in folder.glob(".*.tmp"):  # by a kill, while a file was written
+                torn.unlink()
             print(f"weight {weight:g}: merging and sampling; log: {folder / 'log.txt'}", flush=True)
         if not is_done or self.config.keep_models:
             self.merge(weight, folder / "model", folder / "log.txt")

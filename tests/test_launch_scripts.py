@@ -207,7 +207,7 @@ def test_ctrl_c(stubborn: str, tmp_path: Path, launcher: Launcher) -> None:
         os.killpg(process.pid, signal.SIGINT)
     assert launcher.status(process) == 130
     assert "worker: SIGUSR1" in launcher.log.read_text()
-    assert not _runs(agent)  # and the trainer would end with it
+    launcher.wait_until(lambda: not _runs(agent))  # and the trainer would end with it
 
 
 @pytest.mark.parametrize("script", ["train.sh", "train_multinode.sh"])
