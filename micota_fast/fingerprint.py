@@ -1,5 +1,6 @@
 """Fingerprints of files and folders by content, and a memory of them so that an unchanged file is read once."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,17 +23,16 @@ class Fingerprints:
     is judged by its time: a touched file is hashed anew and found equal.
 
     Args:
-        memory: file that keeps the hashes between runs.
+        memory: file that keeps the hashes between runs; None: they last as long as this process.
     """
 
-    def __init__(self, memory: Path) -> None:
+    def __init__(self, memory: Path | None) -> None:
         self._memory = memory
         self._changed = False
         self._known: dict[str, list[Any]] = {}
-        try:
-            self._known = json.loads(memory.read_bytes())
-        except (OSError, ValueError):
-            self._known = {}  # a lost memory only costs time
+        if memory is not None:
+            with contextlib.suppress(OSError, ValueError):  # a lost memory only costs time
+                self._known = json.loads(memory.read_bytes())
 
     def of(self, path: Path) -> str:
         """sha256 of a file's bytes, or of the names and hashes of all files in a folder.
@@ -62,7 +62,7 @@ class Fingerprints:
 
     def save(self) -> None:
         """Keep what was hashed for the next run."""
-        if self._changed:
+        if self._changed and self._memory is not None:
             alive = {name: state for name, state in self._known.items() if os.path.exists(name)}
             write_atomic(self._memory, [json.dumps(alive, indent=0).encode()])
             self._changed = False

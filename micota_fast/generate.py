@@ -26,6 +26,7 @@ import numpy as np
 
 from micota_fast import config as configuration
 from micota_fast.errors import InputError
+from micota_fast.fingerprint import Fingerprints
 from micota_fast.generation.accept import REASONS, Judge
 from micota_fast.generation.client import ACCEPTED, Client
 from micota_fast.generation.journal import Journal
@@ -38,6 +39,7 @@ from micota_fast.serve import sglang
 from micota_fast.serve.launch import serving
 
 Config = GenerateConfig | EvaluateConfig
+_CONTENTS = Fingerprints(None)  # an evaluation asks for its model's fingerprint several times a benchmark
 
 
 def run(config: GenerateConfig) -> None:
@@ -150,16 +152,11 @@ def model_fingerprint(path: Path) -> str:
     if not files:
         raise InputError(f"{path}: no checkpoint here (no *.json, no *.safetensors)")
     with ThreadPoolExecutor() as pool:
-        contents = list(pool.map(_sha256, files))
+        contents = list(pool.map(_CONTENTS.of, files))
     digest = hashlib.sha256()
     for file, content in zip(files, contents, strict=True):
         digest.update(f"{file.name}\0{content}\n".encode())
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finished(problems: ProblemFile, config: Config, out: str | Path) -> bool:

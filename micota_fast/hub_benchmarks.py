@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from micota_fast.errors import InputError
 from micota_fast.grading.answers import extract_boxed
+from micota_fast.recipe import shipped_benchmarks
 from micota_fast.records import Problem, read_lines, write_atomic, write_rows
 
 
@@ -20,10 +19,9 @@ def fetch(folder: str | Path) -> None:
             problems. Files written until then stay.
     """
     folder = Path(folder)
-    definitions = yaml.safe_load((Path(__file__).parent / "benchmarks.yaml").read_text(encoding="utf-8"))
     sources_path = folder / "SOURCES.json"
     sources = json.loads(sources_path.read_bytes()) if sources_path.exists() else {}
-    for key, definition in definitions.items():
+    for key, definition in shipped_benchmarks().items():
         path = folder / definition["path"]
         if path.exists():
             print(f"{path}: there already")

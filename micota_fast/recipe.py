@@ -371,13 +371,21 @@ class TrainConfig(TrainSettings):
     out: str = option(doc="folder: model/ (Hugging Face layout), metrics.jsonl, summary.json, resume checkpoints")
 
 
+def shipped_benchmarks() -> dict[str, dict[str, Any]]:
+    """The definitions of benchmarks.yaml, by name."""
+    known: dict[str, dict[str, Any]] = yaml.safe_load(
+        (Path(__file__).parent / "benchmarks.yaml").read_text(encoding="utf-8")
+    )
+    return known
+
+
 def shipped_benchmark(name: str) -> dict[str, Any]:
     """The keys of `BenchmarkConfig` that benchmarks.yaml gives for a benchmark.
 
     Raises:
         InputError: it is none of those.
     """
-    known = yaml.safe_load((Path(__file__).parent / "benchmarks.yaml").read_text(encoding="utf-8"))
+    known = shipped_benchmarks()
     if name not in known:
         raise InputError(f"`like` must be one of {', '.join(known)}, not {name!r}")
     return {key: value for key, value in known[name].items() if key != "hub"}

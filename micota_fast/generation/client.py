@@ -30,7 +30,7 @@ from micota_fast.generation.request import Asker
 from micota_fast.generation.schedule import Schedule, Wanted
 from micota_fast.model.config import ModelConfig
 from micota_fast.recipe import SamplingSettings
-from micota_fast.records import Completion
+from micota_fast.records import Completion, parse_row
 
 BACKOFF_S = 0.25, 15.0  # first and longest pause between two tries of a request, or of a server that is down or fails
 # How long nothing may be answered before the run gives up: a server elsewhere may be restarted, ours will not.
@@ -182,8 +182,7 @@ class Client:
                 if endpoint.down is not None:
                     self._is_down(endpoint, str(error))
                 elif time.monotonic() - heard > SILENT_S:
-                    endpoint.lost(f"{endpoint.url} has not answered for {SILENT_S:.0f} s")
-                    self._is_down(endpoint, endpoint.down or "")
+                    self._is_down(endpoint, f"{endpoint.url} has not answered for {SILENT_S:.0f} s")
             if endpoint.down is None:
                 await asyncio.sleep(POLL_S)
             else:
@@ -264,7 +263,8 @@ class Client:
         left = np.flatnonzero(entries["verdict"] == UNJUDGED)
         for start in range(0, len(left), MOST_JUDGED):
             some = left[start : start + MOST_JUDGED]
-            rows = [Completion(**_known(json.loads(line))) for line in self._journal.rows(some)]
+            where = str(self._journal.folder)
+            rows = [parse_row(Completion, json.loads(line), where) for line in self._journal.rows(some)]
             judgements = await asyncio.gather(*(self._judgement(row) for row in rows))
             for i, judgement in zip(some.tolist(), judgements, strict=True):
                 self._journal.settle_entry(i, verdict_code(judgement))
@@ -410,7 +410,3 @@ class Client:
             await asyncio.sleep(PROGRESS_S)
             self._journal.sync()  # answers may be far apart, and only an append finds that a sync is due
             screen.show(self.meters.line(self._schedule.expected, self._endpoints))
-
-
-def _known(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: values[name] for name in Completion.__dataclass_fields__ if name in values}

@@ -49,8 +49,8 @@ class Prompts:
                 an earlier run, so that answers of one corpus would be cut off at two lengths.
         """
         limits = {"vocab_size": self.chat.vocab_size, "longest": longest, "context_length": context_length}
-        earlier = json.loads(checked.read_bytes()) if checked.is_file() else limits
-        if checked.is_file() and earlier == limits:
+        earlier = json.loads(checked.read_bytes()) if checked.is_file() else None
+        if earlier == limits:
             return
         bad: list[str] = []
         number = most_ids = 0
@@ -66,7 +66,7 @@ class Prompts:
         if bad:
             named = "; ".join(bad) + ("; ..." if number > OFFENDERS_NAMED else "")
             raise InputError(f"{number} of {len(self.problems)} prompts cannot be sent: {named}")
-        before = earlier["context_length"]
+        before = earlier["context_length"] if earlier is not None else context_length
         if before != context_length and most_ids + max_new_tokens + 1 > min(before, context_length):
             raise InputError(
                 f"the servers' context is {context_length} tokens and was {before} when the first answers were made: "
