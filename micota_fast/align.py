@@ -21,6 +21,7 @@ from micota_fast.data.batches import packed_batch
 from micota_fast.data.packing import pack
 from micota_fast.data.tokenise import Documents, load_documents
 from micota_fast.kernels import linear_cross_entropy
+from micota_fast.learnability import distribution, learnability, target_ranks
 from micota_fast.likelihood_profile import overlap, profile, reflection_markers
 from micota_fast.model.attention import Backend, PackedAttention, choose_backend
 from micota_fast.model.decoder import Decoder
@@ -28,8 +29,6 @@ from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.model.safetensors_io import load_model
 from micota_fast.recipe import AlignConfig
 from micota_fast.records import Completion, read_completions, write_atomic
-
-QUANTILES = (1, 10, 25, 50, 75, 90, 99)
 
 
 def run(config: AlignConfig) -> None:
@@ -39,7 +38,8 @@ def run(config: AlignConfig) -> None:
     corpus; `document_nll` describes the means of single documents; `tokens` and `lengths` are supervised tokens of each
     document, in file order. Documents above `max_doc_tokens` are left out and counted in `dropped`. `by_position`,
     `by_step` and `unlikely` are those of `likelihood_profile.profile`, `markers` phrases of reflection for each 1,000
-    tokens, `own_overlap` what the student says by itself (see `likelihood_profile.overlap`; null without `own`).
+    tokens, `own_overlap` what the student says by itself (see `likelihood_profile.overlap`; null without `own`),
+    `learnability` what `learnability.learnability` gives.
 
     Raises:
         InputError: model or corpus cannot be read, a row is bad (file:line), or nothing is left to measure.
@@ -55,13 +55,14 @@ def run(config: AlignConfig) -> None:
     own = _answers(read_completions(config.own)) if config.own is not None else None
     for name, path in config.corpora.items():
         documents = load_documents(path, chat, config.max_doc_tokens or config.pack_tokens, "drop")
-        nll_N, counts_D = token_nll(model, documents, config.pack_tokens, backend)
+        nll_N, rank_N, counts_D = token_likelihood(model, documents, config.pack_tokens, backend)
         ids_N = documents.input_ids[_has_loss(documents)]
         texts = (chat.decode(ids.tolist()) for ids in np.split(ids_N, np.cumsum(counts_D)[:-1]))
         result = {
             "corpus": name,
             "model": folder.name if Path(config.model).is_dir() else config.model,
             **summary(nll_N, counts_D, documents),
+            "learnability": learnability(nll_N, rank_N, counts_D),
             **profile(nll_N, counts_D, ends_line_V[ids_N]),
             "markers": reflection_markers(texts, len(ids_N)),
             "own_overlap": overlap(_answers(read_completions(path)), own) if own is not None else None,
@@ -70,7 +71,8 @@ def run(config: AlignConfig) -> None:
         }
         write_atomic(Path(config.out) / f"{name}.json", [json.dumps(result, indent=1).encode() + b"\n"])
         print(
-            f"align: {name}: perplexity {result['perplexity']:.3f} over {result['tokens']['total']} tokens of "
+            f"align: {name}: {result['learnability']['nats_per_answer']['mean']:.1f} nats an answer, perplexity "
+            f"{result['perplexity']:.3f} over {result['tokens']['total']} tokens of "
             f"{result['documents']} documents ({result['dropped']} above the limit left out)"
         )
 
@@ -90,32 +92,37 @@ def _has_loss(documents: Documents) -> NDArray[np.bool_]:
 
 
 @torch.inference_mode()
-def token_nll(
+def token_likelihood(
     model: Decoder, documents: Documents, pack_tokens: int, backend: Backend
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Negative log-likelihood (nats) of every supervised token, in the documents' order, and how many each has.
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    """Negative log-likelihood (nats) and rank of every supervised token, in file order, and how many each document has.
 
-    Documents are packed, so no token is spent on padding; logits exist only chunk by chunk inside the loss.
+    Documents are packed, so no token is spent on padding; logits exist only chunk by chunk.
     """
     device = model.lm_head_weight.device
     nll_total = np.zeros(len(documents.input_ids), dtype=np.float32)
+    rank_total = np.zeros(len(documents.input_ids), dtype=np.int64)
     order, pack_offsets = pack(documents.lengths, pack_tokens)
     for doc_ids in np.split(order, pack_offsets[1:-1]):
         batch = packed_batch(documents, doc_ids)
         cu_seqlens = batch.cu_seqlens if backend == "sdpa" else batch.cu_seqlens.to(device)
         attend = PackedAttention(cu_seqlens, batch.max_seqlen, backend, device)
         hidden_TH = model(batch.input_ids.to(device), batch.position_ids.to(device), attend)
+        targets_T = batch.targets.to(device)
         nll_T = linear_cross_entropy(
-            hidden_TH,
-            model.lm_head_weight,
-            batch.targets.to(device),
-            reduction="none",
-            n_supervised=batch.n_supervised,
+            hidden_TH, model.lm_head_weight, targets_T, reduction="none", n_supervised=batch.n_supervised
         ).cpu()
+        told_N = (targets_T >= 0).nonzero()[:, 0]
+        rank_T = torch.zeros_like(targets_T)
+        rank_T[told_N] = target_ranks(hidden_TH[told_N], model.lm_head_weight, targets_T[told_N])
+        rank_T = rank_T.cpu()
         for d, (start, stop) in zip(doc_ids.tolist(), pairwise(batch.cu_seqlens.tolist()), strict=True):
             # The loss at a place is that of the token after it.
-            nll_total[documents.offsets[d] + 1 : documents.offsets[d + 1]] = nll_T[start : stop - 1]
-    return nll_total[_has_loss(documents)], documents.n_targets
+            after_first = slice(documents.offsets[d] + 1, documents.offsets[d + 1])
+            nll_total[after_first] = nll_T[start : stop - 1]
+            rank_total[after_first] = rank_T[start : stop - 1]
+    has_loss = _has_loss(documents)
+    return nll_total[has_loss], rank_total[has_loss], documents.n_targets
 
 
 def summary(nll_N: NDArray[np.float32], tokens_D: NDArray[np.int64], documents: Documents) -> dict[str, Any]:
@@ -127,13 +134,8 @@ def summary(nll_N: NDArray[np.float32], tokens_D: NDArray[np.int64], documents: 
         "dropped": documents.dropped,
         "perplexity": math.exp(nll),
         "nll": nll,
-        "document_nll": _distribution(nll_D / tokens_D),
-        "tokens": {"total": int(tokens_D.sum()), **_distribution(tokens_D)},
+        "document_nll": distribution(nll_D / tokens_D),
+        "tokens": {"total": int(tokens_D.sum()), **distribution(tokens_D)},
         "lengths": tokens_D.tolist(),
         "documents_fingerprint": documents.fingerprint,
     }
-
-
-def _distribution(values: NDArray[Any]) -> dict[str, float]:
-    quantiles = {f"p{q}": float(np.quantile(values, q / 100)) for q in QUANTILES}
-    return {"mean": float(values.mean()), "sd": float(values.std()), **quantiles}

@@ -226,22 +226,36 @@ class _Planner:
         return self._artefact(stage, "corpus.jsonl")
 
     def _generated(self, stage: str, name: str) -> None:
+        completions = self._answers(name)
+        settings = self._filter(name, completions)
+        self._add(Stage(stage, "filter", settings, (completions,), ("corpus.jsonl", "corpus.jsonl.counts.json")))
+
+    def _filter(self, name: str, completions: Artefact) -> FilterConfig:
         spec = self.recipe.corpora[name].generate
         assert spec is not None
-        source = self.recipe.problems[spec.problems]
-        model = self.model(spec.model)
-        problems = self._file(source.path, f"problems.{spec.problems}.path")
-        answers = f"answers/{name}"
-        completions = self._artefact(answers, "completions.jsonl")
-        filter_settings = self._settings(
+        return self._settings(
             FilterConfig,
             self.recipe.filter,
             spec.filter,
             f"corpora.{name}.generate.filter",
             completions=completions.location,
-            out=self._out(stage, "corpus.jsonl"),
+            out=self._out(f"corpus/{name}", "corpus.jsonl"),
         )
-        rules = config.plain(filter_settings)
+
+    def _answers(self, name: str) -> Artefact:
+        """All answers that a generated corpus is filtered from."""
+        stage = f"answers/{name}"
+        completions = self._artefact(stage, "completions.jsonl")
+        self._once(stage, lambda: self._generate(stage, name, completions))
+        return completions
+
+    def _generate(self, stage: str, name: str, completions: Artefact) -> None:
+        spec = self.recipe.corpora[name].generate
+        assert spec is not None
+        source = self.recipe.problems[spec.problems]
+        model = self.model(spec.model)
+        problems = self._file(source.path, f"problems.{spec.problems}.path")
+        rules = config.plain(self._filter(name, completions))
         settings = self._settings(
             GenerateConfig,
             self._served(self.recipe.generate, spec.model),
@@ -250,11 +264,10 @@ class _Planner:
             model=model.location,
             problems=problems.location,
             limit=source.limit,
-            out=self._out(answers, "completions.jsonl"),
+            out=completions.location,
             accept={field.name: rules[field.name] for field in dataclasses.fields(FilterSettings)},
         )
-        self._add(Stage(answers, "generate", settings, (model, problems), ("completions.jsonl",)))
-        self._add(Stage(stage, "filter", filter_settings, (completions,), ("corpus.jsonl", "corpus.jsonl.counts.json")))
+        self._add(Stage(stage, "generate", settings, (model, problems), ("completions.jsonl",)))
 
     def _mixed(self, stage: str, name: str) -> None:
         shares = self.recipe.corpora[name].mix
@@ -348,6 +361,7 @@ class _Planner:
         if not self.recipe.align:
             return {}
         corpora = {name: self.corpus(name) for name in self.recipe.align}
+        own = self._answers(self.recipe.own) if self.recipe.own is not None else None
         settings = self._settings(
             AlignConfig,
             self.recipe.alignment,
@@ -355,10 +369,12 @@ class _Planner:
             "alignment",
             model=student.location,
             corpora={name: artefact.location for name, artefact in corpora.items()},
+            own=own.location if own is not None else None,
             out=str(self.run_dir / "align"),
         )
         outputs = tuple(f"{name}.json" for name in corpora)
-        self._add(Stage("align", "align", settings, (student, *corpora.values()), outputs))
+        inputs = (student, *corpora.values(), *([own] if own is not None else []))
+        self._add(Stage("align", "align", settings, inputs, outputs))
         files = {name: {"alignment": self._artefact("align", f"{name}.json")} for name in corpora}
         for name in corpora:
             if self.recipe.corpora[name].generate is not None:

@@ -48,15 +48,17 @@ def test_equals_transformers_document_by_document(qwen2_checkpoint: Path, tmp_pa
 
     documents = load_documents(path, Chat.from_checkpoint(qwen2_checkpoint, ChatConfig()), 300)
     model = AutoModelForCausalLM.from_pretrained(qwen2_checkpoint).double().eval()
-    nll, tokens = [], []
+    nll, tokens, ranks = [], [], []
     for d in range(len(documents)):
         piece = slice(documents.offsets[d], documents.offsets[d + 1])
         ids = torch.from_numpy(documents.input_ids[piece].astype(np.int64))
         mask = torch.from_numpy(documents.supervised[piece])
         with torch.no_grad():
-            log_p = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+            every_log_p = model(ids[None]).logits[0, :-1].log_softmax(-1)
+            log_p = every_log_p.gather(1, ids[1:, None])[:, 0]
         nll.append(-float(log_p[mask[1:]].sum()))
         tokens.append(int(mask[1:].sum()))
+        ranks.append(1 + (every_log_p > log_p[:, None]).sum(1)[mask[1:]].numpy())
     means = np.array(nll) / np.array(tokens)
     assert result["documents"] == 6
     assert result["dropped"] == 1
@@ -66,6 +68,13 @@ def test_equals_transformers_document_by_document(qwen2_checkpoint: Path, tmp_pa
     assert result["document_nll"]["p90"] == pytest.approx(np.quantile(means, 0.9), rel=1e-5)
     assert result["tokens"]["total"] == sum(tokens)
     assert result["tokens"]["mean"] == pytest.approx(np.mean(tokens))
+    learnability = result["learnability"]
+    assert learnability["nats_per_answer"]["mean"] == pytest.approx(np.mean(nll), rel=1e-5)
+    assert learnability["nats_per_answer"]["p90"] == pytest.approx(np.quantile(nll, 0.9), rel=1e-5)
+    assert learnability["departures_per_answer"]["mean"] == np.mean([(r > 1).sum() for r in ranks])
+    clipped = sum(int(np.minimum(r, 100).sum()) for r in ranks)
+    assert any((r > 100).any() for r in ranks)
+    assert learnability["rank_surprisal_ratio"] == pytest.approx(clipped / sum(nll), rel=1e-5)
 
 
 def test_each_corpus_its_file_and_equal_bytes_again(qwen2_checkpoint: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_splits_are_disjoint_and_pretraining_holds_nothing_out(tmp_path: Path) -
 
 def test_pretraining_skips_what_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     before = list(itertools.islice(world.pretraining_chains(random.Random(5)), 50))
-    monkeypatch.setattr(world, "held_out", lambda: frozenset(before[10:20]))
+    monkeypatch.setattr(world, "held_out", lambda split_seed: frozenset(before[10:20]))
     after = list(itertools.islice(world.pretraining_chains(random.Random(5)), 40))
     assert after == [chain for chain in before if chain not in before[10:20]]
 
@@ -134,6 +134,19 @@ def test_corpora_hold_no_benchmark_problem() -> None:
         for row in build.corpus(kind, 500, seed=3):
             user = row["messages"][1]["content"]
             assert not any(user.startswith(text) for text in texts)
+
+
+def test_each_world_holds_out_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert world.held_out(build.split_seed(0)) == world.held_out()
+    assert world.held_out(build.split_seed(1)) != world.held_out()
+    before = list(build.corpus("short", 50, 5))
+    taken = frozenset(itertools.islice(world.pretraining_chains(random.Random("5-short")), 20))
+    monkeypatch.setattr(world, "held_out", lambda split: taken if split == build.split_seed(1) else frozenset())
+    assert list(build.corpus("short", 50, 5)) == before
+    user_messages = {row["messages"][1]["content"] for row in build.corpus("short", 50, 5, world_number=1)}
+    assert not user_messages & {build.question(chain) for chain in taken}
+    seeds = {build.phase_seed(size, phase, w) for w in (0, 1, 2) for size in build.SIZES.values() for phase in range(3)}
+    assert len(seeds) == 27
 
 
 def test_shipped_problems_are_what_the_code_makes(tmp_path: Path) -> None:

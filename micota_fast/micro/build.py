@@ -1,8 +1,9 @@
 """Makes everything the micro world ships: its problems, its tokenizer, and its pre-trained models of three sizes.
 
-`python -m micota_fast.micro.build [--out DIR] [--work DIR]` writes seeded corpora and trainer configurations to the
-work folder, runs the production trainer (`python -m micota_fast.train`) on them, one phase after another, and installs
-the results. The same machine, torch version and thread count give the same bytes.
+`python -m micota_fast.micro.build [--out DIR] [--work DIR] [--world N]` writes seeded corpora and trainer
+configurations to the work folder, runs the production trainer (`python -m micota_fast.train`) on them, one phase after
+another, and installs the results. World 0 is the one that ships; another number gives other problems and, from other
+weights and texts, other models. The same machine, torch version and thread count give the same bytes.
 """
 
 import argparse
@@ -103,10 +104,16 @@ def problem_rows(prefix: str, chains: list[world.Chain]) -> list[Problem]:
     ]
 
 
-def write_problems(out_dir: Path) -> None:
+def split_seed(world_number: int) -> int:
+    """The seed of a world's train split and benchmarks."""
+    return world.SPLIT_SEED + world_number
+
+
+def write_problems(out_dir: Path, world_number: int = 0) -> None:
     """Write train.jsonl and one file a benchmark."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name, chains in {"train": world.train_problems(), **world.benchmarks()}.items():
+    split = split_seed(world_number)
+    for name, chains in {"train": world.train_problems(split), **world.benchmarks(split)}.items():
         write_rows(out_dir / f"{name}.jsonl", problem_rows(name, chains))
 
 
@@ -140,10 +147,10 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-def corpus(kind: str, rows: int, seed: int) -> Iterator[Row]:
-    """``rows`` training rows in OpenAI's chat format, over problems that are never held out."""
+def corpus(kind: str, rows: int, seed: int, world_number: int = 0) -> Iterator[Row]:
+    """``rows`` training rows in OpenAI's chat format, over problems that are never held out in that world."""
     rng = random.Random(f"{seed}-{kind}")
-    for _, chain in zip(range(rows), world.pretraining_chains(rng), strict=False):
+    for _, chain in zip(range(rows), world.pretraining_chains(rng, split_seed(world_number)), strict=False):
         yield WRITERS[kind](chain, rng)
 
 
@@ -184,14 +191,14 @@ def write_blank_checkpoint(size: Size, tokenizer: Tokenizer, out_dir: Path) -> N
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def train_config(model: Path, data: Path, out: Path, size: Size, number: int) -> TrainConfig:
+def train_config(model: Path, data: Path, out: Path, size: Size, number: int, world_number: int = 0) -> TrainConfig:
     """The trainer's options for phase ``number``: float32 throughout; the last phase stores bfloat16, as it ships."""
     phase = size.phases[number]
     return TrainConfig(
         model=str(model),
         data=str(data),
         out=str(out),
-        seed=phase_seed(size, number),
+        seed=phase_seed(size, number, world_number),
         epochs=1.0,
         lr=phase.lr,
         min_lr_ratio=phase.min_lr_ratio,
@@ -207,12 +214,12 @@ def train_config(model: Path, data: Path, out: Path, size: Size, number: int) ->
     )
 
 
-def phase_seed(size: Size, number: int) -> int:
+def phase_seed(size: Size, number: int, world_number: int = 0) -> int:
     """Seed of a phase's corpus, of the order of its documents and, in the first phase, of the weights."""
-    return 100 * size.seed + number
+    return 1000 * world_number + 100 * size.seed + number
 
 
-def build_model(name: str, size: Size, tokenizer: Tokenizer, work: Path) -> Path:
+def build_model(name: str, size: Size, tokenizer: Tokenizer, work: Path, world_number: int = 0) -> Path:
     """Run the phases of one model, skipping what ``work`` holds finished; returns the last checkpoint's folder."""
     model = work / name / "blank"
     write_blank_checkpoint(size, tokenizer, model)
@@ -220,8 +227,8 @@ def build_model(name: str, size: Size, tokenizer: Tokenizer, work: Path) -> Path
         folder = work / name / f"{number}-{phase.kind}"
         folder.mkdir(parents=True, exist_ok=True)
         data, config, out = folder / "corpus.jsonl", folder / "config.yaml", folder / "out"
-        write_rows(data, corpus(phase.kind, phase.rows, phase_seed(size, number)))
-        config.write_text(dump(train_config(model, data, out, size, number)), encoding="utf-8")
+        write_rows(data, corpus(phase.kind, phase.rows, phase_seed(size, number, world_number), world_number))
+        config.write_text(dump(train_config(model, data, out, size, number, world_number)), encoding="utf-8")
         print(f"{name}, phase {number + 1} of {len(size.phases)}: {phase.kind}, {phase.rows:,} documents", flush=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # one thread: the sums, and so the bytes, come out alike
         subprocess.run([sys.executable, "-m", "micota_fast.train", str(config)], check=True, env=environment)
@@ -236,12 +243,13 @@ def main() -> int:
         "--out", type=Path, default=HERE, help="where problems/ and checkpoints/ go (default: the package)"
     )
     parser.add_argument("--work", type=Path, default=Path("runs/micro-build"), help="corpora and training runs; kept")
+    parser.add_argument("--world", type=int, default=0, help="which world: its problems and its models' seeds")
     args = parser.parse_args()
     start = time.monotonic()
-    write_problems(args.out / "problems")
+    write_problems(args.out / "problems", args.world)
     tokenizer = make_tokenizer()
     try:
-        models = {name: build_model(name, size, tokenizer, args.work) for name, size in SIZES.items()}
+        models = {name: build_model(name, size, tokenizer, args.work, args.world) for name, size in SIZES.items()}
     except subprocess.CalledProcessError as error:
         print(f"error: {error}; the same command goes on from there", file=sys.stderr)
         return 1

@@ -139,28 +139,28 @@ def _line(value: int, name: str, step: int, result: int) -> str:
     return f"{value} {name}{step:+d}={result}"
 
 
-def benchmarks() -> dict[str, list[Chain]]:
-    """The held-out problems, by benchmark name, easiest first. Always the same ones; no two are equal."""
-    rng = random.Random(f"{SPLIT_SEED}-benchmarks")
+def benchmarks(split_seed: int = SPLIT_SEED) -> dict[str, list[Chain]]:
+    """The held-out problems, by benchmark name, easiest first. Always the same ones for a seed; no two are equal."""
+    rng = random.Random(f"{split_seed}-benchmarks")
     return {name: _distinct(rng, [n_steps] * BENCHMARK_SIZE, set()) for name, n_steps in BENCHMARK_STEPS.items()}
 
 
-def held_out() -> frozenset[Chain]:
+def held_out(split_seed: int = SPLIT_SEED) -> frozenset[Chain]:
     """Every benchmark problem: what neither the train split nor pre-training may contain."""
-    return frozenset(chain for chains in benchmarks().values() for chain in chains)
+    return frozenset(chain for chains in benchmarks(split_seed).values() for chain in chains)
 
 
-def train_problems() -> list[Chain]:
+def train_problems(split_seed: int = SPLIT_SEED) -> list[Chain]:
     """The train split: as many problems of each benchmark's length, in mixed order, none of them held out."""
-    rng = random.Random(f"{SPLIT_SEED}-train")
+    rng = random.Random(f"{split_seed}-train")
     lengths = list(BENCHMARK_STEPS.values()) * (TRAIN_SIZE // len(BENCHMARK_STEPS))
     rng.shuffle(lengths)
-    return _distinct(rng, lengths, set(held_out()))
+    return _distinct(rng, lengths, set(held_out(split_seed)))
 
 
-def pretraining_chains(rng: random.Random) -> Iterator[Chain]:
+def pretraining_chains(rng: random.Random, split_seed: int = SPLIT_SEED) -> Iterator[Chain]:
     """Endless chains of 1 to ``MAX_STEPS`` steps, none of them held out."""
-    excluded = held_out()
+    excluded = held_out(split_seed)
     while True:
         chain = random_chain(rng, rng.randint(1, MAX_STEPS))
         if chain not in excluded:

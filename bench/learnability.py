@@ -1,0 +1,262 @@
+r"""Does a score that is known before training rank corpora as training on them does?
+
+    .venv/bin/python bench/learnability.py [--work DIR] [--worlds 0 1 2] [--seeds 1 2] [--quick] [--json FILE]
+
+Worlds of `micota_fast/micro`, each with problems of its own and models pre-trained from other weights on other texts
+(world 0: teacher and assistant as they ship). In each, three students that differ in the style of the last 300 of their
+32,300 documents of pre-training: terse (short), thorough (long), and even (the mixture). Each student is trained, by
+the micro recipe's own settings, on nine corpora: long, three merges between assistant and fine-tuned assistant (weights
+0.85, 0.8, 0.75), short, long:short 1:4, mid:short 1:1, its own right answers, and the bare final answers. A run of
+`micota run` a student, in a folder a world, makes all of it: interrupted, the same command goes on.
+
+What is compared, each under the untrained student: nats an answer (the score of `micota_fast/learnability.py`, chosen
+before any of these worlds was run), perplexity, tokens, departures an answer, rank-surprisal ratio. For each student
+Spearman's correlation between the measure, less being better, and accuracy (mean over five benchmarks and the seeds)
+over the corpora; +1: it ranks them as training does. Bare answers hold no reasoning and are in no pipeline, so they are
+left out of the figure that counts and shown in a second one. Also: the accuracy that is lost where the best corpus by
+the measure is taken instead of the best by accuracy. Intervals: percentile bootstrap over worlds, and students within
+them.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from machine import ROOT, provenance
+from numpy.typing import NDArray
+
+from micota_fast.micro import build
+from micota_fast.records import Completion, read_problems, write_rows
+
+MICRO = ROOT / "micota_fast" / "micro"
+STUDENTS = {"terse": "short", "thorough": "long", "even": "mixture"}
+MEASURES = ("nats_per_answer", "perplexity", "tokens", "departures_per_answer", "rank_surprisal_ratio")
+WEIGHTS = (0.85, 0.8, 0.75)
+BARE = "bare"
+RESAMPLES = 10_000
+
+
+def students(world: int, work: Path) -> dict[str, Path]:
+    """The untrained students of a world, by style."""
+    size = build.SIZES["student"]
+    tokenizer = build.make_tokenizer()
+    return {
+        name: build.build_model(
+            "student",
+            dataclasses.replace(size, phases=(*size.phases[:-1], dataclasses.replace(size.phases[-1], kind=kind))),
+            tokenizer,
+            work,
+            world,
+        )
+        for name, kind in STUDENTS.items()
+    }
+
+
+def elders(world: int, work: Path) -> dict[str, Path]:
+    """Teacher and assistant of a world."""
+    names = ("teacher", "assistant")
+    if world == 0:
+        return {name: MICRO / "checkpoints" / name for name in names}
+    tokenizer = build.make_tokenizer()
+    return {name: build.build_model(name, build.SIZES[name], tokenizer, work, world) for name in names}
+
+
+def write_recipe(folder: Path, models: dict[str, Path], student: Path, seeds: list[int], quick: bool) -> Path:
+    """The micro recipe with this world's problems and models and the corpora to be ranked; returns its file."""
+    recipe = yaml.safe_load((MICRO.parent / "recipes" / "micro.yaml").read_text(encoding="utf-8"))
+    bare = folder / "bare.jsonl"
+    problems = folder / "problems"
+    rows = read_problems(problems / "train.jsonl")
+    write_rows(bare, [Completion(row.id, row.problem, f"\\boxed{{{row.answer}}}", answer=row.answer) for row in rows])
+    merges = {f"mid-{weight}": _merge(recipe, weight) for weight in WEIGHTS}
+    made = {
+        "long": recipe["corpora"]["long"],
+        **{name: {"generate": {"model": f"assistant-{name}"}} for name in merges},
+        "short": recipe["corpora"]["short"],
+        "long-1-short-4": {"mix": {"long": 1, "short": 4}},
+        "mid-1-short-1": {"mix": {"mid-0.8": 1, "short": 1}},
+        "own": recipe["corpora"]["own"],
+        BARE: {"file": str(bare)},
+    }
+    corpora = {name: made[name] for name in ("long", "short", BARE)} if quick else made
+    recipe |= {
+        "name": "learnability",
+        "title": f"Learnability, {folder.name}",
+        "seeds": seeds,
+        "problems": {"train": {"path": str(problems / "train.jsonl")}},
+        "models": {
+            **{name: {"checkpoint": str(path)} for name, path in {**models, "student": student}.items()},
+            "assistant-long": recipe["models"]["assistant-long"],
+            **{f"assistant-{name}": merge for name, merge in merges.items()},
+        },
+        "corpora": corpora,
+        "arms": {name: name for name in corpora},
+        "align": list(corpora),
+        "own": None,
+        "notes": [],
+    }
+    for benchmark in recipe["evaluate"]["benchmarks"]:
+        benchmark["path"] = str(problems / f"{benchmark['name']}.jsonl")
+        if quick:
+            benchmark["limit"] = 5
+    if quick:
+        recipe["problems"]["train"]["limit"] = 20
+        recipe["train"]["epochs"] = 1
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def _merge(recipe: dict[str, Any], weight: float) -> dict[str, Any]:
+    merge: dict[str, Any] = json.loads(json.dumps(recipe["models"]["assistant-mid"]))
+    merge["merge"]["mergekit"]["models"][0]["parameters"]["weight"] = weight
+    return merge
+
+
+def run(folder: Path, recipe: Path) -> list[dict[str, Any]]:
+    """Runs the recipe; a row a corpus: its measures, and the accuracy that training on it brings, in %."""
+    subprocess.run(
+        [sys.executable, "-m", "micota_fast.cli", "run", str(recipe), "--out", str(folder / "run")], check=True
+    )
+    report = json.loads((folder / "run" / "report" / "report.json").read_text(encoding="utf-8"))
+    rows = []
+    for name, arm in report["arms"].items():
+        if name == "base":
+            continue
+        aligned = json.loads((folder / "run" / "align" / f"{name}.json").read_text(encoding="utf-8"))
+        learnability = aligned["learnability"]
+        rows.append(
+            {
+                "corpus": name,
+                "documents": aligned["documents"],
+                "nats_per_answer": learnability["nats_per_answer"]["mean"],
+                "perplexity": aligned["perplexity"],
+                "tokens": aligned["tokens"]["mean"],
+                "departures_per_answer": learnability["departures_per_answer"]["mean"],
+                "rank_surprisal_ratio": learnability["rank_surprisal_ratio"],
+                "accuracy": 100 * arm["average"]["mean"],
+                "base": 100 * report["arms"]["base"]["average"]["mean"],
+            }
+        )
+    return rows
+
+
+def spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Spearman's rank correlation, equal values sharing their mean rank; NaN where all of one are equal."""
+    ranks = [np.array([(x < value).sum() + ((x == value).sum() + 1) / 2 for value in x]) for x in (a, b)]
+    if any(len(set(r)) == 1 for r in ranks):
+        return float("nan")
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def judged(rows: list[dict[str, Any]], measure: str) -> tuple[float, float]:
+    """How a measure ranks one student's corpora: Spearman's correlation, and the points lost by its first choice."""
+    value, accuracy = (np.array([row[key] for row in rows], float) for key in (measure, "accuracy"))
+    return spearman(-value, accuracy), float(accuracy.max() - accuracy[value.argmin()])
+
+
+def interval(of_students: dict[tuple[int, str], float]) -> tuple[float, float]:
+    """95%, by drawing worlds with replacement and students of each with replacement."""
+    random = np.random.default_rng(0)
+    worlds: dict[int, list[float]] = {}
+    for (world, _), value in of_students.items():
+        worlds.setdefault(world, []).append(value)
+    groups = [np.array(values) for values in worlds.values()]
+    means = []
+    for _ in range(RESAMPLES):
+        drawn = [groups[i] for i in random.integers(len(groups), size=len(groups))]
+        means.append(np.concatenate([g[random.integers(len(g), size=len(g))] for g in drawn]).mean())
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def summaries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a measure, with and without bare answers."""
+    found = []
+    of_student: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        of_student.setdefault((row["world"], row["student"]), []).append(row)
+    for with_bare in (False, True):
+        for measure in MEASURES:
+            judgements = {
+                key: judged([r for r in own if with_bare or r["corpus"] != BARE], measure)
+                for key, own in of_student.items()
+            }
+            correlations = {key: rho for key, (rho, _) in judgements.items() if not np.isnan(rho)}
+            found.append(
+                {
+                    "benchmark": "learnability",
+                    "summary": measure,
+                    "with_bare_answers": with_bare,
+                    "students": len(judgements),
+                    "undefined": len(judgements) - len(correlations),
+                    "spearman": float(np.mean(list(correlations.values()))),
+                    "spearman_95": interval(correlations),
+                    "spearman_min": min(correlations.values()),
+                    "spearman_max": max(correlations.values()),
+                    "points_lost": float(np.mean([lost for _, lost in judgements.values()])),
+                }
+            )
+    return found
+
+
+def main() -> int:
+    """Makes the worlds, trains, prints a table and, with --json, appends rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "learnability", help="worlds and runs; kept")
+    parser.add_argument("--worlds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="each training is done once a seed")
+    parser.add_argument("--quick", action="store_true", help="the shipped student on three corpora: only that it runs")
+    parser.add_argument("--json", type=Path, help="rows are appended to this file")
+    args = parser.parse_args()
+    origin = provenance("micota-fast", "torch", "numpy")
+    rows: list[dict[str, Any]] = []
+    for world in [0] if args.quick else args.worlds:
+        folder = args.work / f"world-{world}"
+        build.write_problems(folder / "problems", world)
+        models = elders(world, folder / "work")
+        untrained = {"shipped": MICRO / "checkpoints" / "student"} if args.quick else students(world, folder / "work")
+        for name, student in untrained.items():
+            seeds = args.seeds[:1] if args.quick else args.seeds
+            measured = run(folder, write_recipe(folder, models, student, seeds, args.quick))
+            of = {"benchmark": "learnability", "world": world, "student": name, "seeds": seeds}
+            rows += [of | row | origin for row in measured]
+            _print_student(world, name, measured)
+    total = [row | origin for row in summaries(rows)]
+    _print_summaries(total)
+    if args.json is not None:
+        with args.json.open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(row) + "\n" for row in rows + total)
+    return 0
+
+
+def _print_student(world: int, name: str, rows: list[dict[str, Any]]) -> None:
+    print(f"\nworld {world}, student {name}, untrained {rows[0]['base']:.1f}%")
+    print(f"{'corpus':15} {'accuracy':>8} {'nats':>7} {'ppl':>7} {'tokens':>7} {'depart.':>7} {'rsr':>7}")
+    for row in sorted(rows, key=lambda row: row["nats_per_answer"]):
+        figures = " ".join(f"{row[measure]:7.2f}" for measure in MEASURES)
+        print(f"{row['corpus']:15} {row['accuracy']:8.1f} {figures}")
+
+
+def _print_summaries(rows: list[dict[str, Any]]) -> None:
+    for with_bare in (False, True):
+        print(f"\nrank correlation with accuracy, {'with' if with_bare else 'without'} bare answers")
+        for row in rows:
+            if row["with_bare_answers"] == with_bare:
+                low, high = row["spearman_95"]
+                print(
+                    f"{row['summary']:22} {row['spearman']:+.2f} [{low:+.2f}, {high:+.2f}], "
+                    f"from {row['spearman_min']:+.2f} to {row['spearman_max']:+.2f}; "
+                    f"first choice loses {row['points_lost']:.1f} points "
+                    f"({row['students']} students, {row['undefined']} undefined)"
+                )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
