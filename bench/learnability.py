@@ -32,7 +32,7 @@ from machine import ROOT, provenance
 from numpy.typing import NDArray
 
 from micota_fast.micro import build
-from micota_fast.records import Completion, read_problems, write_rows
+from micota_fast.records import read_problems, write_rows
 
 MICRO = ROOT / "micota_fast" / "micro"
 STUDENTS = {"terse": "short", "thorough": "long", "even": "mixture"}
@@ -73,7 +73,7 @@ def write_recipe(folder: Path, models: dict[str, Path], student: Path, seeds: li
     bare = folder / "bare.jsonl"
     problems = folder / "problems"
     rows = read_problems(problems / "train.jsonl")
-    write_rows(bare, [Completion(row.id, row.problem, f"\\boxed{{{row.answer}}}", answer=row.answer) for row in rows])
+    write_rows(bare, [{"id": r.id, "problem": r.problem, "completion": f"\\boxed{{{r.answer}}}"} for r in rows])
     merges = {f"mid-{weight}": _merge(recipe, weight) for weight in WEIGHTS}
     made = {
         "long": recipe["corpora"]["long"],
