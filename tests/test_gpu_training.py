@@ -88,6 +88,7 @@ def test_a_step_never_waits_for_the_device(options: dict[str, object], exact: Tr
         model = prepare.model_of(config, source, here)
         steps = prepare.steps_of(config, documents, model, here)
         distribute(model, config, here)
+        prepare.set_weights(model, config, source, here)
         optimizer = make_optimizer(model, config)
 
         def step(number: int) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
@@ -43,8 +44,29 @@ def load_model(
     Raises InputError, naming file and tensor, for anything missing, unexpected, of a wrong shape or damaged.
     """
     config = ModelConfig.from_checkpoint(directory)
-    resolved = _as_dtype(dtype, config)
-    shapes = parameter_shapes(config)
+    model = shapes_only(config, _as_dtype(dtype, config)).to_empty(device=device)
+    read_weights(model, directory)
+    return model
+
+
+def shapes_only(config: ModelConfig, dtype: torch.dtype) -> Decoder:
+    """A decoder on torch's meta device: no memory yet, and none of torch's own initialisation, to be overwritten.
+
+    To be sharded, or not, then given memory (`Module.to_empty`), then weights (`read_weights`, `draw_weights`).
+    """
+    with torch.device("meta"):
+        model = Decoder(config)
+    return model.to(dtype)
+
+
+def read_weights(model: Decoder, directory: Path | str) -> None:
+    """Set all weights of `model`, or the shards of them that this rank holds, to a checkpoint's.
+
+    Files are mapped, so of a tensor sharded by rows only those of this rank are read.
+
+    Raises InputError, naming file and tensor, for anything missing, unexpected, of a wrong shape or damaged.
+    """
+    config, shapes = model.config, parameter_shapes(model.config)
     files = {name: path for name, path in tensor_files(directory).items() if not DERIVED_BUFFERS.search(name)}
     copy_of_tied = files.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     where = Path(directory) / "config.json"
@@ -53,7 +75,6 @@ def load_model(
     if unexpected := files.keys() - shapes.keys():
         name = min(unexpected)
         raise InputError(f"{files[name]}: unexpected tensor {name}; {where} describes no such parameter")
-    model = _empty_model(config, resolved, device)
     parameters = dict(model.named_parameters())
     for path in sorted(set(files.values())):
         with _open(path) as shard:
@@ -66,11 +87,23 @@ def load_model(
                 tensor = shard.get_tensor(name)
                 if tensor.dtype not in _DTYPES.values():
                     raise InputError(f"{path}: tensor {name} is stored as {tensor.dtype}, not as a plain float")
-                with torch.no_grad():
-                    parameters[name].copy_(tensor)
+                _set(parameters[name], tensor)
     if copy_of_tied is not None:
         _check_tied(files["model.embed_tokens.weight"], copy_of_tied, where)
-    return model
+
+
+@torch.no_grad()
+def _set(parameter: nn.Parameter, value: Tensor) -> None:
+    """Copy `value`, whole and on the CPU, to the parameter or, of its rows, to this rank's shard of it."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(value)
+        return
+    for mesh_dim, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            shards = value.chunk(parameter.device_mesh.size(mesh_dim), placement.dim)
+            rank = parameter.device_mesh.get_local_rank(mesh_dim)
+            value = shards[rank] if rank < len(shards) else value.narrow(placement.dim, 0, 0)
+    parameter.to_local().copy_(value)
 
 
 def _check_tied(embedding_path: Path, head_path: Path, where: Path) -> None:
@@ -86,20 +119,27 @@ def _check_tied(embedding_path: Path, head_path: Path, where: Path) -> None:
 def init_random(
     config: ModelConfig, seed: int, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """Fresh weights as transformers draws them: normal(0, initializer_range), biases 0, norms 1; fixed by `seed`."""
-    model = _empty_model(config, _as_dtype(dtype, config), device)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                # Drawn in fp32 on the CPU whatever the target, so that every dtype and device gets the same weights.
-                drawn = torch.empty(parameter.shape, dtype=torch.float32)
-                parameter.copy_(drawn.normal_(0.0, config.initializer_range, generator=generator))
+    """A decoder with fresh weights: see `draw_weights`."""
+    model = shapes_only(config, _as_dtype(dtype, config)).to_empty(device=device)
+    draw_weights(model, seed)
     return model
+
+
+def draw_weights(model: Decoder, seed: int) -> None:
+    """Fresh weights as transformers draws them: normal(0, initializer_range), biases 0, norms 1; fixed by `seed`.
+
+    Every dtype, device and way of sharding gets the same ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shapes = parameter_shapes(model.config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            value = torch.ones(shapes[name])
+        elif name.endswith(".bias"):
+            value = torch.zeros(shapes[name])
+        else:
+            value = torch.empty(shapes[name]).normal_(0.0, model.config.initializer_range, generator=generator)
+        _set(parameter, value)
 
 
 def save_checkpoint(
@@ -188,13 +228,6 @@ def _write_weights(
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _empty_model(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
-    """A decoder whose weights are allocated and not set: torch's own initialisation would only be overwritten."""
-    with torch.device("meta"):
-        model = Decoder(config)
-    return model.to(dtype).to_empty(device=device)
 
 
 def _open(path: Path) -> safe_open:

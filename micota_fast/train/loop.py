@@ -69,6 +69,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
     prepare.introduce(config, facts, model.decoder.config, documents, world)
     flops_per_token = model.decoder.flops_per_token(prepare.mean_context(documents))
     distribute(model, config, world)
+    prepare.set_weights(model, config, source, world)
     optimizer = make_optimizer(model, config)
     validation = Validation(held_out, config.pack_tokens, world, config.early_stop)
     progress = checkpoints.restore(model, optimizer) or {"step": 0, "skipped": {"in_a_row": 0, "in_all": 0}}

@@ -105,13 +105,8 @@ def is_finished(out: Path, identity: dict[str, Any], world: World) -> bool:
 
 
 def model_of(config: TrainConfig, source: Path, world: World) -> PackedLoss:
-    """The decoder in float32 on this rank's device, with its loss, and with its kernels chosen."""
-    if config.init == "random":
-        decoder = safetensors_io.init_random(
-            ModelConfig.from_checkpoint(source), config.seed, torch.float32, world.device
-        )
-    else:
-        decoder = safetensors_io.load_model(source, torch.float32, world.device)
+    """The decoder in float32 with its loss, and with its kernels chosen; without memory or weights yet."""
+    decoder = safetensors_io.shapes_only(ModelConfig.from_checkpoint(source), torch.float32)
     backend, reason = choose_backend(config.attention, world.device, getattr(torch, config.dtype))
     pointwise, whose = choose_pointwise(world.device, config.compile)
     decoder.use(pointwise)
@@ -119,6 +114,18 @@ def model_of(config: TrainConfig, source: Path, world: World) -> PackedLoss:
     if frozen := freeze(decoder, config.freeze):
         world.say(f"frozen: {frozen:,} of {decoder.num_params():,} parameters")
     return PackedLoss(decoder, backend, config.row_filter)
+
+
+def set_weights(model: PackedLoss, config: TrainConfig, source: Path, world: World) -> None:
+    """Give the model, sharded or not, memory on this rank's device and the weights that training starts from.
+
+    No rank ever holds more than its shards: what is too large for one device can be trained on several.
+    """
+    model.to_empty(device=world.device)
+    if config.init == "random":
+        safetensors_io.draw_weights(model.decoder, config.seed)
+    else:
+        safetensors_io.read_weights(model.decoder, source)
 
 
 def steps_of(config: TrainConfig, documents: Documents, model: PackedLoss, world: World) -> PackedSteps:
