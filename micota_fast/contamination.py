@@ -36,16 +36,19 @@ def run(config: ContaminationConfig) -> None:
     number of corpus `rows` with a hit of either kind, and up to EXAMPLES of (row of the file, problem id).
 
     Raises:
-        InputError: a file cannot be read or a row is bad (file:line).
+        InputError: a file cannot be read or a row is bad (file:line); or two benchmarks have one name.
     """
+    names = [benchmark.name for benchmark in config.benchmarks]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"`benchmarks` names {twice!r} twice; give each a name of its own")
     benchmarks = {benchmark.name: read_problems(benchmark.path, benchmark.limit) for benchmark in config.benchmarks}
     named = [(name, problem.id, problem.problem) for name, problems in benchmarks.items() for problem in problems]
     table = _Table([text for _, _, text in named])
     found: dict[str, Any] = {}
     for corpus, path in config.corpora.items():
         rows, hits = 0, set()
-        for numbers, texts in _batches(Path(path)):
-            rows = max(rows, numbers[-1] + 1)
+        for read, numbers, texts in _batches(Path(path)):
+            rows = read
             hits |= {(numbers[text], problem, exact) for text, problem, exact in table.hits(texts)}
         found[corpus] = {"rows": rows, "benchmarks": _report(hits, named, {b: len(p) for b, p in benchmarks.items()})}
         for benchmark, entry in found[corpus]["benchmarks"].items():
@@ -80,27 +83,28 @@ def _report(
     return report
 
 
-def _batches(path: Path) -> Iterator[tuple[list[int], list[bytes]]]:
-    """(number of the row, from 0; text) of every text in a corpus, many at once; rows are counted without blank lines.
+def _batches(path: Path) -> Iterator[tuple[int, list[int], list[bytes]]]:
+    """Every text in a corpus, many at once: rows read by then, without blank lines; number of each text's row, from 0;
+    the texts.
 
     Every string in a row counts, at any depth: that holds for all formats that training takes.
     """
     numbers: list[int] = []
     texts: list[bytes] = []
     size = 0
-    number = -1
+    rows = 0
     for number, (where, line) in enumerate(read_lines(path)):
         for text in _strings(parse_line(line, where)):
             numbers.append(number)
             texts.append(text.encode("utf-8", "replace"))
             size += len(texts[-1])
+        rows = number + 1
         if size >= BATCH_BYTES:
-            yield numbers, texts
+            yield rows, numbers, texts
             numbers, texts, size = [], [], 0
-    if number < 0:
+    if not rows:
         raise InputError(f"{path}: no rows")
-    if texts:
-        yield numbers, texts
+    yield rows, numbers, texts
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -118,7 +122,7 @@ class _Table:
     """Hashes of the problems: whole, and of every run of GRAM words. 64 bits: a false hit in 10^9 words is unlikely."""
 
     def __init__(self, problems: list[str]) -> None:
-        data, ends = _joined([problem.encode() for problem in problems])
+        data, ends = _joined([problem.encode("utf-8", "replace") for problem in problems])
         whole, grams, of = _hash_all(data, ends)
         self._whole: dict[int, list[int]] = defaultdict(list)
         for problem, value in enumerate(whole.tolist()):

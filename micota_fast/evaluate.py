@@ -1,8 +1,8 @@
 """Accuracy of a checkpoint on each benchmark: greedy answers from the served model, graded, with an interval."""
 
 import contextlib
+import importlib.metadata
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import micota_fast
 from micota_fast.errors import InputError
@@ -19,9 +21,11 @@ from micota_fast.grade import Grader, Verdict
 from micota_fast.grading.string_rule import grade_by_string, grade_last_number
 from micota_fast.recipe import BenchmarkConfig, EvaluateConfig
 from micota_fast.records import Completion, benchmark_file, model_name, read_completions, write_atomic, write_rows
-from micota_fast.second_opinion import second_opinions
-from micota_fast.statistics.intervals import wilson95
+from micota_fast.second_opinion import asked_of, second_opinions
+from micota_fast.statistics.intervals import clustered_se, macro_average, mean_pass_at, wilson95
 
+# What verdicts hang on beside our own code: prompts' tokens, and the comparison of answers.
+PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy", "tokenizers")
 OUTCOMES = ("correct", "wrong", "no_answer", "truncated", "aborted", "timeout", "crashed")
 RULES: dict[str, Callable[[str, str], Verdict]] = {
     "box": grade_by_string,
@@ -56,7 +60,9 @@ def run(config: EvaluateConfig) -> None:
     `wrong` + `no_answer` (no final answer found) + `truncated` (cut off at the token limit, and not right by then) +
     `aborted` (the server failed on it) + `timeout` + `crashed` (the comparison hit its limit), `accuracy` = correct /
     n, `wilson95` over the `problems`, `mean_tokens` of an answer; and of both protocols `correct` and `accuracy`, under
-    `protocols`. `average` is the plain mean of the accuracies, as in the paper.
+    `protocols`. With several samples a problem, both also have `standard_error` and `pass_at` (see `score`). `made_by`
+    is what the answers depend on, `grading` what the verdicts do. `average` is the plain mean of the accuracies, as in
+    the paper, and `average95` its interval over the benchmarks' problems (see `intervals.macro_average`).
 
     Raises:
         InputError: as `micota_fast.generate`; or two benchmarks have one name, or a file holds another number of
@@ -68,25 +74,33 @@ def run(config: EvaluateConfig) -> None:
     timing: dict[str, Any] = {"generation_s": {}, "grading_s": {}}
     _generate(config, jobs, out, timing["generation_s"])
     graded = _grade(config, jobs, timing["grading_s"])
-    opinions: list[list[bool | None]] | None = None
+    opinions: dict[str, list[bool | None]] = {}
     if config.judge is not None:
-        opinions = second_opinions(config.judge, [(rows, of["paper"]) for rows, of in graded], out / "judge")
+        of_paper = {job.rows.name: (rows, of["paper"]) for job, (rows, of) in zip(jobs, graded, strict=True)}
+        opinions = second_opinions(config.judge, of_paper, out / "judge")
     benchmarks: dict[str, Any] = {}
-    for i, (job, (rows, verdicts)) in enumerate(zip(jobs, graded, strict=True)):
-        entry, graded_rows = _result(config.protocol, job, rows, verdicts, opinions[i] if opinions else None)
+    for job, (rows, verdicts) in zip(jobs, graded, strict=True):
+        entry, graded_rows = _result(config, job, rows, verdicts, opinions.get(job.rows.name))
         write_rows(job.rows, graded_rows)
         benchmarks[job.benchmark.name] = entry
         print(_line(job.benchmark.name, entry), flush=True)
-    average = math.fsum(entry["accuracy"] for entry in benchmarks.values()) / len(benchmarks)
+    entries = benchmarks.values()
+    average = macro_average([[entry["accuracy"] for entry in entries]], [entry["problems"] for entry in entries])
     results = {
         "model": model_name(config.model),
-        "average": average,
+        "average": average.mean,
+        "average95": [average.low, average.high],
         "benchmarks": benchmarks,
-        "versions": {"micota_fast": micota_fast.__version__},
+        "versions": {"micota_fast": micota_fast.__version__}
+        | {package: importlib.metadata.version(package) for package in PACKAGES},
     }
+    if config.judge is not None:
+        results["judge"] = asked_of(config.judge)
     write_atomic(out / "timing.json", [json.dumps(timing, indent=1).encode() + b"\n"])
     write_atomic(out / "results.json", [json.dumps(results, indent=1, ensure_ascii=False).encode() + b"\n"])
-    print(f"average of {len(benchmarks)}: {100 * average:.2f}%")
+    print(
+        f"average of {len(benchmarks)}: {100 * average.mean:.2f}% [{100 * average.low:.2f}, {100 * average.high:.2f}]"
+    )
 
 
 def _generate(config: EvaluateConfig, jobs: Sequence[_Job], out: Path, seconds: dict[str, float]) -> None:
@@ -116,7 +130,7 @@ def _grade(config: EvaluateConfig, jobs: Sequence[_Job], seconds: dict[str, floa
 
 
 def _result(
-    protocol: str,
+    config: EvaluateConfig,
     job: _Job,
     rows: Sequence[Completion],
     verdicts: dict[str, list[Verdict]],
@@ -124,8 +138,11 @@ def _result(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The entry of results.json, and the graded rows."""
     scores = {name: score(len(job.problems), rows, of) for name, of in verdicts.items()}
-    protocols = {name: {key: of[key] for key in ("correct", "accuracy")} for name, of in scores.items()}
-    graded_rows = [_graded_row(protocol, *of) for of in zip(rows, verdicts["strict"], verdicts["paper"], strict=True)]
+    told = ("correct", "accuracy", "standard_error", "pass_at")
+    protocols = {name: {key: of[key] for key in told if key in of} for name, of in scores.items()}
+    graded_rows = [
+        _graded_row(config.protocol, *of) for of in zip(rows, verdicts["strict"], verdicts["paper"], strict=True)
+    ]
     if opinions is not None:
         for row, opinion in zip(graded_rows, opinions, strict=True):
             row["protocols"]["judge"] = {"correct": opinion}
@@ -133,10 +150,11 @@ def _result(
         protocols["judge"] = {"correct": correct, "accuracy": correct / len(rows)}
         protocols["judge"]["undecided"] = sum(opinion is None for opinion in opinions)
     entry = {
-        **scores[protocol],
-        "protocol": protocol,
+        **scores[config.protocol],
+        "protocol": config.protocol,
         "protocols": protocols,
         "made_by": fingerprint(job.problems, job.asked),
+        "grading": {"rule": job.benchmark.rule, "timeout_s": config.timeout_s},
     }
     return entry, graded_rows
 
@@ -162,11 +180,20 @@ def score(problems: int, rows: Sequence[Completion], verdicts: Sequence[Verdict]
     """Counts, accuracy and interval of one benchmark of so many problems (see `run`).
 
     With several samples a problem, accuracy is the mean over all answers (avg@k), and the interval takes the problems
-    for independent but the samples of one for copies of each other, so it is never too narrow for their number.
+    for independent but the samples of one for copies of each other, so it is never too narrow for their number. There
+    is more to tell then: `samples` of each problem, `standard_error` of the accuracy, as a fraction, with the problems
+    as clusters (`intervals.clustered_se`; None for a single problem), and `pass_at`: "k" -> pass@k
+    (`intervals.mean_pass_at`).
+
+    Args:
+        problems: how many.
+        rows: as many answers to each, problem by problem.
+        verdicts: of the rows.
     """
-    counts = Counter(map(_outcome, rows, verdicts))
+    outcomes = list(map(_outcome, rows, verdicts))
+    counts = Counter(outcomes)
     accuracy = counts["correct"] / len(rows)
-    return {
+    scored: dict[str, Any] = {
         "problems": problems,
         "n": len(rows),
         **{outcome: counts[outcome] for outcome in OUTCOMES},
@@ -174,6 +201,14 @@ def score(problems: int, rows: Sequence[Completion], verdicts: Sequence[Verdict]
         "wilson95": list(wilson95(accuracy, problems)),
         "mean_tokens": sum(row.completion_tokens for row in rows) / len(rows),
     }
+    samples = len(rows) // problems
+    if samples > 1:
+        correct_PS = np.array([outcome == "correct" for outcome in outcomes], np.float64).reshape(problems, samples)
+        pass_at = mean_pass_at(correct_PS.sum(axis=1).astype(int).tolist(), samples, samples)
+        scored["samples"] = samples
+        scored["standard_error"] = clustered_se(correct_PS) if problems > 1 else None
+        scored["pass_at"] = {str(k): value for k, value in pass_at.items()}
+    return scored
 
 
 def _outcome(row: Completion, verdict: Verdict) -> str:
@@ -210,10 +245,12 @@ def _file_names(benchmarks: Sequence[BenchmarkConfig]) -> list[str]:
 
 def _line(name: str, entry: dict[str, Any]) -> str:
     low, high = entry["wilson95"]
-    apart = ", ".join(f"{entry[k]} {k}" for k in OUTCOMES[2:] if entry[k])
-    other = "paper" if entry["protocol"] == "strict" else "strict"
-    return (
-        f"{name}: {100 * entry['accuracy']:.2f}% [{100 * low:.2f}, {100 * high:.2f}] "
-        f"({entry['correct']} of {entry['n']}{'; ' + apart if apart else ''}); "
-        f"by the {other} rule {100 * entry['protocols'][other]['accuracy']:.2f}%"
-    )
+    counts = ", ".join(f"{entry[k]} {k}" for k in OUTCOMES[2:] if entry[k])
+    parts = [f"{entry['correct']} of {entry['n']}{'; ' + counts if counts else ''})"]
+    if (k := entry.get("samples")) is not None:
+        error = "unknown" if entry["standard_error"] is None else f"{100 * entry['standard_error']:.2f} points"
+        parts += [f"avg@{k}, standard error {error}", f"pass@{k} {100 * entry['pass_at'][str(k)]:.2f}%"]
+    others = {of: entry["protocols"][of]["accuracy"] for of in entry["protocols"] if of != entry["protocol"]}
+    named = {"strict": "the strict rule", "paper": "the paper rule", "judge": "the judge"}
+    parts += [f"by {named[of]} {100 * accuracy:.2f}%" for of, accuracy in others.items()]
+    return f"{name}: {100 * entry['accuracy']:.2f}% [{100 * low:.2f}, {100 * high:.2f}] ({'; '.join(parts)}"

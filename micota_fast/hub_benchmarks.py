@@ -8,33 +8,41 @@ from typing import Any
 from micota_fast.errors import InputError
 from micota_fast.grading.answers import extract_boxed
 from micota_fast.recipe import shipped_benchmarks
-from micota_fast.records import Problem, read_lines, write_atomic, write_rows
+from micota_fast.records import Problem, read_lines, read_problems, write_atomic, write_rows
 
 
 def fetch(folder: str | Path) -> None:
     """Write the file of every benchmark that is not there yet; SOURCES.json says which commit each came from.
 
     Raises:
-        InputError: the Hub cannot be reached, a file there is not as benchmarks.yaml says, or holds another number of
-            problems. Files written until then stay.
+        InputError: the Hub cannot be reached, a file there is not as benchmarks.yaml says, or a file, there or here,
+            holds another number of problems. Files written until then stay.
     """
     folder = Path(folder)
     sources_path = folder / "SOURCES.json"
-    sources = json.loads(sources_path.read_bytes()) if sources_path.exists() else {}
+    try:
+        sources = json.loads(sources_path.read_bytes()) if sources_path.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{sources_path} is damaged ({error}); delete it") from None
     for key, definition in shipped_benchmarks().items():
         path = folder / definition["path"]
         if path.exists():
+            _check_number(len(read_problems(path)), str(path), definition)
             print(f"{path}: there already")
             continue
         commit, rows = _rows(definition["hub"])
         problems = [_problem(row, f"{key}-{i}", definition["hub"]) for i, row in enumerate(rows)]
-        if len(problems) not in definition["problems"]:
-            wanted = " or ".join(map(str, definition["problems"]))
-            raise InputError(f"{definition['hub']['repo']} at {commit} holds {len(problems)} problems, not {wanted}")
+        _check_number(len(problems), f"{definition['hub']['repo']} at {commit}", definition)
         write_rows(path, problems)
         sources[definition["path"]] = {"repo": definition["hub"]["repo"], "commit": commit}
         write_atomic(sources_path, [json.dumps(sources, indent=1, sort_keys=True).encode() + b"\n"])
         print(f"{path}: {len(problems)} problems of {definition['hub']['repo']} at {commit}")
+
+
+def _check_number(number: int, where: str, definition: dict[str, Any]) -> None:
+    if number not in definition["problems"]:
+        wanted = " or ".join(map(str, definition["problems"]))
+        raise InputError(f"{where} holds {number} problems; {definition['name']} has {wanted}")
 
 
 def _rows(hub: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
@@ -74,15 +82,32 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _problem(row: dict[str, Any], problem_id: str, hub: dict[str, Any]) -> Problem:
+    """Our row of a dataset's.
+
+    Raises:
+        InputError: it has no problem or no answer where benchmarks.yaml says; a wrong gold answer would tell nobody.
+    """
+    where = f"{hub['repo']}: row {problem_id}"
     try:
         problem, answer = row[hub["problem"]], row[hub["answer"]]
     except KeyError as error:
-        raise InputError(f"{hub['repo']}: a row has no {error}, but {', '.join(row)}; mend benchmarks.yaml") from None
+        raise InputError(f"{where} has no {error}, but {', '.join(row)}; mend benchmarks.yaml") from None
     if isinstance(answer, list):  # OlympiadBench: one or several; joined as in the files that are passed around
         answer = ", ".join(str(item).strip().strip("$") for item in answer)
-    answer = str(answer)
+    elif isinstance(answer, float) and answer.is_integer():  # AMC: 27.0
+        answer = int(answer)
+    answer = "" if answer is None else str(answer)
     if "after" in hub:  # GSM8K: a number behind its mark, thousands apart
+        if hub["after"] not in answer:
+            raise InputError(f"{where}: no {hub['after']!r} in its {hub['answer']!r}; mend benchmarks.yaml")
         answer = answer.rpartition(hub["after"])[2].replace(",", "")
     if hub.get("boxed"):
-        answer = extract_boxed(answer) or answer
-    return Problem(problem_id, str(problem).strip(), answer.strip())
+        boxed = extract_boxed(answer)
+        if boxed is None:
+            raise InputError(f"{where}: no \\boxed{{}} in its {hub['answer']!r}; mend benchmarks.yaml")
+        answer = boxed
+    problem, answer = "" if problem is None else str(problem).strip(), answer.strip()
+    for key, text in ((hub["problem"], problem), (hub["answer"], answer)):
+        if not text:
+            raise InputError(f"{where}: its {key!r} is empty; mend benchmarks.yaml")
+    return Problem(problem_id, problem, answer)

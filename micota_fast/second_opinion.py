@@ -5,13 +5,17 @@ Qwen2.5-32B-Instruct, greedily, about every answer that was read and is not equa
 that it calls True besides those that are equal. The question below is theirs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from micota_fast.generate import finished, generate_corpus, open_problems, servers_for
+from micota_fast import config as configuration
+from micota_fast.generate import finished, generate_corpus, model_fingerprint, open_problems, servers_for
+from micota_fast.generation.request import sampling_params
 from micota_fast.grade import Verdict
+from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.recipe import ChatConfig, GenerateConfig, JudgeConfig
-from micota_fast.records import Completion, Problem, encode_row, read_completions, write_atomic
+from micota_fast.records import Completion, Problem, encode_row, model_name, read_completions, write_atomic
 
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 QUESTION = (
@@ -24,41 +28,55 @@ MAX_NEW_TOKENS = 20
 
 
 def second_opinions(
-    judge: JudgeConfig, graded: Sequence[tuple[Sequence[Completion], Sequence[Verdict]]], folder: Path
-) -> list[list[bool | None]]:
+    judge: JudgeConfig, graded: Mapping[str, tuple[Sequence[Completion], Sequence[Verdict]]], folder: Path
+) -> dict[str, list[bool | None]]:
     """What the judge says of each answer of each benchmark: True, False, or None where it says neither.
 
     Answers that are correct count as True, those without a final answer as False; neither is asked about. Questions and
-    replies stay in `folder`, so an interrupted run goes on and a finished one asks nothing.
+    replies stay in `folder`, in a file for each benchmark, so an interrupted run goes on, a finished one asks nothing,
+    and benchmarks may come, go and change places.
 
     Args:
         judge: the model and its server.
-        graded: for each benchmark its answers and their verdicts by the string rule.
+        graded: file name of each benchmark -> its answers, and their verdicts by the string rule.
         folder: made if missing.
 
     Raises:
         InputError: as `micota_fast.generate`.
     """
-    opinions: list[list[bool | None]] = []
-    asked: list[tuple[GenerateConfig, list[int]]] = []
-    for number, (rows, verdicts) in enumerate(graded):
-        opinions.append([verdict.status == "correct" for verdict in verdicts])
-        open_ = [i for i, verdict in enumerate(verdicts) if verdict.status == "wrong"]
-        if open_:
-            path = folder / f"questions-{number}.jsonl"
-            lines = [encode_row(_question(rows[i], verdicts[i].extracted or "")) for i in open_]
-            write_atomic(path, lines)
-            asked.append((_config(judge, path, folder / f"replies-{number}.jsonl"), open_))
-    problems = [open_problems(config.problems, None, config.out) for config, _ in asked]
-    if not all(finished(p, config, config.out) for p, (config, _) in zip(problems, asked, strict=True)):
-        with servers_for(asked[0][0], folder / "server.log") as urls:
-            for p, (config, _) in zip(problems, asked, strict=True):
+    opinions: dict[str, list[bool | None]] = {}
+    open_: dict[str, list[int]] = {}
+    for file, (rows, verdicts) in graded.items():
+        opinions[file] = [verdict.status == "correct" for verdict in verdicts]
+        wrong = [i for i, verdict in enumerate(verdicts) if verdict.status == "wrong"]
+        if wrong:
+            lines = [encode_row(_question(rows[i], verdicts[i].extracted or "")) for i in wrong]
+            write_atomic(folder / "questions" / file, lines)
+            open_[file] = wrong
+    asked = [_config(judge, folder / "questions" / file, folder / "replies" / file) for file in open_]
+    problems = [open_problems(config.problems, None, config.out) for config in asked]
+    if not all(finished(p, config, config.out) for p, config in zip(problems, asked, strict=True)):
+        with servers_for(asked[0], folder / "server.log") as urls:
+            for p, config in zip(problems, asked, strict=True):
                 generate_corpus(p, config, urls, config.out)
-    for config, open_ in asked:
-        number = int(Path(config.out).stem.rpartition("-")[2])
-        for i, reply in zip(open_, read_completions(config.out), strict=True):
-            opinions[number][i] = _opinion(reply.completion)
+    for (file, wrong), config in zip(open_.items(), asked, strict=True):
+        for i, reply in zip(wrong, read_completions(config.out), strict=True):
+            opinions[file][i] = _opinion(reply.completion)
     return opinions
+
+
+def asked_of(judge: JudgeConfig) -> dict[str, Any]:
+    """What the opinions depend on beside the answers: the model, its sampling and server, and the question."""
+    config = _config(judge, Path(), Path())
+    return {
+        "model": model_name(judge.model),
+        "made_by": {
+            "model": model_fingerprint(resolve_checkpoint(judge.model)),
+            "prompt": {"system": SYSTEM, "prompt": QUESTION},
+            "sampling": sampling_params(config),
+            "serve": configuration.identity(judge.serve),
+        },
+    }
 
 
 def _question(row: Completion, answer: str) -> Problem:

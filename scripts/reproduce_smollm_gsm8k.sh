@@ -5,7 +5,8 @@
 #     bash scripts/reproduce_smollm_gsm8k.sh --data-dir DIR
 #
 # DIR holds gsm8k_train.jsonl and gsm8k_test.jsonl: one JSON object a line with the string keys id, problem, answer and
-# solution. The recipe is micota_fast/recipes/smollm-gsm8k.yaml. Called again, it goes on from where it stopped.
+# solution. Took 10 min 34 s on 2 cores of an AMD EPYC (an earlier version, download included). The recipe is
+# micota_fast/recipes/smollm-gsm8k.yaml. Called again, it goes on from where it stopped.
 usage="usage: bash scripts/reproduce_smollm_gsm8k.sh --data-dir DIR"
 case "${1:-}" in
     --data-dir) data_dir="${2:-}"; shift $(($# < 2 ? $# : 2)) ;;

@@ -8,8 +8,11 @@
 #
 # Called again, it goes on from where it stopped. The table is in RUN/report/table.md, all numbers in report.json.
 #
-# Needs, 3b and 7b: one machine with 8 GPUs of 80 GB, an interpreter with SGLang in $SGLANG_PYTHON; `micota plan RECIPE`
-# works out hours and disk, `micota doctor RECIPE` looks whether they are there. Never run by us: no GPU was to be had.
+# Needs, 3b and 7b: one machine with 8 GPUs of 80 GB, an interpreter with SGLang in $SGLANG_PYTHON; `micota doctor RECIPE`
+# looks whether they are there. Estimates of `micota plan` for 8 H100, under the assumptions that it prints; not
+# measured, as these were never run by us:
+#   3b: about 4.5 hours, 620 GB of disk and 170 GB of models from the hub
+#   7b: about 5.7 hours, 650 GB of disk and 180 GB of models from the hub
 # micro: a CPU with 2 cores, about 10 minutes, 200 MB.
 . "$(dirname "${BASH_SOURCE[0]}")/reproduction.sh"
 read_options "$@"

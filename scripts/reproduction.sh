@@ -2,7 +2,7 @@
 #
 # Options, the same for all:
 #   --model-size 3b|7b|micro   the student (default 7b); micro: the small world on a CPU, in minutes; --micro for short
-#   --gpus N                   GPUs of this machine that training uses (default: all that nvidia-smi lists)
+#   --gpus N                   GPUs of this machine that training and serving use (default: all that nvidia-smi lists)
 #   --data-dir DIR             holds math_train.jsonl and the benchmarks' files (`micota benchmarks DIR` fetches those)
 #   --out DIR                  the run's folder (default runs/RECIPE): what other scripts have made there is used again
 #   --dry-run                  print every command and every stage, and do nothing
@@ -50,20 +50,31 @@ read_options() {
     data_dir="$(cd "$data_dir" && pwd)"
     gpus="${gpus:-$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)}"
     [[ "$gpus" =~ ^[1-9][0-9]*$ ]] || { [ -n "$dry" ] && gpus=8; } || bad_usage "no GPUs found here; --gpus N"
-    changes=(--set "data_dir=$data_dir" --set "launch.nproc=$gpus" "${changes[@]}")
+    local models=() model
+    if [ "$gpus" -gt 1 ]; then # the recipes serve these over two GPUs
+        for model in teacher short-teacher; do models+=(--set "models.$model.serve.replicas=$((gpus / 2))"); done
+    fi
+    changes=(
+        --set "data_dir=$data_dir" --set "launch.nproc=$gpus"
+        --set "generate.serve.replicas=$gpus" --set "evaluate.serve.replicas=$gpus" "${models[@]}" "${changes[@]}"
+    )
 }
 
 # Runs the recipe with the changes of the command line and those given here (KEY=VALUE each).
 run_recipe() {
     local change command
-    prepare_environment report
+    [ -n "$dry" ] || prepare_environment report
     command=("$VENV/bin/micota" run "$recipe" --out "$run")
     for change in "$@"; do command+=(--set "$change"); done
     command+=("${changes[@]}")
     if [ -n "$dry" ]; then
         printf '%q ' "${command[@]}"
         printf '\n'
-        "${command[@]}" --dry-run
+        if [ -x "$VENV/bin/micota" ]; then
+            "${command[@]}" --dry-run
+        else
+            echo "(the stages can be told once $VENV is there; without --dry-run it is made first)"
+        fi
         return
     fi
     "${command[@]}" || fail "the run stopped; the message is above. The same command goes on from there"

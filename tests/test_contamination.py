@@ -1,8 +1,11 @@
 """Benchmark problems that lie in a training corpus are found; others are not."""
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -72,6 +75,55 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     corpora = {"c": str(tmp_path / "bad.jsonl")}
     with pytest.raises(InputError, match=r"bad\.jsonl:2: not a JSON object"):
         run(ContaminationConfig(corpora=corpora, benchmarks=benchmarks, out=str(tmp_path / "out")))
+
+
+def test_what_no_utf_8_can_hold_and_rows_without_text(tmp_path: Path) -> None:
+    """Half a surrogate pair is legal JSON; a row counts whether or not it holds a string."""
+    benchmark, corpus = tmp_path / "b.jsonl", tmp_path / "corpus.jsonl"
+    benchmark.write_text(json.dumps({"id": "odd", "problem": f"\ud800 {LONG}", "answer": "1"}) + "\n")
+    corpus.write_text(json.dumps({"text": f"\udfff {LONG}"}) + '\n{"count": 3}\n')
+    benchmarks = [BenchmarkConfig(name="set", path=str(benchmark))]
+    numbers = tmp_path / "numbers.jsonl"
+    numbers.write_text('{"count": 3}\n{"count": [4]}\n')
+    corpora = {"c": str(corpus), "n": str(numbers)}
+    run(ContaminationConfig(corpora=corpora, benchmarks=benchmarks, out=str(tmp_path)))
+    found = json.loads((tmp_path / "contamination.json").read_text())
+    assert [found[name]["rows"] for name in corpora] == [2, 2]
+    assert found["c"]["benchmarks"]["set"]["gram13"] == ["odd"]
+    assert found["n"]["benchmarks"]["set"]["rows"] == 0
+
+
+def test_two_benchmarks_of_one_name_are_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path / "set.jsonl", [Problem("a", LONG, "1")])
+    write_rows(tmp_path / "other.jsonl", [Problem("b", OTHER, "1")])
+    benchmarks = [BenchmarkConfig(name="set", path=str(tmp_path / f"{file}.jsonl")) for file in ("set", "other")]
+    corpora = {"c": str(tmp_path / "set.jsonl")}
+    with pytest.raises(InputError, match="`benchmarks` names 'set' twice"):
+        run(ContaminationConfig(corpora=corpora, benchmarks=benchmarks, out=str(tmp_path)))
+
+
+def test_killed_it_leaves_nothing_half_written_and_starts_again(tmp_path: Path) -> None:
+    write_rows(tmp_path / "set.jsonl", [Problem("a", LONG, "1")])
+    os.mkfifo(tmp_path / "corpus.jsonl")  # as a corpus that takes long to read
+    config = {
+        "corpora": {"c": str(tmp_path / "corpus.jsonl")},
+        "benchmarks": [{"name": "set", "path": str(tmp_path / "set.jsonl")}],
+        "out": str(tmp_path / "out"),
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "micota_fast.cli", "contamination", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(command)
+    with (tmp_path / "corpus.jsonl").open("w") as corpus:  # opens once it reads
+        corpus.write(json.dumps({"text": LONG}) + "\n")
+        corpus.flush()
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "corpus.jsonl").unlink()
+    write_rows(tmp_path / "corpus.jsonl", [{"text": LONG}])
+    subprocess.run(command, check=True, timeout=60)
+    found = json.loads((tmp_path / "out" / "contamination.json").read_text())
+    assert found["c"]["benchmarks"]["set"]["exact"] == ["a"]
 
 
 words_ = st.lists(st.sampled_from(["a", "b", "c", "dd", "ee", "fff", "1", "22"]), min_size=0, max_size=40)

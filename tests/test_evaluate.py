@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from aiohttp import web
@@ -72,6 +73,21 @@ def test_samples_of_one_problem_do_not_narrow_the_interval() -> None:
     assert got["wilson95"] == list(wilson95(0.4, 10))
 
 
+def test_several_samples_are_told_of_by_avg_and_pass_at_k() -> None:
+    right = {"a": 4, "b": 1, "c": 0}  # of 4 answers each
+    rows = [Completion(id_, s, "?", "7", "", "stop", 1, 1, None) for id_ in right for s in range(4)]
+    got = score(3, rows, [Verdict("correct" if row.sample < right[row.id] else "wrong", None) for row in rows])
+    assert (got["samples"], got["accuracy"]) == (4, 5 / 12)
+    # the problems' means are 1, 1/4 and 0
+    assert got["standard_error"] == pytest.approx(np.std([1, 1 / 4, 0], ddof=1) / math.sqrt(3))
+    # b's one right answer is among 1, 2, 4 of 4 with chance 1/4, 1/2, 1
+    assert got["pass_at"] == pytest.approx({"1": 5 / 12, "2": 1.5 / 3, "4": 2 / 3})
+    alone = score(1, rows[4:8], [Verdict("wrong", None)] * 4)
+    assert (alone["standard_error"], alone["pass_at"]) == (None, {"1": 0.0, "2": 0.0, "4": 0.0})
+    once = score(3, rows[::4], [Verdict("correct", None)] * 3)
+    assert not once.keys() & {"standard_error", "pass_at"}
+
+
 @pytest.fixture
 def settings(qwen2_checkpoint: Path, tmp_path: Path) -> EvaluateConfig:
     benchmarks = []
@@ -107,6 +123,11 @@ def test_a_real_model_twice_and_graded_again(settings: EvaluateConfig) -> None:
         assert entry["n"] == n == sum(outcomes.values())
         assert entry["mean_tokens"] == sum(row["completion_tokens"] for row in rows) / n
     assert results["average"] == sum(e["accuracy"] for e in results["benchmarks"].values()) / 2
+    low, high = results["average95"]
+    assert 0 <= low < results["average"] + 0.01 < high <= 1
+    assert results["versions"].keys() == {"micota_fast", "math-verify", "latex2sympy2-extended", "sympy", "tokenizers"}
+    assert all(results["versions"].values())
+    assert [entry["grading"] for entry in results["benchmarks"].values()] == [{"rule": "box", "timeout_s": 10.0}] * 2
     prompts = [entry["made_by"]["prompt"]["prompt"] for entry in results["benchmarks"].values()]
     assert prompts == [settings.chat.prompt, "Q: {problem}\nA:"]
 
@@ -127,6 +148,20 @@ def test_a_real_model_twice_and_graded_again(settings: EvaluateConfig) -> None:
     meta.write_text(json.dumps(told | {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}))
     run(settings)
     assert json.loads((out / "results.json").read_text())["benchmarks"]["small"]["correct"] == 1
+
+
+def test_several_samples_through_a_real_server(settings: EvaluateConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    settings.samples, settings.temperature = 3, 1.0
+    run(settings)
+    entry = json.loads((Path(settings.out) / "results.json").read_text())["benchmarks"]["small"]
+    assert (entry["n"], entry["problems"], entry["samples"]) == (9, 3, 3)
+    assert list(entry["pass_at"]) == ["1", "2", "3"]
+    assert entry["pass_at"]["1"] == pytest.approx(entry["accuracy"])
+    for protocol in ("strict", "paper"):
+        assert entry["protocols"][protocol].keys() == {"correct", "accuracy", "standard_error", "pass_at"}
+    told = capsys.readouterr().out
+    assert "; avg@3, standard error 0.00 points; pass@3 0.00%" in told
+    assert "average of 2: 0.00% [0.00, " in told
 
 
 def test_killed_and_started_again(settings: EvaluateConfig, tmp_path: Path) -> None:
@@ -269,3 +304,39 @@ def test_a_judge_is_asked_about_what_the_string_rule_rejects(settings: EvaluateC
         json.loads(line)["protocols"]["judge"]["correct"] for line in (Path(settings.out) / "rows/four.jsonl").open()
     ]
     assert rows == [True, False, True, False, None]
+    judge = json.loads((Path(settings.out) / "results.json").read_text())["judge"]
+    assert judge["model"] == Path(settings.model).name
+    assert judge["made_by"]["model"] == generate.model_fingerprint(Path(settings.model))
+    assert judge["made_by"]["sampling"]["max_new_tokens"] == 20
+
+
+def test_a_judge_keeps_its_replies_when_benchmarks_are_added_and_changes_places(
+    settings: EvaluateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    async def handler(http: web.Request) -> web.StreamResponse:
+        body = await http.json()
+        asked.append(body["rid"])
+        meta = {"finish_reason": {"type": "stop"}, "prompt_tokens": 1, "completion_tokens": 1, "id": body["rid"]}
+        return web.json_response({"text": "True", "output_ids": [1], "meta_info": meta})
+
+    benchmarks = []
+    for name, size in (("one", 2), ("two", 3)):
+        write_rows(tmp_path / f"{name}.jsonl", [Problem(f"{name}{i}", "?", "5") for i in range(size)])
+        benchmarks.append(BenchmarkConfig(name=name, path=str(tmp_path / f"{name}.jsonl")))
+    settings.protocol = "paper"
+    with http_server(handler) as url:
+        settings.judge = JudgeConfig(model=settings.model, url=url)
+        answered(settings, benchmarks[0], lambda problem: "\\boxed{5.0}")
+        assert len(asked) == 2
+        settings.benchmarks = [benchmarks[1]]
+        answered(settings, benchmarks[1], lambda problem: "\\boxed{five}")
+        assert len(asked) == 5
+        settings.benchmarks = benchmarks[::-1]
+        capsys.readouterr()
+        run(settings)
+    assert len(asked) == 5
+    entries = json.loads((Path(settings.out) / "results.json").read_text())["benchmarks"]
+    assert {name: entry["protocols"]["judge"]["correct"] for name, entry in entries.items()} == {"one": 2, "two": 3}
+    assert "by the judge 100.00%" in capsys.readouterr().out

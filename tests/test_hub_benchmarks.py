@@ -16,6 +16,9 @@ from aiohttp import web
 from servers import serving_app
 
 import micota_fast
+from micota_fast.errors import InputError
+from micota_fast.hub_benchmarks import _problem
+from micota_fast.records import Problem, write_rows
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -99,9 +102,59 @@ def test_the_wrong_number_of_problems_is_an_error_and_the_rest_stays(tmp_path: P
     with hub(tmp_path, {"amc2023": 83}) as url:
         done = micota_benchmarks(tmp_path / "data", url, tmp_path / "cache")
     assert done.returncode == 2
-    assert f"math-ai/amc23 at {COMMIT} holds 83 problems, not 40" in done.stderr
+    assert f"math-ai/amc23 at {COMMIT} holds 83 problems; AMC 2023 has 40" in done.stderr
     assert (tmp_path / "data" / "aime2024.jsonl").exists()
     assert not (tmp_path / "data" / "amc23.jsonl").exists()
+
+
+def changed_row(hub: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {hub["problem"]: "What?", hub["answer"]: "7"} | {hub[key]: value for key, value in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("like", "answer", "what"),
+    [
+        ("aime2024", "The sum is 7.", r"no \\boxed\{\} in"),
+        ("gsm8k", "The sum is 7.", "no '#### ' in"),
+        ("gsm8k", "The sum is\n#### ", "is empty"),
+        ("amc2023", None, "is empty"),
+        ("amc2023", "  ", "is empty"),
+        ("olympiad", [], "is empty"),
+    ],
+)
+def test_a_row_that_holds_no_answer_is_an_error(like: str, answer: Any, what: str) -> None:
+    """A whole solution for an answer would mark every answer wrong, and nobody would be told."""
+    source = DEFINITIONS[like]["hub"]
+    with pytest.raises(InputError, match=f"{source['repo']}: row x: .*{what}"):
+        _problem(changed_row(source, answer=answer), "x", source)
+
+
+def test_a_row_without_a_problem_is_an_error() -> None:
+    source = DEFINITIONS["amc2023"]["hub"]
+    with pytest.raises(InputError, match=r"row x: its 'question' is empty"):
+        _problem(changed_row(source, problem=None), "x", source)
+
+
+def test_a_number_keeps_its_value() -> None:
+    """The copy of AMC writes its whole answers as floats."""
+    source = DEFINITIONS["amc2023"]["hub"]
+    assert _problem(changed_row(source, answer=27.0), "x", source).answer == "27"
+    assert _problem(changed_row(source, answer=27.5), "x", source).answer == "27.5"
+
+
+def test_files_that_are_there_are_counted_too(tmp_path: Path) -> None:
+    write_rows(tmp_path / "aime2024.jsonl", [Problem(str(i), "?", "7") for i in range(29)])
+    done = micota_benchmarks(tmp_path, "http://127.0.0.1:9", tmp_path / "cache")
+    assert done.returncode == 2
+    assert "aime2024.jsonl holds 29 problems; AIME 2024 has 30" in done.stderr
+
+
+def test_sources_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "SOURCES.json").write_text("{")
+    done = micota_benchmarks(tmp_path, "http://127.0.0.1:9", tmp_path / "cache")
+    assert done.returncode == 2
+    assert "SOURCES.json is damaged" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_no_network_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:

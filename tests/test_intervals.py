@@ -6,8 +6,19 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import statsmodels.api as sm
+from scipy import stats
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
-from micota_fast.statistics.intervals import clustered_se, pass_at_k, wilson95
+from micota_fast.statistics.intervals import (
+    clustered_se,
+    difference,
+    macro_average,
+    mean_pass_at,
+    median95,
+    pass_at_k,
+    student_t95,
+    wilson95,
+)
 
 
 class TestClusteredSe:
@@ -55,6 +66,46 @@ class TestPassAtK:
     def test_what_cannot_be_told_is_refused(self, n: int, c: int, k: int) -> None:
         with pytest.raises(ValueError, match=rf"pass@{k} from {c} right of {n} answers"):
             pass_at_k(n, c, k)
+
+    def test_of_a_benchmark_is_the_mean_at_powers_of_two_and_the_most(self) -> None:
+        correct = [6, 3, 0]
+        got = mean_pass_at(correct, 6, 6)
+        assert list(got) == [1, 2, 4, 6]
+        assert got == pytest.approx({k: sum(pass_at_k(6, c, k) for c in correct) / 3 for k in got})
+        assert list(mean_pass_at(correct, 6, 4)) == [1, 2, 4]  # where another seed has but four
+        with pytest.raises(ValueError, match=r"pass@8 from 6 right of 6 answers"):
+            mean_pass_at(correct, 6, 8)
+
+
+class TestAgainstLibraries:
+    def test_wilson_is_that_of_statsmodels(self) -> None:
+        for n in (1, 2, 3, 30, 675):
+            for count in range(n + 1):
+                theirs = proportion_confint(count, n, method="wilson")
+                assert wilson95(count / n, n) == pytest.approx(theirs, abs=1e-12)
+
+    def test_student_t_is_that_of_scipy(self) -> None:
+        for degrees in range(1, 200):
+            assert student_t95(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), abs=2e-4)
+
+    def test_the_median_s_ranks_are_those_of_the_binomial(self) -> None:
+        for n in range(1, 300):
+            rank = int(np.argmax(stats.binom.cdf(np.arange(n), n, 0.5) > 0.025))
+            assert median95(range(n), n) == (None if rank == 0 else (rank - 1, n - rank))
+
+    @pytest.mark.parametrize("counts", [(10, 30, 20, 30), (0, 30, 30, 30), (3, 40, 5, 675), (7, 7, 7, 7)])
+    def test_one_benchmark_and_seed_is_newcombe_s_method_10(self, counts: tuple[int, int, int, int]) -> None:
+        a, n_a, b, n_b = counts
+        gap = difference(macro_average([[a / n_a]], [n_a]), macro_average([[b / n_b]], [n_b]))
+        theirs = confint_proportions_2indep(a, n_a, b, n_b, method="newcomb", compare="diff")
+        assert (gap.low, gap.high) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_a_difference_of_fractions_is_no_more_than_one() -> None:
+    """Two seeds far apart: Student's t with one degree of freedom is 12.7 deviations."""
+    gap = difference(macro_average([[1.0], [0.7]], [30]), macro_average([[0.0]], [30]))
+    assert (gap.low, gap.high) == (-1.0, 1.0)
+    assert gap.spans_zero
 
 
 @pytest.mark.parametrize("accuracy", [0.05, 0.3, 0.9])

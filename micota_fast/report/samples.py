@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from micota_fast.report.inputs import Results
-from micota_fast.statistics.intervals import clustered_se, pass_at_k
+from micota_fast.statistics.intervals import clustered_se, mean_pass_at
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,8 @@ def sampled(runs: Sequence[Results]) -> dict[str, Sampled]:
         if samples == 1:
             continue
         score_PS = np.stack([np.array(of_run.correct) / of_run.samples for of_run in graded], axis=1)
-        pass_at = {
-            k: math.fsum(
-                pass_at_k(of_run.samples, c, k) / len(of_run.correct) for of_run in graded for c in of_run.correct
-            )
-            / len(graded)
-            for k in [*(2**i for i in range(samples.bit_length())), samples]
-        }
+        of_runs = [mean_pass_at(of_run.correct, of_run.samples, samples) for of_run in graded]
+        pass_at = {k: math.fsum(of_run[k] for of_run in of_runs) / len(of_runs) for k in of_runs[0]}
         standard_error = clustered_se(score_PS) if len(score_PS) > 1 else None
         found[name] = Sampled(samples, float(score_PS.mean()), standard_error, pass_at)
     return found

@@ -116,6 +116,18 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
 
 
+def mean_pass_at(correct: Sequence[int], n: int, most: int) -> dict[int, float]:
+    """`pass_at_k`, mean over problems, for k = 1, 2, 4, ... and `most`.
+
+    Args:
+        correct: of each problem, how many of its `n` answers are right.
+        n: answers to each problem.
+        most: the largest k, at most `n`.
+    """
+    ks = [*(1 << i for i in range(most.bit_length())), most]
+    return {k: math.fsum(pass_at_k(n, c, k) for c in correct) / len(correct) for k in ks}
+
+
 def median95(values: Sequence[float], n: int) -> tuple[float, float] | None:
     """95% interval of the median of a distribution from `n` independent draws, by order statistics; free of its shape.
 
@@ -183,7 +195,8 @@ def macro_average(accuracies: Sequence[Sequence[float]], n: Sequence[int]) -> Es
 def difference(a: Estimate, b: Estimate) -> Difference:
     """a - b, the two taken as independent (see the module's docstring)."""
     value = a.mean - b.mean
-    return Difference(value, value - math.hypot(a.below, b.above), value + math.hypot(a.above, b.below))
+    below, above = math.hypot(a.below, b.above), math.hypot(a.above, b.below)
+    return Difference(value, max(-1.0, value - below), min(1.0, value + above))
 
 
 def with_training(problems: Difference, a: Estimate, b: Estimate) -> Difference:
