@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
 
     of_recipe = f"YAML file, or a recipe that is shipped: {shipped}"
     run = _verb(verbs, "run", recipe.Recipe, _run, "RECIPE", of_recipe)
-    run.add_argument("--dry-run", action="store_true", help="only show what is done, stale or to do")
+    run.add_argument(
+        "--dry-run", action="store_true", help="only show what is done, stale or to do, and by which commands"
+    )
     run.add_argument("--out", metavar="DIR", help="the run's folder; default: runs/NAME")
 
     planned = verbs.add_parser(
@@ -210,8 +213,11 @@ def _run(parsed: argparse.Namespace) -> None:
     width = max(len(name) for name in statuses)
     open_stages = [name for name, status in statuses.items() if status.state != "done"]
     if parsed.dry_run:
-        for name, status in statuses.items():
-            print(f"{name:{width}}  {status.state:8}  {status.why}".rstrip())
+        for stage in run.stages:
+            status = statuses[stage.name]
+            print(f"{stage.name:{width}}  {status.state:8}  {status.why}".rstrip())
+            if status.state != "done":
+                print(f"    {shlex.join(run.command(stage))}")
         for what in absent or ():
             print(f"absent: {what}")
         print(f"{len(statuses) - len(open_stages)} of {len(statuses)} stages done; folder: {folder}")

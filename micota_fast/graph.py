@@ -62,6 +62,8 @@ class Stage:
     inputs: tuple[Artefact, ...]
     outputs: tuple[str, ...]  # relative to the stage's folder; it is done when all are there
     files: dict[str, str] = dataclasses.field(default_factory=dict)  # written into its folder before it starts
+    # Folder that it makes -> options, by name at any depth, on which the contents of that folder do not hang.
+    lasting: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -301,7 +303,10 @@ class _Planner:
         built = self._settings(
             EvaluateConfig, settings, {}, "evaluate", model=model.location, out=str(self.run_dir / stage)
         )
-        self._add(Stage(stage, "evaluate", built, (model, *files), ("results.json", "rows")))
+        # Answers are given once, and graded as often as somebody changes his mind about that.
+        grading = ("protocol", "timeout_s")
+        lasting = {"completions": (*grading, "rule", "judge"), "judge": grading}
+        self._add(Stage(stage, "evaluate", built, (model, *files), ("results.json", "rows"), lasting=lasting))
 
     def _report(self) -> None:
         recipe = self.recipe

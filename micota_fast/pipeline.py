@@ -2,9 +2,11 @@
 
 A stage is done when its folder holds `done.json`, whose identity (options, inputs' contents) equals the one wanted now
 and whose outputs still have the recorded contents. Folders made for another identity are moved to NAME~FINGERPRINT,
-never deleted, and come back when a recipe wants them again.
+never deleted, and come back when a recipe wants them again; parts of them that do not hang on what has changed
+(`Stage.lasting`) are copied to the new folder.
 """
 
+import glob
 import json
 import os
 import re
@@ -71,6 +73,10 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         with only_run(self.folder, say) as lock:
             self._run_all(lock.fileno(), say)
+
+    def command(self, stage: Stage) -> list[str]:
+        """That of the stage's process; its configuration is written just before it starts."""
+        return _command(stage, self.folder / stage.name / "config.yaml", self.launch)
 
     # --- what is done ---
 
@@ -153,7 +159,8 @@ class Run:
                     if status.state == "done":
                         done.add(stage.name)
                         continue
-                    running[stage.name] = _Running(stage, self.folder / stage.name, self.launch, lock)
+                    folder = self.folder / stage.name
+                    running[stage.name] = _Running(stage, folder, self.command(stage), self.launch, lock)
                     say(f"[{len(done)}/{len(self.stages)}] {stage.name}: {_reason(status)}")
                 for name, process in list(running.items()):
                     code = process.poll(say)
@@ -204,7 +211,24 @@ class Run:
         write_atomic(folder / "config.yaml", [config.dump(stage.settings).encode()])
         for name, text in stage.files.items():
             write_atomic(folder / name, [text.encode()])
+        self._take_over(stage, folder, identity)
         return False
+
+    def _take_over(self, stage: Stage, folder: Path, identity: dict[str, Any]) -> None:
+        """Copy to the stage's folder what lasts of a former one. Killed, it begins again when the stage goes on."""
+        for part, options in stage.lasting.items():
+            if (folder / part).exists():
+                continue
+            for former in sorted(folder.parent.glob(f"{glob.escape(folder.name)}~*")):
+                record = _read_json(former / DONE)
+                if record is None or not (former / part).is_dir():
+                    continue
+                if _without(record["identity"], options) == _without(identity, options):
+                    partial = folder / f".{part}.partial"
+                    shutil.rmtree(partial, ignore_errors=True)
+                    shutil.copytree(former / part, partial)
+                    partial.rename(folder / part)
+                    break
 
     def _finish(self, process: "_Running") -> None:
         stage, folder = process.stage, process.folder
@@ -232,10 +256,9 @@ class Run:
 class _Running:
     """A stage's process; its output goes to log.txt, the last line of which is said now and then."""
 
-    def __init__(self, stage: Stage, folder: Path, launch: LaunchConfig, lock: int) -> None:
-        self.stage, self.folder = stage, folder
+    def __init__(self, stage: Stage, folder: Path, command: list[str], launch: LaunchConfig, lock: int) -> None:
+        self.stage, self.folder, self.command = stage, folder, command
         self.log = folder / "log.txt"
-        self.command = _command(stage, folder / "config.yaml", launch)
         env = os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         if "torch.distributed.run" in self.command:
             env["MICOTA_DIE_WITH_PARENT"] = "1"  # torchrun's workers leave our process group; they end with torchrun
@@ -303,6 +326,13 @@ def _depths(stages: Sequence[Stage]) -> dict[str, int]:
 
 def _aside(folder: Path, identity: dict[str, Any]) -> Path:
     return folder.with_name(f"{folder.name}~{of_json(identity)[:10]}")
+
+
+def _without(value: Any, names: Sequence[str]) -> Any:
+    """`value` without these keys, at any depth."""
+    if isinstance(value, dict):
+        return {key: _without(item, names) for key, item in value.items() if key not in names}
+    return [_without(item, names) for item in value] if isinstance(value, list) else value
 
 
 def _remove(folder: Path) -> None:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from training_runs import metrics, train_config
 
+from micota_fast.cli import main
 from micota_fast.errors import InputError
 from micota_fast.graph import Artefact, Stage
 from micota_fast.pipeline import Run
@@ -274,3 +275,37 @@ def test_a_training_that_a_signal_ended_is_not_taken_for_done(qwen2_checkpoint: 
     assert states(run) == {"student": "done"}
     assert [row["step"] for row in metrics(config)] == list(range(1, 121))
     assert "going on with 1 processes where 2 processes wrote" in (tmp_path / "run/student/log.txt").read_text()
+
+
+def evaluated(out: Path, *changes: str) -> dict[str, object]:
+    """The untouched micro student on three problems, by `micota run`; its results."""
+    small = ["arms={}", "align=[]", "own=null", "evaluate.max_new_tokens=64", *changes]
+    small += ["evaluate.benchmarks=[{name: steps-3, path: ../micro/problems/steps-3.jsonl, limit: 3}]"]
+    assert main(["run", "micro", "--out", str(out), *(word for change in small for word in ("--set", change))]) == 0
+    results: dict[str, object] = json.loads((out / "evaluate/base/results.json").read_text())
+    return results
+
+
+def test_graded_again_by_another_protocol_nothing_is_answered_again(tmp_path: Path) -> None:
+    strict = evaluated(tmp_path)
+    answers = (tmp_path / "evaluate/base/completions/steps-3.jsonl").read_bytes()
+    # As a killed run leaves it: half copied.
+    (tmp_path / "evaluate/base/.completions.partial").mkdir()
+    paper = evaluated(tmp_path, "evaluate.protocol=paper")
+    folder = tmp_path / "evaluate/base"
+    assert (folder / "completions/steps-3.jsonl").read_bytes() == answers
+    assert not (folder / "server.log").exists()  # so none was started
+    assert paper != strict
+    assert paper["average"] == strict["average"]
+    evaluated(tmp_path, "evaluate.protocol=paper", "evaluate.max_new_tokens=63")
+    assert (folder / "server.log").exists()  # other answers are asked for
+
+
+def test_a_dry_run_tells_every_command_that_it_would_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["run", "micro", "--out", str(run), "--dry-run", "--set", "launch.nproc=2"]) == 0
+    told = capsys.readouterr().out
+    assert f"-m micota_fast.cli generate {run}/answers/long/config.yaml" in told
+    assert f"--nproc-per-node=2 -m micota_fast.train {run}/student/mid-seed1/config.yaml" in told
+    assert f"-m micota_fast.cli merge {run}/model/assistant-mid/mergekit.yaml" in told
+    assert not run.exists()
