@@ -145,8 +145,8 @@ class Tab:
             time.sleep(0.02)
 
     def press(self, *keys: str) -> None:
-        """Press keys one after the other: characters, or names (Tab, Enter, ArrowDown, Space), also as Shift+NAME."""
-        codes = {"Tab": 9, "Enter": 13, "ArrowDown": 40, "ArrowUp": 38, "Escape": 27, "End": 35}
+        """Press keys one after the other: characters, or names (Tab, Enter, ArrowDown, Space ...), also Shift+NAME."""
+        codes = {"Tab": 9, "Enter": 13, "ArrowDown": 40, "ArrowUp": 38, "ArrowRight": 39, "Escape": 27, "End": 35}
         for key in keys:
             shift, _, name = key.rpartition("+") if len(key) > 1 else ("", "", key)
             text = {"Enter": "\r", "Space": " "}.get(name, name if len(name) == 1 else "")

@@ -78,7 +78,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(programs))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr("micota_fast.planning.doctor.cached_on_disk", lambda name: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -217,6 +217,77 @@ def test_gpus_are_counted_and_measured(
     assert "error" in said.levels("GPU memory")
     assert "student/long-seed0 needs" in said.text("GPU memory")
     assert "`activation_checkpointing: full`" in said.text("GPU memory")
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"),
+    [(None, 8), ("0,3", 2), ("", 0), ("-1", 0), ("0,9,1", 1), ("2,-1,3", 1), ("GPU-1234,GPU-5678", 2)],
+)
+def test_gpus_are_those_that_cuda_shows(
+    visible: str | None, seen: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those before the first number that names none, as the CUDA programming guide has it."""
+    smi(tmp_path, 8)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert len(machine.devices()) == seen
+
+
+def test_a_server_needs_room_beside_its_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path, data: str) -> None:
+    """70 GB of weights and one long answer do not fit 85% of 80 GB, as the plan says."""
+    smi(tmp_path, 8, mib=76_294)
+    options = ("models.teacher.serve={tp: 1}", "models.assistant.serve={tp: 2}")
+    call = (PAPER, "--set", data, *(f"--set={option}" for option in options), "--out", str(tmp_path / "run"))
+    _, said = doctor(capsys, *call)
+    assert "error" in said.levels("GPU memory")
+    assert "needs 70 GB on each GPU, of which a server can use 68 GB (80 GB in all)" in said.text("GPU memory")
+    assert "a larger `serve.tp`" in said.text("GPU memory")
+
+
+def groups(root: Path, **files: str) -> Path:
+    for name, content in files.items():
+        path = root / name.replace("__", "/").replace("_dot_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return root
+
+
+def test_a_control_group_limits_cores_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "none")
+    there = machine.available_memory()
+    assert machine.cores() == 64
+    second = groups(
+        tmp_path / "v2", cpu_dot_max="250000 100000", memory_dot_max="2000000", memory_dot_current="1500000"
+    )
+    groups(second, memory_dot_stat="anon 900000\ninactive_file 400000\n")
+    first = groups(tmp_path / "v1", cpu__cpu_dot_cfs_quota_us="250000", cpu__cpu_dot_cfs_period_us="100000")
+    groups(first, memory__memory_dot_limit_in_bytes="2000000", memory__memory_dot_usage_in_bytes="1500000")
+    groups(first, memory__memory_dot_stat="inactive_file 1\ntotal_inactive_file 400000\n")
+    for root in (first, second):
+        monkeypatch.setattr(machine, "CGROUPS", root)
+        assert machine.cores() == 2
+        assert machine.available_memory() == 2000000 - (1500000 - 400000)
+    unlimited = groups(tmp_path / "free", cpu_dot_max="max 100000", memory_dot_max="max", memory_dot_current="1")
+    monkeypatch.setattr(machine, "CGROUPS", unlimited)
+    assert machine.cores() == 64
+    assert machine.available_memory() == pytest.approx(there, rel=0.1)
+    monkeypatch.setattr(machine, "CGROUPS", groups(tmp_path / "v1free", cpu__cpu_dot_cfs_quota_us="-1"))
+    assert machine.cores() == 64
+
+
+def test_a_config_alone_is_no_model_in_the_cache(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    of_model = tmp_path / "cache" / "models--Qwen--Qwen2.5-7B-Instruct"
+    (of_model / "refs").mkdir(parents=True)
+    (of_model / "refs" / "main").write_text("0" * 40)
+    (of_model / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (of_model / "snapshots" / ("0" * 40) / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    _, said = doctor(capsys, PAPER, "--set", data, "--out", str(tmp_path / "run"))
+    assert "Qwen/Qwen2.5-7B-Instruct is not in the cache" in said.text("hub")
 
 
 def test_what_does_not_answer_is_an_error_in_time(

@@ -139,6 +139,45 @@ class TestPlots:
             assert b"Software" not in png
 
 
+class TestFormerFiles:
+    def test_those_of_a_former_report_go_and_others_stay(self, config: ReportConfig, tmp_path: Path) -> None:
+        found = contamination(tmp_path / "contamination.json", long={}, mid={})
+        run(dataclasses.replace(config, contamination=found))
+        out = Path(config.out)
+        others = [out / "plots" / "mine.svg", out / "plots" / "average.pdf", out / "notes.csv"]
+        for file in others:
+            file.write_text("mine")
+        assert (out / "plots" / "loss1-mid.svg").exists()
+        fewer = dataclasses.replace(config, arms={"mid": config.arms["mid"]}, training={}, corpora={})
+        run(fewer)
+        assert all(file.read_text() == "mine" for file in others)
+        kept = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file not in others}
+        run(dataclasses.replace(fewer, out=str(tmp_path / "fresh")))
+        fresh = tmp_path / "fresh"
+        assert kept == {str(file.relative_to(fresh)) for file in fresh.rglob("*") if file.is_file()}
+
+
+class TestMarkdown:
+    @pytest.mark.parametrize(
+        ("name", "written"),
+        [
+            ("a_b*c", r"a\_b\*c"),
+            ("<b>x", r"\<b>x"),
+            ("[x](y)", r"[x]\(y)"),
+            ("&lt; $1$ ~2~", r"\&lt; \$1\$ \~2\~"),
+        ],
+    )
+    def test_names_are_text_everywhere(self, name: str, written: str, config: ReportConfig, tmp_path: Path) -> None:
+        found = contamination(tmp_path / "contamination.json", **{name: {"gsm": {"exact": ["a"], "rows": 1}}})
+        arms = {name: config.arms["mid"]}
+        markdown, _, _ = made(
+            dataclasses.replace(config, title=f"On {name}", arms=arms, training={}, contamination=found)
+        )
+        assert markdown.startswith(f"# On {written}\n\nThe {written} arm averages 61.0%")
+        assert f"Text of benchmarks was found in {written} (gsm)" in markdown
+        assert name not in markdown.replace(written, "")
+
+
 def contamination(path: Path, **found: dict[str, Any]) -> str:
     """What the contamination stage writes of two benchmarks."""
     none = {"exact": [], "gram13": [], "rows": 0, "examples": []}

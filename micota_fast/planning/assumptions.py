@@ -51,7 +51,7 @@ class Assumptions:
 
     train_mfu: float = option(
         0.4,
-        doc="model-FLOP utilisation of training",
+        doc="FLOP utilisation of training, what activation checkpointing computes again counted as well",
         source="Llama 3 405B on H100: 0.38 to 0.43, arXiv 2407.21783 t. 4",
     )
     prefill_mfu: float = option(0.5, doc="model-FLOP utilisation where prompts are read", source="assumed")

@@ -81,6 +81,18 @@ def train_flops(config: ModelConfig, tokens: float, context: float) -> float:
     return tokens * (constant + each * context)
 
 
+def recomputed_flops(config: ModelConfig, tokens: float, context: float, how: str) -> float:
+    """FLOPs that activation checkpointing (`train.recompute`) adds to `train_flops`: what is computed a second time.
+
+    full: the forward pass of all blocks; selective: of the matrix products one, the gate's.
+    """
+    if how == "full":
+        head = 2 * config.vocab_size * config.hidden_size
+        return train_flops(config, tokens, context) / 3 - tokens * head
+    gates = config.num_hidden_layers * config.hidden_size * config.intermediate_size
+    return 2.0 * tokens * gates if how == "selective" else 0.0
+
+
 def answering(
     cost: Cost, model: Model, s: SamplingSettings, sets: Sequence[Corpus], gpu: GPU | None, assumed: Assumptions
 ) -> None:
@@ -99,7 +111,8 @@ def answering(
     cost.tokens = sum(corpus.tokens for corpus in sets)
     cost.flops = sum(train_flops(config, corpus.tokens, corpus.context) for corpus in sets) / 3
     counted = "counted" if all(corpus.counted for corpus in sets) else "assumed"
-    cost.how = f"{rows:,.0f} answers of {two(written / max(1, rows))} tokens ({counted})"
+    most = "at most " if getattr(s, "enough", None) is not None and counted == "assumed" else ""
+    cost.how = f"{most}{rows:,.0f} answers of {two(written / max(1, rows))} tokens ({counted})"
     if s.url is not None:
         cost.how += f", at {s.url if isinstance(s.url, str) else ' '.join(s.url)}"
         return

@@ -1,5 +1,6 @@
 """What this machine has: GPUs, memory, ports, network. Every question that may find no answer has a time limit."""
 
+import itertools
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from micota_fast.serve.gpus import VISIBLE
 
 T = TypeVar("T")
 PROBE_S, NETWORK_S = 20.0, 5.0
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Device(NamedTuple):
@@ -73,10 +75,13 @@ def devices() -> list[Device]:
     named = os.environ.get(VISIBLE)
     if named is None:
         return found
-    if not all(name.strip().isdecimal() for name in named.split(",") if name.strip()):
-        return found[: len(named.split(","))]  # by UUID: how many there are is known
-    numbers = [int(name) for name in named.split(",") if name.strip()]
-    return [found[number] for number in numbers if number < len(found)]
+    names = [name.strip() for name in named.split(",") if name.strip()]
+    if any(re.match("[A-Za-z]", name) for name in names):
+        return found[: len(names)]  # by UUID: how many there are is known
+    # CUDA shows those before the first number that names none, such as -1 (CUDA C++ Programming Guide,
+    # "CUDA Environment Variables").
+    known = itertools.takewhile(lambda name: name.isdecimal() and int(name) < len(found), names)
+    return [found[int(name)] for name in known]
 
 
 def output(command: list[str]) -> str:
@@ -98,15 +103,38 @@ def output(command: list[str]) -> str:
 
 
 def available_memory() -> float:
-    """Bytes that can be had: of the machine, or of our control group where that has less."""
+    """Bytes that can be had: of the machine, or of our control group where that has less left."""
     text = Path("/proc/meminfo").read_text(encoding="utf-8") if Path("/proc/meminfo").exists() else ""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
     there = float(found[1]) * 1024 if found else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit_file, usage_file, stat_file, reclaimed in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        limit, usage = _of_group(limit_file), _of_group(usage_file)
+        if limit.isdecimal() and usage.isdecimal():
+            # Pages of files that nobody reads any more are given up before anything fails.
+            cache = re.search(rf"^{reclaimed} (\d+)$", _of_group(stat_file), re.MULTILINE)
+            used = int(usage) - (int(cache[1]) if cache else 0)
+            there = min(there, max(0.0, float(limit) - used))
+    return there
+
+
+def cores() -> int:
+    """Cores that this process may use: those it is bound to, or fewer by its control group's quota of time."""
+    quota, _, period = _of_group("cpu.max").partition(" ")  # version 2 of control groups; below, version 1
+    quota = quota or _of_group("cpu/cpu.cfs_quota_us")
+    period = period or _of_group("cpu/cpu.cfs_period_us")
+    bound = len(os.sched_getaffinity(0))
+    return min(bound, max(1, int(quota) // int(period))) if quota.isdecimal() and period.isdecimal() else bound
+
+
+def _of_group(name: str) -> str:
+    """A file of our control group, as a container sees it; empty where there is none."""
     try:
-        group = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+        return (CGROUPS / name).read_text(encoding="utf-8").strip()
     except OSError:
-        return there
-    return min(there, float(group)) if group.isdecimal() else there
+        return ""
 
 
 def port_obstacle(host: str, port: int) -> str | None:

@@ -18,9 +18,19 @@ from micota_fast.chat import Chat
 from micota_fast.errors import InputError
 from micota_fast.graph import BASE, Stage
 from micota_fast.kernels.chunks import LOGITS_BYTES
+from micota_fast.length_sweep import REFINEMENTS
 from micota_fast.mix import apportion
 from micota_fast.planning.assumptions import GPU, KNOWN_SETS, REASONING, Assumptions
-from micota_fast.planning.costs import BYTES, Corpus, Cost, Model, answering, parameters, train_flops
+from micota_fast.planning.costs import (
+    BYTES,
+    Corpus,
+    Cost,
+    Model,
+    answering,
+    parameters,
+    recomputed_flops,
+    train_flops,
+)
 from micota_fast.planning.shapes import shapes_of
 from micota_fast.recipe import ChatConfig, LaunchConfig
 from micota_fast.records import parse_line, read_lines, read_problems
@@ -201,7 +211,7 @@ class Planner:
             tokens=tokens,
             flops=train_flops(model.config, tokens, corpus.context),
             gpus=processes if on_gpu else 0,
-            memory=max(need, 4 * size),  # each process reads the model whole, in float32, before it is sharded
+            memory=need,
             disk=size * stored,
             # Weights and both moments in float32; the newest is whole before the oldest goes, and the best one stays.
             passing=12 * size * (s.keep_checkpoints + 1 + (s.validation_data is not None)),
@@ -209,12 +219,13 @@ class Planner:
         )
         if on_gpu and self.gpu is not None:
             if s.dtype == "bfloat16":
-                cost.hours = cost.flops / (processes * self.gpu.flops * self.assumed.train_mfu) / 3600
+                run = cost.flops + recomputed_flops(model.config, tokens, corpus.context, how)
+                cost.hours = run / (processes * self.gpu.flops * self.assumed.train_mfu) / 3600
             if cost.memory > FITS * self.gpu.memory:
                 full = estimate(model.config, s.pack_tokens, shards, "full", dtype, "cuda").total
                 cost.too_big = (
                     f"{cost.memory / 1e9:.0f} GB on each of {processes}, where there are {self.gpu.memory / 1e9:.0f} "
-                    f"(`activation_checkpointing: full`: {max(full, 4 * size) / 1e9:.0f})"
+                    f"(`activation_checkpointing: full`: {full / 1e9:.0f})"
                 )
         return cost
 
@@ -249,7 +260,8 @@ class Planner:
             cost.hours = merges + n * cost.hours
         kept_models = (s.target_median_tokens is not None) + n * s.keep_models
         cost.disk, cost.passing = kept_models * size, 0 if s.keep_models else size
-        cost.how = f"{n} weights: {cost.how}"
+        more = f", and up to {REFINEMENTS} more to find the length" if s.target_median_tokens is not None else ""
+        cost.how = f"{n} weights{more}: {cost.how}"
         return cost
 
     def _merged(self, stage: Stage) -> Model:

@@ -1,5 +1,6 @@
 """The shapes of a checkpoint that need not be here: of its folder, of the hub's cache, known by name, or of the hub."""
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -91,3 +92,17 @@ def cached_on_disk(name: str, file: str = "config.json") -> Path | None:
 
     found: Any = huggingface_hub.try_to_load_from_cache(name, file)
     return Path(found) if isinstance(found, str) else None
+
+
+def weights_cached(name: str) -> bool:
+    """Whether the local cache holds all of a hub model's weights, and not its config.json alone."""
+    if cached_on_disk(name, "model.safetensors") is not None:
+        return True
+    index = cached_on_disk(name, "model.safetensors.index.json")
+    if index is None:
+        return False
+    try:
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):  # damaged: it must be fetched again
+        return False
+    return all(cached_on_disk(name, shard) is not None for shard in shards)

@@ -13,7 +13,7 @@ from micota_fast.pipeline import Run
 from micota_fast.planning.assumptions import GPUS, Assumptions
 from micota_fast.planning.costs import Cost, Model, parameters, two
 from micota_fast.planning.plan import Planner
-from micota_fast.planning.shapes import cached_on_disk, shapes_of
+from micota_fast.planning.shapes import shapes_of, weights_cached
 from micota_fast.recipe import Recipe
 from micota_fast.records import write_atomic
 
@@ -30,6 +30,7 @@ class Plan:
         downloads: bytes of hub models that are not in the local cache, by name.
         gpu: of `assumptions.GPUS`, or "cpu".
         gpus: in the machine, held from the first stage to the last.
+        jobs: stages that run at once.
         absent: files and folders that the recipe names and that are not there.
     """
 
@@ -38,6 +39,7 @@ class Plan:
     downloads: dict[str, float]
     gpu: str
     gpus: int
+    jobs: int
     absent: list[str]
     dollars: float | None = None
 
@@ -49,7 +51,8 @@ class Plan:
     @property
     def disk(self) -> float:
         """Bytes at the worst moment of what is still to be written, hub downloads not counted."""
-        return sum(cost.disk for cost in self.to_do) + max((cost.passing for cost in self.to_do), default=0)
+        passing = sorted((cost.passing for cost in self.to_do), reverse=True)
+        return sum(cost.disk for cost in self.to_do) + sum(passing[: self.jobs])
 
     def gpu_hours(self, cost: Cost) -> float:
         """GPU-hours that are paid: the whole machine is held for as long as the stage runs."""
@@ -79,7 +82,8 @@ def make_plan(
         dollars: an hour of one GPU.
 
     Raises:
-        InputError: the recipe or an option is wrong, or shapes or sizes cannot be known.
+        InputError: the recipe or an option is wrong, a stage takes more GPUs than `gpus`, or shapes or sizes cannot be
+            known.
     """
     if gpu not in (None, CPU, *GPUS):
         raise InputError(f"--gpu {gpu}: known are {', '.join((CPU, *GPUS))}")
@@ -98,9 +102,13 @@ def make_plan(
     lengths = _lengths(answer_tokens, recipe)
     planner = Planner(recipe.launch, GPUS.get(gpu), assumed or Assumptions(), lengths, done)
     costs = planner.costs(stages)
+    most = max((cost for cost in costs if not cost.done), key=lambda cost: cost.gpus, default=None)
+    if gpus is not None and most is not None and most.gpus > gpus:
+        which = "`launch.nproc`" if most.verb == "train" else "`serve.tp`, `serve.dp` and `serve.replicas`"
+        raise InputError(f"--gpus {gpus}: {most.stage} takes {most.gpus} ({which}); set what it takes, or name more")
     gpus = gpus or max((cost.gpus for cost in costs), default=0)
     absent = [what.removeprefix(f"{path}, ") for what in absent]
-    return Plan(stages, costs, downloads(stages), gpu, gpus, absent, dollars)
+    return Plan(stages, costs, downloads(stages), gpu, gpus, recipe.launch.jobs, absent, dollars)
 
 
 def _lengths(given: Sequence[str], recipe: Recipe) -> dict[str, float]:
@@ -117,7 +125,7 @@ def _lengths(given: Sequence[str], recipe: Recipe) -> dict[str, float]:
 def downloads(stages: Sequence[Stage]) -> dict[str, float]:
     """Bytes of the hub models that are not in the local cache yet, by name."""
     names = dict.fromkeys(a.location for stage in stages for a in stage.inputs if named_on_hub(a))
-    models = {name: Model(shapes_of(name), 0, name) for name in names if cached_on_disk(name) is None}
+    models = {name: Model(shapes_of(name), 0, name) for name in names if not weights_cached(name)}
     return {name: float(parameters(model.config) * model.width) for name, model in models.items()}
 
 
@@ -226,6 +234,7 @@ def write_json(file: str, made: Plan, assumed: Assumptions) -> None:
         "disk": made.disk,
         "gpu": made.gpu,
         "gpus": made.gpus,
+        "jobs": made.jobs,
         "dollars_per_gpu_hour": made.dollars,
         "assumed": dataclasses.asdict(assumed),
         "absent": made.absent,

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from micota_fast.report.comparison import Comparison
 from micota_fast.report.drawing import Plot, drawing_style, require_matplotlib
 from micota_fast.report.inputs import Inputs, load
 from micota_fast.report.latex import to_latex
+from micota_fast.report.learnability import Learnability, learnability, learnability_table
 from micota_fast.report.numbers_csv import accuracy_csv, answers_csv, contamination_csv, corpora_csv
 from micota_fast.report.overlap import contamination_table, found_text
 from micota_fast.report.page import render
@@ -25,10 +27,14 @@ from micota_fast.report.tables import (
     answers_table,
     corpora_table,
     deltas_table,
+    markdown_text,
     samples_table,
     to_markdown,
 )
 from micota_fast.statistics.intervals import Estimate
+
+_SOMETIMES = ("corpora.csv", "contamination.csv")  # written where there is something to put in them
+_PLOT_FILE = re.compile(r"(average|benchmark\d+|lengths|perplexity|position|step|loss\d+)(-.*)?\.(svg|png)")
 
 
 def run(config: ReportConfig) -> None:
@@ -40,11 +46,12 @@ def run(config: ReportConfig) -> None:
     require_matplotlib()
     inputs = load(config)
     summary = summarise(inputs)
+    found = learnability(inputs.corpora, summary)
     colours = series_colours([*(arm.name for arm in summary.arms), *inputs.corpora, *inputs.training])
-    numbers = _numbers(config, inputs, summary)
+    numbers = _numbers(config, inputs, summary, found)
     with drawing_style():
         plots = draw(inputs, summary, colours)
-    tables = _tables(config, inputs, summary)
+    tables = _tables(config, inputs, summary, found)
     claims = config.claims.deltas if config.claims is not None else {}
     texts = {
         "table.md": _markdown(config, inputs, summary, tables),
@@ -54,16 +61,26 @@ def run(config: ReportConfig) -> None:
         "report.json": json.dumps(numbers, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n",
     }
     if inputs.corpora:
-        texts["corpora.csv"] = corpora_csv(inputs.corpora)
+        texts["corpora.csv"] = corpora_csv(inputs.corpora, found.trained if found else {})
     if inputs.overlaps:
         texts["contamination.csv"] = contamination_csv(inputs.overlaps)
     files = {name: text.encode() for name, text in texts.items()}
     for plot in plots.every:
         files |= {f"plots/{_stem(plot)}.svg": plot.svg_file, f"plots/{_stem(plot)}.png": plot.png_file}
     files["answers.html"] = render_answers(config, inputs, colours)
-    files["report.html"] = render(config, inputs, summary, plots, colours).encode()  # last: it is there, so all is
+    page = render(config, inputs, summary, found, plots, colours)
+    files["report.html"] = page.encode()  # last: it is there, so all is
+    _remove_former(Path(config.out), files)
     for name, content in files.items():
         write_atomic(Path(config.out) / name, [content])
+
+
+def _remove_former(out: Path, files: Collection[str]) -> None:
+    """What a former report wrote here and this one does not, such as plots of arms that are gone; nobody else's."""
+    ours = [path for path in (out / "plots").glob("*") if _PLOT_FILE.fullmatch(path.name)]
+    for path in [*ours, *(out / name for name in _SOMETIMES)]:
+        if path.relative_to(out).as_posix() not in files:
+            path.unlink(missing_ok=True)
 
 
 def _stem(plot: Plot) -> str:
@@ -71,7 +88,7 @@ def _stem(plot: Plot) -> str:
     return "-".join(filter(None, (plot.name, re.sub(r"[^\w.-]", "_", plot.title)[:60])))
 
 
-def _tables(config: ReportConfig, inputs: Inputs, summary: Summary) -> list[Table]:
+def _tables(config: ReportConfig, inputs: Inputs, summary: Summary, found: Learnability | None) -> list[Table]:
     tables = [accuracy_table(summary, config.claims)]
     if summary.trained:
         tables.append(deltas_table(summary))
@@ -79,19 +96,21 @@ def _tables(config: ReportConfig, inputs: Inputs, summary: Summary) -> list[Tabl
         tables.append(of_samples)
     if inputs.corpora:
         tables.append(corpora_table(inputs.corpora))
+    if found:
+        tables.append(learnability_table(found, inputs.corpora))
     if inputs.overlaps:
         tables.append(contamination_table(inputs.overlaps))
     return [*tables, answers_table(summary.arms)]
 
 
 def _markdown(config: ReportConfig, inputs: Inputs, summary: Summary, tables: list[Table]) -> str:
-    parts = [f"# {' '.join(config.title.split())}", " ".join(filter(None, headline(summary)))]
+    parts = [f"# {markdown_text(config.title)}", markdown_text(" ".join(headline(summary)))]
     parts += [to_markdown(table).rstrip() for table in tables]
-    found = [found_text(inputs.overlaps)] if inputs.overlaps else []
+    found = [markdown_text(found_text(inputs.overlaps))] if inputs.overlaps else []
     return "\n\n".join([*parts, *found, INTERVAL_METHOD]) + "\n"
 
 
-def _numbers(config: ReportConfig, inputs: Inputs, summary: Summary) -> dict[str, Any]:
+def _numbers(config: ReportConfig, inputs: Inputs, summary: Summary, found: Learnability | None) -> dict[str, Any]:
     """Everything the page shows, unrounded; fractions, not percent. Orders that sorted keys lose are lists of names."""
     finding, qualified = headline(summary)
     return {
@@ -111,6 +130,14 @@ def _numbers(config: ReportConfig, inputs: Inputs, summary: Summary) -> dict[str
             name: {key: value for key, value in asdict(corpus).items() if key != "lengths"}
             for name, corpus in inputs.corpora.items()
         },
+        "learnability": {
+            "order": found.order,
+            "arms": {name: arm.name for name, arm in found.trained.items()},
+            "compared": found.compared,
+            "spearman": found.rho,
+        }
+        if found
+        else None,
         "contamination": {
             corpus: {name: asdict(overlap) for name, overlap in of_corpus.items()}
             for corpus, of_corpus in inputs.overlaps.items()

@@ -1,15 +1,15 @@
 """What the report reads: the files of the other stages, checked key by key before anything is drawn."""
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from micota_fast.errors import InputError
 from micota_fast.recipe import ReportConfig
 from micota_fast.records import benchmark_file, parse_line, read_lines
+from micota_fast.report.corpora import Corpus, load_corpus
+from micota_fast.report.node import Node, parse, read
 
 
 @dataclass(frozen=True)
@@ -45,27 +45,6 @@ class Results:
     model: str
     benchmarks: dict[str, BenchmarkResult]
     graded: dict[str, Graded] | None
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """One corpus as it was trained on.
-
-    Lengths are in tokens; perplexity and NLL (nats per token) are the untrained student's. Counts of the filter are
-    None for a corpus that was not generated and filtered; what an alignment would tell is None without one.
-    """
-
-    total: int | None
-    accepted: int | None
-    rejected: dict[str, int]
-    mean_tokens: float
-    median_tokens: float
-    lengths: tuple[int, ...]
-    student_tokens: bool
-    """Whether lengths are in the student's tokens (from its alignment) or in those of the model that wrote it."""
-    perplexity: float | None
-    document_nll: tuple[float, float, float] | None
-    """p10, p50 and p90 over documents."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +97,7 @@ def load(config: ReportConfig) -> Inputs:
         for results in arms[name]:
             _same_benchmarks(results, base)
     _same_problems([base, *(results for runs in arms.values() for results in runs)])
-    corpora = {name: _corpus(name, files) for name, files in config.corpora.items()}
+    corpora = {name: load_corpus(name, files) for name, files in config.corpora.items()}
     training = {name: [_loss_curve(Path(path)) for path in paths] for name, paths in config.training.items() if paths}
     overlaps = {} if config.contamination is None else _overlaps(Path(config.contamination), list(base.benchmarks))
     for arm in config.claims.deltas if config.claims is not None else ():
@@ -127,104 +106,8 @@ def load(config: ReportConfig) -> Inputs:
     return Inputs(base, arms, corpora, training, overlaps)
 
 
-@dataclass(frozen=True)
-class _Node:
-    """A JSON object together with where it stands, so that every complaint can name its file and key."""
-
-    data: Mapping[str, Any]
-    where: str
-    prefix: str = ""
-
-    def _value(self, key: str, kind: str, optional: bool) -> Any:
-        value = self.data.get(key)
-        if value is None and not optional:
-            found = ", ".join(map(str, self.data)) or "no keys at all"
-            raise InputError(f"{self.where}: key '{self.prefix}{key}' ({kind}) is missing; found {found}")
-        return value
-
-    def _wrong(self, key: str, kind: str, value: Any) -> InputError:
-        return InputError(f"{self.where}: key '{self.prefix}{key}' must be {kind}, found {json.dumps(value)[:80]}")
-
-    def number(self, key: str, low: float = -math.inf, high: float = math.inf) -> float:
-        value = self.optional_number(key, low, high)
-        return float(self._value(key, "a number", optional=False)) if value is None else value
-
-    def optional_number(self, key: str, low: float = -math.inf, high: float = math.inf) -> float | None:
-        value = self._value(key, "a number", optional=True)
-        if value is None:
-            return None
-        kind = "a finite number" if math.isinf(low) else f"a number from {low:g} to {high:g}"
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._wrong(key, kind, value)
-        if not math.isfinite(value) or not low <= value <= high:
-            raise self._wrong(key, kind, value)
-        return float(value)
-
-    def count(self, key: str, low: int = 0) -> int:
-        value = self.optional_count(key, low)
-        return int(self._value(key, "a whole number", optional=False)) if value is None else value
-
-    def optional_count(self, key: str, low: int = 0) -> int | None:
-        value = self._value(key, "a whole number", optional=True)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-            raise self._wrong(key, f"a whole number of at least {low}", value)
-        return value
-
-    def child(self, key: str) -> "_Node":
-        child = self.optional_child(key)
-        if child is None:
-            self._value(key, "an object", optional=False)
-            raise AssertionError("unreachable: a missing child is an error above")
-        return child
-
-    def optional_child(self, key: str) -> "_Node | None":
-        value = self._value(key, "an object", optional=True)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self._wrong(key, "an object", value)
-        return _Node(value, self.where, f"{self.prefix}{key}.")
-
-    def text(self, key: str) -> str:
-        value = self._value(key, "a string", optional=False)
-        if not isinstance(value, str):
-            raise self._wrong(key, "a string", value)
-        return value
-
-    def length(self, key: str) -> int:
-        value = self._value(key, "a list", optional=False)
-        if not isinstance(value, list):
-            raise self._wrong(key, "a list", value)
-        return len(value)
-
-    def lengths(self, key: str) -> tuple[int, ...]:
-        value = self._value(key, "a list of token counts", optional=True) or []
-        if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
-            raise self._wrong(key, "a list of token counts", value)
-        return tuple(value)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error}); rerun the stage that writes it, or mend the path"
-        ) from error
-
-
-def _parse(text: str, where: str) -> _Node:
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error}); rerun the stage that writes it") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{where}: expected a JSON object, found {text.strip()[:40]!r}")
-    return _Node(data, where)
-
-
 def _results(path: Path) -> Results:
-    node = _parse(_read(path), str(path))
+    node = parse(read(path), str(path))
     listed = node.child("benchmarks")
     if not listed.data:
         raise InputError(f"{path}: key 'benchmarks' is empty; evaluate at least one benchmark")
@@ -260,7 +143,7 @@ def _results(path: Path) -> Results:
 def _graded(file: Path, results: Path, expected: BenchmarkResult) -> Graded:
     right: dict[str, dict[int, bool]] = {}
     for where, line in read_lines(file):
-        row = _Node(parse_line(line, where), where)
+        row = Node(parse_line(line, where), where)
         problem, sample = right.setdefault(row.text("id"), {}), row.count("sample")
         if sample in problem:
             raise InputError(f"{where}: sample {sample} of problem {row.text('id')!r} occurs a second time")
@@ -304,45 +187,8 @@ def _same_benchmarks(results: Results, base: Results) -> None:
         )
 
 
-def _corpus(name: str, files: Mapping[str, str]) -> Corpus:
-    unknown = sorted(set(files) - {"counts", "alignment"})
-    if unknown or not files:
-        named = f"unknown key '{unknown[0]}'" if unknown else "no file named"
-        raise InputError(
-            f"report config: corpora.{name}: {named}; give the path of its 'counts', its 'alignment' or both"
-        )
-    counts = _parse(_read(Path(files["counts"])), files["counts"]) if "counts" in files else None
-    alignment = _parse(_read(Path(files["alignment"])), files["alignment"]) if "alignment" in files else None
-    total = accepted = None
-    rejected: dict[str, int] = {}
-    if counts is not None:
-        total, accepted = counts.count("total"), counts.count("accepted")
-        if accepted > total:
-            raise InputError(f"{counts.where}: key 'accepted' is {accepted}, more than 'total', {total}")
-        reasons = counts.optional_child("rejected")
-        rejected = {reason: reasons.count(reason) for reason in reasons.data} if reasons else {}
-    spread = alignment.optional_child("document_nll") if alignment else None
-    # The student's tokens measure all corpora alike, whoever wrote them; an alignment without their distribution
-    # (`tokens` a bare total) leaves those of the filter.
-    of_student = alignment is not None and (counts is None or isinstance(alignment.data.get("tokens"), dict))
-    measured = alignment if alignment is not None and of_student else counts
-    assert measured is not None  # one of the two files is named
-    tokens = measured.child("tokens")
-    return Corpus(
-        total=total,
-        accepted=accepted,
-        rejected=rejected,
-        mean_tokens=tokens.number("mean", 0.0),
-        median_tokens=tokens.number("p50", 0.0),
-        lengths=measured.lengths("lengths"),
-        student_tokens=of_student,
-        perplexity=alignment.number("perplexity", 1.0) if alignment else None,
-        document_nll=(spread.number("p10"), spread.number("p50"), spread.number("p90")) if spread else None,
-    )
-
-
 def _overlaps(path: Path, benchmarks: Sequence[str]) -> dict[str, dict[str, Overlap]]:
-    node = _parse(_read(path), str(path))
+    node = parse(read(path), str(path))
     overlaps: dict[str, dict[str, Overlap]] = {}
     for corpus in node.data:
         named = node.child(corpus).child("benchmarks")
@@ -356,10 +202,10 @@ def _overlaps(path: Path, benchmarks: Sequence[str]) -> dict[str, dict[str, Over
     return overlaps
 
 
-def _rows(path: Path) -> Iterator[_Node]:
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+def _rows(path: Path) -> Iterator[Node]:
+    for number, line in enumerate(read(path).splitlines(), start=1):
         if line.strip():
-            yield _parse(line, f"{path}:{number}")
+            yield parse(line, f"{path}:{number}")
 
 
 def _loss_curve(path: Path) -> LossCurve:

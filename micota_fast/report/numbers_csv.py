@@ -3,9 +3,12 @@
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
-from micota_fast.report.inputs import Corpus, Overlap
+from micota_fast.report.corpora import Corpus
+from micota_fast.report.inputs import Overlap
+from micota_fast.report.learnability import PARTS_BELOW
 from micota_fast.report.summary import Arm, Summary
 
 AVERAGE = "Average"
@@ -31,14 +34,24 @@ def accuracy_csv(summary: Summary, claims: Mapping[str, float]) -> str:
     return _csv([*heads, "delta_low95", "delta_high95", "paired", "p", "p_holm", "delta_claimed"], rows)
 
 
-def corpora_csv(corpora: Mapping[str, Corpus]) -> str:
-    """One row a corpus. Tokens are the student's where `student_tokens`, else the writer's; NLL in nats a token."""
+def corpora_csv(corpora: Mapping[str, Corpus], arms: Mapping[str, Arm]) -> str:
+    """One row a corpus. Tokens are the student's where `student_tokens`, else the writer's; NLL in nats a token; shares
+    and accuracy are fractions. `arms`: corpus -> the arm that was trained on it."""
     rows = []
     for name, corpus in corpora.items():
-        counts = [corpus.total, corpus.accepted, corpus.median_tokens, corpus.mean_tokens, corpus.student_tokens]
-        rows.append([name, *counts, corpus.perplexity, *(corpus.document_nll or [None] * 3)])
+        row: list[Any] = [name, corpus.total, corpus.accepted, corpus.median_tokens, corpus.mean_tokens]
+        row += [corpus.student_tokens, corpus.perplexity, *(corpus.document_nll or [None] * 3), corpus.dropped]
+        for spread in (corpus.nats_per_answer, corpus.departures_per_answer):
+            row += astuple(spread) if spread else [None] * 5
+        row += [corpus.rank_surprisal_ratio, *(corpus.unlikely.get(p) for p in PARTS_BELOW)]
+        row += [corpus.markers_per_1k, corpus.own_overlap, arms[name].average.mean if name in arms else None]
+        rows.append(row)
     heads = ["corpus", "completions", "accepted", "median_tokens", "mean_tokens", "student_tokens", "perplexity"]
-    return _csv([*heads, "document_nll_p10", "document_nll_p50", "document_nll_p90"], rows)
+    heads += ["document_nll_p10", "document_nll_p50", "document_nll_p90", "documents_too_long_to_measure"]
+    for what in ("nats", "departures"):
+        heads += [f"{what}_per_answer_{key}" for key in ("mean", "sd", "p10", "p50", "p90")]
+    heads += ["rank_surprisal_ratio", *(f"tokens_below_p_{p}" for p in PARTS_BELOW)]
+    return _csv([*heads, "reflection_markers_per_1k", "own_overlap", "arm_accuracy"], rows)
 
 
 def contamination_csv(overlaps: Mapping[str, Mapping[str, Overlap]]) -> str:

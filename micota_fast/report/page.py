@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from micota_fast.likelihood_profile import STEPS
 from micota_fast.recipe import ReportConfig
 from micota_fast.report.drawing import Plot, css_colour, figure_html, theme_variables
 from micota_fast.report.inputs import Inputs
+from micota_fast.report.learnability import Learnability, learnability_table
 from micota_fast.report.overlap import contamination_table, found_text
 from micota_fast.report.plots import Plots
 from micota_fast.report.summary import INTERVAL_METHOD, Summary, headline
@@ -88,7 +90,14 @@ dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; font-varian
 """
 
 
-def render(config: ReportConfig, inputs: Inputs, summary: Summary, plots: Plots, colours: Mapping[str, str]) -> str:
+def render(
+    config: ReportConfig,
+    inputs: Inputs,
+    summary: Summary,
+    found: Learnability | None,
+    plots: Plots,
+    colours: Mapping[str, str],
+) -> str:
     """The whole page; the same inputs give the same bytes. `colours`: arm or corpus -> colour as drawn."""
     dots = {name: css_colour(colour) for name, colour in colours.items()}
     finding, qualified = headline(summary)
@@ -100,7 +109,7 @@ def render(config: ReportConfig, inputs: Inputs, summary: Summary, plots: Plots,
         to_html(deltas_table(summary), dots) if summary.trained else "",
         to_html(of_samples, dots) if (of_samples := samples_table(summary)) else "",
         _accuracy_figures(summary, plots),
-        _corpora(inputs, plots, dots),
+        _corpora(found, inputs, plots, dots),
         _contamination(inputs, dots),
         _training(plots.losses),
         "<h2>Answers</h2>\n",
@@ -146,7 +155,7 @@ def _accuracy_figures(summary: Summary, plots: Plots) -> str:
     return figures
 
 
-def _corpora(inputs: Inputs, plots: Plots, dots: dict[str, str]) -> str:
+def _corpora(found: Learnability | None, inputs: Inputs, plots: Plots, dots: dict[str, str]) -> str:
     if not inputs.corpora:
         return ""
     figures = ""
@@ -165,7 +174,30 @@ def _corpora(inputs: Inputs, plots: Plots, dots: dict[str, str]) -> str:
             "How familiar they are to the student before training.",
             "Dot: perplexity over all tokens" + ("; bar: 10th to 90th percentile of documents." if spread else "."),
         )
-    return f'<h2>Corpora</h2>\n{to_html(corpora_table(inputs.corpora), dots)}<div class="pair">\n{figures}</div>\n'
+    body = f'<h2>Corpora</h2>\n{to_html(corpora_table(inputs.corpora), dots)}<div class="pair">\n{figures}</div>\n'
+    return body + _learnability(found, inputs, plots, dots)
+
+
+def _learnability(found: Learnability | None, inputs: Inputs, plots: Plots, dots: dict[str, str]) -> str:
+    table = to_html(learnability_table(found, inputs.corpora), dots) if found else ""
+    figures = ""
+    if plots.by_position:
+        figures += _figure(
+            [plots.by_position],
+            "",
+            "Where in the answer they are unlike the student.",
+            "Mean negative log-likelihood of each tenth of the answers, every token counted once.",
+        )
+    if plots.by_step:
+        figures += _figure(
+            [plots.by_step],
+            "",
+            "In which of its lines.",
+            f"Empty lines do not count; those from line {STEPS} on are left out. Only longer answers have the later "
+            "lines, so the right end speaks of fewer answers.",
+        )
+    figures = f'<div class="pair">\n{figures}</div>\n' if figures else ""
+    return f"{table}{figures}"
 
 
 def _contamination(inputs: Inputs, dots: dict[str, str]) -> str:

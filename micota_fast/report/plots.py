@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from micota_fast.likelihood_profile import STEPS
+from micota_fast.report.corpora import Corpus
 from micota_fast.report.drawing import INK, MUTED, RULE, THEME, Plot, finish
-from micota_fast.report.inputs import Corpus, Inputs, LossCurve
+from micota_fast.report.inputs import Inputs, LossCurve
 from micota_fast.report.summary import BASE, Summary, mean_curve, percent
 from micota_fast.report.tables import significant
 from micota_fast.statistics.intervals import Estimate
@@ -51,11 +53,14 @@ class Plots:
     benchmarks: list[Plot]
     lengths: Plot | None
     perplexity: Plot | None
+    by_position: Plot | None
+    by_step: Plot | None
     losses: list[Plot]
 
     @property
     def every(self) -> list[Plot]:
-        several = [self.average, *self.benchmarks, self.lengths, self.perplexity, *self.losses]
+        several = [self.average, *self.benchmarks, self.lengths, self.perplexity]
+        several += [self.by_position, self.by_step, *self.losses]
         return [plot for plot in several if plot is not None]
 
 
@@ -66,6 +71,8 @@ def draw(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Plots:
         benchmark_plots(summary, colours) if len(summary.problems) > 1 else [],
         length_plot(inputs.corpora, colours),
         perplexity_plot(inputs.corpora, colours),
+        position_plot(inputs.corpora, colours),
+        step_plot(inputs.corpora, colours),
         loss_plots(inputs.training, colours),
     )
 
@@ -202,6 +209,73 @@ def perplexity_plot(corpora: Mapping[str, Corpus], colours: Mapping[str, str]) -
     return finish(figure, "perplexity", f"Perplexity under the untrained student: {', '.join(words)}.")
 
 
+def position_plot(corpora: Mapping[str, Corpus], colours: Mapping[str, str]) -> Plot | None:
+    """Negative log-likelihood by position in the answer, a line a corpus. None without any."""
+    known = {name: corpus.by_position for name, corpus in corpora.items() if any(corpus.by_position)}
+    if not known:
+        return None
+    # Each tenth at its middle.
+    lines = {name: [(100 * (i + 0.5) / len(y), v) for i, v in enumerate(y)] for name, y in known.items()}
+    figure, axes = _lines(lines, colours, "position in the answer, %")
+    axes.set_xlim(0, 100)
+    return finish(figure, "position", _ends("By position in the answer, from its first tenth to its last", lines))
+
+
+def step_plot(corpora: Mapping[str, Corpus], colours: Mapping[str, str]) -> Plot | None:
+    """Negative log-likelihood by line of the answer, a line a corpus. None where no corpus has two lines."""
+    known = {name: corpus.by_step[: STEPS - 1] for name, corpus in corpora.items() if corpus.by_step}
+    if max(map(len, known.values()), default=0) < 2:
+        return None
+    lines: _Lines = {name: list(enumerate(y, start=1)) for name, y in known.items()}
+    figure, axes = _lines(lines, colours, "line of the answer")
+    axes.locator_params(axis="x", integer=True)
+    return finish(figure, "step", _ends("By line of the answer, from the first to the last", lines))
+
+
+def _lines(lines: "_Lines", colours: Mapping[str, str], xlabel: str) -> "tuple[Figure, Axes]":
+    """A line for each name, with its name at the right, at the height where it ends."""
+    figure, axes = _figure(_COLUMN, 215)
+    top = 1.06 * max(y for points in lines.values() for _, y in points if y is not None)
+    ends = {}
+    for name, points in lines.items():
+        x, y = zip(*((x, math.nan if y is None else y) for x, y in points), strict=True)
+        axes.plot(x, y, color=colours[name], linewidth=1.8, marker="o", markersize=3.4)
+        ends[name] = next(value for value in reversed(y) if math.isfinite(value)) / top
+    for name, height in _apart(ends).items():
+        axes.plot([1.03, 1.075], [height] * 2, color=colours[name], lw=2.4, transform=axes.transAxes, clip_on=False)
+        label = textwrap.fill(_short(name), 18)
+        axes.text(1.095, height, label, transform=axes.transAxes, va="center", color=INK, fontsize=10)
+    axes.set_ylim(0, top)
+    axes.grid(axis="y", color=RULE, linewidth=0.5)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel("nats per token")
+    return figure, axes
+
+
+_Lines = Mapping[str, Sequence[tuple[float, float | None]]]
+"""Points (x, y) of the line of each name."""
+
+
+def _apart(heights: Mapping[str, float]) -> dict[str, float]:
+    """Heights (shares of an axis) moved as little as need be for a label of one or two lines at each."""
+    order = sorted(heights, key=lambda name: heights[name])
+    room = min(0.13, 1 / len(order))
+    placed: dict[str, float] = {}
+    for name in order:  # upwards, each clear of the one below
+        placed[name] = max(heights[name], max(placed.values(), default=-1.0) + room)
+    ceiling = 1.0
+    for name in reversed(order):  # and down again from the top
+        placed[name] = min(placed[name], ceiling)
+        ceiling = placed[name] - room
+    return placed
+
+
+def _ends(what: str, lines: "_Lines") -> str:
+    told = {name: [y for _, y in points if y is not None] for name, points in lines.items()}
+    listed = (f"{name} {significant(y[0])} to {significant(y[-1])}" for name, y in told.items())
+    return f"Negative log-likelihood under the untrained student, nats per token. {what}: {'; '.join(listed)}."
+
+
 def loss_plots(training: Mapping[str, Sequence[LossCurve]], colours: Mapping[str, str]) -> list[Plot]:
     """Training loss, one panel an arm on common axes: seeds thin, their mean bold and smoother, the
     other arms' means in grey."""
@@ -268,15 +342,18 @@ def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
 
 def _name_rows(axes: "Axes", names: Sequence[str], offset: float = 0.0) -> None:
     """Names in place of a vertical axis, first on top, long ones broken into lines."""
-    # What tells two long names apart is often their end, so an ellipsis goes in the middle.
-    short = [name if len(name) <= 32 else f"{name[:17]}…{name[-14:]}" for name in names]
-    labels = [textwrap.fill(name, 18) for name in short]
+    labels = [textwrap.fill(_short(name), 18) for name in names]
     axes.set_yticks([index + offset for index in range(len(names))], labels, color=INK, fontsize=10)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="x", color=RULE, linewidth=0.5, zorder=-1)
     axes.set_axisbelow(True)
+
+
+def _short(name: str) -> str:
+    """What tells two long names apart is often their end, so an ellipsis goes in the middle."""
+    return name if len(name) <= 32 else f"{name[:17]}…{name[-14:]}"
 
 
 def _log_axis(axes: "Axes", which: str, low: float, high: float) -> None:

@@ -1,12 +1,13 @@
 """The report's tables, built once and written as Markdown and as HTML."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
 from micota_fast.recipe import ClaimsConfig
 from micota_fast.report.comparison import LEVEL, Comparison
-from micota_fast.report.inputs import Corpus
+from micota_fast.report.corpora import Corpus
 from micota_fast.report.samples import Sampled
 from micota_fast.report.summary import BASE, Arm, Summary, p_value, percent, points
 from micota_fast.statistics.intervals import Estimate
@@ -66,7 +67,8 @@ def accuracy_table(summary: Summary, claims: ClaimsConfig | None) -> Table:
         paired = "not paired" if len(unpaired) == len(summary.trained) else f"paired on the problems{except_for}"
         notes.append(f"Δ is {paired}: see the table of differences.")
         notes.append(
-            "Bold: an average whose difference to every other arm's has an interval clear of zero."
+            "Bold: the highest average, where it is distinguishable from every other arm's: the interval of each "
+            "difference is clear of zero, and its corrected p-value, where there is one, at most 0.05."
             if summary.winner
             else "No average is in bold: none is distinguishable from every other."
         )
@@ -207,6 +209,12 @@ def corpora_table(corpora: dict[str, Corpus]) -> Table:
         + (f", except {', '.join(others)}: of its writer." if others else ".")
     ]
     notes += [
+        f"Left out of {name} where the student measures it, as too long: {corpus.dropped:,} "
+        f"document{'s' if corpus.dropped > 1 else ''}."
+        for name, corpus in corpora.items()
+        if corpus.dropped
+    ]
+    notes += [
         f"Rejected from {name}: " + ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts) + "."
         for name, corpus in corpora.items()
         if (counts := [(reason, count) for reason, count in corpus.rejected.items() if count])
@@ -254,35 +262,38 @@ def _thousands(value: float) -> str:
 
 
 def significant(value: float) -> str:
-    """Three significant digits in plain notation: 1.23, 45.6, 1,235."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    """Three significant digits in plain notation, of whole numbers all: 0.0123, 1.23, 45.6, 1,235."""
+    if value >= 100 or value <= 0:
+        return f"{value:,.0f}"
+    return f"{value:.{2 - math.floor(math.log10(value))}f}"
 
 
 def to_markdown(table: Table) -> str:
     """A GitHub-flavoured table under its caption."""
-    lines = [f"**{_markdown(table.caption)}**", ""]
+    lines = [f"**{markdown_text(table.caption)}**", ""]
     lines.append("| " + " | ".join(_markdown_cell(cell, heading=True) for cell in table.columns) + " |")
     lines.append("|" + "|".join([" :-- ", *[" --: "] * (len(table.columns) - 1)]) + "|")
     lines += ["| " + " | ".join(_markdown_cell(cell) for cell in row) + " |" for row in table.rows]
     for note in table.notes:
-        lines += ["", _markdown(note)]
+        lines += ["", markdown_text(note)]
     return "\n".join(lines) + "\n"
 
 
 def _markdown_cell(cell: Cell, heading: bool = False) -> str:
-    text = _markdown(cell.text)
+    text = markdown_text(cell.text)
     text = f"**{text}**" if cell.strong else text
     if not cell.qualifier:
         return text
-    qualifier = _markdown(", ".join(filter(None, (cell.qualifier, cell.second))))
+    qualifier = markdown_text(", ".join(filter(None, (cell.qualifier, cell.second))))
     plain = cell.qualifier.startswith(("±", "[")) and not heading
     return f"{text} {qualifier}" if plain else f"{text} ({qualifier})"
 
 
-def _markdown(text: str) -> str:
-    for special in "\\|*_<`":
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it stands: no emphasis, markup, entity or formula, and no link."""
+    for special in "\\|*_<`&$~":
         text = text.replace(special, f"\\{special}")
-    return " ".join(text.split())
+    return " ".join(text.replace("](", "]\\(").split())
 
 
 def to_html(table: Table, colours: dict[str, str]) -> str:

@@ -1,0 +1,110 @@
+"""What a recipe needs of the machine that it is to run on, and what is found about it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from micota_fast.errors import InputError
+from micota_fast.graph import Stage, plan
+from micota_fast.planning import machine
+from micota_fast.planning.costs import Cost
+from micota_fast.planning.table import CPU, DEFAULT_GPU, Plan, make_plan
+from micota_fast.recipe import Recipe, ServeConfig
+
+SLOW_FLOPS = 1e15  # hours on a CPU: a stage above that which asks for no device is meant for a GPU
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    level: Literal["ok", "warning", "error"]
+    what: str
+    found: str
+    todo: str = ""
+
+    def __str__(self) -> str:
+        line = f"{self.level:8} {self.what}: {self.found}"
+        return f"{line}\n{'':8} -> {self.todo}" if self.todo else line
+
+
+class Needs:
+    """The stages of a recipe that are not done, and what they take.
+
+    Args:
+        recipe: loaded from `path`.
+        path: of the recipe.
+        folder: of the run.
+
+    Raises:
+        InputError: the recipe is wrong.
+    """
+
+    def __init__(self, recipe: Recipe, path: Path, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        absent: list[str] = []
+        self.stages = plan(recipe, path, folder, absent)
+        self.absent = [what.removeprefix(f"{path}, ") for what in absent]
+        self.plan: Plan | None = None
+        self.unplanned = ""
+        try:
+            self.plan = make_plan(recipe, path, folder, CPU if recipe.train.device == "cpu" else DEFAULT_GPU)
+        except InputError as error:
+            self.unplanned = str(error)
+
+    @cached_property
+    def to_do(self) -> list[tuple[Stage, Cost]]:
+        """Stages that are not done, with what they take."""
+        if self.plan is None:
+            return []
+        pairs = zip(self.stages, self.plan.costs, strict=True)
+        return [(stage, cost) for stage, cost in pairs if not cost.done]
+
+    @cached_property
+    def on_gpus(self) -> list[tuple[Stage, Cost]]:
+        """Those that are to run on GPUs: told to, served by SGLang, or too much for a CPU."""
+
+        def asks(stage: Stage, cost: Cost) -> bool:
+            serve = serve_of(stage)
+            device = serve.device if serve else getattr(stage.settings, "device", "auto")
+            return cost.flops > SLOW_FLOPS or device == "cuda" or (serve is not None and serve.engine == "sglang")
+
+        return [(stage, cost) for stage, cost in self.to_do if cost.gpus and asks(stage, cost)]
+
+    @cached_property
+    def pending(self) -> list[Stage]:
+        """Stages that are not done; all, where that is not known."""
+        return self.stages if self.plan is None else [stage for stage, _ in self.to_do]
+
+    @cached_property
+    def started(self) -> list[tuple[Stage, ServeConfig]]:
+        """The servers that the run starts itself."""
+        served = [(stage, serve_of(stage)) for stage in self.pending if sampling_of(stage) is not None]
+        return [(stage, serve) for stage, serve in served if serve is not None and sampling_of(stage).url is None]
+
+    @cached_property
+    def cuda(self) -> bool:
+        """Whether our torch can use a GPU."""
+        try:
+            return machine.within(machine.PROBE_S, torch.cuda.is_available)
+        except (TimeoutError, RuntimeError):
+            return False
+
+
+def sampling_of(stage: Stage) -> Any:
+    """How the answers of a stage are sampled; None: it writes none."""
+    settings = getattr(stage.settings, "generate", stage.settings)
+    return settings if hasattr(settings, "serve") else None
+
+
+def serve_of(stage: Stage) -> ServeConfig | None:
+    sampling = sampling_of(stage)
+    return None if sampling is None else sampling.serve
+
+
+def urls_of(stage: Stage) -> list[str]:
+    url = getattr(sampling_of(stage), "url", None)
+    return [url] if isinstance(url, str) else url or []

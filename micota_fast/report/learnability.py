@@ -1,0 +1,140 @@
+"""Whether the learnability score of a corpus foretold how well the arm that was trained on it does."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from micota_fast.report.corpora import Corpus
+from micota_fast.report.summary import Arm, Summary, percent
+from micota_fast.report.tables import ABSENT, Cell, Table, significant
+
+FEWEST = 3  # arms; of two either order is a correlation of 1 or -1
+FEW = 10  # arms below which the table warns of their number
+PARTS_BELOW = ("0.1", "0.01")  # of the probabilities that the alignment counts tokens below
+
+
+@dataclass(frozen=True)
+class Learnability:
+    """The corpora that the student was aligned with, the easiest to learn first; those without a score last.
+
+    `trained` has the arm of each corpus's name, where there is one; `rho` is Spearman's rank correlation of score and
+    average accuracy over `compared`, the corpora that have both; None: they are too few, or all alike in one of them.
+    """
+
+    order: tuple[str, ...]
+    trained: dict[str, Arm]
+    compared: tuple[str, ...]
+    rho: float | None
+
+
+def learnability(corpora: Mapping[str, Corpus], summary: Summary) -> Learnability | None:
+    """None where no alignment tells more than perplexity and length, as those of earlier versions do."""
+    aligned = {name: corpus for name, corpus in corpora.items() if corpus.nats_per_answer or corpus.unlikely}
+    if not aligned:
+        return None
+    scores = {name: corpus.nats_per_answer.mean for name, corpus in aligned.items() if corpus.nats_per_answer}
+    order = tuple(sorted(aligned, key=lambda name: scores.get(name, math.inf)))
+    arms = {arm.name: arm for arm in summary.trained}
+    trained = {name: arms[name] for name in order if name in arms}
+    compared = tuple(name for name in trained if name in scores)
+    rho = None
+    if len(compared) >= FEWEST:
+        rho = spearman([scores[name] for name in compared], [trained[name].average.mean for name in compared])
+    return Learnability(order, trained, compared, rho)
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Rank correlation, equal values with their mean rank; None where one side's values are all equal.
+
+    Spearman, "The proof and measurement of association between two things", American Journal of Psychology 15 (1904).
+    """
+    ranks = np.stack([_average_ranks(np.asarray(side, dtype=float)) for side in (x, y)])
+    centred = ranks - ranks.mean(axis=1, keepdims=True)
+    squares = (centred**2).sum(axis=1)
+    return float(centred[0] @ centred[1] / math.sqrt(squares.prod())) if squares.all() else None
+
+
+def _average_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 for the smallest; equal ones share the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return ranks
+
+
+def learnability_table(found: Learnability, corpora: Mapping[str, Corpus]) -> Table:
+    """What the untrained student makes of each corpus, beside what training on it brought."""
+    measured = {name: corpora[name] for name in found.order}
+    nats = [corpus.nats_per_answer for corpus in measured.values()]
+    departures = [corpus.departures_per_answer for corpus in measured.values()]
+    columns = [
+        (Cell("Nats", "an answer"), [_figure(of.mean if of else None) for of in nats]),
+        (Cell("Accuracy of its arm", "average, %"), [_accuracy(found.trained.get(name)) for name in found.order]),
+        (
+            Cell("Departures", "tokens an answer"),
+            [_figure(of.mean if of else None) for of in departures],
+        ),
+        (Cell("Length", "tokens, mean"), [_figure(c.mean_tokens) for c in measured.values()]),
+        (Cell("Perplexity"), [_figure(c.perplexity) for c in measured.values()]),
+        (Cell("Rank-surprisal ratio"), [_figure(c.rank_surprisal_ratio) for c in measured.values()]),
+        *(
+            (Cell(f"p < {p}", "% of tokens"), [_share(c.unlikely.get(p)) for c in measured.values()])
+            for p in PARTS_BELOW
+        ),
+        (Cell("Reflection markers", "per 1,000 tokens"), [_figure(c.markers_per_1k) for c in measured.values()]),
+        (Cell("In own answers", "% of 4-word runs"), [_share(c.own_overlap) for c in measured.values()]),
+    ]
+    there = [(head, cells) for head, cells in columns if any(cell.text != ABSENT for cell in cells)]
+    rows = zip(map(Cell, found.order), *(cells for _, cells in there), strict=True)
+    notes = (
+        "Under the student before training. Nats: negative log-likelihood of a whole answer, mean over answers, the "
+        "proposed score: less is easier to learn, and the easiest stands first. Departures: tokens that were not the "
+        "student's first choice. Rank-surprisal ratio: arXiv 2601.14249, less is better. p: what the student gave the "
+        "token. Its arm: the one of the corpus's name.",
+        agreement(found),
+    )
+    heads = (Cell("Corpus"), *(head for head, _ in there))
+    return Table("How easy the corpora are to learn, by the student's own likelihood", heads, tuple(rows), notes)
+
+
+def agreement(found: Learnability) -> str:
+    """The correlation in a sentence, and how little of it means something."""
+    arms = len(found.compared)
+    what = "the score with the accuracy of the arms"
+    if arms < FEWEST:
+        had = f"{arms} arm{' has' if arms == 1 else 's have'} both" if arms else "no arm has both"
+        return f"No rank correlation of {what}: {had}, {FEWEST} are needed."
+    if found.rho is None:
+        return f"No rank correlation of {what}: over {arms} arms one of them is the same for all."
+    told = (
+        f"Spearman's rank correlation of {what}: {_signed(found.rho)} over {arms} arms "
+        f"({', '.join(found.compared)}), where {_signed(-1.0)} would mean that the easier a corpus is to learn, "
+        "the more accurate is its arm."
+    )
+    if arms < FEW:
+        told += (
+            f" So few arms say little: {arms} in an order by chance give {_signed(-1.0)} once in "
+            f"{math.factorial(arms):,} times, and accuracies that differ by noise are ranked like others."
+        )
+    return told
+
+
+def _signed(rho: float) -> str:
+    """Two decimals with a true minus sign."""
+    return f"{rho:.2f}".replace("-0.00", "0.00").replace("-", "−")
+
+
+def _figure(value: float | None) -> Cell:
+    return Cell(ABSENT, muted=True) if value is None else Cell(significant(value))
+
+
+def _share(value: float | None) -> Cell:
+    return Cell(ABSENT, muted=True) if value is None else Cell(significant(100 * value))
+
+
+def _accuracy(arm: Arm | None) -> Cell:
+    if arm is None:
+        return Cell(ABSENT, muted=True)
+    return Cell(percent(arm.average.mean), "" if arm.average.sd is None else f"± {percent(arm.average.sd)}")
