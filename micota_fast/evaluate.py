@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import micota_fast
+from micota_fast import config as configuration
 from micota_fast.errors import InputError
 from micota_fast.generate import fingerprint, finished, generate_corpus, named_urls, open_problems, servers_for
 from micota_fast.generation.problem_file import ProblemFile
@@ -163,7 +164,9 @@ def _jobs(config: EvaluateConfig, out: Path) -> list[_Job]:
     jobs = []
     for benchmark, file in zip(config.benchmarks, _file_names(config.benchmarks), strict=True):
         prompt = config.chat.prompt if benchmark.prompt is None else benchmark.prompt
-        asked = replace(config, chat=replace(config.chat, prompt=prompt), stop=[*config.stop, *benchmark.stop])
+        plain = configuration.plain(config) | benchmark.set
+        own = configuration.build(EvaluateConfig, plain, f"sampling of {benchmark.name}") if benchmark.set else config
+        asked = replace(own, chat=replace(config.chat, prompt=prompt), stop=[*config.stop, *benchmark.stop])
         answers = out / "completions" / file
         problems = open_problems(benchmark.path, benchmark.limit, answers)
         # A limit says that the rest is left out on purpose.

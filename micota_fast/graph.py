@@ -336,6 +336,7 @@ class _Planner:
             base=results.pop(BASE)[0].location,
             arms={arm: [artefact.location for artefact in of_arm] for arm, of_arm in results.items()},
             corpora={name: {kind: a.location for kind, a in kinds.items()} for name, kinds in corpora.items()},
+            trained_on={arm: corpus for arm, corpus in recipe.arms.items() if arm != corpus},
             training={arm: [artefact.location for artefact in of_arm] for arm, of_arm in metrics.items()},
             contamination=contamination.location if contamination is not None else None,
             claims=recipe.claims,

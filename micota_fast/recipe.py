@@ -391,6 +391,9 @@ def shipped_benchmark(name: str) -> dict[str, Any]:
     return {key: value for key, value in known[name].items() if key != "hub"}
 
 
+OF_ONE_SET = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
+
+
 @dataclass(kw_only=True)
 class BenchmarkConfig:
     """One evaluation set."""
@@ -407,8 +410,13 @@ class BenchmarkConfig:
     )
     problems: list[int] = option([], doc="numbers of problems that the file may hold; []: any")
     limit: int | None = option(None, doc="only the first so many problems; null: all")
+    set: dict[str, Any] = option(
+        {}, doc="sampling of this set where it is another than the rest's, e.g. {samples: 16, temperature: 0.6}"
+    )
 
     def __post_init__(self) -> None:
+        if unknown := self.set.keys() - OF_ONE_SET:
+            raise InputError(f"`set.{min(unknown)}`: a benchmark may set {', '.join(OF_ONE_SET)}")
         if self.like is not None:
             for key, value in shipped_benchmark(self.like).items():
                 if not getattr(self, key):
@@ -587,6 +595,7 @@ class ReportConfig:
     base: str = option(doc="results.json of the untouched student")
     arms: dict[str, list[str]] = option(doc="arm -> results.json of each seed, in the table's order")
     corpora: dict[str, dict[str, str]] = option({}, doc="corpus -> {counts: FILE, alignment: FILE}")
+    trained_on: dict[str, str] = option({}, doc="arm -> its corpus, where that has another name")
     training: dict[str, list[str]] = option({}, doc="arm -> metrics.jsonl of each seed")
     contamination: str | None = option(None, doc="contamination.json of the training corpora; null: not reported")
     claims: ClaimsConfig | None = option(None, doc="published differences, printed beside the measured ones")

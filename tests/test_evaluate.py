@@ -164,6 +164,20 @@ def test_several_samples_through_a_real_server(settings: EvaluateConfig, capsys:
     assert "average of 2: 0.00% [0.00, " in told
 
 
+def test_one_benchmark_is_sampled_and_the_others_are_not(settings: EvaluateConfig) -> None:
+    small, other = settings.benchmarks
+    small.set = {"samples": 4, "temperature": 1.0, "max_new_tokens": 3}
+    run(settings)
+    entries = json.loads((Path(settings.out) / "results.json").read_text())["benchmarks"]
+    assert (entries[small.name]["n"], entries[small.name]["mean_tokens"]) == (4 * entries[small.name]["problems"], 3)
+    assert entries[other.name]["n"] == entries[other.name]["problems"]
+    with pytest.raises(InputError, match=r"`set\.url`: a benchmark may set samples, temperature"):
+        BenchmarkConfig(name="x", path="x.jsonl", set={"url": "http://x"})
+    small.set = {"samples": 4}
+    with pytest.raises(InputError, match=r"sampling of small.*needs `temperature` > 0"):
+        run(settings)
+
+
 def test_killed_and_started_again(settings: EvaluateConfig, tmp_path: Path) -> None:
     settings.max_new_tokens = 200  # long enough to be killed in the middle
     out = Path(settings.out)

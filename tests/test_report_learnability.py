@@ -99,25 +99,33 @@ class TestNumbers:
             "order": ["alien", "short", "mid", "long"],
             "arms": {"short": "short", "mid": "mid", "long": "long"},
             "compared": ["short", "mid", "long"],
-            "spearman": pytest.approx(-0.5),
+            "spearman": pytest.approx(0.5),
         }
         assert numbers["corpora"]["mid"]["nats_per_answer"]["mean"] == pytest.approx(90.0)
         assert numbers["corpora"]["mid"]["by_step"][0] == pytest.approx(np.mean([3.0, 0.5, 0.2, 0.1, 0.05]))
 
     def test_correlation_is_told_with_how_little_it_says(self, config: ReportConfig) -> None:
         markdown, _, html = made(config)
-        told = "accuracy of the arms: −0.50 over 3 arms (short, mid, long), where −1.00 would mean that the easier"
+        told = "accuracy of the arms: 0.50 over 3 arms (short, mid, long), where 1.00 would mean that the easier"
         for text in (markdown, html):
             assert told in text
-            assert "So few arms say little: 3 in an order by chance give −1.00 once in 6 times" in text
+            assert "So few arms say little: 3 in an order by chance give 1.00 once in 6 times" in text
         two = dataclasses.replace(config, arms={name: config.arms[name] for name in ("short", "mid")})
         markdown, numbers, _ = made(two)
-        assert "No rank correlation of the score with the accuracy of the arms: 2 arms have both, 3 are" in markdown
+        assert (
+            "No rank correlation of ease by the score with the accuracy of the arms: 2 arms have both, 3 are"
+            in markdown
+        )
         assert numbers["learnability"]["spearman"] is None
         level = dataclasses.replace(
             config, arms={**config.arms, "short": config.arms["mid"], "long": config.arms["mid"]}
         )
         assert "over 3 arms one of them is the same for all" in made(level)[0]
+
+    def test_an_arm_of_another_name_than_its_corpus(self, config: ReportConfig) -> None:
+        arms = {"mine": config.arms["mid"], "mid": config.arms["short"], "long": config.arms["long"]}
+        numbers = made(dataclasses.replace(config, arms=arms, trained_on={"mine": "mid", "mid": "short"}))[1]
+        assert numbers["learnability"]["arms"] == {"short": "mid", "mid": "mine", "long": "long"}
 
     def test_ten_arms_are_not_warned_of(self) -> None:
         names = tuple(f"arm{i}" for i in range(10))

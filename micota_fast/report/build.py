@@ -46,7 +46,7 @@ def run(config: ReportConfig) -> None:
     require_matplotlib()
     inputs = load(config)
     summary = summarise(inputs)
-    found = learnability(inputs.corpora, summary)
+    found = learnability(inputs.corpora, config.trained_on, summary)
     colours = series_colours([*(arm.name for arm in summary.arms), *inputs.corpora, *inputs.training])
     numbers = _numbers(config, inputs, summary, found)
     with drawing_style():

@@ -20,8 +20,9 @@ PARTS_BELOW = ("0.1", "0.01")  # of the probabilities that the alignment counts 
 class Learnability:
     """The corpora that the student was aligned with, the easiest to learn first; those without a score last.
 
-    `trained` has the arm of each corpus's name, where there is one; `rho` is Spearman's rank correlation of score and
-    average accuracy over `compared`, the corpora that have both; None: they are too few, or all alike in one of them.
+    `trained` has the arm that was trained on each corpus, where there is one; `rho` is Spearman's rank correlation of
+    ease (the score, turned) and average accuracy over `compared`, the corpora that have both; None: they are too few,
+    or all alike in one of them.
     """
 
     order: tuple[str, ...]
@@ -30,19 +31,25 @@ class Learnability:
     rho: float | None
 
 
-def learnability(corpora: Mapping[str, Corpus], summary: Summary) -> Learnability | None:
-    """None where no alignment tells more than perplexity and length, as those of earlier versions do."""
+def learnability(corpora: Mapping[str, Corpus], trained_on: Mapping[str, str], summary: Summary) -> Learnability | None:
+    """None where no alignment tells more than perplexity and length, as those of earlier versions do.
+
+    Args:
+        corpora: by name.
+        trained_on: arm -> corpus, where that has another name.
+        summary: of the arms.
+    """
     aligned = {name: corpus for name, corpus in corpora.items() if corpus.nats_per_answer or corpus.unlikely}
     if not aligned:
         return None
     scores = {name: corpus.nats_per_answer.mean for name, corpus in aligned.items() if corpus.nats_per_answer}
     order = tuple(sorted(aligned, key=lambda name: scores.get(name, math.inf)))
-    arms = {arm.name: arm for arm in summary.trained}
+    arms = {trained_on.get(arm.name, arm.name): arm for arm in reversed(summary.trained)}  # the first counts
     trained = {name: arms[name] for name in order if name in arms}
     compared = tuple(name for name in trained if name in scores)
     rho = None
     if len(compared) >= FEWEST:
-        rho = spearman([scores[name] for name in compared], [trained[name].average.mean for name in compared])
+        rho = spearman([-scores[name] for name in compared], [trained[name].average.mean for name in compared])
     return Learnability(order, trained, compared, rho)
 
 
@@ -92,7 +99,7 @@ def learnability_table(found: Learnability, corpora: Mapping[str, Corpus]) -> Ta
         "Under the student before training. Nats: negative log-likelihood of a whole answer, mean over answers, the "
         "proposed score: less is easier to learn, and the easiest stands first. Departures: tokens that were not the "
         "student's first choice. Rank-surprisal ratio: arXiv 2601.14249, less is better. p: what the student gave the "
-        "token. Its arm: the one of the corpus's name.",
+        "token. Its arm: the one trained on it.",
         agreement(found),
     )
     heads = (Cell("Corpus"), *(head for head, _ in there))
@@ -102,7 +109,7 @@ def learnability_table(found: Learnability, corpora: Mapping[str, Corpus]) -> Ta
 def agreement(found: Learnability) -> str:
     """The correlation in a sentence, and how little of it means something."""
     arms = len(found.compared)
-    what = "the score with the accuracy of the arms"
+    what = "ease by the score with the accuracy of the arms"
     if arms < FEWEST:
         had = f"{arms} arm{' has' if arms == 1 else 's have'} both" if arms else "no arm has both"
         return f"No rank correlation of {what}: {had}, {FEWEST} are needed."
@@ -110,12 +117,12 @@ def agreement(found: Learnability) -> str:
         return f"No rank correlation of {what}: over {arms} arms one of them is the same for all."
     told = (
         f"Spearman's rank correlation of {what}: {_signed(found.rho)} over {arms} arms "
-        f"({', '.join(found.compared)}), where {_signed(-1.0)} would mean that the easier a corpus is to learn, "
+        f"({', '.join(found.compared)}), where {_signed(1.0)} would mean that the easier a corpus is to learn, "
         "the more accurate is its arm."
     )
     if arms < FEW:
         told += (
-            f" So few arms say little: {arms} in an order by chance give {_signed(-1.0)} once in "
+            f" So few arms say little: {arms} in an order by chance give {_signed(1.0)} once in "
             f"{math.factorial(arms):,} times, and accuracies that differ by noise are ranked like others."
         )
     return told
