@@ -148,10 +148,10 @@ def run(folder: Path, recipe: Path) -> list[dict[str, Any]]:
 
 
 def spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Spearman's rank correlation, equal values sharing their mean rank; NaN where all of one are equal."""
+    """Spearman's rank correlation, equal values sharing their mean rank; 0 where all of one are equal."""
     ranks = [np.array([(x < value).sum() + ((x == value).sum() + 1) / 2 for value in x]) for x in (a, b)]
     if any(len(set(r)) == 1 for r in ranks):
-        return float("nan")
+        return 0.0
     return float(np.corrcoef(*ranks)[0, 1])
 
 
@@ -188,14 +188,13 @@ def summaries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 key: judged([r for r in own if with_bare or r["corpus"] != BARE], measure)
                 for key, own in of_student.items()
             }
-            correlations = {key: rho for key, (rho, _) in judgements.items() if not np.isnan(rho)}
+            correlations = {key: rho for key, (rho, _) in judgements.items()}
             found.append(
                 {
                     "benchmark": "learnability",
                     "summary": measure,
                     "with_bare_answers": with_bare,
                     "students": len(judgements),
-                    "undefined": len(judgements) - len(correlations),
                     "spearman": float(np.mean(list(correlations.values()))),
                     "spearman_95": interval(correlations),
                     "spearman_min": min(correlations.values()),
@@ -254,7 +253,7 @@ def _print_summaries(rows: list[dict[str, Any]]) -> None:
                     f"{row['summary']:22} {row['spearman']:+.2f} [{low:+.2f}, {high:+.2f}], "
                     f"from {row['spearman_min']:+.2f} to {row['spearman_max']:+.2f}; "
                     f"first choice loses {row['points_lost']:.1f} points "
-                    f"({row['students']} students, {row['undefined']} undefined)"
+                    f"({row['students']} students)"
                 )
 
 
