@@ -237,6 +237,8 @@ def main() -> None:
         return
     if not (arguments.data and arguments.answers and arguments.lm_eval_python):
         parser.error("--data, --answers and --lm-eval-python are needed")
+    if arguments.quick and arguments.disagreements:
+        parser.error("--disagreements is of all answers, with what was judged by hand: not with --quick")
     answers, others = load(arguments.data, arguments.answers)
     answers = answers[:: 50 if arguments.quick else 1]
     print(f"{len(answers):,} answers; {others:,} more are to problems that --data does not hold")

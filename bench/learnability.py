@@ -14,8 +14,8 @@ before any of these worlds was run), perplexity, tokens, departures an answer, r
 Spearman's correlation between the measure, less being better, and accuracy (mean over five benchmarks and the seeds)
 over the corpora; +1: it ranks them as training does. Bare answers hold no reasoning and are in no pipeline, so they are
 left out of the figure that counts and shown in a second one. Also: the accuracy that is lost where the best corpus by
-the measure is taken instead of the best by accuracy. Intervals: percentile bootstrap over worlds, and students within
-them.
+the measure is taken instead of the best by accuracy. Means are over worlds, intervals Student's t over these: students
+of one world share problems and corpora. Three worlds make them wide.
 """
 
 import argparse
@@ -29,17 +29,18 @@ from typing import Any
 import numpy as np
 import yaml
 from machine import ROOT, provenance
-from numpy.typing import NDArray
 
 from micota_fast.micro import build
 from micota_fast.records import read_problems, write_rows
+from micota_fast.statistics.intervals import mean_and_sd, student_t95
+from micota_fast.statistics.ranks import spearman
 
 MICRO = ROOT / "micota_fast" / "micro"
 STUDENTS = {"terse": "short", "thorough": "long", "even": "mixture"}
-MEASURES = ("nats_per_answer", "perplexity", "tokens", "departures_per_answer", "rank_surprisal_ratio")
+SCORE = "nats_per_answer"
+MEASURES = (SCORE, "perplexity", "tokens", "departures_per_answer", "rank_surprisal_ratio")
 WEIGHTS = (0.85, 0.8, 0.75)
 BARE = "bare"
-RESAMPLES = 10_000
 
 
 def students(world: int, work: Path) -> dict[str, Path]:
@@ -147,33 +148,27 @@ def run(folder: Path, recipe: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Spearman's rank correlation, equal values sharing their mean rank; 0 where all of one are equal."""
-    ranks = [np.array([(x < value).sum() + ((x == value).sum() + 1) / 2 for value in x]) for x in (a, b)]
-    if any(len(set(r)) == 1 for r in ranks):
-        return 0.0
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
 def judged(rows: list[dict[str, Any]], measure: str) -> tuple[float, float]:
-    """How a measure ranks one student's corpora: Spearman's correlation, and the points lost by its first choice."""
+    """How a measure ranks one student's corpora: Spearman's correlation, and the points lost by its first choice.
+
+    A measure, or an accuracy, that is the same for all ranks none: correlation 0. Of equally good first choices the
+    mean counts.
+    """
     value, accuracy = (np.array([row[key] for row in rows], float) for key in (measure, "accuracy"))
-    return spearman(-value, accuracy), float(accuracy.max() - accuracy[value.argmin()])
+    first = accuracy[value == value.min()]
+    return spearman((-value).tolist(), accuracy.tolist()) or 0.0, float(accuracy.max() - first.mean())
 
 
-def interval(of_students: dict[tuple[int, str], float]) -> tuple[float, float]:
-    """95%, by drawing worlds with replacement and students of each with replacement."""
-    random = np.random.default_rng(0)
+def over_worlds(of_students: dict[tuple[int, str], float]) -> tuple[float, list[float] | None]:
+    """Mean over worlds of the means over their students, and Student's t interval (95%); None for one world."""
     worlds: dict[int, list[float]] = {}
     for (world, _), value in of_students.items():
         worlds.setdefault(world, []).append(value)
-    groups = [np.array(values) for values in worlds.values()]
-    means = []
-    for _ in range(RESAMPLES):
-        drawn = [groups[i] for i in random.integers(len(groups), size=len(groups))]
-        means.append(np.concatenate([g[random.integers(len(g), size=len(g))] for g in drawn]).mean())
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    mean, sd = mean_and_sd([float(np.mean(values)) for values in worlds.values()])
+    if sd is None:
+        return mean, None
+    half = student_t95(len(worlds) - 1) * sd / len(worlds) ** 0.5
+    return mean, [mean - half, mean + half]
 
 
 def summaries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -183,23 +178,32 @@ def summaries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         of_student.setdefault((row["world"], row["student"]), []).append(row)
     for with_bare in (False, True):
-        for measure in MEASURES:
-            judgements = {
+        judgements = {
+            measure: {
                 key: judged([r for r in own if with_bare or r["corpus"] != BARE], measure)
                 for key, own in of_student.items()
             }
-            correlations = {key: rho for key, (rho, _) in judgements.items()}
+            for measure in MEASURES
+        }
+        for measure, of_measure in judgements.items():
+            correlations = {key: rho for key, (rho, _) in of_measure.items()}
+            mean, interval = over_worlds(correlations)
+            ahead, ahead_interval = over_worlds(
+                {key: judgements[SCORE][key][0] - correlations[key] for key in of_student}
+            )
             found.append(
                 {
                     "benchmark": "learnability",
                     "summary": measure,
                     "with_bare_answers": with_bare,
-                    "students": len(judgements),
-                    "spearman": float(np.mean(list(correlations.values()))),
-                    "spearman_95": interval(correlations),
+                    "students": len(of_student),
+                    "spearman": mean,
+                    "spearman_95": interval,
                     "spearman_min": min(correlations.values()),
                     "spearman_max": max(correlations.values()),
-                    "points_lost": float(np.mean([lost for _, lost in judgements.values()])),
+                    "score_ahead": ahead,
+                    "score_ahead_95": ahead_interval,
+                    "points_lost": over_worlds({key: lost for key, (_, lost) in of_measure.items()})[0],
                 }
             )
     return found
@@ -248,13 +252,16 @@ def _print_summaries(rows: list[dict[str, Any]]) -> None:
         print(f"\nrank correlation with accuracy, {'with' if with_bare else 'without'} bare answers")
         for row in rows:
             if row["with_bare_answers"] == with_bare:
-                low, high = row["spearman_95"]
                 print(
-                    f"{row['summary']:22} {row['spearman']:+.2f} [{low:+.2f}, {high:+.2f}], "
-                    f"from {row['spearman_min']:+.2f} to {row['spearman_max']:+.2f}; "
-                    f"first choice loses {row['points_lost']:.1f} points "
-                    f"({row['students']} students)"
+                    f"{row['summary']:22} {row['spearman']:+.2f}{_interval(row['spearman_95'])}, from "
+                    f"{row['spearman_min']:+.2f} to {row['spearman_max']:+.2f}; the score is ahead by "
+                    f"{row['score_ahead']:+.2f}{_interval(row['score_ahead_95'])}; first choice loses "
+                    f"{row['points_lost']:.1f} points ({row['students']} students)"
                 )
+
+
+def _interval(bounds: list[float] | None) -> str:
+    return f" [{bounds[0]:+.2f}, {bounds[1]:+.2f}]" if bounds else ""
 
 
 if __name__ == "__main__":

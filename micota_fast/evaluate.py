@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 import micota_fast
-from micota_fast import config as configuration
 from micota_fast.errors import InputError
 from micota_fast.generate import fingerprint, finished, generate_corpus, named_urls, open_problems, servers_for
 from micota_fast.generation.problem_file import ProblemFile
@@ -109,7 +108,9 @@ def _generate(config: EvaluateConfig, jobs: Sequence[_Job], out: Path, seconds: 
     with contextlib.ExitStack() as stack:
         # No request is sent where all is done, so no URL is needed.
         done = all(finished(job.problems, job.asked, job.answers) for job in jobs)
-        urls = [] if done else stack.enter_context(servers_for(config, out / "server.log"))
+        # A server that samples for one of them must be seeded.
+        hottest = replace(config, temperature=max(job.asked.temperature for job in jobs))
+        urls = [] if done else stack.enter_context(servers_for(hottest, out / "server.log"))
         for job in jobs:
             started = time.monotonic()
             generate_corpus(job.problems, job.asked, urls, job.answers)
@@ -164,8 +165,7 @@ def _jobs(config: EvaluateConfig, out: Path) -> list[_Job]:
     jobs = []
     for benchmark, file in zip(config.benchmarks, _file_names(config.benchmarks), strict=True):
         prompt = config.chat.prompt if benchmark.prompt is None else benchmark.prompt
-        plain = configuration.plain(config) | benchmark.set
-        own = configuration.build(EvaluateConfig, plain, f"sampling of {benchmark.name}") if benchmark.set else config
+        own = config.of(benchmark)
         asked = replace(own, chat=replace(config.chat, prompt=prompt), stop=[*config.stop, *benchmark.stop])
         answers = out / "completions" / file
         problems = open_problems(benchmark.path, benchmark.limit, answers)

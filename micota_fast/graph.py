@@ -62,7 +62,7 @@ class Stage:
     inputs: tuple[Artefact, ...]
     outputs: tuple[str, ...]  # relative to the stage's folder; it is done when all are there
     files: dict[str, str] = dataclasses.field(default_factory=dict)  # written into its folder before it starts
-    # Folder that it makes -> options, by name at any depth, on which the contents of that folder do not hang.
+    # Folder that it makes -> options (a.b: `b` of `a`, or of each of its items) on which its contents do not hang.
     lasting: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -305,8 +305,12 @@ class _Planner:
         )
         # Answers are given once, and graded as often as somebody changes his mind about that.
         grading = ("protocol", "timeout_s")
-        lasting = {"completions": (*grading, "rule", "judge"), "judge": grading}
-        self._add(Stage(stage, "evaluate", built, (model, *files), ("results.json", "rows"), lasting=lasting))
+        lasting = {"completions": (*grading, "judge", "benchmarks.rule"), "judge": grading}
+        inputs = [model, *files]
+        if built.judge is not None:
+            inputs.append(self._checkpoint(built.judge.model, "evaluate.judge.model"))
+            built.judge.model = inputs[-1].location
+        self._add(Stage(stage, "evaluate", built, tuple(inputs), ("results.json", "rows"), lasting=lasting))
 
     def _report(self) -> None:
         recipe = self.recipe

@@ -16,7 +16,7 @@ from torch import Tensor
 
 QUANTILES = (1, 10, 25, 50, 75, 90, 99)
 MAX_RANK = 100  # where ranks are clipped in the rank-surprisal ratio; ours
-BLOCK = 1 << 25  # logits that exist at a time, 128 MB
+BLOCK = 1 << 25  # logits, and weights widened to float32, that exist at a time: 128 MB each
 
 
 def learnability(nll_N: NDArray[np.float32], rank_N: NDArray[np.int64], counts_D: NDArray[np.int64]) -> dict[str, Any]:
@@ -49,7 +49,8 @@ def distribution(values_D: NDArray[Any]) -> dict[str, float]:
 def target_ranks(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor) -> Tensor:
     """Place of each target among all tokens by its logit: 1 + how many are strictly greater. [N], int64.
 
-    Logits are float32 and exist block by block, so neither N nor the vocabulary is limited by memory.
+    Logits are float32 and exist block by block of the vocabulary. A second product with the head in float32, so it
+    costs as much again as the loss's, or more where that computes in bfloat16.
 
     Args:
         hidden_NH: last hidden states at the places where a token is to be told, any float dtype.
@@ -57,7 +58,7 @@ def target_ranks(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor) -> Ten
         targets_N: the tokens that follow, int64.
     """
     ranks_N = torch.ones_like(targets_N)
-    width = max(1, BLOCK // max(1, len(targets_N)))
+    width = max(1, BLOCK // max(1, *hidden_NH.shape))
     hidden_NH = hidden_NH.float()
     target_logits_N = torch.einsum("nh,nh->n", hidden_NH, weight_VH[targets_N].float())
     for start in range(0, len(weight_VH), width):

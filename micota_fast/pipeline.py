@@ -201,7 +201,7 @@ class Run:
             _remove(aside)
             folder.rename(aside)
         elif there is not None and status.state == "stale":
-            _remove(folder)  # made for this identity, and damaged since
+            self._clear(stage, folder, identity)  # made for this identity, and damaged since
         wanted = _aside(folder, identity)
         if not folder.exists() and wanted.exists():
             wanted.rename(folder)
@@ -214,21 +214,31 @@ class Run:
         self._take_over(stage, folder, identity)
         return False
 
+    def _clear(self, stage: Stage, folder: Path, identity: dict[str, Any]) -> None:
+        """Remove what the stage has made, but for that which lasts, which the stage looks at itself."""
+        if not stage.lasting:
+            _remove(folder)
+            return
+        write_atomic(folder / MAKING, [json.dumps({"identity": identity}, indent=1).encode()])
+        (folder / DONE).unlink(missing_ok=True)
+        for file in folder.iterdir():
+            if file.name not in (MAKING, *stage.lasting):
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+
     def _take_over(self, stage: Stage, folder: Path, identity: dict[str, Any]) -> None:
         """Copy to the stage's folder what lasts of a former one. Killed, it begins again when the stage goes on."""
-        for part, options in stage.lasting.items():
-            if (folder / part).exists():
+        formers = set(folder.parent.glob(f"{glob.escape(folder.name)}~*")) - {_trash(folder)}
+        for former in sorted(formers, key=lambda path: (not (path / DONE).exists(), path)):
+            record = _read_json(former / DONE) or _read_json(former / MAKING)
+            if record is None:
                 continue
-            for former in sorted(folder.parent.glob(f"{glob.escape(folder.name)}~*")):
-                record = _read_json(former / DONE)
-                if record is None or not (former / part).is_dir():
-                    continue
-                if _without(record["identity"], options) == _without(identity, options):
+            for part, options in stage.lasting.items():
+                there = (former / part).is_dir() and not (folder / part).exists()
+                if there and _without(record["identity"], options) == _without(identity, options):
                     partial = folder / f".{part}.partial"
                     shutil.rmtree(partial, ignore_errors=True)
                     shutil.copytree(former / part, partial)
                     partial.rename(folder / part)
-                    break
 
     def _finish(self, process: "_Running") -> None:
         stage, folder = process.stage, process.folder
@@ -328,17 +338,35 @@ def _aside(folder: Path, identity: dict[str, Any]) -> Path:
     return folder.with_name(f"{folder.name}~{of_json(identity)[:10]}")
 
 
-def _without(value: Any, names: Sequence[str]) -> Any:
-    """`value` without these keys, at any depth."""
-    if isinstance(value, dict):
-        return {key: _without(item, names) for key, item in value.items() if key not in names}
-    return [_without(item, names) for item in value] if isinstance(value, list) else value
+def _without(identity: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
+    """The verb and options of an identity, without these (see `Stage.lasting`).
+
+    Contents of inputs stand in the options where their places were, so they count where their option does.
+    """
+
+    def removed(value: Any, path: list[str]) -> Any:
+        if isinstance(value, list):
+            return [removed(item, path) for item in value]
+        if not isinstance(value, dict) or path[0] not in value:
+            return value
+        if len(path) == 1:
+            return {key: item for key, item in value.items() if key != path[0]}
+        return value | {path[0]: removed(value[path[0]], path[1:])}
+
+    rest = identity["options"]
+    for option in options:
+        rest = removed(rest, option.split("."))
+    return {"verb": identity["verb"], "options": rest}
+
+
+def _trash(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}~trash")
 
 
 def _remove(folder: Path) -> None:
     """Delete a folder such that no part of it is ever found under its name."""
     if folder.exists():
-        trash = folder.with_name(f"{folder.name}~trash")
+        trash = _trash(folder)
         shutil.rmtree(trash, ignore_errors=True)
         folder.rename(trash)
         shutil.rmtree(trash)

@@ -4,12 +4,13 @@
 MiCoTA builds on; "ours" marks what both leave open.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 
@@ -391,7 +392,15 @@ def shipped_benchmark(name: str) -> dict[str, Any]:
     return {key: value for key, value in known[name].items() if key != "hub"}
 
 
-OF_ONE_SET = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
+@dataclass(kw_only=True)
+class OwnSampling:
+    """Sampling of one evaluation set; what is null is as for all of them."""
+
+    samples: int | None = option(None, doc="answers per problem")
+    temperature: float | None = option(None, doc="0: greedy")
+    top_p: float | None = option(None, doc="nucleus; used when temperature > 0")
+    top_k: int | None = option(None, doc="-1: all tokens; used when temperature > 0")
+    max_new_tokens: int | None = option(None, doc="longest answer, tokens")
 
 
 @dataclass(kw_only=True)
@@ -410,13 +419,11 @@ class BenchmarkConfig:
     )
     problems: list[int] = option([], doc="numbers of problems that the file may hold; []: any")
     limit: int | None = option(None, doc="only the first so many problems; null: all")
-    set: dict[str, Any] = option(
-        {}, doc="sampling of this set where it is another than the rest's, e.g. {samples: 16, temperature: 0.6}"
+    sampling: OwnSampling = option(
+        OwnSampling(), doc="of this set where it is another than the rest's, e.g. {samples: 16, temperature: 0.6}"
     )
 
     def __post_init__(self) -> None:
-        if unknown := self.set.keys() - OF_ONE_SET:
-            raise InputError(f"`set.{min(unknown)}`: a benchmark may set {', '.join(OF_ONE_SET)}")
         if self.like is not None:
             for key, value in shipped_benchmark(self.like).items():
                 if not getattr(self, key):
@@ -458,6 +465,20 @@ class EvaluateSettings(SamplingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, timeout_s=0.1, workers=1)
+        for benchmark in self.benchmarks:
+            self.of(benchmark)
+
+    def of(self, benchmark: BenchmarkConfig) -> Self:
+        """The settings by which this one of the benchmarks is sampled.
+
+        Raises:
+            InputError: they are none.
+        """
+        own = {key: value for key, value in vars(benchmark.sampling).items() if value is not None}
+        try:
+            return dataclasses.replace(self, benchmarks=[], **own)
+        except InputError as error:
+            raise InputError(f"sampling of {benchmark.name}: {error}") from None
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,8 @@ Qwen2.5-32B-Instruct, greedily, about every answer that was read and is not equa
 that it calls True besides those that are equal. The question below is theirs.
 """
 
+import glob
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,9 @@ def second_opinions(
         opinions[file] = [verdict.status == "correct" for verdict in verdicts]
         wrong = [i for i, verdict in enumerate(verdicts) if verdict.status == "wrong"]
         if wrong:
-            lines = [encode_row(_question(rows[i], verdicts[i].extracted or "")) for i in wrong]
-            write_atomic(folder / "questions" / file, lines)
+            _ask_no_other(
+                folder, file, b"".join(encode_row(_question(rows[i], verdicts[i].extracted or "")) for i in wrong)
+            )
             open_[file] = wrong
     asked = [_config(judge, folder / "questions" / file, folder / "replies" / file) for file in open_]
     problems = [open_problems(config.problems, None, config.out) for config in asked]
@@ -77,6 +80,15 @@ def asked_of(judge: JudgeConfig) -> dict[str, Any]:
             "serve": configuration.identity(judge.serve),
         },
     }
+
+
+def _ask_no_other(folder: Path, file: str, questions: bytes) -> None:
+    """Write a file of questions; replies to others than these are worth nothing and go."""
+    path = folder / "questions" / file
+    if path.exists() and path.read_bytes() != questions:
+        for reply in (folder / "replies").glob(f"{glob.escape(file)}*"):
+            shutil.rmtree(reply) if reply.is_dir() else reply.unlink()
+    write_atomic(path, [questions])
 
 
 def _question(row: Completion, answer: str) -> Problem:

@@ -27,7 +27,7 @@ from micota_fast.errors import InputError
 from micota_fast.evaluate import OUTCOMES, run, score
 from micota_fast.generation.journal import Journal
 from micota_fast.grade import Verdict
-from micota_fast.recipe import BenchmarkConfig, ChatConfig, EvaluateConfig, JudgeConfig, ServeConfig
+from micota_fast.recipe import BenchmarkConfig, ChatConfig, EvaluateConfig, JudgeConfig, OwnSampling, ServeConfig
 from micota_fast.records import Completion, Problem, read_problems, write_rows
 from micota_fast.statistics.intervals import wilson95
 
@@ -166,16 +166,19 @@ def test_several_samples_through_a_real_server(settings: EvaluateConfig, capsys:
 
 def test_one_benchmark_is_sampled_and_the_others_are_not(settings: EvaluateConfig) -> None:
     small, other = settings.benchmarks
-    small.set = {"samples": 4, "temperature": 1.0, "max_new_tokens": 3}
+    small.sampling = OwnSampling(samples=4, temperature=1.0, max_new_tokens=3)
     run(settings)
     entries = json.loads((Path(settings.out) / "results.json").read_text())["benchmarks"]
     assert (entries[small.name]["n"], entries[small.name]["mean_tokens"]) == (4 * entries[small.name]["problems"], 3)
     assert entries[other.name]["n"] == entries[other.name]["problems"]
-    with pytest.raises(InputError, match=r"`set\.url`: a benchmark may set samples, temperature"):
-        BenchmarkConfig(name="x", path="x.jsonl", set={"url": "http://x"})
-    small.set = {"samples": 4}
-    with pytest.raises(InputError, match=r"sampling of small.*needs `temperature` > 0"):
-        run(settings)
+    values = configuration.plain(settings)
+    for sampling, said in (
+        ({"samples": 4}, r"sampling of small: .*needs `temperature` > 0"),
+        ({"samples": "many"}, "samples"),
+    ):
+        values["benchmarks"][0]["sampling"] = sampling
+        with pytest.raises(InputError, match=said):
+            configuration.build(EvaluateConfig, values, "x")
 
 
 def test_killed_and_started_again(settings: EvaluateConfig, tmp_path: Path) -> None:

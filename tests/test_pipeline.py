@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -297,6 +298,17 @@ def test_graded_again_by_another_protocol_nothing_is_answered_again(tmp_path: Pa
     assert not (folder / "server.log").exists()  # so none was started
     assert paper != strict
     assert paper["average"] == strict["average"]
+    (folder / "results.json").unlink()  # as somebody does who wants it graded again
+    assert evaluated(tmp_path, "evaluate.protocol=paper") == paper
+    assert not (folder / "server.log").exists()
+    # Killed before it was finished, and then wanted otherwise.
+    (folder / "making.json").write_text(
+        json.dumps({"identity": json.loads((folder / "done.json").read_text())["identity"]})
+    )
+    (folder / "done.json").unlink()
+    shutil.rmtree(tmp_path / "evaluate" / next(p.name for p in (tmp_path / "evaluate").iterdir() if "~" in p.name))
+    assert evaluated(tmp_path)["average"] == strict["average"]
+    assert not (folder / "server.log").exists()
     evaluated(tmp_path, "evaluate.protocol=paper", "evaluate.max_new_tokens=63")
     assert (folder / "server.log").exists()  # other answers are asked for
 

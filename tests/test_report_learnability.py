@@ -24,8 +24,9 @@ from micota_fast.learnability import distribution
 from micota_fast.likelihood_profile import STEPS, profile
 from micota_fast.recipe import ReportConfig
 from micota_fast.report.build import run
-from micota_fast.report.learnability import Learnability, agreement, spearman
+from micota_fast.report.learnability import Learnability, agreement
 from micota_fast.report.plots import _apart
+from micota_fast.statistics.ranks import spearman
 
 TABLE = "**How easy the corpora are to learn, by the student's own likelihood**"
 

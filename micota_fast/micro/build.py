@@ -239,23 +239,24 @@ def build_model(name: str, size: Size, tokenizer: Tokenizer, work: Path, world_n
 def main() -> int:
     """Build everything into ``--out``; returns 0, or 1 where a training run failed."""
     parser = argparse.ArgumentParser(prog="python -m micota_fast.micro.build", description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=HERE, help="where problems/ and checkpoints/ go (default: the package)"
-    )
-    parser.add_argument("--work", type=Path, default=Path("runs/micro-build"), help="corpora and training runs; kept")
+    parser.add_argument("--out", type=Path, help="where problems/ and checkpoints/ go (world 0: the package)")
+    parser.add_argument("--work", type=Path, help="corpora and training runs; kept (default: runs/micro-build/world-N)")
     parser.add_argument("--world", type=int, default=0, help="which world: its problems and its models' seeds")
     args = parser.parse_args()
+    if args.out is None and args.world != 0:
+        parser.error("--out is required for another world than 0, the one that ships")
+    out, work = args.out or HERE, args.work or Path(f"runs/micro-build/world-{args.world}")
     start = time.monotonic()
-    write_problems(args.out / "problems", args.world)
+    write_problems(out / "problems", args.world)
     tokenizer = make_tokenizer()
     try:
-        models = {name: build_model(name, size, tokenizer, args.work, args.world) for name, size in SIZES.items()}
+        models = {name: build_model(name, size, tokenizer, work, args.world) for name, size in SIZES.items()}
     except subprocess.CalledProcessError as error:
         print(f"error: {error}; the same command goes on from there", file=sys.stderr)
         return 1
     for name, model in models.items():
-        install(model, args.out / "checkpoints" / name)
-    print(f"problems and checkpoints are in {args.out}; the build took {time.monotonic() - start:.0f} s")
+        install(model, out / "checkpoints" / name)
+    print(f"problems and checkpoints are in {out}; the build took {time.monotonic() - start:.0f} s")
     return 0
 
 

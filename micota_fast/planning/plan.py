@@ -282,11 +282,13 @@ class Planner:
         for benchmark in s.benchmarks:
             known = max(benchmark.problems, default=None)
             problems, prompt = self._problems(benchmark.path, benchmark.limit, model, s.chat, known)
-            mean = results[benchmark.name]["mean_tokens"] if results else min(answer, s.max_new_tokens)
-            sets.append(self._assumed(problems * s.samples, prompt, mean))
+            own = s.of(benchmark)
+            mean = results[benchmark.name]["mean_tokens"] if results else min(answer, own.max_new_tokens)
+            sets.append(self._assumed(problems * own.samples, prompt, mean))
             sets[-1].counted = bool(results)
         cost = Cost(stage.name, stage.verb)
-        answering(cost, model, s, sets, self.gpu, self.assumed)
+        longest = max(s.of(benchmark).max_new_tokens for benchmark in s.benchmarks)
+        answering(cost, model, dataclasses.replace(s, max_new_tokens=longest), sets, self.gpu, self.assumed)
         cost.disk = 2 * cost.tokens * self.assumed.text_bytes  # completions, and graded rows
         if s.judge is not None:
             cost.how += "; the judge is not counted"

@@ -1,15 +1,13 @@
 """Whether the learnability score of a corpus foretold how well the arm that was trained on it does."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 from micota_fast.report.corpora import Corpus
 from micota_fast.report.summary import Arm, Summary, percent
 from micota_fast.report.tables import ABSENT, Cell, Table, significant
+from micota_fast.statistics.ranks import spearman
 
 FEWEST = 3  # arms; of two either order is a correlation of 1 or -1
 FEW = 10  # arms below which the table warns of their number
@@ -51,24 +49,6 @@ def learnability(corpora: Mapping[str, Corpus], trained_on: Mapping[str, str], s
     if len(compared) >= FEWEST:
         rho = spearman([-scores[name] for name in compared], [trained[name].average.mean for name in compared])
     return Learnability(order, trained, compared, rho)
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Rank correlation, equal values with their mean rank; None where one side's values are all equal.
-
-    Spearman, "The proof and measurement of association between two things", American Journal of Psychology 15 (1904).
-    """
-    ranks = np.stack([_average_ranks(np.asarray(side, dtype=float)) for side in (x, y)])
-    centred = ranks - ranks.mean(axis=1, keepdims=True)
-    squares = (centred**2).sum(axis=1)
-    return float(centred[0] @ centred[1] / math.sqrt(squares.prod())) if squares.all() else None
-
-
-def _average_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """1 for the smallest; equal ones share the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return ranks
 
 
 def learnability_table(found: Learnability, corpora: Mapping[str, Corpus]) -> Table:

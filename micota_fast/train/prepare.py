@@ -119,13 +119,25 @@ def model_of(config: TrainConfig, source: Path, world: World) -> PackedLoss:
 def set_weights(model: PackedLoss, config: TrainConfig, source: Path, world: World) -> None:
     """Give the model, sharded or not, memory on this rank's device and the weights that training starts from.
 
-    No rank ever holds more than its shards: what is too large for one device can be trained on several.
+    A device never holds more than this rank's shards, and its host one tensor beside them: what is too large for one
+    device can be trained on several.
+
+    Raises:
+        InputError: on all ranks, where one of them cannot read its weights.
     """
     model.to_empty(device=world.device)
-    if config.init == "random":
-        safetensors_io.draw_weights(model.decoder, config.seed)
-    else:
-        safetensors_io.read_weights(model.decoder, source)
+    mistake = None
+    try:
+        if config.init == "random":
+            safetensors_io.draw_weights(model.decoder, config.seed)
+        else:
+            safetensors_io.read_weights(model.decoder, source)
+    except InputError as error:
+        mistake = str(error)
+    mistakes: list[str | None] = [None] * world.size
+    dist.all_gather_object(mistakes, mistake, group=world.hosts)
+    if found := [f"rank {rank}: {told}" if world.size > 1 else told for rank, told in enumerate(mistakes) if told]:
+        raise InputError(found[0])
 
 
 def steps_of(config: TrainConfig, documents: Documents, model: PackedLoss, world: World) -> PackedSteps:
