@@ -1,7 +1,8 @@
 """Does a training corpus hold the problems that it is judged by?
 
 Two tests of each benchmark problem against each row, on words (runs of letters and digits, ASCII case folded, all else
-a separator, so that spacing, punctuation and most LaTeX markup do not matter):
+a separator, so that spacing, punctuation and most LaTeX markup do not matter; but a sign before a number or a single
+letter belongs to it, as x - 7 and x + 7 are different problems):
 
 - exact: some text of the row is the problem, word for word.
 - 13-gram: some text of the row shares a run of 13 words with the problem, the test of GPT-3 (Brown et al. 2020, arXiv
@@ -158,9 +159,13 @@ def _hash_all(
     grams = np.empty(len(data) // 2 + 1, np.uint64)
     of = np.empty(len(grams), np.int32)
     whole = np.empty(len(ends), np.uint64)
-    number = _hash(data, ends, _KIND, whole, grams, of)
+    number = _hash(data, ends, _KIND, _SIGN, whole, grams, of)
     return whole, grams[:number], of[:number]
 
+
+_SIGN = np.zeros(256, np.uint8)
+for _byte in b"+-*/=<>^":
+    _SIGN[_byte] = _byte
 
 # What a byte is in a word: 0 ends it; letters stand for their small form, digits and bytes of other alphabets for
 # themselves.
@@ -173,7 +178,7 @@ for _byte in range(256):
 
 
 @compiled
-def _hash(data, ends, kind, whole, grams, of):  # type: ignore[no-untyped-def]
+def _hash(data, ends, kind, signs, whole, grams, of):  # type: ignore[no-untyped-def]
     base = np.uint64(0x9E3779B97F4A7C15)
     last = np.uint64(1)  # base ** GRAM
     for _ in range(GRAM):
@@ -186,11 +191,17 @@ def _hash(data, ends, kind, whole, grams, of):  # type: ignore[no-untyped-def]
         run = np.uint64(0)
         count = 0
         word = np.uint64(0)
+        sign, first, length = np.uint8(0), np.uint8(0), 0  # the last sign before the word; of the word
         for i in range(start, ends[text] + 1):
             letter = kind[data[i]] if i < ends[text] else np.uint8(0)
             if letter:
+                if length == 0:
+                    first = letter
+                length += 1
                 word = (word ^ np.uint64(letter)) * np.uint64(0x100000001B3) + np.uint64(0xCBF29CE484222325)
             elif word:
+                if sign and (length == 1 or 48 <= first <= 57):  # a letter, or a number
+                    word = (word ^ np.uint64(sign)) * np.uint64(0x9FB21C651E98DF25)
                 mixed = word ^ (word >> np.uint64(29))
                 total = total * base + mixed
                 run = run * base + mixed
@@ -203,6 +214,9 @@ def _hash(data, ends, kind, whole, grams, of):  # type: ignore[no-untyped-def]
                     of[number] = text
                     number += 1
                 word = np.uint64(0)
+                sign, length = np.uint8(0), 0
+            if not letter and i < ends[text] and signs[data[i]]:
+                sign = signs[data[i]]
         whole[text] = total
         start = ends[text]
     return number

@@ -170,6 +170,13 @@ def test_the_paper_recipe_by_hand() -> None:
     assert f"${two(2 * paid)} at $2 a GPU-hour" in table(made, Assumptions())
 
 
+def test_a_benchmark_that_is_asked_more_often_counts_so_often() -> None:
+    sampled = "evaluate.benchmarks=[{like: aime2024, sampling: {samples: 16, temperature: 0.6, max_new_tokens: 500}}]"
+    cost = next(c for c in of_recipe("micota-qwen2.5-7b", sampled).costs if c.stage == "evaluate/base")
+    assert "480 answers of 500 tokens" in cost.how
+    assert cost.tokens == pytest.approx(480 * (200 / 3 + 60 + 500))
+
+
 def test_what_does_not_fit_is_named_with_what_helps() -> None:
     tight = of_recipe("micota-qwen2.5-7b", "train.activation_checkpointing=selective", gpu="a100-40gb")
     assert "DOES NOT FIT on A100-40GB" in table(tight, Assumptions())

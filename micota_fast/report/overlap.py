@@ -24,7 +24,8 @@ def contamination_table(overlaps: Mapping[str, Mapping[str, Overlap]]) -> Table:
     rows = tuple((Cell(corpus), *(_cell(of_corpus[name]) for name in sizes)) for corpus, of_corpus in overlaps.items())
     notes = (
         "Problems of the benchmark that some row of the corpus holds word for word / shares 13 words in a row with "
-        "(letters and digits count, case and punctuation do not), and how many rows of the corpus do either.",
+        "(letters, digits and the signs before numbers count, case and punctuation do not), and how many rows of the "
+        "corpus do either.",
         "A hit is no proof, as problems share phrases; no hit is none either: a paraphrase shares no 13 words, and "
         "problems of fewer words are looked for whole only.",
     )
