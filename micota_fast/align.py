@@ -6,7 +6,6 @@ its perplexity analysis). Text is rendered and masked exactly as in training, so
 
 import json
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from micota_fast.chat import Chat
 from micota_fast.data.batches import packed_batch
 from micota_fast.data.packing import pack
 from micota_fast.data.tokenise import Documents, load_documents
+from micota_fast.errors import InputError
 from micota_fast.kernels import linear_cross_entropy
 from micota_fast.learnability import distribution, learnability, target_ranks
 from micota_fast.likelihood_profile import overlap, profile, reflection_markers
@@ -28,7 +28,7 @@ from micota_fast.model.decoder import Decoder
 from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.model.safetensors_io import load_model
 from micota_fast.recipe import AlignConfig
-from micota_fast.records import Completion, read_completions, write_atomic
+from micota_fast.records import parse_line, read_lines, write_atomic
 
 
 def run(config: AlignConfig) -> None:
@@ -42,17 +42,20 @@ def run(config: AlignConfig) -> None:
     `learnability` what `learnability.learnability` gives.
 
     Raises:
-        InputError: model or corpus cannot be read, a row is bad (file:line), or nothing is left to measure.
+        InputError: there is no such device, model or corpus cannot be read, a row is bad (file:line), or nothing is
+            left to measure.
     """
     folder = resolve_checkpoint(config.model)
     chat = Chat.from_checkpoint(folder, config.chat)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("`device`: cuda is asked for and torch sees no CUDA device; choose auto or cpu")
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.dtype)
     backend, why = choose_backend(config.attention, device, dtype)
     print(f"align: {config.dtype} on {device}, attention {backend}: {why}")
     model = load_model(folder, dtype, device).eval()
     ends_line_V = np.array(["\n" in chat.decode([i], skip_special_tokens=False) for i in range(chat.vocab_size)])
-    own = _answers(read_completions(config.own)) if config.own is not None else None
+    own = _answers(config.own) if config.own is not None else None
     for name, path in config.corpora.items():
         documents = load_documents(path, chat, config.max_doc_tokens or config.pack_tokens, "drop")
         nll_N, rank_N, counts_D = token_likelihood(model, documents, config.pack_tokens, backend)
@@ -65,11 +68,18 @@ def run(config: AlignConfig) -> None:
             "learnability": learnability(nll_N, rank_N, counts_D),
             **profile(nll_N, counts_D, ends_line_V[ids_N]),
             "markers": reflection_markers(texts, len(ids_N)),
-            "own_overlap": overlap(_answers(read_completions(path)), own) if own is not None else None,
-            "settings": {"pack_tokens": config.pack_tokens, "dtype": config.dtype, "attention": backend},
+            "own_overlap": overlap(_answers(path), own) if own is not None else None,
+            "settings": {
+                "pack_tokens": config.pack_tokens,
+                "max_doc_tokens": config.max_doc_tokens,
+                "dtype": config.dtype,
+                "attention": backend,
+            },
             "versions": {"micota_fast": micota_fast.__version__, "torch": torch.__version__},
         }
         write_atomic(Path(config.out) / f"{name}.json", [json.dumps(result, indent=1).encode() + b"\n"])
+        if own is not None and result["own_overlap"] is None:
+            print(f"WARNING: align: {name}: {config.own} holds no answer to any problem of {path}")
         print(
             f"align: {name}: {result['learnability']['nats_per_answer']['mean']:.1f} nats an answer, perplexity "
             f"{result['perplexity']:.3f} over {result['tokens']['total']} tokens of "
@@ -77,10 +87,13 @@ def run(config: AlignConfig) -> None:
         )
 
 
-def _answers(rows: Sequence[Completion]) -> dict[str, list[str]]:
+def _answers(path: str) -> dict[str, list[str]]:
+    """Problem id -> answers, of the rows that have both; a corpus of conversations has neither."""
     answers: dict[str, list[str]] = {}
-    for row in rows:
-        answers.setdefault(row.id, []).append(row.completion)
+    for where, line in read_lines(Path(path)):
+        row = parse_line(line, where)
+        if isinstance(row.get("id"), str) and isinstance(row.get("completion"), str):
+            answers.setdefault(row["id"], []).append(row["completion"])
     return answers
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -27,10 +28,17 @@ STAGES: dict[str, tuple[type, str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 1 `doctor` found errors, 2 something to mend, 130 interrupted."""
+    """Run one verb; returns the exit status.
+
+    0: done; 1: `doctor` found errors; 2: something to mend; 130: interrupted; 141: the reader of its output went away.
+    """
     parsed = _parser().parse_args(arguments)
     try:
         status: int | None = parsed.call(parsed)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except InputError as error:
         print(f"micota {parsed.verb}: {error}", file=sys.stderr)
         return 2

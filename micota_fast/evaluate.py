@@ -256,4 +256,6 @@ def _line(name: str, entry: dict[str, Any]) -> str:
     others = {of: entry["protocols"][of]["accuracy"] for of in entry["protocols"] if of != entry["protocol"]}
     named = {"strict": "the strict rule", "paper": "the paper rule", "judge": "the judge"}
     parts += [f"by {named[of]} {100 * accuracy:.2f}%" for of, accuracy in others.items()]
+    if undecided := entry["protocols"].get("judge", {}).get("undecided"):
+        parts[-1] += f", which said neither True nor False of {undecided}"
     return f"{name}: {100 * entry['accuracy']:.2f}% [{100 * low:.2f}, {100 * high:.2f}] ({'; '.join(parts)}"

@@ -17,12 +17,13 @@ import json, pathlib, sys
 
 run = pathlib.Path(sys.argv[1])
 report = json.loads((run / "report" / "report.json").read_text())
-print(f"{'corpus':12} {'perplexity':>10} {'mean tokens':>12} {'accuracy of its arm':>20}")
+print(f"{'corpus':12} {'nats an answer':>14} {'perplexity':>10} {'mean tokens':>12} {'accuracy of its arm':>20}")
 for path in sorted((run / "align").glob("*.json")):
     corpus = json.loads(path.read_text())
     if "corpus" not in corpus:  # what the stage says of its making
         continue
     arm = report["arms"].get(corpus["corpus"])
     accuracy = f"{100 * arm['average']['mean']:.1f}%" if arm else "no arm"
-    print(f"{corpus['corpus']:12} {corpus['perplexity']:10.3f} {corpus['tokens']['mean']:12.1f} {accuracy:>20}")
+    nats = corpus["learnability"]["nats_per_answer"]["mean"]
+    print(f"{corpus['corpus']:12} {nats:14.1f} {corpus['perplexity']:10.3f} {corpus['tokens']['mean']:12.1f} {accuracy:>20}")
 PYTHON

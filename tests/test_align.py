@@ -13,7 +13,7 @@ from micota_fast.chat import Chat
 from micota_fast.data.tokenise import load_documents
 from micota_fast.errors import InputError
 from micota_fast.recipe import AlignConfig, ChatConfig
-from micota_fast.records import write_rows
+from micota_fast.records import Completion, write_rows
 
 
 def corpus(folder: Path, sizes: list[int]) -> Path:
@@ -92,3 +92,22 @@ def test_a_bad_row_is_named(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b'{"problem": "no completion"}\n')
     with pytest.raises(InputError, match=r"corpus3\.jsonl:3"):
         run(config(qwen2_checkpoint, tmp_path / "out", x=path))
+
+
+def test_a_device_that_is_not_there(qwen2_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings = config(qwen2_checkpoint, tmp_path / "out", x=corpus(tmp_path, [1, 2]))
+    settings.device = "cuda"
+    with pytest.raises(InputError, match="torch sees no CUDA device"):
+        run(settings)
+
+
+def test_own_answers_to_other_problems_are_told_of(
+    qwen2_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = Completion("elsewhere", 0, "?", "1", "an answer", "stop", 1, 1, None)
+    write_rows(tmp_path / "own.jsonl", [row])
+    settings = config(qwen2_checkpoint, tmp_path / "out", x=corpus(tmp_path, [1, 2]))
+    settings.own = str(tmp_path / "own.jsonl")
+    run(settings)
+    assert "own.jsonl holds no answer to any problem of" in capsys.readouterr().out

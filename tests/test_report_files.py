@@ -275,3 +275,25 @@ class TestClaims:
         }
         with pytest.raises(InputError, match=r"claims\.deltas.*'else'"):
             configuration.load(Recipe, recipes / "micota-qwen2.5-3b.yaml", ["claims.deltas={else: 1.0}"])
+
+
+def test_the_answers_by_each_protocol(tmp_path: Path) -> None:
+    config = written(tmp_path)
+    for number, path in enumerate([config.base, *(path for paths in config.arms.values() for path in paths)]):
+        data = json.loads(Path(path).read_text())
+        for entry in data["benchmarks"].values():
+            paper = {"correct": 0, "accuracy": number / 10}
+            entry |= {"protocol": "strict", "protocols": {"strict": {"accuracy": entry["accuracy"]}, "paper": paper}}
+        Path(path).write_text(json.dumps(data))
+    run(config)
+    markdown = (Path(config.out) / "table.md").read_text()
+    rows = markdown[markdown.index("**The answers by each protocol**") :].split("\n\n")[1].splitlines()
+    assert rows[0] == "| Arm | strict (counts in all other tables) | paper |"
+    assert rows[2].endswith("| 0.0 |")  # base
+    assert rows[3].endswith("| 15.0 |")  # short: 0.1 and 0.2
+    assert "math-verify" in markdown
+    assert json.loads((Path(config.out) / "report.json").read_text())["protocol"] == "strict"
+    data["benchmarks"]["gsm"]["protocol"] = "paper"
+    Path(path).write_text(json.dumps(data))
+    with pytest.raises(InputError, match="graded by paper and strict; grade all by one protocol"):
+        run(config)

@@ -130,9 +130,9 @@ class TestNumbers:
 
     def test_ten_arms_are_not_warned_of(self) -> None:
         names = tuple(f"arm{i}" for i in range(10))
-        assert "So few" in agreement(Learnability(names[:9], {}, names[:9], -1.0))
-        assert "So few" not in agreement(Learnability(names, {}, names, -1.0))
-        assert ": 0.00 over 10" in agreement(Learnability(names, {}, names, -0.001))
+        assert "So few" in agreement(Learnability(names[:9], {}, names[:9], -1.0, {}))
+        assert "So few" not in agreement(Learnability(names, {}, names, -1.0, {}))
+        assert ": 0.00 over 10" in agreement(Learnability(names, {}, names, -0.001, {}))
 
     def test_csv_and_latex_have_them_too(self, config: ReportConfig) -> None:
         _, numbers, _ = made(config)

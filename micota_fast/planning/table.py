@@ -208,7 +208,8 @@ def _legend(made: Plan, assumed: Assumptions) -> list[str]:
         "machine for as long as a stage runs. Memory: the least that each GPU (or process) needs, without the",
         "allocator's gaps; of a server, weights and one longest answer. Disk: what stays + what is there while the",
         "stage runs. –: none, or not estimated, as time on a CPU. Each set of answers ends with one that runs alone to",
-        "`max_new_tokens`, as greedy ones do that repeat themselves.",
+        "`max_new_tokens`, as greedy ones do that repeat themselves. A merged model's answers are assumed to have the",
+        "geometric mean of its parents' length, and none to be above a quarter of the longest `max_new_tokens`.",
         "Assumed (change: --assume KEY=VALUE; the length of answers by corpus: --answer-tokens NAME=TOKENS):",
     ]
     for field in dataclasses.fields(assumed):

@@ -20,6 +20,7 @@ from micota_fast.report.numbers_csv import accuracy_csv, answers_csv, contaminat
 from micota_fast.report.overlap import contamination_table, found_text
 from micota_fast.report.page import render
 from micota_fast.report.plots import draw, series_colours
+from micota_fast.report.protocols import protocols_table
 from micota_fast.report.summary import INTERVAL_METHOD, Arm, Summary, headline, mean_curve, summarise
 from micota_fast.report.tables import (
     Table,
@@ -92,6 +93,8 @@ def _tables(config: ReportConfig, inputs: Inputs, summary: Summary, found: Learn
     tables = [accuracy_table(summary, config.claims)]
     if summary.trained:
         tables.append(deltas_table(summary))
+    if by_protocol := protocols_table(inputs):
+        tables.append(by_protocol)
     if of_samples := samples_table(summary):
         tables.append(of_samples)
     if inputs.corpora:
@@ -118,6 +121,7 @@ def _numbers(config: ReportConfig, inputs: Inputs, summary: Summary, found: Lear
         "headline": finding,
         "headline_qualified": qualified,
         "method": INTERVAL_METHOD,
+        "protocol": inputs.base.protocol,
         "problems": summary.problems,
         "benchmark_order": list(summary.problems),
         "arm_order": [arm.name for arm in summary.arms],

@@ -17,6 +17,7 @@ class BenchmarkResult:
     """One benchmark of one model: `n` answers to `problems` problems, more than one each where answers were sampled.
 
     `accuracy` is a fraction of the answers; the optional counts, of answers too, are None where the file has none.
+    `protocols` has the accuracy by each protocol that graded them.
     """
 
     problems: int
@@ -26,6 +27,7 @@ class BenchmarkResult:
     no_answer: int | None
     timeout: int | None
     mean_tokens: float | None
+    protocols: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,12 @@ class Graded:
 
 @dataclass(frozen=True)
 class Results:
-    """One evaluated model. `graded` is None where a benchmark's rows/NAME.jsonl is not beside results.json."""
+    """One evaluated model. `graded` is None where a benchmark's rows/NAME.jsonl is not beside results.json; `protocol`,
+    by which it was graded, where the file does not say."""
 
     path: Path
     model: str
+    protocol: str | None
     benchmarks: dict[str, BenchmarkResult]
     graded: dict[str, Graded] | None
 
@@ -96,6 +100,7 @@ def load(config: ReportConfig) -> Inputs:
         arms[name] = [_results(Path(path)) for path in paths]
         for results in arms[name]:
             _same_benchmarks(results, base)
+            _same_protocol(results, base)
     _same_problems([base, *(results for runs in arms.values() for results in runs)])
     corpora = {name: load_corpus(name, files) for name, files in config.corpora.items()}
     training = {name: [_loss_curve(Path(path)) for path in paths] for name, paths in config.training.items() if paths}
@@ -111,9 +116,12 @@ def _results(path: Path) -> Results:
     listed = node.child("benchmarks")
     if not listed.data:
         raise InputError(f"{path}: key 'benchmarks' is empty; evaluate at least one benchmark")
-    benchmarks = {}
+    benchmarks, counting = {}, set()
     for name in listed.data:
         entry = listed.child(name)
+        protocols = entry.optional_child("protocols")
+        if protocols is not None:
+            counting.add(entry.text("protocol"))
         n, accuracy = entry.count("n", low=1), entry.number("accuracy", 0.0, 1.0)
         problems = entry.optional_count("problems", low=1) or n
         if problems > n:
@@ -132,12 +140,19 @@ def _results(path: Path) -> Results:
             no_answer=entry.optional_count("no_answer"),
             timeout=entry.optional_count("timeout"),
             mean_tokens=entry.optional_number("mean_tokens", 0.0),
+            protocols={of: protocols.child(of).number("accuracy", 0.0, 1.0) for of in protocols.data}
+            if protocols
+            else {},
+        )
+    if len(counting) > 1:
+        raise InputError(
+            f"{path}: benchmarks are graded by {' and '.join(sorted(counting))}; grade all by one protocol"
         )
     rows = {name: path.parent / "rows" / benchmark_file(name) for name in benchmarks}
     graded = None
     if all(file.exists() for file in rows.values()):
         graded = {name: _graded(file, path, benchmarks[name]) for name, file in rows.items()}
-    return Results(path, str(node.data.get("model") or ""), benchmarks, graded)
+    return Results(path, str(node.data.get("model") or ""), next(iter(counting), None), benchmarks, graded)
 
 
 def _graded(file: Path, results: Path, expected: BenchmarkResult) -> Graded:
@@ -184,6 +199,14 @@ def _same_benchmarks(results: Results, base: Results) -> None:
         raise InputError(
             f"{results.path}: key 'benchmarks' holds {mine} (problems each) but the base, {base.path}, holds {theirs}; "
             "evaluate both on the same problems"
+        )
+
+
+def _same_protocol(results: Results, base: Results) -> None:
+    if results.protocol != base.protocol:
+        raise InputError(
+            f"{results.path} is graded by the protocol {results.protocol or 'of an earlier version'} and the base, "
+            f"{base.path}, by {base.protocol or 'that of an earlier version'}; grade both by the same"
         )
 
 

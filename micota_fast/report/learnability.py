@@ -1,7 +1,7 @@
 """Whether the learnability score of a corpus foretold how well the arm that was trained on it does."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from micota_fast.report.corpora import Corpus
@@ -11,6 +11,11 @@ from micota_fast.statistics.ranks import spearman
 
 FEWEST = 3  # arms; of two either order is a correlation of 1 or -1
 FEW = 10  # arms below which the table warns of their number
+OTHERS: dict[str, Callable[[Corpus], float | None]] = {
+    "perplexity": lambda corpus: corpus.perplexity,
+    "length": lambda corpus: corpus.mean_tokens,
+    "rank-surprisal ratio": lambda corpus: corpus.rank_surprisal_ratio,
+}
 PARTS_BELOW = ("0.1", "0.01")  # of the probabilities that the alignment counts tokens below
 
 
@@ -27,6 +32,7 @@ class Learnability:
     trained: dict[str, Arm]
     compared: tuple[str, ...]
     rho: float | None
+    others: dict[str, float | None]  # the same of what else is known before training, less taken for easier
 
 
 def learnability(corpora: Mapping[str, Corpus], trained_on: Mapping[str, str], summary: Summary) -> Learnability | None:
@@ -48,7 +54,14 @@ def learnability(corpora: Mapping[str, Corpus], trained_on: Mapping[str, str], s
     rho = None
     if len(compared) >= FEWEST:
         rho = spearman([-scores[name] for name in compared], [trained[name].average.mean for name in compared])
-    return Learnability(order, trained, compared, rho)
+    others: dict[str, float | None] = {}
+    if rho is not None:
+        accuracies = [trained[name].average.mean for name in compared]
+        for measure, value in OTHERS.items():
+            values = [value(aligned[name]) for name in compared]
+            if None not in values:
+                others[measure] = spearman([-v for v in values if v is not None], accuracies)
+    return Learnability(order, trained, compared, rho, others)
 
 
 def learnability_table(found: Learnability, corpora: Mapping[str, Corpus]) -> Table:
@@ -76,8 +89,9 @@ def learnability_table(found: Learnability, corpora: Mapping[str, Corpus]) -> Ta
     there = [(head, cells) for head, cells in columns if any(cell.text != ABSENT for cell in cells)]
     rows = zip(map(Cell, found.order), *(cells for _, cells in there), strict=True)
     notes = (
-        "Under the student before training. Nats: negative log-likelihood of a whole answer, mean over answers, the "
-        "proposed score: less is easier to learn, and the easiest stands first. Departures: tokens that were not the "
+        "Under the student before training. Nats: negative log-likelihood of a whole answer, mean over answers, this "
+        "project's learnability score: less is easier to learn, and the easiest stands first. Corpora may hold answers "
+        "to different problems. Departures: tokens that were not the "
         "student's first choice. Rank-surprisal ratio: arXiv 2601.14249, less is better. p: what the student gave the "
         "token. Its arm: the one trained on it.",
         agreement(found),
@@ -100,6 +114,9 @@ def agreement(found: Learnability) -> str:
         f"({', '.join(found.compared)}), where {_signed(1.0)} would mean that the easier a corpus is to learn, "
         "the more accurate is its arm."
     )
+    same = [f"{measure} {_signed(rho)}" for measure, rho in found.others.items() if rho is not None]
+    if same:
+        told += f" The same by other measures, less taken for easier: {', '.join(same)}."
     if arms < FEW:
         told += (
             f" So few arms say little: {arms} in an order by chance give {_signed(1.0)} once in "

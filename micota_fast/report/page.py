@@ -10,6 +10,7 @@ from micota_fast.report.inputs import Inputs
 from micota_fast.report.learnability import Learnability, learnability_table
 from micota_fast.report.overlap import contamination_table, found_text
 from micota_fast.report.plots import Plots
+from micota_fast.report.protocols import protocols_table
 from micota_fast.report.summary import INTERVAL_METHOD, Summary, headline
 from micota_fast.report.tables import accuracy_table, answers_table, corpora_table, deltas_table, samples_table, to_html
 
@@ -107,6 +108,7 @@ def render(
         "</header>\n<main>\n",
         to_html(accuracy_table(summary, config.claims), dots),
         to_html(deltas_table(summary), dots) if summary.trained else "",
+        to_html(by_protocol, dots) if (by_protocol := protocols_table(inputs)) else "",
         to_html(of_samples, dots) if (of_samples := samples_table(summary)) else "",
         _accuracy_figures(summary, plots),
         _corpora(found, inputs, plots, dots),

@@ -130,7 +130,8 @@ def deltas_table(summary: Summary) -> Table:
             "comparisons.",
             "p: two-sided, from the same pairs. On a benchmark where all differences are −1, 0 or 1 (one answer each), "
             f"McNemar's exact test; otherwise, and for the average, {RESAMPLES:,} random flips of the signs of the "
-            f"problems' differences. Corrected by Holm's method over the {tests} tests of this table. It is about the "
+            f"problems' differences, which can tell no p below {tests / (RESAMPLES + 1):.4f} after Holm's correction "
+            f"over the {tests} tests of this table (what stands at that is at most that). It is about the "
             "models at hand: what another training seed would change is in the interval only.",
         ]
     if unpaired := _unpaired(summary):
