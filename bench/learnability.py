@@ -19,6 +19,7 @@ of one world share problems and corpora. Three worlds make them wide.
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import subprocess
@@ -115,7 +116,7 @@ def write_recipe(folder: Path, models: dict[str, Path], student: Path, seeds: li
 
 
 def _merge(recipe: dict[str, Any], weight: float) -> dict[str, Any]:
-    merge: dict[str, Any] = json.loads(json.dumps(recipe["models"]["assistant-mid"]))
+    merge: dict[str, Any] = copy.deepcopy(recipe["models"]["assistant-mid"])
     merge["merge"]["mergekit"]["models"][0]["parameters"]["weight"] = weight
     return merge
 
