@@ -169,12 +169,8 @@ def _jobs(config: EvaluateConfig, out: Path) -> list[_Job]:
         asked = replace(own, chat=replace(config.chat, prompt=prompt), stop=[*config.stop, *benchmark.stop])
         answers = out / "completions" / file
         problems = open_problems(benchmark.path, benchmark.limit, answers)
-        # A limit says that the rest is left out on purpose.
-        if benchmark.problems and benchmark.limit is None and len(problems) not in benchmark.problems:
-            raise InputError(
-                f"{benchmark.path} holds {len(problems)} problems; {benchmark.name} has "
-                f"{' or '.join(map(str, benchmark.problems))}"
-            )
+        if benchmark.limit is None:  # a limit says that the rest is left out on purpose
+            benchmark.check_number(len(problems), benchmark.path)
         jobs.append(_Job(benchmark, problems, asked, answers, out / "rows" / file))
     return jobs
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from micota_fast.errors import InputError
 from micota_fast.grading.answers import extract_boxed
-from micota_fast.recipe import shipped_benchmarks
+from micota_fast.recipe import BenchmarkConfig, shipped_benchmarks
 from micota_fast.records import Problem, read_lines, read_problems, write_atomic, write_rows
 
 
@@ -25,24 +25,18 @@ def fetch(folder: str | Path) -> None:
     except ValueError as error:
         raise InputError(f"{sources_path} is damaged ({error}); delete it") from None
     for key, definition in shipped_benchmarks().items():
-        path = folder / definition["path"]
+        path, benchmark = folder / definition["path"], BenchmarkConfig(like=key)
         if path.exists():
-            _check_number(len(read_problems(path)), str(path), definition)
+            benchmark.check_number(len(read_problems(path)), str(path))
             print(f"{path}: there already")
             continue
         commit, rows = _rows(definition["hub"])
         problems = [_problem(row, f"{key}-{i}", definition["hub"]) for i, row in enumerate(rows)]
-        _check_number(len(problems), f"{definition['hub']['repo']} at {commit}", definition)
+        benchmark.check_number(len(problems), f"{definition['hub']['repo']} at {commit}")
         write_rows(path, problems)
         sources[definition["path"]] = {"repo": definition["hub"]["repo"], "commit": commit}
         write_atomic(sources_path, [json.dumps(sources, indent=1, sort_keys=True).encode() + b"\n"])
         print(f"{path}: {len(problems)} problems of {definition['hub']['repo']} at {commit}")
-
-
-def _check_number(number: int, where: str, definition: dict[str, Any]) -> None:
-    if number not in definition["problems"]:
-        wanted = " or ".join(map(str, definition["problems"]))
-        raise InputError(f"{where} holds {number} problems; {definition['name']} has {wanted}")
 
 
 def _rows(hub: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:

@@ -435,6 +435,11 @@ class BenchmarkConfig:
         if self.limit is not None:
             at_least(self, limit=1)
 
+    def check_number(self, number: int, where: str) -> None:
+        """Raises InputError where `where` holds another number of problems than this set has."""
+        if self.problems and number not in self.problems:
+            raise InputError(f"{where} holds {number} problems; {self.name} has {' or '.join(map(str, self.problems))}")
+
 
 @dataclass(kw_only=True)
 class JudgeConfig:

@@ -51,16 +51,15 @@ def learnability(corpora: Mapping[str, Corpus], trained_on: Mapping[str, str], s
     arms = {trained_on.get(arm.name, arm.name): arm for arm in reversed(summary.trained)}  # the first counts
     trained = {name: arms[name] for name in order if name in arms}
     compared = tuple(name for name in trained if name in scores)
-    rho = None
+    accuracies = [trained[name].average.mean for name in compared]
+    rho, others = None, {}
     if len(compared) >= FEWEST:
-        rho = spearman([-scores[name] for name in compared], [trained[name].average.mean for name in compared])
-    others: dict[str, float | None] = {}
+        rho = spearman([-scores[name] for name in compared], accuracies)
     if rho is not None:
-        accuracies = [trained[name].average.mean for name in compared]
         for measure, value in OTHERS.items():
-            values = [value(aligned[name]) for name in compared]
-            if None not in values:
-                others[measure] = spearman([-v for v in values if v is not None], accuracies)
+            known = [-found for name in compared if (found := value(aligned[name])) is not None]
+            if len(known) == len(compared):
+                others[measure] = spearman(known, accuracies)
     return Learnability(order, trained, compared, rho, others)
 
 
