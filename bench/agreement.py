@@ -110,8 +110,8 @@ def _bare(statement: str) -> str:
 
 def ours(answers: list[Row]) -> dict[str, list[Any]]:
     """The verdicts of each protocol, by the rule that the benchmark has in benchmarks.yaml."""
-    from micota_fast.evaluate import RULES
-    from micota_fast.grade import Grader
+    from micota_fast.evaluation.evaluate import RULES
+    from micota_fast.grading.grader import Grader
 
     rules = {"gsm8k": RULES["last_number"], "math500": RULES["box"]}
     with Grader() as grader:

@@ -37,9 +37,9 @@ import numpy as np
 from machine import ROOT, provenance
 from train_contestants import Case, prepare
 
-from micota_fast.recipe import ServeConfig
-from micota_fast.records import Problem, write_rows
-from micota_fast.serve.launch import serving
+from micota_fast.common.records import Problem, write_rows
+from micota_fast.config.generation import ServeConfig
+from micota_fast.serve.serve import serving
 
 Row = dict[str, Any]
 HERE = Path(__file__).parent

@@ -12,15 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from micota_fast.recipe import ChatConfig
+from micota_fast.config.generation import ChatConfig
 
 CHAT = ChatConfig(system=None, prompt="{problem}")
 
 
 def micota(settings: dict[str, Any]) -> dict[str, Any]:
     """`micota generate`, from the call to the finished corpus."""
-    from micota_fast import generate
-    from micota_fast.recipe import GenerateConfig
+    from micota_fast.config.generation import GenerateConfig
+    from micota_fast.generation import generate
 
     names = ("model", "problems", "out", "url", "samples", "temperature", "max_new_tokens", "concurrency")
     request = GenerateConfig(chat=CHAT, **{name: settings[name] for name in names})
@@ -34,8 +34,8 @@ def bare_aiohttp(settings: dict[str, Any]) -> dict[str, Any]:
     """The same requests posted by aiohttp, their bodies encoded and the answers decoded, and nothing else done."""
     import aiohttp
 
-    from micota_fast.chat import Chat
-    from micota_fast.records import read_problems
+    from micota_fast.chat.encoding import Chat
+    from micota_fast.common.records import read_problems
 
     chat = Chat.from_checkpoint(settings["model"], CHAT)
     prompts = [chat.encode_prompt(problem.problem) for problem in read_problems(settings["problems"])]

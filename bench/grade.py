@@ -120,7 +120,7 @@ def _math_verify() -> Callable[[list[Pair]], list[str]]:
 
 
 def _micota(workers: int) -> Callable[[list[Pair]], list[str]]:
-    from micota_fast.grade import Grader
+    from micota_fast.grading.grader import Grader
 
     grader = Grader(workers)
     # pairs that no grader settles without sympy: one for each worker, so that all are started

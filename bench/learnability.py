@@ -9,14 +9,14 @@ the micro recipe's own settings, on nine corpora: long, three merges between ass
 0.85, 0.8, 0.75), short, long:short 1:4, mid:short 1:1, its own right answers, and the bare final answers. A run of
 `micota run` a student, in a folder a world, makes all of it: interrupted, the same command goes on.
 
-What is compared, each under the untrained student: nats an answer (the score of `micota_fast/learnability.py`, chosen
-before any of these worlds was run), perplexity, tokens, departures an answer, rank-surprisal ratio. For each student
-Spearman's correlation between the measure, less being better, and accuracy (mean over five benchmarks and the seeds)
-over the corpora; +1: it ranks them as training does. Bare answers hold no reasoning and are in no pipeline, so they are
-left out of the figure that counts and shown in a second one. Also: the accuracy that is lost where the best corpus by
-the measure is taken instead of the best by accuracy. Means are over worlds, intervals Student's t over these: students
-of one world share problems and corpora. Three worlds make them wide.
-"""
+What is compared, each under the untrained student: nats an answer (the score of
+`micota_fast/alignment/learnability.py`, chosen before any of these worlds was run), perplexity, tokens, departures an
+answer, rank-surprisal ratio. For each student Spearman's correlation between the measure, less being better, and
+accuracy (mean over five benchmarks and the seeds) over the corpora; +1: it ranks them as training does. Bare answers
+hold no reasoning and are in no pipeline, so they are left out of the figure that counts and shown in a second one.
+Also: the accuracy that is lost where the best corpus by the measure is taken instead of the best by accuracy. Means
+are over worlds, intervals Student's t over these: students of one world share problems and corpora. Three worlds make
+them wide."""
 
 import argparse
 import copy
@@ -31,8 +31,8 @@ import numpy as np
 import yaml
 from machine import ROOT, provenance
 
+from micota_fast.common.records import read_problems, write_rows
 from micota_fast.micro import build
-from micota_fast.records import read_problems, write_rows
 from micota_fast.statistics.intervals import mean_and_sd, student_t95
 from micota_fast.statistics.ranks import spearman
 
@@ -123,9 +123,7 @@ def _merge(recipe: dict[str, Any], weight: float) -> dict[str, Any]:
 
 def run(folder: Path, recipe: Path) -> list[dict[str, Any]]:
     """Runs the recipe; a row a corpus: its measures, and the accuracy that training on it brings, in %."""
-    subprocess.run(
-        [sys.executable, "-m", "micota_fast.cli", "run", str(recipe), "--out", str(folder / "run")], check=True
-    )
+    subprocess.run([sys.executable, "-m", "micota_fast", "run", str(recipe), "--out", str(folder / "run")], check=True)
     report = json.loads((folder / "run" / "report" / "report.json").read_text(encoding="utf-8"))
     rows = []
     for name, arm in report["arms"].items():

@@ -150,7 +150,7 @@ def contestants(folder: Path, method: str, mergekit: str | None) -> dict[str, li
     each = f'for f in {copied}; do n=$((n+1)); cp "$f" {out}/$n; done'
     least = f"cat {files} > /dev/null && cp {used[0]} {out}/1 && sync {out}/1"
     commands = {
-        "micota": [sys.executable, "-m", "micota_fast.cli", "merge", str(config), str(out)],
+        "micota": [sys.executable, "-m", "micota_fast", "merge", str(config), str(out)],
         "cp": ["sh", "-c", f"mkdir {out} && {each}"],
         "read, write": ["sh", "-c", f"mkdir {out} && {least}"],
     }

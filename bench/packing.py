@@ -25,7 +25,7 @@ from machine import provenance
 from numpy.typing import NDArray
 
 from micota_fast.data.batches import PackedSteps, packed_batch
-from micota_fast.data.dealing import attention_parity, idle_share, pack_costs
+from micota_fast.data.load_balancing import attention_parity, idle_share, pack_costs
 from micota_fast.data.packing import pack
 from micota_fast.data.tokenise import Documents
 from micota_fast.model.config import ModelConfig

@@ -28,7 +28,9 @@ import torch
 from machine import provenance
 from torch import Tensor
 
-from micota_fast.chat import Chat
+from micota_fast.chat.encoding import Chat
+from micota_fast.common.records import write_rows
+from micota_fast.config.generation import ChatConfig
 from micota_fast.data.batches import IGNORE_INDEX, packed_batch
 from micota_fast.data.packing import pack
 from micota_fast.data.tokenise import load_documents
@@ -37,8 +39,6 @@ from micota_fast.micro import build
 from micota_fast.model.attention import PackedAttention, choose_backend
 from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.model.safetensors_io import load_model
-from micota_fast.recipe import ChatConfig
-from micota_fast.records import write_rows
 
 FILTERS = (1e-4, 1e-3, 1e-2)
 QUANTILES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)

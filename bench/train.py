@@ -42,9 +42,9 @@ import torch
 from machine import provenance
 from train_contestants import GEMM, Case, Contestant, Prepared, contestants, prepare, run
 
+from micota_fast.common.gpu_specs import peak_flops
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder
-from micota_fast.train.meters import peak_flops
 
 Row = dict[str, Any]
 

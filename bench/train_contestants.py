@@ -19,10 +19,10 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 from train_peers import peak_rss_bytes
 
+from micota_fast.common.processes import die_with_parent
 from micota_fast.data.packing import pack
 from micota_fast.model import safetensors_io
 from micota_fast.model.config import ModelConfig
-from micota_fast.processes import die_with_parent
 
 SHAPE_KEYS = (
     "hidden_size",

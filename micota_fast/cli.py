@@ -9,21 +9,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from micota_fast import __version__, config, recipe
+from micota_fast import __version__
+from micota_fast.config import loader
+from micota_fast.config.corpus import FilterConfig, MixConfig
+from micota_fast.config.evaluation import AlignConfig, ContaminationConfig, EvaluateConfig
+from micota_fast.config.generation import GenerateConfig, ServeConfig
+from micota_fast.config.merge import LengthSweepConfig, MergeConfig
+from micota_fast.config.recipe import Recipe
+from micota_fast.config.report import ReportConfig
+from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
 # verb -> (its options, "module:function" that takes them); modules are imported when their verb is called
 STAGES: dict[str, tuple[type, str]] = {
-    "generate": (recipe.GenerateConfig, "micota_fast.generate:run"),
-    "filter": (recipe.FilterConfig, "micota_fast.filtering:run"),
-    "mix": (recipe.MixConfig, "micota_fast.mix:run"),
-    "train": (recipe.TrainConfig, "micota_fast.train.loop:train"),
-    "evaluate": (recipe.EvaluateConfig, "micota_fast.evaluate:run"),
-    "length-sweep": (recipe.LengthSweepConfig, "micota_fast.length_sweep:run"),
-    "align": (recipe.AlignConfig, "micota_fast.align:run"),
-    "contamination": (recipe.ContaminationConfig, "micota_fast.contamination:run"),
-    "report": (recipe.ReportConfig, "micota_fast.report.build:run"),
+    "generate": (GenerateConfig, "micota_fast.generation.generate:run"),
+    "filter": (FilterConfig, "micota_fast.corpus.filter:run"),
+    "mix": (MixConfig, "micota_fast.corpus.mix:run"),
+    "train": (TrainConfig, "micota_fast.train.loop:train"),
+    "evaluate": (EvaluateConfig, "micota_fast.evaluation.evaluate:run"),
+    "length-sweep": (LengthSweepConfig, "micota_fast.length_sweep.length_sweep:run"),
+    "align": (AlignConfig, "micota_fast.alignment.align:run"),
+    "contamination": (ContaminationConfig, "micota_fast.corpus.contamination:run"),
+    "report": (ReportConfig, "micota_fast.report.report:run"),
 }
 
 
@@ -56,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     shipped = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
 
     of_recipe = f"YAML file, or a recipe that is shipped: {shipped}"
-    run = _verb(verbs, "run", recipe.Recipe, _run, "RECIPE", of_recipe)
+    run = _verb(verbs, "run", Recipe, _run, "RECIPE", of_recipe)
     run.add_argument(
         "--dry-run", action="store_true", help="only show what is done, stale or to do, and by which commands"
     )
@@ -97,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (cls, _) in STAGES.items():
         _verb(verbs, name, cls, _stage, "CONFIG", "YAML file of the options below; every one can be --set instead", "?")
 
-    merge = verbs.add_parser("merge", help=_summary(recipe.MergeConfig), description=recipe.MergeConfig.__doc__)
+    merge = verbs.add_parser("merge", help=_summary(MergeConfig), description=MergeConfig.__doc__)
     merge.add_argument("config", metavar="CONFIG", help="mergekit YAML file")
     merge.add_argument("out", metavar="OUT", help="folder of the merged checkpoint")
     merge.add_argument("--seed", type=int, default=0, help="seed of DARE's mask (default 0)")
@@ -126,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         help="answer SGLang's HTTP API for a checkpoint",
         description="Serve a checkpoint in the foreground, with our own decoder or real SGLang servers.",
-        epilog=_options(recipe.ServeConfig),
+        epilog=_options(ServeConfig),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     serve.add_argument("model", metavar="MODEL", help="checkpoint folder or hub name")
@@ -176,32 +184,32 @@ def _summary(cls: type) -> str:
 
 def _options(cls: type) -> str:
     lines = ["options, with their defaults and, in brackets, where the default comes from:"]
-    for key, default, doc in config.describe(cls):
+    for key, default, doc in loader.describe(cls):
         lines += [f"  {key} = {default}", f"      {doc}"]
     return "\n".join(lines)
 
 
-def _recipe(parsed: argparse.Namespace) -> tuple[recipe.Recipe, Path, Path]:
+def _recipe(parsed: argparse.Namespace) -> tuple[Recipe, Path, Path]:
     """The recipe, its file, and the run's folder."""
     path = Path(parsed.config)
     if not path.is_file() and (RECIPES / f"{parsed.config}.yaml").exists():
         path = RECIPES / f"{parsed.config}.yaml"
-    loaded = config.load(recipe.Recipe, path, parsed.overrides)
+    loaded = loader.load(Recipe, path, parsed.overrides)
     return loaded, path.resolve(), Path(parsed.out or f"runs/{loaded.name}").resolve()
 
 
 def _plan(parsed: argparse.Namespace) -> None:
-    from micota_fast.planning import table as plan_table
+    from micota_fast.planning import plan
     from micota_fast.planning.assumptions import Assumptions
 
     loaded, path, folder = _recipe(parsed)
-    assumed = config.load(Assumptions, None, parsed.assume)
-    made = plan_table.make_plan(
+    assumed = loader.load(Assumptions, None, parsed.assume)
+    made = plan.make_plan(
         loaded, path, folder, parsed.gpu, parsed.gpus, assumed, parsed.answer_tokens, parsed.dollars_per_gpu_hour
     )
     if parsed.json:
-        plan_table.write_json(parsed.json, made, assumed)
-    print(plan_table.table(made, assumed))
+        plan.write_json(parsed.json, made, assumed)
+    print(plan.table(made, assumed))
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
@@ -211,8 +219,8 @@ def _doctor(parsed: argparse.Namespace) -> int:
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    from micota_fast.graph import plan
-    from micota_fast.pipeline import Run
+    from micota_fast.pipeline.graph import plan
+    from micota_fast.pipeline.run import Run
 
     loaded, path, folder = _recipe(parsed)
     absent: list[str] | None = [] if parsed.dry_run else None  # a dry run shows the stages all the same
@@ -239,35 +247,31 @@ def _run(parsed: argparse.Namespace) -> None:
 
 def _stage(parsed: argparse.Namespace) -> None:
     cls, place = STAGES[parsed.verb]
-    options: Any = config.load(cls, parsed.config, parsed.overrides)
+    options: Any = loader.load(cls, parsed.config, parsed.overrides)
     module, _, function = place.partition(":")
     if getattr(importlib.import_module(module), function)(options) is False:
         raise KeyboardInterrupt  # stopped by a signal, with its work kept
 
 
 def _merge(parsed: argparse.Namespace) -> None:
-    from micota_fast.merge.stream import merge
+    from micota_fast.merge.merge import merge
 
-    merge(recipe.MergeConfig(config=parsed.config, out=parsed.out, seed=parsed.seed, weights=parsed.weights))
+    merge(MergeConfig(config=parsed.config, out=parsed.out, seed=parsed.seed, weights=parsed.weights))
 
 
 def _export(parsed: argparse.Namespace) -> None:
-    from micota_fast.parquet import export
+    from micota_fast.corpus.export import export
 
     print(f"{parsed.out}: {export(parsed.completions, parsed.out)} completions")
 
 
 def _benchmarks(parsed: argparse.Namespace) -> None:
-    from micota_fast.hub_benchmarks import fetch
+    from micota_fast.evaluation.benchmarks import fetch
 
     fetch(parsed.folder)
 
 
 def _serve(parsed: argparse.Namespace) -> None:
-    from micota_fast.serve.launch import serve_in_foreground
+    from micota_fast.serve.serve import serve_in_foreground
 
-    serve_in_foreground(parsed.model, config.load(recipe.ServeConfig, None, parsed.overrides), parsed.log)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    serve_in_foreground(parsed.model, loader.load(ServeConfig, None, parsed.overrides), parsed.log)

@@ -10,7 +10,7 @@ python="${PYTHON:-$VENV/bin/python}"
 trap 'echo "stopped before training started"; exit 0' TERM USR1
 
 require_trainer() {
-    "$python" -c 'import micota_fast.config, importlib.util; assert importlib.util.find_spec("torch")' 2>/dev/null ||
+    "$python" -c 'import micota_fast.config.loader, importlib.util; assert importlib.util.find_spec("torch")' 2>/dev/null ||
         fail "$python cannot import torch and micota_fast; bash scripts/train.sh makes .venv where it is not there, and" \
             "PYTHON=/path/to/python names another interpreter"
 }

@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.paths import HELPERS
+
+# Processes that tests start find `helpers` and, where the package is not installed, the package.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HELPERS.parent), os.environ.get("PYTHONPATH", "")]))
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on CPU tensors
 
@@ -26,6 +31,6 @@ def llama_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _made(tmp_path_factory: pytest.TempPathFactory, family: str) -> Path:
-    from checkpoints import make_checkpoint  # imports transformers, which most tests never need
+    from helpers.checkpoints import make_checkpoint  # imports transformers, which most tests never need
 
     return make_checkpoint(tmp_path_factory.mktemp(family), family)

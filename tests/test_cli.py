@@ -56,7 +56,7 @@ def test_the_command_line_starts_without_torch(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_mistake(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "micota_fast.cli", "run", "micro", "--dry-run", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "micota_fast", "run", "micro", "--dry-run", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"}
     )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from micota_fast.data.dealing import deal, idle_share, pack_costs
+from micota_fast.data.load_balancing import deal, idle_share, pack_costs
 from micota_fast.data.packing import efficiency, pack
 from micota_fast.data.tokenise import Documents
 from micota_fast.errors import InputError

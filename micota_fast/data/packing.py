@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from micota_fast.compiled import compiled
+from micota_fast.common.numba_cache import compiled
 from micota_fast.errors import InputError
 
 _PAIRS_TRIED = 64  # for one gap, before the longest document that fits is taken after all

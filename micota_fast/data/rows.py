@@ -17,8 +17,8 @@ other keys are left aside, except those that would change what the model reads (
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from micota_fast.chat import Chat
-from micota_fast.chat_template import Message
+from micota_fast.chat.encoding import Chat
+from micota_fast.chat.template import Message
 from micota_fast.errors import InputError
 
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from micota_fast.chat import Chat, Encoded, Segment
+from micota_fast.chat.encoding import Chat, Encoded, Segment
+from micota_fast.common.records import read_lines, write_rows
 from micota_fast.data.rows import to_messages
 from micota_fast.errors import InputError
-from micota_fast.records import read_lines, write_rows
 
 _BATCH_CHARS = 4_000_000  # text tokenised at once: about 1M tokens, some 100 MB in the tokenizer's own form
 

@@ -18,9 +18,11 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from micota_fast.chat import Chat
+from micota_fast.chat.encoding import Chat
+from micota_fast.common.records import Completion, parse_row
+from micota_fast.config.generation import SamplingSettings
+from micota_fast.corpus.rules import REASONS, Judge, Judgement
 from micota_fast.errors import InputError
-from micota_fast.generation.accept import REASONS, Judge, Judgement
 from micota_fast.generation.endpoint import Endpoint, Temporary, is_model
 from micota_fast.generation.journal import Journal
 from micota_fast.generation.problem_file import ProblemFile
@@ -29,8 +31,6 @@ from micota_fast.generation.prompts import Prompts
 from micota_fast.generation.request import Asker
 from micota_fast.generation.schedule import Schedule, Wanted
 from micota_fast.model.config import ModelConfig
-from micota_fast.recipe import SamplingSettings
-from micota_fast.records import Completion, parse_row
 
 BACKOFF_S = 0.25, 15.0  # first and longest pause between two tries of a request, or of a server that is down or fails
 # How long nothing may be answered before the run gives up: a server elsewhere may be restarted, ours will not.

@@ -14,8 +14,8 @@ from typing import Any
 
 import aiohttp
 
+from micota_fast.common.records import model_name
 from micota_fast.errors import InputError
-from micota_fast.records import model_name
 
 RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 BUSY_STATUSES = RETRY_STATUSES - {408, 500}  # of an answer: the server's state, not the request, is the reason

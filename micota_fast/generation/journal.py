@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from micota_fast.common.files import write_atomic
+from micota_fast.common.records import encode_row
 from micota_fast.errors import InputError
 from micota_fast.generation.journal_index import Index, write_at
-from micota_fast.records import encode_row, write_atomic
 
 FORMAT = 1
 SEGMENT_BYTES = 64 << 20  # a row longer than that has a segment of its own

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from micota_fast.common.files import write_atomic
+from micota_fast.common.records import Problem, parse_line, parse_row, repeats
 from micota_fast.errors import InputError
-from micota_fast.records import Problem, parse_line, parse_row, repeats, write_atomic
 
 FORMAT = 1
 _BLOCK = 1 << 20

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from micota_fast.chat import Chat
+from micota_fast.chat.encoding import Chat
+from micota_fast.common.files import write_atomic
 from micota_fast.errors import InputError
 from micota_fast.generation.problem_file import ProblemFile
-from micota_fast.records import write_atomic
 
 OFFENDERS_NAMED = 3
 CHECKED_AT_ONCE = 1024

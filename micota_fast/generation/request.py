@@ -6,12 +6,12 @@ from typing import Any
 
 import aiohttp
 
+from micota_fast.common.records import Completion, model_name
+from micota_fast.config.generation import SamplingSettings
 from micota_fast.errors import InputError
 from micota_fast.generation.endpoint import Endpoint, Temporary
 from micota_fast.generation.prompts import Prompts
 from micota_fast.generation.schedule import Wanted
-from micota_fast.recipe import SamplingSettings
-from micota_fast.records import Completion, model_name
 
 
 def derive_seed(seed: int, problem_id: str, sample: int) -> int:

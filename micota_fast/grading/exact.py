@@ -4,7 +4,7 @@ A small grammar is read into exact values: integers, fractions, decimals, percen
 polynomials, tuples, intervals, sets and matrices of such numbers, choices and equations, with units and currency as
 math-verify treats them. Two values are compared exactly. Whatever is outside the grammar, or so near that the rounding
 of math-verify (six decimals, 15 digits) could matter, has no verdict here. That the verdicts are math-verify's is not
-proven but tested: by generated pairs and by the gold answers of the benchmarks (tests/test_exact.py).
+proven but tested: by generated pairs and by the gold answers of the benchmarks (tests/grading/test_exact.py).
 """
 
 import math

@@ -20,7 +20,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from micota_fast.compiled import compiled
+from micota_fast.common.numba_cache import compiled
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from micota_fast.config import build, load, option
+from micota_fast.config.loader import build, load, option
 from micota_fast.errors import InputError
 from micota_fast.merge.settings import Case, Scalar, Setting, plain, read_setting, value_at
 

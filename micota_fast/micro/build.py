@@ -21,12 +21,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from micota_fast.config import dump
+from micota_fast.common.records import Problem, write_rows
+from micota_fast.config.loader import dump
+from micota_fast.config.train import TrainConfig
 from micota_fast.micro import world
 from micota_fast.micro.tokenizer import END_OF_TEXT, IM_END, QUESTION_SUFFIX, SYSTEM_PROMPT, save_tokenizer
 from micota_fast.micro.tokenizer import train_tokenizer as train_bpe
-from micota_fast.recipe import TrainConfig
-from micota_fast.records import Problem, write_rows
 
 HERE = Path(__file__).parent
 CONTEXT = 1024

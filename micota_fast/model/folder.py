@@ -135,20 +135,3 @@ def _check_header(tensors: dict[str, StoredTensor], data: int, size: int) -> Non
         at = end
     if at != size:
         raise ValueError(f"{size - at} bytes follow its last tensor")
-
-
-def publish(aside: Path, out_dir: Path) -> None:
-    """Sync a flat folder with all its files and rename it to `out_dir` (absent or empty), which is then on the disk."""
-    for path in (*aside.iterdir(), aside):
-        sync(path)
-    aside.rename(out_dir)
-    sync(out_dir.parent)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or folder."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -11,18 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from micota_fast.common.files import publish
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder, parameter_shapes
-from micota_fast.model.folder import (
-    COPIED_FILES,
-    DERIVED_BUFFERS,
-    INDEX,
-    SINGLE,
-    publish,
-    read_header,
-    tensor_files,
-)
+from micota_fast.model.folder import COPIED_FILES, DERIVED_BUFFERS, INDEX, SINGLE, read_header, tensor_files
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 

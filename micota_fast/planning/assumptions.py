@@ -5,10 +5,10 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from micota_fast.config import option
+from micota_fast.common.gpu_specs import peak_flops
+from micota_fast.config.checks import at_least
+from micota_fast.config.loader import option
 from micota_fast.errors import InputError
-from micota_fast.recipe import at_least
-from micota_fast.train.meters import peak_flops
 
 
 class GPU(NamedTuple):

@@ -17,8 +17,8 @@ from micota_fast.model.config import ModelConfig
 from micota_fast.model.folder import tensor_files
 from micota_fast.planning import machine
 from micota_fast.planning.needs import Finding, Needs, urls_of
+from micota_fast.planning.plan import named_on_hub
 from micota_fast.planning.shapes import weights_cached
-from micota_fast.planning.table import named_on_hub
 from micota_fast.serve import sglang
 
 

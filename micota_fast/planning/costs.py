@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
+from micota_fast.config.generation import SamplingSettings
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder
 from micota_fast.planning.assumptions import GPU, Assumptions
-from micota_fast.recipe import SamplingSettings
 from micota_fast.serve import sglang
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}

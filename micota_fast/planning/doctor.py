@@ -6,9 +6,9 @@ Every question to something that may not answer (a driver, an interpreter, the n
 from collections.abc import Iterator
 from pathlib import Path
 
+from micota_fast.config.recipe import Recipe
 from micota_fast.planning import checks_machine, checks_recipe
 from micota_fast.planning.needs import Finding, Needs
-from micota_fast.recipe import Recipe
 
 
 def check(recipe: Recipe, path: Path, folder: Path) -> int:

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import torch
 
+from micota_fast.config.generation import ServeConfig
+from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
-from micota_fast.graph import Stage, plan
+from micota_fast.pipeline.graph import Stage, plan
 from micota_fast.planning import machine
 from micota_fast.planning.costs import Cost
-from micota_fast.planning.table import CPU, DEFAULT_GPU, Plan, make_plan
-from micota_fast.recipe import Recipe, ServeConfig
+from micota_fast.planning.plan import CPU, DEFAULT_GPU, Plan, make_plan
 
 SLOW_FLOPS = 1e15  # hours on a CPU: a stage above that which asks for no device is meant for a GPU
 

@@ -1,325 +1,243 @@
-"""What a recipe will take: tokens, FLOPs, hours, memory and disk of each stage, from shapes and stated assumptions.
-
-Counts of stages that are done are read from what they have left. All else is a plan: shapes are exact, lengths and
-efficiencies are `Assumptions`, each with its source.
-"""
+"""`micota plan`: the costs of a recipe's stages as a table that says what is assumed."""
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from micota_fast.chat import Chat
+from micota_fast.common.files import write_atomic
+from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
-from micota_fast.graph import BASE, Stage
-from micota_fast.kernels.chunks import LOGITS_BYTES
-from micota_fast.length_sweep import REFINEMENTS
-from micota_fast.mix import apportion
-from micota_fast.planning.assumptions import GPU, KNOWN_SETS, REASONING, Assumptions
-from micota_fast.planning.costs import (
-    BYTES,
-    Corpus,
-    Cost,
-    Model,
-    answering,
-    parameters,
-    recomputed_flops,
-    train_flops,
-)
-from micota_fast.planning.shapes import shapes_of
-from micota_fast.recipe import ChatConfig, LaunchConfig
-from micota_fast.records import parse_line, read_lines, read_problems
-from micota_fast.train.memory import estimate, kept
+from micota_fast.pipeline.graph import BASE, Artefact, Stage, plan
+from micota_fast.pipeline.run import Run
+from micota_fast.planning.assumptions import GPUS, Assumptions
+from micota_fast.planning.costs import Cost, Model, parameters, two
+from micota_fast.planning.planner import Planner
+from micota_fast.planning.shapes import shapes_of, weights_cached
 
-SAMPLED_PROMPTS = 200  # tokenised to know their length, where the tokenizer is here
-FITS = 0.95  # of a GPU's memory, as the trainer's own warning has it
+CPU = "cpu"
+DEFAULT_GPU = "h100"
 
 
-class Planner:
-    """Costs of stages, each after those it needs.
+@dataclass
+class Plan:
+    """A recipe's stages and what they cost.
 
-    Args:
-        launch: processes of a training stage.
-        gpu: that everything runs on which is not told to run on a CPU; None: there is none.
-        assumed: what shapes do not say.
-        answer_tokens: mean length of answers by name of a corpus, or of the student's own ("base").
-        done: seconds that the stages took which are done, by name; their outputs are read.
+    Attributes:
+        costs: of each stage, in order.
+        downloads: bytes of hub models that are not in the local cache, by name.
+        gpu: of `assumptions.GPUS`, or "cpu".
+        gpus: in the machine, held from the first stage to the last.
+        jobs: stages that run at once.
+        absent: files and folders that the recipe names and that are not there.
     """
 
-    def __init__(
-        self,
-        launch: LaunchConfig,
-        gpu: GPU | None,
-        assumed: Assumptions,
-        answer_tokens: Mapping[str, float],
-        done: Mapping[str, float],
-    ) -> None:
-        self.launch, self.gpu, self.assumed = launch, gpu, assumed
-        self.answer_tokens, self.done = answer_tokens, done
-        self._models: dict[str, Model] = {}  # by location
-        self._corpora: dict[str, Corpus] = {}
-        self._longest_assumed = 0  # tokens of an answer
+    stages: list[Stage]
+    costs: list[Cost]
+    downloads: dict[str, float]
+    gpu: str
+    gpus: int
+    jobs: int
+    absent: list[str]
+    dollars: float | None = None
 
-    def costs(self, stages: Sequence[Stage]) -> list[Cost]:
-        """Of each stage, in order.
+    @property
+    def to_do(self) -> list[Cost]:
+        """Of the stages that are not done."""
+        return [cost for cost in self.costs if not cost.done]
 
-        Raises:
-            InputError: a model's shapes or a file's size cannot be known.
-        """
-        limits = [stage.settings.max_new_tokens for stage in stages if stage.verb in ("generate", "evaluate")]
-        self._longest_assumed = max(1, max(limits) // 4)  # in a world of short answers, those assumed are short, too
-        ways = {
-            "generate": self._generate,
-            "filter": self._filter,
-            "mix": self._mix,
-            "train": self._train,
-            "merge": self._merge,
-            "length-sweep": self._length_sweep,
-            "evaluate": self._evaluate,
-            "align": self._align,
-        }
-        costs = []
-        for stage in stages:
-            cost = ways[stage.verb](stage) if stage.verb in ways else Cost(stage.name, stage.verb, how="on the CPU")
-            if stage.name in self.done:
-                cost.done, cost.hours, cost.passing = True, self.done[stage.name] / 3600, 0
-            costs.append(cost)
-        return costs
+    @property
+    def disk(self) -> float:
+        """Bytes at the worst moment of what is still to be written, hub downloads not counted."""
+        passing = sorted((cost.passing for cost in self.to_do), reverse=True)
+        return sum(cost.disk for cost in self.to_do) + sum(passing[: self.jobs])
 
-    # --- what goes in ---
-
-    def _model(self, location: str) -> Model:
-        if location not in self._models:
-            tokens = self.assumed.long_tokens if REASONING.search(location) else self.assumed.short_tokens
-            self._models[location] = Model(shapes_of(location), min(tokens, self._longest_assumed), location)
-        return self._models[location]
-
-    def _problems(
-        self, path: str, limit: int | None, model: Model, chat: ChatConfig, known: int | None = None
-    ) -> tuple[int, float]:
-        """How many, and mean tokens of their prompts."""
-        a = self.assumed
-        if not Path(path).is_file():
-            count = known or KNOWN_SETS.get(Path(path).stem)
-            if count is None:
-                raise InputError(f"no such file: {path}; its problems must be counted")
-            return min(count, limit or count), a.problem_chars / a.chars_per_token + a.template_tokens
-        problems = read_problems(path, limit)
-        if Path(model.folder, "tokenizer.json").is_file():
-            rendered = Chat.from_checkpoint(model.folder, chat)
-            lengths = [len(rendered.encode_prompt(p.problem)) for p in problems[:SAMPLED_PROMPTS]]
-            return len(problems), float(np.mean(lengths))
-        chars = float(np.mean([len(p.problem) for p in problems]))
-        return len(problems), chars / a.chars_per_token + a.template_tokens
-
-    def _corpus(self, location: str) -> Corpus:
-        if location not in self._corpora:  # a file that was there from the beginning
-            if not Path(location).is_file():
-                raise InputError(f"no such file: {location}; its rows must be counted")
-            self._corpora[location] = self._of_file(Path(location))
-        return self._corpora[location]
-
-    def _of_file(self, path: Path) -> Corpus:
-        """A corpus of any format: our own rows say their tokens, of others the characters are counted."""
-        prompts, answers = [], []
-        for where, line in read_lines(path):
-            row = parse_line(line, where)
-            ours = "completion_tokens" in row
-            text = sum(len(str(value)) for value in row.values()) / self.assumed.chars_per_token
-            prompts.append(row["prompt_tokens"] if ours else self.assumed.template_tokens)
-            answers.append(row["completion_tokens"] if ours else text)
-        return _counted(np.array(prompts, dtype=float), np.array(answers, dtype=float))
-
-    def _assumed(self, rows: float, prompt: float, answer: float) -> Corpus:
-        length = max(1.0, prompt + answer)
-        return Corpus(rows, prompt, answer, length + (self.assumed.length_cv * answer) ** 2 / length)
-
-    def _on_gpu(self, device: str) -> bool:
-        return self.gpu is not None and device != "cpu"
-
-    # --- the stages ---
-
-    def _generate(self, stage: Stage) -> Cost:
-        s, name = stage.settings, stage.name.partition("/")[2]
-        model = self._model(s.model)
-        answer = min(self.answer_tokens.get(name, model.answer), s.max_new_tokens)
-        if stage.name in self.done:
-            answers = self._of_file(Path(s.out))
-        else:
-            problems, prompt = self._problems(s.problems, s.limit, model, s.chat)
-            answers = self._assumed(problems * s.samples, prompt, answer)
-        self._corpora[s.out] = answers
-        cost = Cost(stage.name, stage.verb)
-        answering(cost, model, s, [answers], self.gpu, self.assumed)
-        cost.disk = answers.tokens * self.assumed.text_bytes
-        return cost
-
-    def _filter(self, stage: Stage) -> Cost:
-        s = stage.settings
-        answers = self._corpora[s.completions]
-        if stage.name in self.done:
-            accepted = self._of_file(Path(s.out))
-        else:
-            share = self.assumed.accepted if s.require_correct else 1.0
-            accepted = dataclasses.replace(answers, rows=round(answers.rows * share), counted=False)
-        self._corpora[s.out] = accepted
-        disk = answers.tokens * self.assumed.text_bytes  # the rejects stand beside it
-        return Cost(stage.name, stage.verb, disk=disk, how=f"{_rows(accepted)} of {answers.rows:,.0f} accepted")
-
-    def _mix(self, stage: Stage) -> Cost:
-        s = stage.settings
-        if stage.name in self.done:
-            mixed = self._of_file(Path(s.out))
-        else:
-            parts = {path: self._corpus(path) for path in s.parts}
-            rows = apportion(int(min(part.rows for part in parts.values())), s.parts)
-            total = max(1, sum(rows.values()))
-            tokens = sum(rows[path] * (part.prompt + part.answer) for path, part in parts.items())
-            mixed = Corpus(
-                rows=sum(rows.values()),
-                prompt=sum(rows[path] * part.prompt for path, part in parts.items()) / total,
-                answer=sum(rows[path] * part.answer for path, part in parts.items()) / total,
-                context=sum(rows[p] * (c.prompt + c.answer) * c.context for p, c in parts.items()) / max(1, tokens),
-            )
-        self._corpora[s.out] = mixed
-        return Cost(stage.name, stage.verb, disk=mixed.tokens * self.assumed.text_bytes, how=_rows(mixed))
-
-    def _train(self, stage: Stage) -> Cost:
-        s, out = stage.settings, Path(stage.settings.out)
-        model, corpus = self._model(s.model), self._corpus(s.data)
-        self._models[str(out / "model")] = model._replace(answer=corpus.answer)
-        steps_an_epoch = math.ceil(corpus.tokens / (s.pack_tokens * self.assumed.pack_fill * s.packs_per_step)) or 1
-        steps = min(math.ceil(steps_an_epoch * s.epochs), s.max_steps or math.inf)
-        tokens = min(s.epochs, steps / steps_an_epoch) * corpus.tokens
-        if stage.name in self.done:
-            rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-            tokens, steps = sum(row["tokens"] for row in rows), len(rows)
-        processes, size = self.launch.nproc, parameters(model.config)
-        on_gpu, dtype = self._on_gpu(s.device), getattr(torch, s.dtype)
-        shards = s.mesh.shard or max(1, processes // s.mesh.replicate)
-        how = s.activation_checkpointing
-        need = estimate(model.config, s.pack_tokens, shards, how, dtype, "cuda" if on_gpu else "cpu").total
-        stored = BYTES[s.save_dtype] if s.save_dtype else model.width
-        cost = Cost(
-            stage.name,
-            stage.verb,
-            tokens=tokens,
-            flops=train_flops(model.config, tokens, corpus.context),
-            gpus=processes if on_gpu else 0,
-            memory=need,
-            disk=size * stored,
-            # Weights and both moments in float32; the newest is whole before the oldest goes, and the best one stays.
-            passing=12 * size * (s.keep_checkpoints + 1 + (s.validation_data is not None)),
-            how=f"{_rows(corpus)}, {steps:,.0f} steps on {processes} process{'es' * (processes > 1)}",
-        )
-        if on_gpu and self.gpu is not None:
-            if s.dtype == "bfloat16":
-                run = cost.flops + recomputed_flops(model.config, tokens, corpus.context, how)
-                cost.hours = run / (processes * self.gpu.flops * self.assumed.train_mfu) / 3600
-            if cost.memory > FITS * self.gpu.memory:
-                full = estimate(model.config, s.pack_tokens, shards, "full", dtype, "cuda").total
-                cost.too_big = (
-                    f"{cost.memory / 1e9:.0f} GB on each of {processes}, where there are {self.gpu.memory / 1e9:.0f} "
-                    f"(`activation_checkpointing: full`: {full / 1e9:.0f})"
-                )
-        return cost
-
-    def _merge(self, stage: Stage) -> Cost:
-        self._models[stage.settings.out] = model = self._merged(stage)
-        size = parameters(model.config)
-        moved = size * model.width * (1 + len(stage.inputs))
-        return Cost(
-            stage.name,
-            stage.verb,
-            hours=moved / self.assumed.disk_rate / 3600 if self.gpu is not None else None,
-            disk=size * model.width,
-            how=f"{len(stage.inputs)} models read, one written, on the CPU",
-        )
-
-    def _length_sweep(self, stage: Stage) -> Cost:
-        s = stage.settings
-        model = self._merged(stage)
-        if s.target_median_tokens is not None:
-            model = model._replace(answer=float(s.target_median_tokens))
-            self._models[str(Path(s.out) / "model")] = model
-        sampling = s.generate
-        problems, prompt = self._problems(s.problems, s.limit, model, sampling.chat)
-        answers = self._assumed(problems * sampling.samples, prompt, min(model.answer, sampling.max_new_tokens))
-        cost = Cost(stage.name, stage.verb)
-        answering(cost, model, sampling, [answers], self.gpu, self.assumed)
-        n, size = len(s.weights), parameters(model.config) * model.width
-        read = sum(artefact.location in self._models for artefact in stage.inputs)
-        merges = (n + (s.target_median_tokens is not None)) * size * (1 + read) / self.assumed.disk_rate / 3600
-        cost.tokens, cost.flops = n * cost.tokens, n * cost.flops
-        if cost.hours is not None:
-            cost.hours = merges + n * cost.hours
-        kept_models = (s.target_median_tokens is not None) + n * s.keep_models
-        cost.disk, cost.passing = kept_models * size, 0 if s.keep_models else size
-        more = f", and up to {REFINEMENTS} more to find the length" if s.target_median_tokens is not None else ""
-        cost.how = f"{n} weights{more}: {cost.how}"
-        return cost
-
-    def _merged(self, stage: Stage) -> Model:
-        models = [self._model(a.location) for a in stage.inputs if not a.location.endswith(".jsonl")]
-        between = math.exp(sum(math.log(max(1.0, model.answer)) for model in models) / len(models))
-        return models[0]._replace(answer=between)  # the geometric mean: what a merge in the middle may be hoped to give
-
-    def _evaluate(self, stage: Stage) -> Cost:
-        s = stage.settings
-        model = self._model(s.model)
-        answer = model.answer
-        if stage.name == f"evaluate/{BASE}":
-            answer = self.answer_tokens.get(BASE, answer)
-        sets = []
-        results = {}
-        if stage.name in self.done:
-            results = json.loads((Path(s.out) / "results.json").read_bytes())["benchmarks"]
-        for benchmark in s.benchmarks:
-            known = max(benchmark.problems, default=None)
-            problems, prompt = self._problems(benchmark.path, benchmark.limit, model, s.chat, known)
-            own = s.of(benchmark)
-            mean = results[benchmark.name]["mean_tokens"] if results else min(answer, own.max_new_tokens)
-            sets.append(self._assumed(problems * own.samples, prompt, mean))
-            sets[-1].counted = bool(results)
-        cost = Cost(stage.name, stage.verb)
-        longest = max(s.of(benchmark).max_new_tokens for benchmark in s.benchmarks)
-        answering(cost, model, dataclasses.replace(s, max_new_tokens=longest), sets, self.gpu, self.assumed)
-        cost.disk = 2 * cost.tokens * self.assumed.text_bytes  # completions, and graded rows
-        if s.judge is not None:
-            cost.how += "; the judge is not counted"
-        return cost
-
-    def _align(self, stage: Stage) -> Cost:
-        s = stage.settings
-        model, corpora = self._model(s.model), [self._corpus(path) for path in s.corpora.values()]
-        on_gpu, low = self._on_gpu(s.device), BYTES[s.dtype]
-        cost = Cost(
-            stage.name,
-            stage.verb,
-            tokens=sum(corpus.tokens for corpus in corpora),
-            flops=sum(train_flops(model.config, corpus.tokens, corpus.context) for corpus in corpora) / 3,
-            gpus=int(on_gpu),
-            memory=low * (parameters(model.config) + s.pack_tokens * kept(model.config, "none"))
-            + LOGITS_BYTES["cuda" if on_gpu else "cpu"],
-            how=f"{len(corpora)} corpora read once",
-        )
-        if on_gpu and self.gpu is not None:
-            cost.hours = cost.flops / (self.gpu.flops * self.assumed.prefill_mfu) / 3600
-        return cost
+    def gpu_hours(self, cost: Cost) -> float:
+        """GPU-hours that are paid: the whole machine is held for as long as the stage runs."""
+        return self.gpus * (cost.hours or 0)
 
 
-def _counted(prompts: NDArray[np.float64], answers: NDArray[np.float64]) -> Corpus:
-    lengths = prompts + answers
-    if not len(lengths) or not lengths.sum():
-        return Corpus(0, 0, 0, 0, counted=True)
-    context = float((lengths**2).sum() / lengths.sum())
-    return Corpus(len(lengths), float(prompts.mean()), float(answers.mean()), context, counted=True)
+def make_plan(
+    recipe: Recipe,
+    path: Path,
+    folder: Path,
+    gpu: str | None = None,
+    gpus: int | None = None,
+    assumed: Assumptions | None = None,
+    answer_tokens: Sequence[str] = (),
+    dollars: float | None = None,
+) -> Plan:
+    """Work out what a recipe takes.
+
+    Args:
+        recipe: loaded from `path`.
+        path: of the recipe.
+        folder: of the run; what is done there is counted instead of assumed.
+        gpu: a name of `assumptions.GPUS`, or "cpu"; None: "cpu" where the recipe trains on one, else an H100.
+        gpus: in the machine; None: as many as the stage takes that takes most.
+        assumed: what shapes do not say; None: the defaults.
+        answer_tokens: NAME=N, mean tokens of the answers in a corpus, or of the student's own ("base").
+        dollars: an hour of one GPU.
+
+    Raises:
+        InputError: the recipe or an option is wrong, a stage takes more GPUs than `gpus`, or shapes or sizes cannot be
+            known.
+    """
+    if gpu not in (None, CPU, *GPUS):
+        raise InputError(f"--gpu {gpu}: known are {', '.join((CPU, *GPUS))}")
+    if gpus is not None and gpus < 1:
+        raise InputError(f"--gpus must be at least 1, not {gpus}")
+    if dollars is not None and not dollars > 0:
+        raise InputError(f"--dollars-per-gpu-hour must be above 0, not {dollars}")
+    absent: list[str] = []
+    stages = plan(recipe, path, folder, absent)
+    gpu = gpu or (CPU if recipe.train.device == "cpu" else DEFAULT_GPU)
+    done: dict[str, float] = {}
+    if folder.is_dir():
+        statuses = Run(stages, recipe.launch, folder).statuses()
+        for name in (name for name, status in statuses.items() if status.state == "done"):
+            done[name] = json.loads((folder / name / "done.json").read_bytes())["seconds"]
+    lengths = _lengths(answer_tokens, recipe)
+    planner = Planner(recipe.launch, GPUS.get(gpu), assumed or Assumptions(), lengths, done)
+    costs = planner.costs(stages)
+    most = max((cost for cost in costs if not cost.done), key=lambda cost: cost.gpus, default=None)
+    if gpus is not None and most is not None and most.gpus > gpus:
+        which = "`launch.nproc`" if most.verb == "train" else "`serve.tp`, `serve.dp` and `serve.replicas`"
+        raise InputError(f"--gpus {gpus}: {most.stage} takes {most.gpus} ({which}); set what it takes, or name more")
+    gpus = gpus or max((cost.gpus for cost in costs), default=0)
+    absent = [what.removeprefix(f"{path}, ") for what in absent]
+    return Plan(stages, costs, downloads(stages), gpu, gpus, recipe.launch.jobs, absent, dollars)
 
 
-def _rows(corpus: Corpus) -> str:
-    return f"{corpus.rows:,.0f} rows"
+def _lengths(given: Sequence[str], recipe: Recipe) -> dict[str, float]:
+    known = [BASE, *(name for name, corpus in recipe.corpora.items() if corpus.generate is not None)]
+    lengths: dict[str, float] = {}
+    for item in given:
+        name, _, number = item.partition("=")
+        if name not in known or not number.isdecimal() or int(number) < 1:
+            raise InputError(f"--answer-tokens {item}: expected NAME=TOKENS with a NAME of {', '.join(known)}")
+        lengths[name] = int(number)
+    return lengths
+
+
+def downloads(stages: Sequence[Stage]) -> dict[str, float]:
+    """Bytes of the hub models that are not in the local cache yet, by name."""
+    names = dict.fromkeys(a.location for stage in stages for a in stage.inputs if named_on_hub(a))
+    models = {name: Model(shapes_of(name), 0, name) for name in names if not weights_cached(name)}
+    return {name: float(parameters(model.config) * model.width) for name, model in models.items()}
+
+
+def named_on_hub(artefact: Artefact) -> bool:
+    """Whether it is a hub's name, and not a file that is missing."""
+    return artefact.on_hub and not Path(artefact.location).is_absolute()
+
+
+def table(made: Plan, assumed: Assumptions) -> str:
+    """The plan as text, figures with two significant digits."""
+    head = ["stage", "tokens", "FLOPs", "hours", "GPU-hours", "memory", "disk", *(["cost"] if made.dollars else []), ""]
+    rows = [head, *(_row(cost, made) for cost in made.costs)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:-1], widths[1:], strict=True)), row[-1]]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([*lines, "", *_totals(made), "", *_legend(made, assumed)])
+
+
+def _row(cost: Cost, made: Plan) -> list[str]:
+    hours = made.gpu_hours(cost)
+    money = [f"${two(hours * made.dollars)}" if hours and made.dollars else "–"] if made.dollars else []
+    how = f"DOES NOT FIT: {cost.too_big}" if cost.too_big else f"{'done: ' if cost.done else ''}{cost.how}"
+    if not cost.done and cost.gpus and cost.gpus != made.gpus:
+        how += f"; {cost.gpus} of {made.gpus} GPUs"
+    passing = f" + {size(cost.passing)}" if cost.passing else ""
+    return [
+        cost.stage,
+        size(cost.tokens, ""),
+        f"{cost.flops:.1e}".replace("e+", "e") if cost.flops else "–",
+        _hours(cost.hours or 0),
+        _hours(hours),
+        size(cost.memory),
+        size(cost.disk) + passing,
+        *money,
+        how,
+    ]
+
+
+def _hours(hours: float) -> str:
+    if not hours:
+        return "–"
+    return two(hours) if hours >= 0.01 else "<0.01"
+
+
+def _totals(made: Plan) -> list[str]:
+    done = len(made.costs) - len(made.to_do)
+    hours = sum(cost.hours or 0 for cost in made.to_do)
+    paid = sum(made.gpu_hours(cost) for cost in made.to_do)
+    what = f"To do: {len(made.to_do)} of {len(made.costs)} stages" if done else f"In all: {len(made.costs)} stages"
+    parts = [
+        f"{size(sum(cost.tokens for cost in made.to_do), '')} tokens",
+        f"{sum(cost.flops for cost in made.to_do):.1e} FLOPs".replace("e+", "e"),
+    ]
+    if made.gpus:
+        each = f"{made.gpus} × {made.gpu.upper()}"
+        parts += [f"{two(hours)} hours of {each}, one stage after another: {two(paid)} GPU-hours"]
+        idle = sum((cost.hours or 0) * (made.gpus - cost.gpus) for cost in made.to_do)
+        if idle > 0.1 * paid:
+            parts[-1] += f", {two(idle)} of them idle (more `serve.replicas` would use them)"
+        if made.dollars:
+            parts += [f"${two(paid * made.dollars)} at ${made.dollars:g} a GPU-hour"]
+    lines = [f"{what}: {'; '.join(parts)}."]
+    if big := [cost.stage for cost in made.to_do if cost.too_big]:
+        lines.append(f"DOES NOT FIT on {made.gpu.upper()}: {', '.join(big)}.")
+    lines.append(f"Disk: {size(made.disk)} at the worst moment")
+    if made.downloads:
+        total = sum(made.downloads.values())
+        lines[-1] += f", and {size(total)} of {len(made.downloads)} models from the hub ({', '.join(made.downloads)})"
+    lines[-1] += "."
+    lines += [f"Not there: {what}" for what in made.absent]
+    return lines
+
+
+def _legend(made: Plan, assumed: Assumptions) -> list[str]:
+    lines = [
+        "This is a plan, not a measurement. Shapes are exact; lengths, efficiencies and so hours are assumed, except",
+        "those of stages that are done. Tokens: read and written, in training over all epochs. GPU-hours: of the whole",
+        "machine for as long as a stage runs. Memory: the least that each GPU (or process) needs, without the",
+        "allocator's gaps; of a server, weights and one longest answer. Disk: what stays + what is there while the",
+        "stage runs. –: none, or not estimated, as time on a CPU. Each set of answers ends with one that runs alone to",
+        "`max_new_tokens`, as greedy ones do that repeat themselves. A merged model's answers are assumed to have the",
+        "geometric mean of its parents' length, and none to be above a quarter of the longest `max_new_tokens`.",
+        "Assumed (change: --assume KEY=VALUE; the length of answers by corpus: --answer-tokens NAME=TOKENS):",
+    ]
+    for field in dataclasses.fields(assumed):
+        value, source = getattr(assumed, field.name), field.metadata["source"]
+        source = source if value == field.default else "as you say"
+        lines.append(f"  {field.name} = {value:g}: {field.metadata['doc']} [{source}]")
+    return lines
+
+
+def size(value: float, unit: str = "B") -> str:
+    """Two significant digits with a decimal prefix: 15 GB, 50M."""
+    if value <= 0:
+        return "–"
+    power, prefix = next((p for p in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= p[0]), (1.0, ""))
+    return f"{two(value / power)}{' ' if unit else ''}{prefix}{unit}"
+
+
+def write_json(file: str, made: Plan, assumed: Assumptions) -> None:
+    """All of it with all its digits: hours, bytes, FLOPs."""
+    content: Mapping[str, Any] = {
+        "stages": [dataclasses.asdict(cost) | {"gpu_hours": made.gpu_hours(cost)} for cost in made.costs],
+        "downloads": made.downloads,
+        "disk": made.disk,
+        "gpu": made.gpu,
+        "gpus": made.gpus,
+        "jobs": made.jobs,
+        "dollars_per_gpu_hour": made.dollars,
+        "assumed": dataclasses.asdict(assumed),
+        "absent": made.absent,
+    }
+    write_atomic(Path(file), [json.dumps(content, indent=1).encode() + b"\n"])

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from micota_fast.common.records import Completion, benchmark_file, parse_line, parse_row, read_lines
+from micota_fast.config.report import ReportConfig
 from micota_fast.errors import InputError
-from micota_fast.recipe import ReportConfig
-from micota_fast.records import Completion, benchmark_file, parse_line, parse_row, read_lines
 from micota_fast.report.drawing import THEME, theme_variables
 from micota_fast.report.inputs import Inputs, Results
 from micota_fast.report.summary import BASE

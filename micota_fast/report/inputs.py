@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from micota_fast.common.records import benchmark_file, parse_line, read_lines
+from micota_fast.config.report import ReportConfig
 from micota_fast.errors import InputError
-from micota_fast.recipe import ReportConfig
-from micota_fast.records import benchmark_file, parse_line, read_lines
 from micota_fast.report.corpora import Corpus, load_corpus
 from micota_fast.report.node import Node, parse, read
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from micota_fast.likelihood_profile import STEPS
-from micota_fast.recipe import ReportConfig
+from micota_fast.alignment.likelihood_profile import STEPS
+from micota_fast.config.report import ReportConfig
 from micota_fast.report.drawing import Plot, css_colour, figure_html, theme_variables
 from micota_fast.report.inputs import Inputs
 from micota_fast.report.learnability import Learnability, learnability_table

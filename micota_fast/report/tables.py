@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-from micota_fast.recipe import ClaimsConfig
+from micota_fast.config.report import ClaimsConfig
 from micota_fast.report.comparison import LEVEL, Comparison
 from micota_fast.report.corpora import Corpus
 from micota_fast.report.samples import Sampled

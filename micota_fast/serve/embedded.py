@@ -20,12 +20,12 @@ import torch
 from aiohttp import web
 
 from micota_fast import __version__
-from micota_fast.chat import Chat
-from micota_fast.chat_template import load_chat_template
+from micota_fast.chat.encoding import Chat
+from micota_fast.chat.template import load_chat_template
+from micota_fast.config.generation import ChatConfig
 from micota_fast.errors import InputError
 from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.model.safetensors_io import load_model
-from micota_fast.recipe import ChatConfig
 from micota_fast.serve.async_engine import AsyncEngine, Prompt, expanded, raise_if_failed
 from micota_fast.serve.engine import Engine, Request
 from micota_fast.serve.openai import OpenAI

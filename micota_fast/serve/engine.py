@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from micota_fast.chat import Chat
+from micota_fast.chat.encoding import Chat
 from micota_fast.model.attention import PackedAttention, choose_backend
 from micota_fast.model.decoder import Decoder
 from micota_fast.serve.kv_cache import KVCache, choose_decode_backend, round_up

@@ -4,8 +4,8 @@ import os
 import shutil
 import subprocess
 
+from micota_fast.config.generation import ServeConfig
 from micota_fast.errors import InputError
-from micota_fast.recipe import ServeConfig
 from micota_fast.serve import sglang
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 
+from micota_fast.config.generation import ServeConfig
 from micota_fast.errors import InputError
-from micota_fast.recipe import ServeConfig
 
 INSTALL_HINT = (
     "install it in an environment of its own (python -m venv sglang && sglang/bin/pip install sglang) and name that "

@@ -6,10 +6,10 @@ import signal
 import sys
 from pathlib import Path
 
-from micota_fast.config import describe, load
+from micota_fast.common.processes import die_with_parent
+from micota_fast.config.loader import describe, load
+from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
-from micota_fast.processes import die_with_parent
-from micota_fast.recipe import TrainConfig
 
 
 def main() -> int:

@@ -31,10 +31,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from micota_fast.common.files import sync
 from micota_fast.errors import InputError
-from micota_fast.model.folder import sync
-from micota_fast.train.parallel import PackedLoss, World, local_part
+from micota_fast.train.packed_loss import PackedLoss
+from micota_fast.train.parallel import local_part
 from micota_fast.train.storage import CheckpointWriter, first_fault, read_manifest, write_json, written
+from micota_fast.train.world import World
 
 
 class Checkpoints:

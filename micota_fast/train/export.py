@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from micota_fast.errors import InputError
 from micota_fast.model.decoder import Decoder, parameter_shapes
 from micota_fast.model.safetensors_io import save_checkpoint
-from micota_fast.train.parallel import World
 from micota_fast.train.storage import require_room
+from micota_fast.train.world import World
 
 
 def export(

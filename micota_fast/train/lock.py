@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from micota_fast.errors import InputError
-from micota_fast.train.parallel import World
+from micota_fast.train.world import World
 
 WAIT_S = 10.0  # a trainer that was killed a moment ago may still be going
 

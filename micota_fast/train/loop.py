@@ -8,20 +8,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.model.folder import resolve_checkpoint
-from micota_fast.recipe import TrainConfig
 from micota_fast.train import prepare
 from micota_fast.train.checkpoint import Checkpoints
 from micota_fast.train.export import export, model_card
 from micota_fast.train.lock import only_trainer
 from micota_fast.train.meters import Meters, require_trackers
 from micota_fast.train.optim import clip_gradients, learning_rate, make_optimizer, step_if_finite
-from micota_fast.train.parallel import IDLE, World, distribute, last_micro_step, on_device, world
+from micota_fast.train.packed_loss import IDLE, on_device
+from micota_fast.train.parallel import distribute, last_micro_step
 from micota_fast.train.signals import StopSignals
 from micota_fast.train.stopwatch import Stopwatch, profiler
 from micota_fast.train.storage import write_json
 from micota_fast.train.validation import Validation
+from micota_fast.train.world import World, world
 
 
 def train(config: TrainConfig, profile: bool = False) -> bool:

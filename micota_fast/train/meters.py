@@ -12,38 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from micota_fast import config as configuration
+from micota_fast.common.gpu_specs import peak_flops
+from micota_fast.config import loader
+from micota_fast.config.train import TrainConfig
 from micota_fast.data.batches import PackedSteps
 from micota_fast.errors import InputError
-from micota_fast.recipe import TrainConfig
-from micota_fast.train.parallel import World, compiled_graphs
+from micota_fast.train.parallel import compiled_graphs
 from micota_fast.train.stopwatch import Stopwatch
 from micota_fast.train.storage import written
-
-# Dense bfloat16 TFLOP/s from NVIDIA's data sheets, by a part of the device's name; the first match counts.
-PEAK_TFLOPS = (
-    ("H100 PCIe", 756.0),
-    ("H100 NVL", 835.0),
-    ("H100", 989.0),
-    ("H200 NVL", 835.0),
-    ("H200", 989.0),
-    ("GH200", 989.0),
-    ("GB200", 2500.0),
-    ("B200", 2250.0),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("H800", 989.0),
-    ("L40S", 362.0),
-    ("L40", 181.0),
-    ("L4", 121.0),
-    ("A10G", 70.0),
-    ("RTX 4090", 165.0),
-)
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device by the name torch gives it; None where it is not in the table."""
-    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS if part in device_name), None)
+from micota_fast.train.world import World
 
 
 def memory(device: torch.device) -> dict[str, int]:
@@ -258,7 +235,7 @@ def _trackers(config: TrainConfig, out: Path, start: int) -> tuple[Any, Any]:
     if config.wandb is not None:
         import wandb
 
-        wandb_run = wandb.init(project=config.wandb, dir=str(out), config=configuration.plain(config))
+        wandb_run = wandb.init(project=config.wandb, dir=str(out), config=loader.plain(config))
     return tensorboard, wandb_run
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from micota_fast.config.train import TrainSettings
 from micota_fast.errors import InputError
-from micota_fast.recipe import TrainSettings
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> int:

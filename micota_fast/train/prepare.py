@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 
 from micota_fast import __version__
-from micota_fast import config as configuration
-from micota_fast.chat import Chat
+from micota_fast.chat.encoding import Chat
+from micota_fast.config import loader
+from micota_fast.config.train import TrainConfig
 from micota_fast.data.batches import PackedSteps
-from micota_fast.data.dealing import attention_parity
+from micota_fast.data.load_balancing import attention_parity
 from micota_fast.data.tokenise import Documents, load_documents
 from micota_fast.errors import InputError
 from micota_fast.model import safetensors_io
@@ -23,12 +24,12 @@ from micota_fast.model.attention import choose_backend
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.folder import COPIED_FILES, tensor_files
 from micota_fast.model.pointwise import choose_pointwise
-from micota_fast.recipe import TrainConfig
 from micota_fast.train.checkpoint import describe_differences
 from micota_fast.train.memory import estimate, longest_pack
 from micota_fast.train.optim import freeze
-from micota_fast.train.parallel import PackedLoss, World
+from micota_fast.train.packed_loss import PackedLoss
 from micota_fast.train.storage import sha256
+from micota_fast.train.world import World
 
 
 def documents_of(config: TrainConfig, source: Path, out: Path) -> tuple[Documents, Documents | None]:
@@ -64,7 +65,7 @@ def identity_of(
             files |= {path.name: path for path in tensor_files(source).values()}
         listing = "".join(f"{name} {sha256(path)}\n" for name, path in sorted(files.items()))
         places = ("model", "data", "out", "validation_data")
-        options = {k: v for k, v in configuration.identity(config).items() if k not in places}
+        options = {k: v for k, v in loader.identity(config).items() if k not in places}
         model = hashlib.sha256(listing.encode()).hexdigest()
         held = [{"model": model, "documents": documents.fingerprint, "options": options}]
         if held_out is not None:

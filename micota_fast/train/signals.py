@@ -8,7 +8,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from micota_fast.train.parallel import World
+from micota_fast.train.world import World
 
 # SIGTERM from torchrun, Slurm or whoever pre-empts; SIGUSR1 as Slurm's `--signal=USR1@SECONDS` warns; SIGINT by hand.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

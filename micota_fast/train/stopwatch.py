@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from micota_fast.train.parallel import World
+from micota_fast.train.world import World
 
 
 class Stopwatch:

@@ -12,7 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from micota_fast.data.batches import PackedBatch, packed_batch
 from micota_fast.data.packing import pack
 from micota_fast.data.tokenise import Documents
-from micota_fast.train.parallel import IDLE, PackedLoss, World, on_device
+from micota_fast.train.packed_loss import IDLE, PackedLoss, on_device
+from micota_fast.train.world import World
 
 
 class Validation:

@@ -1,0 +1,311 @@
+"""How conversations become tokens: the checkpoint's own chat template and tokenizer, and the loss mask.
+
+A conversation is cut into segments of text, unsupervised (everything the model reads) and supervised (an assistant's
+turn through its end-of-turn token). Each segment is tokenised on its own, so the prompt's ids in training are exactly
+the ids sent in generation, and the mask needs no alignment of characters to tokens.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from micota_fast.chat.template import ChatTemplate, Message, load_chat_template, read_json, special_tokens
+from micota_fast.config.generation import ChatConfig
+from micota_fast.errors import InputError
+
+
+class Segment(NamedTuple):
+    """A piece of a conversation's text; `supervised` where the loss counts."""
+
+    text: str
+    supervised: bool
+
+
+class Encoded(NamedTuple):
+    """A tokenised conversation of n tokens; `supervised[i]` says that token i is the assistant's own."""
+
+    input_ids: NDArray[np.int32]  # [n]
+    supervised: NDArray[np.bool_]  # [n]
+
+
+class Chat:
+    """A tokenizer, a chat template and the way a problem is put to the model.
+
+    Attributes:
+        tokenizer: the checkpoint's `tokenizers.Tokenizer`, with truncation and padding switched off.
+        eos_ids: every id that ends an answer: the tokenizer's `eos_token` first, then generation_config.json's and
+            config.json's `eos_token_id`, then the token with which the template ends an assistant's turn.
+        vocab_size: rows of the model's embedding (config.json's `vocab_size`); the tokenizer's size where config.json
+            does not say.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        config: ChatConfig,
+        eos_ids: Sequence[int],
+        vocab_size: int,
+        bos_token: str | None,
+        where: str,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self._template = template
+        self._config = config
+        self._where = where
+        self._turn_tail = self._end_of_turn = ""
+        token_ids = tokenizer.get_vocab(with_added_tokens=True)
+        token_texts = {i: text for text, i in token_ids.items()}
+        special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+        if template is not None:
+            special += [token_texts[i] for i in eos_ids]
+            self._turn_tail, self._end_of_turn = _probe_end_of_turn(template, special)
+            if self._end_of_turn:
+                eos_ids = [*eos_ids, token_ids[self._end_of_turn]]
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
+        if not self.eos_ids:
+            raise InputError(
+                f"{where}: no token ends an answer: set `eos_token` in tokenizer_config.json or "
+                f"`eos_token_id` in generation_config.json"
+            )
+        stop_texts = [token_texts[i] for i in self.eos_ids]
+        self._control_texts = tuple(dict.fromkeys([*stop_texts, *special]))
+        self._bare_prefix = ""
+        if template is None:
+            self._turn_tail = self._end_of_turn = stop_texts[0]
+            if tokenizer.encode(self._end_of_turn, add_special_tokens=False).ids != [self.eos_ids[0]]:
+                raise InputError(f"{where}/tokenizer.json: stop token {self._end_of_turn!r} is not an added token")
+            # A model whose tokenizer puts a BOS before bare text was pre-trained on it; templates write their own.
+            with_special = tokenizer.encode("", add_special_tokens=True).ids
+            if bos_token is not None and with_special[:1] == [tokenizer.token_to_id(bos_token)]:
+                self._bare_prefix = bos_token
+        two = [i for text in "ab" for i in tokenizer.encode(text, add_special_tokens=False).ids]
+        if tokenizer.decode(two, skip_special_tokens=False) != "ab":
+            raise InputError(
+                f"{where}/tokenizer.json: the tokenizer adds to every piece of text it is given, as Llama 2's does a "
+                f"space (Metaspace, Prepend, add_prefix_space), so a prompt and its answer cannot be tokenised one by "
+                f"one; such checkpoints are not supported (byte-level BPE as in Qwen and Llama 3 is)"
+            )
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, config: ChatConfig) -> "Chat":
+        """Read tokenizer.json, tokenizer_config.json, the template and the stop ids of a Hugging Face checkpoint.
+
+        Raises:
+            InputError: a file is missing or malformed (with file and key), or the checkpoint has no template and
+                `config.use_template` asks for one.
+        """
+        path = Path(path)
+        tokenizer_path = path / "tokenizer.json"
+        if not tokenizer_path.is_file():
+            raise InputError(
+                f"{tokenizer_path} does not exist: a checkpoint needs its fast tokenizer "
+                f"(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)"
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        except Exception as error:  # the library raises bare Exception for whatever it cannot read
+            raise InputError(f"{tokenizer_path}: cannot be read as a tokenizer: {error}") from None
+        tokenizer.no_truncation()  # some checkpoints are published with the settings of their last use
+        tokenizer.no_padding()
+        template = None
+        if config.use_template:
+            template = load_chat_template(path)
+            if template is None:
+                raise InputError(
+                    f"{path}: no chat template (chat_template.jinja, or key 'chat_template' in tokenizer_config.json): "
+                    f"add one, or set `chat.use_template: false` to send prompts as bare text"
+                )
+        config_path = path / "tokenizer_config.json"
+        tokens = special_tokens(read_json(config_path), config_path)
+        eos_ids: list[int] = []
+        if "eos_token" in tokens:
+            eos_id = tokenizer.token_to_id(tokens["eos_token"])
+            if eos_id is None:
+                raise InputError(f"{config_path}: eos_token {tokens['eos_token']!r} is not in tokenizer.json")
+            eos_ids.append(eos_id)
+        model_config = read_json(path / "config.json")
+        for name in ("generation_config.json", "config.json"):
+            values = model_config if name == "config.json" else read_json(path / name)
+            eos_ids += _eos_token_ids(values, path / name, tokenizer)
+        vocab_size = model_config.get("vocab_size", tokenizer.get_vocab_size(with_added_tokens=True))
+        if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
+            raise InputError(f"{path / 'config.json'}: key 'vocab_size' must be a positive integer, not {vocab_size!r}")
+        return cls(tokenizer, template, config, eos_ids, vocab_size, tokens.get("bos_token"), str(path))
+
+    def prompt_messages(self, problem: str) -> list[Message]:
+        """The conversation that asks a problem: the configured system message (if any) and the user's.
+
+        Raises:
+            InputError: the problem holds the text of a control token, which would be read as that token.
+        """
+        user = {"role": "user", "content": self._config.prompt.replace("{problem}", problem)}
+        if (token := self._control_token(user)) is not None:
+            raise InputError(f"the problem's prompt contains the control token {token!r} in its text")
+        return [*self.system_messages(), user]
+
+    def system_messages(self) -> list[Message]:
+        """The configured system message, for rows that bring none; bare text (no template) has no place for one."""
+        if self._config.system is None or self._template is None:
+            return []
+        return [{"role": "system", "content": self._config.system}]
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The text of a conversation, ending in the header of the assistant's turn where asked for.
+
+        Without a template that text is the lone user message as it is (after the BOS token, where the tokenizer puts
+        one before bare text), and the answer through the end-of-sequence token if there is one.
+
+        Raises:
+            InputError: the template refuses the messages, or there is no template to render more than that.
+        """
+        if self._template is not None:
+            return self._template.render(messages, add_generation_prompt)
+        roles = [message["role"] for message in messages]
+        if roles not in (["user"], ["user", "assistant"]):
+            raise InputError(
+                f"roles {', '.join(roles)}: with `chat.use_template: false` only one user message and one answer can "
+                f"be put as text"
+            )
+        text = messages[0]["content"]
+        if not text.startswith(self._bare_prefix):
+            text = self._bare_prefix + text
+        return text + messages[1]["content"] + self._end_of_turn if len(messages) == 2 else text
+
+    def segments(self, messages: Sequence[Message]) -> list[Segment]:
+        """Cut a conversation that ends with the assistant into prompt and answer segments, alternating.
+
+        Joined, they are the rendered conversation up to the last end-of-turn token. Every assistant turn is supervised
+        through its end-of-turn token; what follows that token (a newline, say) belongs to the next prompt.
+
+        Raises:
+            InputError: the conversation does not end with the assistant, a message holds the text of a control token
+                (which would be read, or learned, as that token), or the template would have the model learn a text
+                other than the messages' (it drops or rewrites part of a turn).
+        """
+        if not messages or messages[-1]["role"] != "assistant":
+            raise InputError("the conversation does not end with an assistant message: there is nothing to learn")
+        for number, message in enumerate(messages, 1):
+            if (token := self._control_token(message)) is not None:
+                raise InputError(
+                    f"message {number} ({message['role']}) contains the control token {token!r} in its text"
+                )
+        if not self._end_of_turn:
+            raise InputError(
+                f"{self._template_where()}: the chat template puts no special token after an assistant's message, so a "
+                f"model trained on it would never stop: add eos_token to the template"
+            )
+        full = self.render(messages, add_generation_prompt=False)
+        segments: list[Segment] = []
+        done = 0
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            turn = f"message {index + 1} (assistant)"
+            prompt = self.render(messages[:index], add_generation_prompt=True)
+            last = index == len(messages) - 1
+            answered = full if last else self.render(messages[: index + 1], add_generation_prompt=False)
+            if not answered.startswith(prompt):
+                raise InputError(
+                    f"{turn}: the chat template of {self._template_where()} renders the answered conversation unlike "
+                    f"the prompt it generates from: {_first_difference(prompt, answered)}"
+                )
+            content_end = len(answered) - len(self._turn_tail)
+            if not answered.endswith(self._turn_tail) or not _ends_with(
+                answered[len(prompt) : content_end], message["content"]
+            ):
+                raise InputError(
+                    f"{turn}: the chat template of {self._template_where()} drops or rewrites part of the message (as "
+                    f"some do with thinking), so the model would learn another text; train on a template that keeps it"
+                )
+            end = content_end + self._turn_tail.index(self._end_of_turn) + len(self._end_of_turn)
+            if not full.startswith(answered[:end]):
+                raise InputError(
+                    f"{turn}: the chat template of {self._template_where()} rewrites this turn once later ones follow, "
+                    f"so it cannot be learned in this row; split the conversation into one row for each answer: "
+                    f"{_first_difference(answered[:end], full)}"
+                )
+            segments += [Segment(full[done : len(prompt)], False), Segment(full[len(prompt) : end], True)]
+            done = end
+        return segments
+
+    def encode_segments(self, conversations: Sequence[Sequence[Segment]]) -> list[Encoded]:
+        """Tokenise many conversations at once, in the tokenizer's own threads; no token is added to the text's own."""
+        texts = [segment.text for segments in conversations for segment in segments]
+        pieces = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        encoded = []
+        for segments in conversations:
+            ids = [np.asarray(next(pieces).ids, dtype=np.int32) for _ in segments]
+            mask = np.repeat([segment.supervised for segment in segments], [len(piece) for piece in ids])
+            encoded.append(Encoded(np.concatenate(ids), mask))
+        return encoded
+
+    def encode_messages(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Ids and supervised mask of one conversation; see `segments`, also for what is raised."""
+        (encoded,) = self.encode_segments([self.segments(messages)])
+        return encoded.input_ids.tolist(), encoded.supervised.tolist()
+
+    def encode_prompt(self, problem: str) -> list[int]:
+        """The ids sent to the model to have a problem answered; raises InputError as `prompt_messages`."""
+        text = self.render(self.prompt_messages(problem), add_generation_prompt=True)
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def _control_token(self, message: Message) -> str | None:
+        """A control token that the text of a message would turn into; None: there is none."""
+        text = message["content"]
+        if self._template is None and message["role"] == "user":
+            # No template writes control tokens here, so the recipe's part of the prompt may, and a BOS may lead it.
+            before, _, after = self._config.prompt.partition("{problem}")
+            if text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):
+                text = text[len(before) : len(text) - len(after)]
+            if not before:
+                text = text.removeprefix(self._bare_prefix)
+        return next((token for token in self._control_texts if token in text), None)
+
+    def _template_where(self) -> str:
+        return self._where if self._template is None else self._template.where
+
+
+def _probe_end_of_turn(template: ChatTemplate, special: Sequence[str]) -> tuple[str, str]:
+    """What a template writes after an assistant's last message, and the first special token in that ("": none).
+
+    A template that cannot render the probe can still prompt; `Chat.segments` then reports it.
+    """
+    probe = "An answer to probe for."
+    messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": probe}]
+    try:
+        _, found, tail = template.render(messages, add_generation_prompt=False).rpartition(probe)
+    except InputError:
+        return "", ""
+    pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+    match = re.search(pattern, tail) if found and pattern else None
+    return tail, match.group() if match else ""
+
+
+def _eos_token_ids(values: dict[str, Any], where: Path, tokenizer: Tokenizer) -> list[int]:
+    value = values.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for i in ids:
+        if not isinstance(i, int) or isinstance(i, bool) or i < 0 or tokenizer.id_to_token(i) is None:
+            raise InputError(f"{where}: key 'eos_token_id': {i!r} is not the id of a token in tokenizer.json")
+    return ids
+
+
+def _ends_with(text: str, content: str) -> bool:
+    """Whether `text` ends with `content`, whatever white space a template trims or sets between its parts."""
+    return text.rstrip().endswith(content.strip()) or "".join(text.split()).endswith("".join(content.split()))
+
+
+def _first_difference(expected: str, got: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
+    return f"expected {expected[at : at + 40]!r}, found {got[at : at + 40]!r}"

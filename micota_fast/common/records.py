@@ -1,0 +1,215 @@
+"""The rows that flow between stages, and a file of them that survives being killed while it is written.
+
+JSON Lines, UTF-8, one object a line, keys = field names. Rows hold nothing that differs between two equal runs (no
+times, no host names), so equal inputs give equal bytes.
+"""
+
+import json
+import os
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from micota_fast.common.files import write_atomic
+from micota_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem with its gold answer."""
+
+    id: str
+    problem: str
+    answer: str
+    solution: str | None = None
+    level: int | None = None
+    subject: str | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer to one problem; (id, sample) is its key."""
+
+    id: str  # of the problem
+    sample: int  # 0 .. samples-1
+    problem: str
+    answer: str  # gold
+    completion: str
+    finish_reason: str  # "stop": an end token or stop string; "length": the token limit; "abort": the server gave up
+    prompt_tokens: int
+    completion_tokens: int
+    seed: int | None  # sampling seed sent to the server; None where decoding was greedy
+    correct: bool | None = None  # None: not graded
+    model: str = ""
+
+
+_KINDS: dict[Any, tuple[type, ...]] = {
+    str: (str,),
+    int: (int,),
+    str | None: (str, type(None)),
+    int | None: (int, type(None)),
+    bool | None: (bool, type(None)),
+}
+# Of each row, its fields' names, the types that JSON may give them, and whether they must be there.
+_FIELDS: dict[type, list[tuple[str, tuple[type, ...], bool]]] = {
+    kind: [(field.name, _KINDS[field.type], field.default is MISSING) for field in fields(kind)]
+    for kind in (Problem, Completion)
+}
+Row = TypeVar("Row", Problem, Completion)
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """Decode one JSON object.
+
+    Raises:
+        InputError: it is none; `where` (file:line) opens the message.
+    """
+    try:
+        value = json.loads(line)
+    except ValueError as error:  # also bytes that are not UTF-8
+        raise InputError(f"{where}: not a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def parse_row(kind: type[Row], value: Mapping[str, Any], where: str) -> Row:
+    """Build a Problem or Completion from a decoded JSON object; unknown keys are left aside.
+
+    Raises:
+        InputError: a key is missing or of the wrong type; `where` (file:line) opens the message.
+    """
+    known: dict[str, Any] = {}
+    for name, kinds, required in _FIELDS[kind]:
+        if name not in value:
+            if required:
+                raise InputError(f"{where}: key {name!r} is missing")
+            continue
+        item = value[name]
+        if type(item) not in kinds:  # JSON gives no subclasses but bool, which is no int here
+            names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise InputError(f"{where}: key {name!r} must be {names}, got {type(item).__name__} {item!r:.60}")
+        known[name] = item
+    return kind(**known)
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield ("path:line", bytes) of every line that is not blank.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}:{number}", line
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
+    """Read problems in file order; with `limit`, the first `limit` of them.
+
+    Raises:
+        InputError: unreadable file, bad row or duplicate id (with file:line), or no row at all.
+    """
+    problems: list[Problem] = []
+    first_seen: dict[str, str] = {}
+    for where, line in read_lines(Path(path)):
+        if limit is not None and len(problems) >= limit:
+            break
+        row = parse_row(Problem, parse_line(line, where), where)
+        if row.id in first_seen:
+            raise InputError(f"{where}: id {row.id!r} occurs already at {first_seen[row.id]}")
+        first_seen[row.id] = where
+        problems.append(row)
+    if not problems:
+        raise InputError(f"{path}: no problems")
+    return problems
+
+
+def iter_completions(path: str | Path) -> Iterator[Completion]:
+    """Yield a finished file's completions in file order.
+
+    Holds 8 bytes a row, a hash of its key; whether a key occurs twice is known, and raised, after the last row.
+
+    Raises:
+        InputError: unreadable file, bad row or duplicate (id, sample), with file:line.
+    """
+    keys = array("q")
+
+    def check_keys() -> None:
+        for first, second in repeats(keys):
+            (where, row), (where_again, again) = (
+                (where, parse_row(Completion, parse_line(line, where), where))
+                for number, (where, line) in enumerate(read_lines(Path(path)))
+                if number in (first, second)
+            )
+            if (row.id, row.sample) == (again.id, again.sample):
+                raise InputError(f"{where_again}: ({row.id!r}, sample {row.sample}) occurs already at {where}")
+
+    for where, line in read_lines(Path(path)):
+        try:
+            row = parse_row(Completion, parse_line(line, where), where)
+        except InputError:
+            check_keys()  # of two errors, the first in the file
+            raise
+        keys.append(hash((row.id, row.sample)))
+        yield row
+    check_keys()
+
+
+def repeats(hashes: "array[int]") -> Iterator[tuple[int, int]]:
+    """Yield the pairs of places (first, second) at which the same 64-bit hash stands, in order of the second."""
+    values = np.frombuffer(hashes, np.int64)
+    in_order = np.sort(values)
+    if not (in_order[1:] == in_order[:-1]).any():
+        return
+    order = np.argsort(values, kind="stable")
+    again = np.flatnonzero(in_order[1:] == in_order[:-1]) + 1
+    for place in again[np.argsort(order[again])]:
+        for before in range(np.searchsorted(in_order, in_order[place]), place):
+            yield int(order[before]), int(order[place])
+
+
+def read_completions(path: str | Path) -> list[Completion]:
+    """Read a finished file of completions in file order.
+
+    Raises:
+        InputError: see `iter_completions`.
+    """
+    return list(iter_completions(path))
+
+
+def benchmark_file(name: str) -> str:
+    """Name of a benchmark's file of rows: its own, with what a file name should not hold replaced."""
+    return re.sub(r"[^\w.-]", "_", name) + ".jsonl"
+
+
+def encode_row(row: Problem | Completion | Mapping[str, Any]) -> bytes:
+    """One JSON line with its newline, fields in declaration order."""
+    value = row if isinstance(row, Mapping) else vars(row)
+    return _ENCODE(value).encode("utf-8", "replace") + b"\n"
+
+
+def model_name(model: str | Path) -> str:
+    """What a model is called in rows and results: a hub name as it is; of a folder its last component.
+
+    Trained and merged models lie in NAME/model, so where the last component is `model` the one before it.
+    """
+    if not os.path.isdir(model):
+        return str(model)
+    folder = Path(os.path.abspath(model))
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+def write_rows(path: str | Path, rows: Iterable[Problem | Completion | Mapping[str, Any]]) -> None:
+    """Write a JSONL file atomically."""
+    write_atomic(Path(path), (encode_row(row) for row in rows))

@@ -1,0 +1,56 @@
+"""Options of what makes corpora from files: `filter` and `mix`.
+
+"MiCoTA" is arXiv 2507.01887 and its repository; "SMLG" is the Small-Model-Learnability-Gap repository, whose scripts
+MiCoTA builds on; "ours" marks what both leave open.
+"""
+
+from dataclasses import dataclass
+
+from micota_fast.config.checks import at_least
+from micota_fast.config.loader import option
+from micota_fast.errors import InputError
+
+
+@dataclass(kw_only=True)
+class FilterSettings:
+    """Which completions enter a corpus."""
+
+    max_tokens: int = option(16000, doc="an answer must be shorter than this, tokens", source="MiCoTA")
+    require_correct: bool = option(True, doc="the final answer must equal the problem's", source="MiCoTA")
+    require_boxed: bool = option(True, doc="a final \\boxed{} must be there", source="MiCoTA")
+    max_foreign: float | None = option(
+        None,
+        doc="share of an answer's letters that may belong to scripts which its problem does not use; null: any",
+        source="ours; MiCoTA has no such rule",
+    )
+    max_repeated: float | None = option(
+        None,
+        doc="share of an answer's words that may lie in runs of 16 words which have occurred in it before; null: any",
+        source="ours, after Gopher's repetition filters (arXiv 2112.11446, table A1); MiCoTA has no such rule",
+    )
+    timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
+    workers: int = option(2, doc="grading processes", operational=True)
+
+    def __post_init__(self) -> None:
+        at_least(self, max_tokens=1, timeout_s=0.1, workers=1)
+        for name in ("max_foreign", "max_repeated"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share < 1:
+                raise InputError(f"`{name}` must be at least 0 and below 1, not {share}")
+
+
+@dataclass(kw_only=True)
+class FilterConfig(FilterSettings):
+    """`micota filter`: completions in; corpus, rejects and counts out."""
+
+    completions: str = option(doc="JSONL of completions")
+    out: str = option(doc="JSONL of accepted rows; OUT.rejects.jsonl and OUT.counts.json are written beside it")
+
+
+@dataclass(kw_only=True)
+class MixConfig:
+    """`micota mix`: one corpus of several, in a stated ratio, at most one row a problem."""
+
+    parts: dict[str, int] = option(doc="corpus file -> its share, e.g. {long.jsonl: 1, short.jsonl: 4}")
+    out: str = option(doc="JSONL of the mixed corpus")
+    seed: int = option(0, doc="which problem is taken from which part")

@@ -1,0 +1,180 @@
+"""Options of evaluation, and of what compares corpora with benchmarks and students.
+
+"MiCoTA" is arXiv 2507.01887 and its repository; "SMLG" is the Small-Model-Learnability-Gap repository, whose scripts
+MiCoTA builds on; "ours" marks what both leave open.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+
+from micota_fast.config.checks import at_least, check_names
+from micota_fast.config.generation import ChatConfig, SamplingSettings, ServeConfig
+from micota_fast.config.loader import option
+from micota_fast.errors import InputError
+
+
+def shipped_benchmarks() -> dict[str, dict[str, Any]]:
+    """The definitions of benchmarks.yaml, by name."""
+    known: dict[str, dict[str, Any]] = yaml.safe_load(
+        (Path(__file__).parent.parent / "evaluation" / "benchmarks.yaml").read_text(encoding="utf-8")
+    )
+    return known
+
+
+def shipped_benchmark(name: str) -> dict[str, Any]:
+    """The keys of `BenchmarkConfig` that benchmarks.yaml gives for a benchmark.
+
+    Raises:
+        InputError: it is none of those.
+    """
+    known = shipped_benchmarks()
+    if name not in known:
+        raise InputError(f"`like` must be one of {', '.join(known)}, not {name!r}")
+    return {key: value for key, value in known[name].items() if key != "hub"}
+
+
+@dataclass(kw_only=True)
+class OwnSampling:
+    """Sampling of one evaluation set; what is null is as for all of them."""
+
+    samples: int | None = option(None, doc="answers per problem")
+    temperature: float | None = option(None, doc="0: greedy")
+    top_p: float | None = option(None, doc="nucleus; used when temperature > 0")
+    top_k: int | None = option(None, doc="-1: all tokens; used when temperature > 0")
+    max_new_tokens: int | None = option(None, doc="longest answer, tokens")
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig:
+    """One evaluation set."""
+
+    like: str | None = option(
+        None, doc="a shipped definition (aime2024, amc2023, olympiad, math500, gsm8k): gives whatever is not given here"
+    )
+    name: str = option("", doc="as it stands in the table; required without `like`")
+    path: str = option("", doc="JSONL of problems; required without `like`")
+    prompt: str | None = option(None, doc="user message with {problem}; null: that of chat.prompt")
+    stop: list[str] = option([], doc="strings that end an answer, beside those of `stop` for all")
+    rule: Literal["box", "box_zeros_trimmed", "last_number"] | None = option(
+        None, doc="how the `paper` protocol reads and compares the final answer; null: box"
+    )
+    problems: list[int] = option([], doc="numbers of problems that the file may hold; []: any")
+    limit: int | None = option(None, doc="only the first so many problems; null: all")
+    sampling: OwnSampling = option(
+        OwnSampling(), doc="of this set where it is another than the rest's, e.g. {samples: 16, temperature: 0.6}"
+    )
+
+    def __post_init__(self) -> None:
+        if self.like is not None:
+            for key, value in shipped_benchmark(self.like).items():
+                if not getattr(self, key):
+                    setattr(self, key, value)
+        for key in ("name", "path"):
+            if not getattr(self, key):
+                raise InputError(f"`{key}` is required where `like` names no shipped definition")
+        self.rule = self.rule or "box"
+        if self.limit is not None:
+            at_least(self, limit=1)
+
+    def check_number(self, number: int, where: str) -> None:
+        """Raises InputError where `where` holds another number of problems than this set has."""
+        if self.problems and number not in self.problems:
+            raise InputError(f"{where} holds {number} problems; {self.name} has {' or '.join(map(str, self.problems))}")
+
+
+@dataclass(kw_only=True)
+class JudgeConfig:
+    """A model that is asked about answers which the paper's string rule rejects."""
+
+    model: str = option(doc="checkpoint (folder or hub name); the paper's: Qwen/Qwen2.5-32B-Instruct", source="SMLG")
+    url: str | list[str] | None = option(None, doc="servers that already serve it; null: started", operational=True)
+    serve: ServeConfig = option(ServeConfig(), doc="the server that is started for it")
+
+
+@dataclass(kw_only=True)
+class EvaluateSettings(SamplingSettings):
+    """Greedy answers to every benchmark, graded."""
+
+    protocol: Literal["strict", "paper"] = option(
+        "strict",
+        doc="whose verdicts count in the table: math-verify's, or the string rules of the paper's evaluation; both are "
+        "in the results",
+    )
+    judge: JudgeConfig | None = option(
+        None, doc="a second opinion on what the `paper` rule rejects, as a third accuracy in the results; null: none"
+    )
+    max_new_tokens: int = option(16000, doc="longest answer, tokens", source="MiCoTA")
+    timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
+    workers: int = option(2, doc="grading processes", operational=True)
+    benchmarks: list[BenchmarkConfig] = option([], doc="the sets, in the table's order")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, timeout_s=0.1, workers=1)
+        for benchmark in self.benchmarks:
+            self.of(benchmark)
+
+    def of(self, benchmark: BenchmarkConfig) -> Self:
+        """The settings by which this one of the benchmarks is sampled.
+
+        Raises:
+            InputError: they are none.
+        """
+        own = {key: value for key, value in vars(benchmark.sampling).items() if value is not None}
+        try:
+            return dataclasses.replace(self, benchmarks=[], **own)
+        except InputError as error:
+            raise InputError(f"sampling of {benchmark.name}: {error}") from None
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(EvaluateSettings):
+    """`micota evaluate`: a checkpoint in, results.json and graded rows out."""
+
+    model: str = option(doc="checkpoint (folder or hub name)")
+    out: str = option(doc="folder: results.json, rows/BENCHMARK.jsonl")
+
+
+@dataclass(kw_only=True)
+class AlignSettings:
+    """How near a corpus lies to an untrained student."""
+
+    pack_tokens: int = option(16384, doc="tokens in one forward pass")
+    max_doc_tokens: int | None = option(None, doc="documents above this are left out and counted; null: pack_tokens")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", doc="compute type")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", doc="auto: CUDA where there is one")
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = option("auto", doc="as in training")
+    chat: ChatConfig = option(ChatConfig(), doc="how problems are put to the model")
+
+
+@dataclass(kw_only=True)
+class AlignConfig(AlignSettings):
+    """`micota align`: perplexity and length of corpora under a model."""
+
+    model: str = option(doc="the untrained student (folder or hub name)")
+    corpora: dict[str, str] = option(doc="name -> JSONL corpus")
+    own: str | None = option(None, doc="JSONL of the model's own completions of these problems; null: there are none")
+    out: str = option(doc="folder: one NAME.json a corpus")
+
+    def __post_init__(self) -> None:
+        if not self.corpora:
+            raise InputError("`corpora` names no corpus")
+        check_names("corpora", self.corpora)
+
+
+@dataclass(kw_only=True)
+class ContaminationConfig:
+    """`micota contamination`: which benchmark problems a training corpus holds."""
+
+    corpora: dict[str, str] = option(doc="name -> JSONL corpus")
+    benchmarks: list[BenchmarkConfig] = option(doc="the sets; of each only name, path and limit count")
+    out: str = option(doc="folder: contamination.json")
+
+    def __post_init__(self) -> None:
+        if not self.corpora or not self.benchmarks:
+            raise InputError("`corpora` and `benchmarks` must each name at least one")
+        check_names("corpora", self.corpora)

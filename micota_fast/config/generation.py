@@ -1,0 +1,174 @@
+"""Options of generation: the prompt, the server, sampling and the verb `generate`.
+
+"MiCoTA" is arXiv 2507.01887 and its repository; "SMLG" is the Small-Model-Learnability-Gap repository, whose scripts
+MiCoTA builds on; "ours" marks what both leave open.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from micota_fast.config.checks import at_least
+from micota_fast.config.corpus import FilterSettings
+from micota_fast.config.loader import option
+from micota_fast.errors import InputError
+
+MOST_SAMPLES = (1 << 16) - 1  # a sample's number takes 16 bits in the journal of a run
+TEACHER_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclass(kw_only=True)
+class ChatConfig:
+    """How a problem becomes the text that a model sees, in generation and in training alike."""
+
+    system: str | None = option(
+        "You are a helpful assistant.", doc="system message; null: none is sent", source="MiCoTA"
+    )
+    prompt: str = option(TEACHER_PROMPT, doc="user message; `{problem}` is replaced by the problem", source="MiCoTA")
+    use_template: bool = option(
+        True, doc="render through the checkpoint's chat template; false sends the prompt as bare text", source="ours"
+    )
+
+    def __post_init__(self) -> None:
+        if "{problem}" not in self.prompt:
+            raise InputError("`prompt` must contain {problem}, where the problem's text goes")
+
+
+@dataclass(kw_only=True)
+class ServeConfig:
+    """The engine that answers /generate for a checkpoint."""
+
+    engine: Literal["embedded", "sglang"] = option("embedded", doc="our own decoder, or a real SGLang server")
+    host: str = option(
+        "127.0.0.1", doc="address to bind; anything but loopback opens the server to the network", operational=True
+    )
+    port: int = option(0, doc="TCP port, of further servers the next ones; 0: free ones", operational=True)
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = option(
+        "auto", doc="compute type; auto: the checkpoint's. float64 makes greedy text independent of the batch"
+    )
+    max_running: int = option(128, doc="sequences decoded at once (embedded engine)", operational=True)
+    context_length: int | None = option(None, doc="tokens of prompt and answer together; null: the checkpoint's")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", doc="where it runs; auto: CUDA where there is one")
+    replicas: int = option(
+        1,
+        doc="servers started for the model, which share the visible GPUs evenly; requests go to all",
+        operational=True,
+    )
+    tp: int = option(1, doc="GPUs over which SGLang splits the model (tensor parallel)", operational=True)
+    dp: int = option(
+        1, doc="copies of the model in one SGLang server (data parallel), of tp GPUs each", operational=True
+    )
+    python: str | None = option(
+        None,
+        doc="interpreter that has sglang; null: $SGLANG_PYTHON, else this one if sglang imports here",
+        operational=True,
+    )
+    args: list[str] = option([], doc="further arguments for sglang.launch_server, e.g. [--mem-fraction-static, '0.85']")
+    startup_timeout_s: float = option(600.0, doc="seconds until /health_generate must answer", operational=True)
+
+    def __post_init__(self) -> None:
+        at_least(self, max_running=1, startup_timeout_s=0, replicas=1, tp=1, dp=1)
+        if not 0 <= self.port <= 65536 - self.replicas:
+            raise InputError(f"`port` must lie between 0 and {65536 - self.replicas}, not {self.port}")
+        if self.context_length is not None:
+            at_least(self, context_length=2)
+
+
+@dataclass(kw_only=True)
+class SamplingSettings:
+    """Sampling, and how the requests are sent."""
+
+    samples: int = option(1, doc="answers per problem", source="MiCoTA: one, greedy")
+    temperature: float = option(0.0, doc="0: greedy", source="MiCoTA")
+    top_p: float = option(1.0, doc="nucleus; used when temperature > 0")
+    top_k: int = option(-1, doc="-1: all tokens; used when temperature > 0")
+    max_new_tokens: int = option(16384, doc="longest answer, tokens", source="MiCoTA")
+    stop: list[str] = option([], doc="strings that end an answer")
+    seed: int = option(0, doc="seed of sampled answers; each (problem, sample) derives its own")
+    thinking_budget: int | None = option(
+        None,
+        doc="tokens after which an answer that has not ended its thought is made to: `thinking_end` is put there, and "
+        "the model goes on from it; null: no budget",
+        source="budget forcing: s1, arXiv 2501.19393, section 3.1",
+    )
+    thinking_end: str = option("\n</think>\n\n", doc="what ends a thought; its text without white space is looked for")
+    top_logprobs: int = option(
+        0, doc="log-probabilities of so many likeliest tokens at each place, kept with the token ids (to distil from)"
+    )
+    concurrency: int = option(
+        1024, doc="most requests in flight a server; fewer while they only queue there", source="ours", operational=True
+    )
+    request_timeout_s: float = option(
+        4 * 3600.0, doc="seconds one try of a request may take, its time in the queue included", operational=True
+    )
+    url: str | list[str] | None = option(
+        None,
+        doc="SGLang-compatible servers that already run, one or a list; null: started for the model (see serve)",
+        operational=True,
+    )
+    chat: ChatConfig = option(ChatConfig(), doc="the prompt")
+    serve: ServeConfig = option(
+        ServeConfig(), doc="the server that answers: started where url is null, described where one runs already"
+    )
+
+    def __post_init__(self) -> None:
+        at_least(self, samples=1, max_new_tokens=1, concurrency=1, temperature=0, top_logprobs=0, request_timeout_s=0.1)
+        if self.thinking_budget is not None:
+            at_least(self, thinking_budget=1)
+            if not self.thinking_end.strip():
+                raise InputError("`thinking_end` must hold the text that ends a thought")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"`top_p` must lie above 0 and at most at 1, not {self.top_p}")
+        if self.top_k != -1:
+            at_least(self, top_k=1)
+        if self.samples > MOST_SAMPLES:
+            raise InputError(f"`samples` must be at most {MOST_SAMPLES}, not {self.samples}")
+        if "" in self.stop:
+            raise InputError("`stop` holds an empty string, which would end every answer at once")
+        if self.samples > 1 and self.temperature == 0:
+            raise InputError("`samples` > 1 needs `temperature` > 0: greedy answers would all be the same")
+        if self.url == []:
+            raise InputError("`url` is an empty list; null: a server is started for the model")
+
+
+@dataclass(kw_only=True)
+class GenerateSettings(SamplingSettings):
+    """How a corpus is sampled."""
+
+    enough: int | None = option(
+        None,
+        doc="ask for no further answers to a problem once so many are accepted; `samples` is then the most that are "
+        "tried; null: always `samples`",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.enough is not None:
+            at_least(self, enough=1)
+            if self.enough > self.samples:
+                raise InputError(f"`enough` {self.enough} exceeds `samples` {self.samples}, the most that are tried")
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(GenerateSettings):
+    """`micota generate`: problems in, completions out."""
+
+    model: str = option(doc="checkpoint (folder or hub name): its tokenizer and template, and what is served")
+    problems: str = option(doc="JSONL of problems: id, problem, answer")
+    out: str = option(doc="JSONL of completions; an interrupted run leaves OUT.parts, from which the next one goes on")
+    limit: int | None = option(None, doc="only the first so many problems; null: all")
+    accept: FilterSettings | None = option(
+        None,
+        doc="rules by which answers are judged as they come: the accepted share is shown, and `enough` counts by it",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limit is not None:
+            at_least(self, limit=1)
+        if self.enough is not None and self.accept is None:
+            raise InputError("`enough` needs `accept`, the rules that say which answers count")
+
+    @property
+    def operational(self) -> frozenset[str]:
+        """Judged for show alone where nothing is sampled by the verdicts."""
+        return frozenset() if self.enough is not None else frozenset({"accept"})

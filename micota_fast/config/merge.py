@@ -1,0 +1,70 @@
+"""Options of `merge` and `length-sweep`; "ours" marks what the method's sources leave open."""
+
+from dataclasses import dataclass
+
+from micota_fast.config.checks import at_least
+from micota_fast.config.generation import SamplingSettings
+from micota_fast.config.loader import option
+from micota_fast.errors import InputError
+
+
+@dataclass(kw_only=True)
+class MergeConfig:
+    """`micota merge`: a mergekit configuration in, a checkpoint out."""
+
+    config: str = option(doc="mergekit YAML file; its model names are folders (relative to it) or hub names")
+    out: str = option(doc="folder of the merged checkpoint; it appears whole or not at all")
+    seed: int = option(0, doc="seed of DARE's mask")
+    weights: list[float] = option(
+        [],
+        doc="merge once for each of these weights (slerp: t) of the one model, into OUT/weight-W; []: as the file says",
+    )
+
+
+@dataclass(kw_only=True)
+class LengthSweepSettings:
+    """At which merge weights answers are sampled, and how."""
+
+    weights: list[float] = option(
+        [0.2, 0.4, 0.6, 0.8, 1.0],
+        doc="of the one model that is merged into its base (slerp: t); each takes the place of the file's own",
+        source="ours",
+    )
+    limit: int | None = option(
+        200,
+        doc="only the first so many problems; null: all",
+        source="ours: the median's 95% interval is then from the 43rd percentile to the 58th",
+    )
+    generate: SamplingSettings = option(SamplingSettings(), doc="how answers are sampled, and served")
+    timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
+    workers: int = option(2, doc="grading processes", operational=True)
+    keep_models: bool = option(
+        False, doc="keep each weight's model; else it is deleted once its answers are there", operational=True
+    )
+
+    def __post_init__(self) -> None:
+        at_least(self, timeout_s=0.1, workers=1)
+        if self.limit is not None:
+            at_least(self, limit=1)
+        if len(self.weights) < 2 or len(set(self.weights)) < len(self.weights):
+            raise InputError("`weights` must list at least two, all different")
+        if self.generate.url is not None:
+            raise InputError("`generate.url`: a server that runs already serves one model, and a sweep makes many")
+
+
+@dataclass(kw_only=True)
+class LengthSweepConfig(LengthSweepSettings):
+    """`micota length-sweep`: a merge at several weights, how long and how right its answers are at each."""
+
+    config: str = option(doc="mergekit YAML file of one model that is merged into its base")
+    problems: str = option(doc="JSONL of problems: id, problem, answer")
+    out: str = option(doc="folder: sweep.json, sweep.md, sweep.svg, sweep.png, a folder for each weight")
+    seed: int = option(0, doc="seed of DARE's mask")
+    target_median_tokens: int | None = option(
+        None, doc="make the merge whose answers have this median length, as OUT/model; null: none is made"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_median_tokens is not None:
+            at_least(self, target_median_tokens=1)

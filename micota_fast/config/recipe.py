@@ -1,0 +1,182 @@
+"""A recipe: named models and corpora, each made of others, and the arms that are compared."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from micota_fast.config.checks import at_least, check_names
+from micota_fast.config.corpus import FilterSettings
+from micota_fast.config.evaluation import AlignSettings, EvaluateSettings
+from micota_fast.config.generation import GenerateSettings
+from micota_fast.config.loader import option
+from micota_fast.config.report import ClaimsConfig
+from micota_fast.config.train import TrainSettings
+from micota_fast.errors import InputError
+
+
+@dataclass(kw_only=True)
+class ProblemsSpec:
+    """A file of training problems."""
+
+    path: str = option(doc="JSONL: id, problem, answer")
+    limit: int | None = option(None, doc="only the first so many; null: all")
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            at_least(self, limit=1)
+
+
+@dataclass(kw_only=True)
+class TrainedModel:
+    """A model made by fine-tuning another."""
+
+    base: str = option(doc="name under `models`")
+    corpus: str = option(doc="name under `corpora`")
+    set: dict[str, Any] = option({}, doc="overrides of the recipe's `train` for this model")
+
+
+@dataclass(kw_only=True)
+class MergedModel:
+    """A model made by merging; `mergekit` is written to a file as it stands, with names under `models` resolved."""
+
+    mergekit: dict[str, Any] = option(doc="a mergekit configuration whose model names are names under `models`")
+    seed: int = option(0, doc="seed of DARE's mask")
+    median_tokens: int | None = option(
+        None,
+        doc="choose the weight, in place of the configuration's own, so that answers have this median length: merge at "
+        "several weights, sample and interpolate (see `micota length-sweep`); null: merge as the configuration says",
+    )
+    problems: str = option("train", doc="name under `problems`, of those answered for `median_tokens`")
+    sweep: dict[str, Any] = option(
+        {}, doc="options of the length sweep; sampling and grading are the recipe's where it says nothing"
+    )
+
+    def __post_init__(self) -> None:
+        if self.median_tokens is not None:
+            at_least(self, median_tokens=1)
+        elif self.sweep:
+            raise InputError("`sweep` says how the weight for `median_tokens` is found; give it, too")
+
+
+@dataclass(kw_only=True)
+class ModelSpec:
+    """A checkpoint, or how it is made of others."""
+
+    checkpoint: str | None = option(None, doc="folder (relative to the recipe) or hub name")
+    train: TrainedModel | None = option(None, doc="fine-tuned from another model")
+    merge: MergedModel | None = option(None, doc="merged from other models")
+    url: str | list[str] | None = option(
+        None, doc="servers that already serve this model, one or a list", operational=True
+    )
+    serve: dict[str, Any] = option({}, doc="overrides of `generate.serve` and `evaluate.serve` for this model")
+
+    def __post_init__(self) -> None:
+        if sum(way is not None for way in (self.checkpoint, self.train, self.merge)) != 1:
+            raise InputError("exactly one of `checkpoint`, `train`, `merge` says where this model comes from")
+        if self.url is not None and self.checkpoint is None:
+            raise InputError("`url` goes with `checkpoint`: a model made in the run is served in the run")
+
+
+@dataclass(kw_only=True)
+class GeneratedCorpus:
+    """A corpus written by a model and filtered."""
+
+    model: str = option(doc="name under `models`")
+    problems: str = option("train", doc="name under `problems`")
+    set: dict[str, Any] = option({}, doc="overrides of the recipe's `generate` for this corpus")
+    filter: dict[str, Any] = option({}, doc="overrides of the recipe's `filter` for this corpus")
+
+
+@dataclass(kw_only=True)
+class CorpusSpec:
+    """Rows to train on, and where they come from."""
+
+    file: str | None = option(None, doc="JSONL that is there already")
+    generate: GeneratedCorpus | None = option(None, doc="answers of a model, filtered")
+    mix: dict[str, int] | None = option(None, doc="names under `corpora` -> shares")
+
+    def __post_init__(self) -> None:
+        if sum(way is not None for way in (self.file, self.generate, self.mix)) != 1:
+            raise InputError("exactly one of `file`, `generate`, `mix` says where this corpus comes from")
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    """How the stages are run on this machine."""
+
+    jobs: int = option(1, doc="stages run at once")
+    nproc: int = option(1, doc="processes of a training stage (torchrun --nproc-per-node)")
+    threads: int | None = option(None, doc="OMP_NUM_THREADS of a stage; null: as the environment says")
+
+    def __post_init__(self) -> None:
+        at_least(self, jobs=1, nproc=1)
+        if self.threads is not None:
+            at_least(self, threads=1)
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """A whole run: named models and corpora, each made of others, and the arms that are compared."""
+
+    name: str = option(doc="names the run's folder under runs/")
+    title: str = option("", doc="heading of the report; empty: the name")
+    seeds: list[int] = option([0], doc="each arm is trained once a seed")
+    data_dir: str | None = option(
+        None, doc="folder that relative problem and corpus files start from; null: the recipe's"
+    )
+    problems: dict[str, ProblemsSpec] = option({}, doc="name -> training problems")
+    models: dict[str, ModelSpec] = option(doc="name -> model")
+    corpora: dict[str, CorpusSpec] = option(doc="name -> corpus")
+    student: str = option(doc="the model that every arm starts from, name under `models`")
+    arms: dict[str, str] = option(doc="arm -> corpus it is trained on, in the table's order")
+    align: list[str] = option([], doc="corpora measured under the untrained student, in the plot's order")
+    own: str | None = option(
+        None, doc="corpus generated by the student: of all its answers, overlap with those in `align` is measured"
+    )
+    generate: GenerateSettings = option(GenerateSettings(), doc="defaults of every generated corpus")
+    filter: FilterSettings = option(FilterSettings(), doc="defaults of every filter")
+    train: TrainSettings = option(TrainSettings(), doc="defaults of every training")
+    evaluate: EvaluateSettings = option(EvaluateSettings(), doc="evaluation of every arm")
+    alignment: AlignSettings = option(AlignSettings(), doc="measurement of corpora under the student")
+    launch: LaunchConfig = option(LaunchConfig(), doc="processes and threads")
+    claims: ClaimsConfig | None = option(None, doc="published differences, for the report to print beside the measured")
+    notes: list[str] = option([], doc="paragraphs for the report")
+
+    def __post_init__(self) -> None:
+        def known(name: str, table: dict[str, Any], where: str, kind: str) -> None:
+            if name not in table:
+                raise InputError(f"`{where}` names the {kind} {name!r}; known: {', '.join(table) or 'none'}")
+
+        check_names("name", [self.name])
+        for table in ("problems", "models", "corpora", "arms"):
+            check_names(table, getattr(self, table))
+        for part in ("generate", "evaluate"):
+            if getattr(self, part).url is not None:
+                raise InputError(f"`{part}.url` would serve every model; give it to one: models.NAME.url")
+        known(self.student, self.models, "student", "model")
+        for name, model in self.models.items():
+            if model.train is not None:
+                known(model.train.base, self.models, f"models.{name}.train.base", "model")
+                known(model.train.corpus, self.corpora, f"models.{name}.train.corpus", "corpus")
+            if model.merge is not None and model.merge.median_tokens is not None:
+                known(model.merge.problems, self.problems, f"models.{name}.merge.problems", "problem set")
+        for name, corpus in self.corpora.items():
+            if corpus.generate is not None:
+                known(corpus.generate.model, self.models, f"corpora.{name}.generate.model", "model")
+                known(corpus.generate.problems, self.problems, f"corpora.{name}.generate.problems", "problem set")
+            for part in corpus.mix or {}:
+                known(part, self.corpora, f"corpora.{name}.mix", "corpus")
+        for arm, corpus_name in self.arms.items():
+            known(corpus_name, self.corpora, f"arms.{arm}", "corpus")
+        for arm in self.claims.deltas if self.claims is not None else ():
+            known(arm, self.arms, "claims.deltas", "arm")
+        for corpus_name in self.align:
+            known(corpus_name, self.corpora, "align", "corpus")
+        if self.own is not None:
+            known(self.own, self.corpora, "own", "corpus")
+            by = self.corpora[self.own].generate
+            if by is None or by.model != self.student:
+                raise InputError(f"`own` names the corpus {self.own!r}, which is not generated by {self.student!r}")
+        if not self.evaluate.benchmarks:
+            raise InputError("`evaluate.benchmarks` must list at least one benchmark")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise InputError("`seeds` must be a list of different numbers, at least one")

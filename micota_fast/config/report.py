@@ -1,0 +1,39 @@
+"""Options of `report`."""
+
+import math
+from dataclasses import dataclass
+
+from micota_fast.config.loader import option
+from micota_fast.errors import InputError
+
+
+@dataclass(kw_only=True)
+class ClaimsConfig:
+    """What others have published, to stand beside our figures."""
+
+    source: str = option(doc="where it is published")
+    deltas: dict[str, float] = option(doc="arm -> difference of its average to the untouched student's, points")
+
+    def __post_init__(self) -> None:
+        for arm, delta in self.deltas.items():
+            if not math.isfinite(delta):
+                raise InputError(f"`deltas.{arm}` must be a number of points, not {delta}")
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """`micota report`: tables, plots and two self-contained pages."""
+
+    title: str = option(doc="heading of the page")
+    out: str = option(
+        doc="folder: report.html, answers.html, report.json, table.md, table.tex, CSV files, plots/ (SVG and PNG)"
+    )
+    base: str = option(doc="results.json of the untouched student")
+    arms: dict[str, list[str]] = option(doc="arm -> results.json of each seed, in the table's order")
+    corpora: dict[str, dict[str, str]] = option({}, doc="corpus -> {counts: FILE, alignment: FILE}")
+    trained_on: dict[str, str] = option({}, doc="arm -> its corpus, where that has another name")
+    training: dict[str, list[str]] = option({}, doc="arm -> metrics.jsonl of each seed")
+    contamination: str | None = option(None, doc="contamination.json of the training corpora; null: not reported")
+    claims: ClaimsConfig | None = option(None, doc="published differences, printed beside the measured ones")
+    notes: list[str] = option([], doc="paragraphs printed as they stand: what was tried, what is unusual")
+    provenance: dict[str, str] = option({}, doc="versions and machine, printed as they stand", operational=True)

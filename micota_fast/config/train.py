@@ -1,0 +1,138 @@
+"""Options of training.
+
+"MiCoTA" is arXiv 2507.01887 and its repository; "SMLG" is the Small-Model-Learnability-Gap repository, whose scripts
+MiCoTA builds on; "ours" marks what both leave open.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from micota_fast.config.checks import at_least
+from micota_fast.config.generation import ChatConfig
+from micota_fast.config.loader import option
+from micota_fast.errors import InputError
+
+
+@dataclass(kw_only=True)
+class MeshConfig:
+    """How the processes of a training share the model: `replicate` copies, each sharded over `shard` processes."""
+
+    replicate: int = option(1, doc="copies; above 1 as a rule the number of nodes (hybrid sharding)", source="ours")
+    shard: int | None = option(None, doc="processes that share a copy; null: all there are / replicate")
+
+    def __post_init__(self) -> None:
+        at_least(self, replicate=1)
+        if self.shard is not None:
+            at_least(self, shard=1)
+
+
+@dataclass(kw_only=True)
+class TrainSettings:
+    """How a model is trained."""
+
+    seed: int = option(0, doc="order of the documents, and the weights where init is random")
+    epochs: float = option(2.0, doc="passes over the documents", source="MiCoTA")
+    max_steps: int | None = option(None, doc="stop after so many optimizer steps; null: as epochs say")
+    lr: float = option(1e-5, doc="peak learning rate", source="MiCoTA")
+    min_lr_ratio: float = option(0.0, doc="final learning rate as a share of the peak", source="MiCoTA: cosine to 0")
+    warmup_ratio: float = option(0.1, doc="share of the steps with a rising learning rate", source="ours")
+    weight_decay: float = option(0.0, doc="AdamW's decoupled decay; never on norms and biases", source="ours")
+    betas: tuple[float, float] = option((0.9, 0.95), doc="AdamW's averaging", source="ours")
+    eps: float = option(1e-8, doc="AdamW's epsilon", source="Loshchilov & Hutter 2019")
+    max_grad_norm: float = option(1.0, doc="gradients are scaled down to this L2 norm", source="ours")
+    pack_tokens: int = option(16384, doc="tokens in a pack: the length of one forward pass", source="ours")
+    packs_per_step: int = option(8, doc="packs in an optimizer step, over all ranks: the global batch", source="ours")
+    max_doc_tokens: int | None = option(None, doc="longest document, tokens; null: pack_tokens")
+    over_length: Literal["drop", "truncate"] = option("drop", doc="what happens to a longer document", source="ours")
+    skip_bad_rows: bool = option(False, doc="set bad rows aside in a rejects file instead of stopping")
+    chat: ChatConfig = option(ChatConfig(), doc="how problems are put to the model")
+    dtype: Literal["bfloat16", "float32"] = option(
+        "bfloat16", doc="compute type; weights, optimizer and gradient sums stay float32", source="MiCoTA"
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", doc="auto: CUDA where there is one")
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = option(
+        "auto", doc="auto: flash-attn 3 or 2, torch varlen, SDPA"
+    )
+    mesh: MeshConfig = option(MeshConfig(), doc="how processes share the model", operational=True)
+    compile: bool = option(False, doc="torch.compile each block")
+    row_filter: float = option(
+        0.0, doc="leave tokens of at least 1 - this probability out of the loss's gradients; 0: exact", source="ours"
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = option(
+        "none",
+        doc="what the backward pass computes again: gate and what is cheap (selective), or whole blocks (full)",
+        operational=True,
+    )
+    freeze: list[str] = option(
+        [], doc="parameters that stay as they are, by pattern of their names: [model.embed_tokens.*, '*.layers.0.*']"
+    )
+    validation_data: str | None = option(
+        None, doc="JSONL of held-out rows, whose loss is measured during training; null: none is"
+    )
+    validate_every: int | None = option(None, doc="steps between validations; null: ten a run")
+    early_stop: int | None = option(
+        None, doc="end after so many validations without a new lowest loss, and keep the weights that had it; null: no"
+    )
+    max_skipped_steps: int = option(
+        5,
+        doc="stop after so many steps in a row whose loss or gradient is not finite (they change nothing)",
+        operational=True,
+    )
+    checkpoint_every: int | None = option(
+        None, doc="steps between resume checkpoints; null: ten a run", operational=True
+    )
+    keep_checkpoints: int = option(
+        2, doc="newest resume checkpoints that stay, beside the best", source="ours", operational=True
+    )
+    log_every: int = option(10, doc="steps between progress lines, at which the host waits", operational=True)
+    tensorboard: bool = option(False, doc="write TensorBoard events to OUT/tensorboard", operational=True)
+    wandb: str | None = option(None, doc="Weights & Biases project to report to", operational=True)
+    init: Literal["pretrained", "random"] = option("pretrained", doc="random: fresh weights of the model's shape")
+    save_dtype: Literal["bfloat16", "float32"] | None = option(None, doc="type of the saved weights; null: as loaded")
+
+    def __post_init__(self) -> None:
+        # Each condition is put so that NaN fails it.
+        for name in ("epochs", "lr", "max_grad_norm", "eps"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"`{name}` must be above 0, not {getattr(self, name)}")
+        for name in ("epochs", "lr", "eps", "weight_decay"):  # max_grad_norm: .inf switches clipping off
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"`{name}` must be finite and not negative, not {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"`betas` must lie between 0 and 1, 1 excluded, not {list(self.betas)}")
+        if self.seed < 0:
+            raise InputError(f"`seed` must be at least 0, not {self.seed}")
+        for name in (
+            "pack_tokens",
+            "packs_per_step",
+            "log_every",
+            "max_steps",
+            "max_doc_tokens",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "validate_every",
+            "early_stop",
+            "max_skipped_steps",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"`{name}` must be at least 1, not {value}")
+        if not 0 <= self.row_filter < 1:
+            raise InputError(f"`row_filter` must be at least 0 and below 1, not {self.row_filter}")
+        for name in ("warmup_ratio", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"`{name}` must lie between 0 and 1, not {getattr(self, name)}")
+        if self.early_stop is not None and self.validation_data is None:
+            raise InputError("`early_stop` needs `validation_data`, whose loss it watches")
+        if self.max_doc_tokens is not None and self.max_doc_tokens > self.pack_tokens:
+            raise InputError(f"`max_doc_tokens` {self.max_doc_tokens} exceeds `pack_tokens` {self.pack_tokens}")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(TrainSettings):
+    """`python -m micota_fast.train` (or under torchrun): a checkpoint and a corpus in, a checkpoint out."""
+
+    model: str = option(doc="checkpoint to start from (folder or hub name)")
+    data: str = option(doc="JSONL corpus: our rows, OpenAI messages, ShareGPT, Alpaca, or problem + solution")
+    out: str = option(doc="folder: model/ (Hugging Face layout), metrics.jsonl, summary.json, resume checkpoints")

@@ -1,0 +1,79 @@
+"""`micota export`: completions as a Parquet file, for the tools that read that and not JSONL."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from micota_fast.common.files import open_atomic, refuse_to_overwrite
+from micota_fast.common.records import Completion, iter_completions
+from micota_fast.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+# A row group is as many rows as first reach one of these.
+GROUP_ROWS = 1 << 14
+GROUP_CHARACTERS = 16 << 20  # of problem and completion
+
+
+def schema() -> "pyarrow.Schema":
+    """The columns: Completion's fields, by their names; nullable where None may stand. Counts are int64."""
+    import pyarrow as pa
+
+    types = {
+        str: pa.string(),
+        int: pa.int64(),
+        str | None: pa.string(),
+        int | None: pa.int64(),
+        bool | None: pa.bool_(),
+    }
+    return pa.schema(
+        [pa.field(f.name, types[f.type], nullable=f.type not in (str, int)) for f in fields(Completion)]  # type: ignore[index]
+    )
+
+
+def export(completions: str | Path, out: str | Path) -> int:
+    """Write a JSONL file of completions as Parquet (zstd), in the same order, atomically. Returns how many there were.
+
+    Holds one row group, at most GROUP_ROWS rows, and 8 bytes a row of the file.
+
+    Raises:
+        InputError: pyarrow is missing; a row is unreadable or twice there (with file:line), or a number is too large;
+            or `out` cannot be written.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise InputError("export needs pyarrow: pip install 'micota-fast[parquet]'") from None
+    refuse_to_overwrite(out, completions)
+    columns, count = schema(), 0
+    rows = iter_completions(completions)
+    with open_atomic(Path(out)) as file, pq.ParquetWriter(file, columns, compression="zstd") as writer:
+        while group := list(_group(rows)):
+            try:
+                try:
+                    table = pa.Table.from_pylist([vars(row) for row in group], schema=columns)
+                except UnicodeEncodeError:
+                    table = pa.Table.from_pylist([_encodable(row) for row in group], schema=columns)
+            except OverflowError as error:
+                raise InputError(f"{completions}: among rows {count + 1} to {count + len(group)}: {error}") from None
+            writer.write_table(table)
+            count += len(group)
+    return count
+
+
+def _group(rows: Iterator[Completion]) -> Iterator[Completion]:
+    left = GROUP_CHARACTERS
+    for row in islice(rows, GROUP_ROWS):
+        yield row
+        left -= len(row.problem) + len(row.completion)
+        if left <= 0:
+            return
+
+
+def _encodable(row: Completion) -> dict[str, Any]:
+    """Its fields, with lone surrogates (JSON can spell them, UTF-8 cannot) replaced as `encode_row` does."""
+    return {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in vars(row).items()}

@@ -1,0 +1,265 @@
+"""Accuracy of a checkpoint on each benchmark: greedy answers from the served model, graded, with an interval."""
+
+import contextlib
+import importlib.metadata
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import micota_fast
+from micota_fast.common.files import write_atomic
+from micota_fast.common.records import Completion, benchmark_file, model_name, read_completions, write_rows
+from micota_fast.config.evaluation import BenchmarkConfig, EvaluateConfig
+from micota_fast.errors import InputError
+from micota_fast.evaluation.judge import asked_of, second_opinions
+from micota_fast.generation.generate import (
+    fingerprint,
+    finished,
+    generate_corpus,
+    named_urls,
+    open_problems,
+    servers_for,
+)
+from micota_fast.generation.problem_file import ProblemFile
+from micota_fast.grading.grader import Grader, Verdict
+from micota_fast.grading.paper_rules import grade_by_string, grade_last_number
+from micota_fast.statistics.intervals import clustered_se, macro_average, mean_pass_at, wilson95
+
+# What verdicts hang on beside our own code: prompts' tokens, and the comparison of answers.
+PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy", "tokenizers")
+OUTCOMES = ("correct", "wrong", "no_answer", "truncated", "aborted", "timeout", "crashed")
+RULES: dict[str, Callable[[str, str], Verdict]] = {
+    "box": grade_by_string,
+    "box_zeros_trimmed": partial(grade_by_string, trim_zeros=True),
+    "last_number": grade_last_number,
+}
+
+
+_Graded = tuple[list[Completion], dict[str, list[Verdict]]]  # a benchmark's answers; protocol -> their verdicts
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One benchmark: its problems, how they are asked, where the answers lie."""
+
+    benchmark: BenchmarkConfig
+    problems: ProblemFile
+    asked: EvaluateConfig
+    answers: Path
+    rows: Path
+
+
+def run(config: EvaluateConfig) -> None:
+    """Answer and grade every benchmark; write results.json, rows/NAME.jsonl and completions/NAME.jsonl in OUT.
+
+    One server answers all benchmarks, and none is started where every answer is there already, so grading again is
+    cheap. Interrupted, the next run takes up the answers that were given. Equal inputs give equal results.json; what
+    depends on the clock stands in timing.json.
+
+    Every answer is graded twice: `strict` by math-verify, `paper` by the benchmark's string rule (see `string_rule`).
+    The verdicts of `config.protocol` count: for each benchmark results.json has of them `n` answers = `correct` +
+    `wrong` + `no_answer` (no final answer found) + `truncated` (cut off at the token limit, and not right by then) +
+    `aborted` (the server failed on it) + `timeout` + `crashed` (the comparison hit its limit), `accuracy` = correct /
+    n, `wilson95` over the `problems`, `mean_tokens` of an answer; and of both protocols `correct` and `accuracy`, under
+    `protocols`. With several samples a problem, both also have `standard_error` and `pass_at` (see `score`). `made_by`
+    is what the answers depend on, `grading` what the verdicts do. `average` is the plain mean of the accuracies, as in
+    the paper, and `average95` its interval over the benchmarks' problems (see `intervals.macro_average`).
+
+    Raises:
+        InputError: as `generation.generate`; or two benchmarks have one name, or a file holds another number of
+            problems than its benchmark has.
+    """
+    named_urls(config)
+    out = Path(config.out)
+    jobs = _jobs(config, out)
+    timing: dict[str, Any] = {"generation_s": {}, "grading_s": {}}
+    _generate(config, jobs, out, timing["generation_s"])
+    graded = _grade(config, jobs, timing["grading_s"])
+    opinions: dict[str, list[bool | None]] = {}
+    if config.judge is not None:
+        of_paper = {job.rows.name: (rows, of["paper"]) for job, (rows, of) in zip(jobs, graded, strict=True)}
+        opinions = second_opinions(config.judge, of_paper, out / "judge")
+    benchmarks: dict[str, Any] = {}
+    for job, (rows, verdicts) in zip(jobs, graded, strict=True):
+        entry, graded_rows = _result(config, job, rows, verdicts, opinions.get(job.rows.name))
+        write_rows(job.rows, graded_rows)
+        benchmarks[job.benchmark.name] = entry
+        print(_line(job.benchmark.name, entry), flush=True)
+    entries = benchmarks.values()
+    average = macro_average([[entry["accuracy"] for entry in entries]], [entry["problems"] for entry in entries])
+    results = {
+        "model": model_name(config.model),
+        "average": average.mean,
+        "average95": [average.low, average.high],
+        "benchmarks": benchmarks,
+        "versions": {"micota_fast": micota_fast.__version__}
+        | {package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+    if config.judge is not None:
+        results["judge"] = asked_of(config.judge)
+    write_atomic(out / "timing.json", [json.dumps(timing, indent=1).encode() + b"\n"])
+    write_atomic(out / "results.json", [json.dumps(results, indent=1, ensure_ascii=False).encode() + b"\n"])
+    print(
+        f"average of {len(benchmarks)}: {100 * average.mean:.2f}% [{100 * average.low:.2f}, {100 * average.high:.2f}]"
+    )
+
+
+def _generate(config: EvaluateConfig, jobs: Sequence[_Job], out: Path, seconds: dict[str, float]) -> None:
+    """Have every benchmark answered."""
+    with contextlib.ExitStack() as stack:
+        # No request is sent where all is done, so no URL is needed.
+        done = all(finished(job.problems, job.asked, job.answers) for job in jobs)
+        # A server that samples for one of them must be seeded.
+        hottest = replace(config, temperature=max(job.asked.temperature for job in jobs))
+        urls = [] if done else stack.enter_context(servers_for(hottest, out / "server.log"))
+        for job in jobs:
+            started = time.monotonic()
+            generate_corpus(job.problems, job.asked, urls, job.answers)
+            seconds[job.benchmark.name] = round(time.monotonic() - started, 3)
+
+
+def _grade(config: EvaluateConfig, jobs: Sequence[_Job], seconds: dict[str, float]) -> list[_Graded]:
+    """Each benchmark's answers, and their verdicts by protocol."""
+    graded = []
+    with Grader(config.workers, config.timeout_s) as grader:
+        for job in jobs:
+            started = time.monotonic()
+            rows = read_completions(job.answers)
+            pairs = [(row.completion, row.answer) for row in rows]
+            rule = RULES[job.benchmark.rule or "box"]
+            graded.append((rows, {"strict": grader.grade(pairs), "paper": [rule(*pair) for pair in pairs]}))
+            seconds[job.benchmark.name] = round(time.monotonic() - started, 3)
+    return graded
+
+
+def _result(
+    config: EvaluateConfig,
+    job: _Job,
+    rows: Sequence[Completion],
+    verdicts: dict[str, list[Verdict]],
+    opinions: Sequence[bool | None] | None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The entry of results.json, and the graded rows."""
+    scores = {name: score(len(job.problems), rows, of) for name, of in verdicts.items()}
+    told = ("correct", "accuracy", "standard_error", "pass_at")
+    protocols = {name: {key: of[key] for key in told if key in of} for name, of in scores.items()}
+    graded_rows = [
+        _graded_row(config.protocol, *of) for of in zip(rows, verdicts["strict"], verdicts["paper"], strict=True)
+    ]
+    if opinions is not None:
+        for row, opinion in zip(graded_rows, opinions, strict=True):
+            row["protocols"]["judge"] = {"correct": opinion}
+        correct = sum(opinion is True for opinion in opinions)
+        protocols["judge"] = {"correct": correct, "accuracy": correct / len(rows)}
+        protocols["judge"]["undecided"] = sum(opinion is None for opinion in opinions)
+    entry = {
+        **scores[config.protocol],
+        "protocol": config.protocol,
+        "protocols": protocols,
+        "made_by": fingerprint(job.problems, job.asked),
+        "grading": {"rule": job.benchmark.rule, "timeout_s": config.timeout_s},
+    }
+    return entry, graded_rows
+
+
+def _jobs(config: EvaluateConfig, out: Path) -> list[_Job]:
+    jobs = []
+    for benchmark, file in zip(config.benchmarks, _file_names(config.benchmarks), strict=True):
+        prompt = config.chat.prompt if benchmark.prompt is None else benchmark.prompt
+        own = config.of(benchmark)
+        asked = replace(own, chat=replace(config.chat, prompt=prompt), stop=[*config.stop, *benchmark.stop])
+        answers = out / "completions" / file
+        problems = open_problems(benchmark.path, benchmark.limit, answers)
+        if benchmark.limit is None:  # a limit says that the rest is left out on purpose
+            benchmark.check_number(len(problems), benchmark.path)
+        jobs.append(_Job(benchmark, problems, asked, answers, out / "rows" / file))
+    return jobs
+
+
+def score(problems: int, rows: Sequence[Completion], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Counts, accuracy and interval of one benchmark of so many problems (see `run`).
+
+    With several samples a problem, accuracy is the mean over all answers (avg@k), and the interval takes the problems
+    for independent but the samples of one for copies of each other, so it is never too narrow for their number. There
+    is more to tell then: `samples` of each problem, `standard_error` of the accuracy, as a fraction, with the problems
+    as clusters (`intervals.clustered_se`; None for a single problem), and `pass_at`: "k" -> pass@k
+    (`intervals.mean_pass_at`).
+
+    Args:
+        problems: how many.
+        rows: as many answers to each, problem by problem.
+        verdicts: of the rows.
+    """
+    outcomes = list(map(_outcome, rows, verdicts))
+    counts = Counter(outcomes)
+    accuracy = counts["correct"] / len(rows)
+    scored: dict[str, Any] = {
+        "problems": problems,
+        "n": len(rows),
+        **{outcome: counts[outcome] for outcome in OUTCOMES},
+        "accuracy": accuracy,
+        "wilson95": list(wilson95(accuracy, problems)),
+        "mean_tokens": sum(row.completion_tokens for row in rows) / len(rows),
+    }
+    samples = len(rows) // problems
+    if samples > 1:
+        correct_PS = np.array([outcome == "correct" for outcome in outcomes], np.float64).reshape(problems, samples)
+        pass_at = mean_pass_at(correct_PS.sum(axis=1).astype(int).tolist(), samples, samples)
+        scored["samples"] = samples
+        scored["standard_error"] = clustered_se(correct_PS) if problems > 1 else None
+        scored["pass_at"] = {str(k): value for k, value in pass_at.items()}
+    return scored
+
+
+def _outcome(row: Completion, verdict: Verdict) -> str:
+    if row.finish_reason == "abort":
+        return "aborted"
+    if row.finish_reason != "stop" and verdict.status != "correct":
+        return "truncated"
+    return verdict.status
+
+
+def _graded_row(protocol: str, row: Completion, strict: Verdict, paper: Verdict) -> dict[str, Any]:
+    """The answer with the verdict that counts; what each protocol says and has read stands beside it."""
+    verdicts = {"strict": strict, "paper": paper}
+    counts = verdicts[protocol]
+    graded = replace(row, correct=_correct(counts))
+    return asdict(graded) | {
+        "outcome": _outcome(row, counts),
+        "extracted": counts.extracted,
+        "protocols": {name: {"correct": _correct(of), "extracted": of.extracted} for name, of in verdicts.items()},
+    }
+
+
+def _correct(verdict: Verdict) -> bool | None:
+    """None: the comparison came to no end."""
+    return None if verdict.status in ("timeout", "crashed") else verdict.status == "correct"
+
+
+def _file_names(benchmarks: Sequence[BenchmarkConfig]) -> list[str]:
+    names = [benchmark_file(benchmark.name) for benchmark in benchmarks]
+    if not names or len(set(names)) != len(names):
+        raise InputError("`benchmarks` must list at least one benchmark, and no two of the same name")
+    return names
+
+
+def _line(name: str, entry: dict[str, Any]) -> str:
+    low, high = entry["wilson95"]
+    counts = ", ".join(f"{entry[k]} {k}" for k in OUTCOMES[2:] if entry[k])
+    parts = [f"{entry['correct']} of {entry['n']}{'; ' + counts if counts else ''})"]
+    if (k := entry.get("samples")) is not None:
+        error = "unknown" if entry["standard_error"] is None else f"{100 * entry['standard_error']:.2f} points"
+        parts += [f"avg@{k}, standard error {error}", f"pass@{k} {100 * entry['pass_at'][str(k)]:.2f}%"]
+    others = {of: entry["protocols"][of]["accuracy"] for of in entry["protocols"] if of != entry["protocol"]}
+    named = {"strict": "the strict rule", "paper": "the paper rule", "judge": "the judge"}
+    parts += [f"by {named[of]} {100 * accuracy:.2f}%" for of, accuracy in others.items()]
+    if undecided := entry["protocols"].get("judge", {}).get("undecided"):
+        parts[-1] += f", which said neither True nor False of {undecided}"
+    return f"{name}: {100 * entry['accuracy']:.2f}% [{100 * low:.2f}, {100 * high:.2f}] ({'; '.join(parts)}"

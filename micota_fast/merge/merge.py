@@ -1,0 +1,283 @@
+"""A merge from checkpoint to checkpoint: inputs mapped, output written as it is made, OUT whole or absent."""
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numba
+import numpy as np
+
+import micota_fast
+from micota_fast.common.files import publish, sync
+from micota_fast.config.merge import MergeConfig
+from micota_fast.errors import InputError
+from micota_fast.merge import methods
+from micota_fast.merge.inputs import HEAD, Checkpoint, match
+from micota_fast.merge.mergekit import MergePlan, read_mergekit
+from micota_fast.merge.methods import TensorMerge
+from micota_fast.merge.output import Layout, ShardWriter, result_code, write_json
+from micota_fast.merge.settings import depth_of
+from micota_fast.model.folder import COPIED_FILES
+
+_AHEAD = 4  # chunks a thread that are prepared and read ahead
+_REPORT = "merge.json"
+_SWEEP = "weight-"
+_WRITTEN = re.compile(r"merge\.json|config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+
+
+def merge(config: MergeConfig) -> None:
+    """Merge as the mergekit file says and write a Hugging Face checkpoint, or one for each of `config.weights`.
+
+    Config and tokenizer are the base's. merge.json in each names the plan, the seed, a fingerprint of each input's
+    tensors and the versions. Equal inputs give equal bytes, however they are sharded and whatever the number of threads
+    (OMP_NUM_THREADS; else one a core). Memory: some MiB a thread, beside the pages of the inputs.
+    A former merge at OUT is replaced; anything else there is left alone and is an error.
+
+    Raises:
+        InputError: the file is wrong, a checkpoint is damaged, the checkpoints differ in their tensors or shapes, or
+            a tensor holds NaN or infinity. Names file and tensor.
+    """
+    plan = read_mergekit(config.config)
+    former = Path(config.out).exists()
+    if not config.weights:
+        merge_plans({"": plan}, Path(config.out), config.seed)
+    else:
+        plans = {f"{_SWEEP}{weight:.15g}": plan.with_weight(weight) for weight in config.weights}
+        if len(plans) < len(config.weights):
+            raise InputError("`weights` names one twice")
+        merge_plans(plans, Path(config.out), config.seed)
+    number = f"{len(config.weights)} merges" if config.weights else "merged"
+    print(f"{config.out}: {number} by {plan.method}" + (", in place of a former merge" if former else ""), flush=True)
+
+
+def merge_plans(plans: dict[str, MergePlan], out: Path, seed: int, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Plans that differ in weights alone, in one reading of the inputs; each into the folder of `out` that names it.
+
+    Args:
+        plans: by folder; a sole plan's may be "", which is `out` itself.
+        max_shard_bytes: weights above it are split into shards.
+    """
+    out = Path(os.path.abspath(out))  # "." and ".." have no name
+    if not out.name:
+        raise InputError(f"a merge cannot take the place of {out}; name a folder")
+    aside = out.with_name(f".{out.name}.partial")
+    try:
+        with _only_merge(out):
+            former = out.with_name(f".{out.name}.former")
+            _bring_back(former, out)  # of a merge that was killed between the two renames below
+            if out.exists() and (foreign := _foreign(out)) is not None:
+                raise InputError(f"{foreign} is not of a former merge; remove it or choose another place than {out}")
+            try:
+                _write_aside(plans, aside, seed, max_shard_bytes)
+                if out.exists():
+                    out.rename(former)
+                publish(aside, out)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                _bring_back(former, out)
+                raise
+            shutil.rmtree(former, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
+
+
+@contextmanager
+def _only_merge(out: Path) -> Iterator[None]:
+    """Keep a second merge away from `out`. The kernel drops the lock with the process, however that ends."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_name(f".{out.name}.lock")
+    while True:
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another merge is writing {out}; wait for it, or choose another place") from None
+            # The one before us may have removed the file between our opening and locking it.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                try:
+                    yield
+                finally:
+                    path.unlink()
+                return
+
+
+def _bring_back(former: Path, out: Path) -> None:
+    if former.exists() and not out.exists():
+        former.rename(out)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _foreign(out: Path) -> Path | None:
+    """Something at `out` that no merge writes; None where it is an empty folder, a merge, or a sweep of them."""
+    if not out.is_dir():
+        return out
+    inside = sorted(out.iterdir())
+    if all(path.is_dir() and path.name.startswith(_SWEEP) for path in inside):
+        return next((found for path in inside if (found := _foreign_in_merge(path)) is not None), None)
+    return _foreign_in_merge(out)
+
+
+def _foreign_in_merge(folder: Path) -> Path | None:
+    inside = sorted(folder.iterdir())
+    if all(path.name != _REPORT for path in inside):
+        return folder
+    return next((path for path in inside if not (path.name in COPIED_FILES or _WRITTEN.fullmatch(path.name))), None)
+
+
+def _write_aside(plans: dict[str, MergePlan], aside: Path, seed: int, max_shard_bytes: int) -> None:
+    shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
+    folders = [aside / name for name in plans]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    with ExitStack() as stack:
+        _write(list(plans.values()), folders, seed, max_shard_bytes, stack)
+    for folder in folders:  # now, so that nothing is waited for while a former merge makes room
+        for path in (*folder.iterdir(), folder):
+            sync(path)
+
+
+def _write(plans: list[MergePlan], folders: list[Path], seed: int, max_shard_bytes: int, stack: ExitStack) -> None:
+    plan = plans[0]
+    order = [entry.model for entry in plan.inputs]
+    order = order if plan.method == "linear" else [plan.base, *order]  # linear's base is one of its inputs
+    names = dict.fromkeys([plan.base, *order])
+    models = {name: stack.enter_context(closing(Checkpoint(name))) for name in names}
+    base = models[plan.base]
+    matched = match(list(models.values()), plan.one_tokenizer)
+    layout = {
+        tensor: (sources[0].shape, result_code({source.code for source in sources}, plan.dtype))
+        for tensor, sources in matched.items()
+    }
+    layers = base.config.num_hidden_layers
+    for part in plan.filters():
+        if not any(part in tensor for tensor in layout):
+            print(f"merge: the filter {part!r} fits no tensor's name", file=sys.stderr)
+    scalars = {tensor: [each.at(tensor, depth_of(tensor, layers)) for each in plans] for tensor in layout}
+    writers = [stack.enter_context(closing(ShardWriter(folder, layout, max_shard_bytes))) for folder in folders]
+
+    def tensors() -> Iterator[TensorMerge]:
+        for tensor, (_, code) in layout.items():
+            by_name = dict(zip(models, matched[tensor], strict=True))
+            sources = [by_name[name] for name in order]
+            for source in sources:
+                source.read_ahead()
+            write = [partial(writer.write, tensor) for writer in writers]
+            donor = order.index(plan.base)
+            yield TensorMerge(tensor, plan.method, scalars[tensor], sources, donor, code, seed, write)
+
+    fingerprints = _run(tensors())
+    made_of = [_fingerprint(layout, fingerprints, i) for i in range(len(order))]
+    for each, folder in zip(plans, folders, strict=True):
+        _describe(each, folder, base, layout, seed, dict(zip(order, made_of, strict=True)), models)
+
+
+def _run(tensors: Iterator[TensorMerge]) -> dict[str, list[bytes]]:
+    """Take every tensor through its passes, several at once so that no thread waits; fingerprints of their sources."""
+    threads = _threads()
+    done: SimpleQueue[_Running] = SimpleQueue()  # an entry for each chunk
+    fingerprints: dict[str, list[bytes]] = {}
+    waiting = 0
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="merge")
+    try:
+        while True:
+            while waiting < _AHEAD * threads and (tensor := next(tensors, None)) is not None:
+                running = _Running(tensor)
+                waiting += running.next_pass(pool, done)
+            if not waiting:
+                return fingerprints
+            running = done.get()
+            waiting -= 1
+            running.left -= 1
+            if running.left == 0:
+                started = running.next_pass(pool, done)
+                waiting += started
+                if not started:
+                    fingerprints[running.tensor.name] = running.tensor.fingerprints()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Running:
+    """A tensor on its way: the pass that it is in, chunk by chunk."""
+
+    def __init__(self, tensor: TensorMerge) -> None:
+        self.tensor = tensor
+        self.left = 0  # chunks of this pass that are not done
+        self._passes = tensor.passes()
+        self._chunks: list[Future[Any]] | None = None
+
+    def next_pass(self, pool: Executor, done: "SimpleQueue[_Running]") -> int:
+        """Start the next pass with the results of the last; its number of chunks, 0 where there is none.
+
+        Raises what a chunk of the last pass has raised.
+        """
+        try:
+            if self._chunks is None:
+                size, work = next(self._passes)
+            else:
+                size, work = self._passes.send([chunk.result() for chunk in self._chunks])
+        except StopIteration:
+            return 0
+        starts = range(0, size, methods.CHUNK)
+        self.left = len(starts)
+        self._chunks = [pool.submit(work, start, min(start + methods.CHUNK, size)) for start in starts]
+        for chunk in self._chunks:
+            chunk.add_done_callback(lambda _: done.put(self))
+        return self.left
+
+
+def _threads() -> int:
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) > 0 else len(os.sched_getaffinity(0))
+
+
+def _fingerprint(layout: Layout, fingerprints: Mapping[str, list[bytes]], index: int) -> str:
+    """Of names and contents of the tensors that were read; neither sharding nor threads play a part."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in layout:
+        digest.update(f"{tensor}\0".encode() + fingerprints[tensor][index])
+    return digest.hexdigest()
+
+
+def _describe(
+    plan: MergePlan,
+    folder: Path,
+    base: Checkpoint,
+    layout: Layout,
+    seed: int,
+    fingerprints: Mapping[str, str],
+    models: Mapping[str, Checkpoint],
+) -> None:
+    """config.json, tokenizer, chat template and generation_config of the base, and merge.json."""
+    kinds = {code for _, code in layout.values()}
+    names = [name for name in ("float32", "float16", "bfloat16") if kinds == {result_code(set(), name)}]
+    # several kinds: as the base says
+    content = base.config.to_dict(names[0] if names else base.config.dtype_name or "float32")
+    if HEAD in layout:
+        content["tie_word_embeddings"] = False  # one of the models has a head of its own, so the result has, too
+    write_json(folder / "config.json", content)
+    for path in (base.folder / name for name in COPIED_FILES):
+        if path.is_file():
+            try:
+                copied = path.read_bytes()
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+            (folder / path.name).write_bytes(copied)
+    about = [{"model": models[entry.model].name, "fingerprint": fingerprints[entry.model]} for entry in plan.inputs]
+    report = {
+        "plan": plan.describe(base.name, about),
+        "base_fingerprint": fingerprints[plan.base],
+        "seed": seed,
+        "versions": {"micota_fast": micota_fast.__version__, "numba": numba.__version__, "numpy": np.__version__},
+    }
+    write_json(folder / _REPORT, report)

@@ -1,0 +1,428 @@
+"""A recipe as a graph of stages: which must run, with which configuration, made of which others."""
+
+import copy
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from micota_fast.config import loader
+from micota_fast.config.corpus import FilterConfig, FilterSettings, MixConfig
+from micota_fast.config.evaluation import AlignConfig, BenchmarkConfig, ContaminationConfig, EvaluateConfig
+from micota_fast.config.generation import GenerateConfig, SamplingSettings, ServeConfig
+from micota_fast.config.merge import LengthSweepConfig, LengthSweepSettings, MergeConfig
+from micota_fast.config.recipe import Recipe
+from micota_fast.config.report import ReportConfig
+from micota_fast.config.train import TrainConfig
+from micota_fast.errors import InputError
+from micota_fast.merge.mergekit import parse_mergekit
+
+Config = TypeVar("Config")
+BASE = "base"  # the arm that is not trained
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A file or folder that stages read: made by `stage`, or there from the beginning (stage None), or a hub name."""
+
+    location: str
+    stage: str | None = None
+
+    @property
+    def on_hub(self) -> bool:
+        return self.stage is None and not Path(self.location).exists()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process: `verb` run on `settings`, in a folder of its own."""
+
+    name: str
+    verb: str
+    settings: Any  # a dataclass of recipe.py
+    inputs: tuple[Artefact, ...]
+    outputs: tuple[str, ...]  # relative to the stage's folder; it is done when all are there
+    files: dict[str, str] = dataclasses.field(default_factory=dict)  # written into its folder before it starts
+    # Folder that it makes -> options (a.b: `b` of `a`, or of each of its items) on which its contents do not hang.
+    lasting: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(artefact.stage for artefact in self.inputs if artefact.stage is not None))
+
+
+def plan(recipe: Recipe, recipe_path: Path, run_dir: Path, absent: list[str] | None = None) -> list[Stage]:
+    """All stages that the recipe's arms, alignment and report need, each after those it depends on.
+
+    Where `absent` is given, what is not there (a file, a checkpoint, matplotlib) is told in it and is no error.
+
+    Raises:
+        InputError: a file or checkpoint that the recipe names is not there, an override is bad, or models and corpora
+            are made of each other in a circle.
+    """
+    planner = _Planner(recipe, recipe_path, run_dir, absent)
+    if importlib.util.find_spec("matplotlib") is None:
+        planner.miss("the report at the end needs matplotlib: pip install 'micota-fast[report]'")
+    return planner.stages()
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, recipe_path: Path, run_dir: Path, absent: list[str] | None) -> None:
+        self.recipe, self.path, self.run_dir, self.absent = recipe, recipe_path, run_dir, absent
+        self.data_dir = Path(recipe.data_dir).resolve() if recipe.data_dir else recipe_path.parent
+        self.made: dict[str, Stage] = {}
+        self.open: list[str] = []  # names being made, to notice circles
+
+    def stages(self) -> list[Stage]:
+        self._report()
+        return list(self.made.values())
+
+    def miss(self, what: str) -> None:
+        if self.absent is None:
+            raise InputError(what)
+        if what not in self.absent:  # every evaluation names the same files
+            self.absent.append(what)
+
+    def _add(self, stage: Stage) -> None:
+        self.made[stage.name] = stage
+
+    def _out(self, stage: str, name: str) -> str:
+        return str(self.run_dir / stage / name)
+
+    def _artefact(self, stage: str, name: str) -> Artefact:
+        return Artefact(self._out(stage, name), stage)
+
+    def _settings(
+        self, cls: type[Config], defaults: Any, overrides: dict[str, Any], where: str, **values: Any
+    ) -> Config:
+        merged = _merge(loader.plain(defaults), overrides)
+        return loader.build(cls, merged | values, f"{self.path}, `{where}`")
+
+    def _file(self, name: str, where: str) -> Artefact:
+        path = self.data_dir / name  # an absolute name stays as it is
+        if not path.is_file():
+            hint = "" if self.recipe.data_dir else "; --set data_dir=FOLDER says where relative names start from"
+            self.miss(f"{self.path}, `{where}`: no such file: {path}{hint}")
+        return Artefact(str(path.resolve()))
+
+    def _once(self, stage: str, make: Any) -> None:
+        if stage in self.made:
+            return
+        if stage in self.open:
+            circle = " -> ".join([*self.open[self.open.index(stage) :], stage])
+            raise InputError(f"{self.path}: these are made of each other: {circle}")
+        self.open.append(stage)
+        make()
+        self.open.pop()
+
+    def model(self, name: str) -> Artefact:
+        spec = self.recipe.models[name]
+        stage = f"model/{name}"
+        if spec.checkpoint is not None:
+            return self._checkpoint(spec.checkpoint, f"models.{name}.checkpoint")
+        if spec.train is not None:
+            trained = spec.train
+            where = f"models.{name}.train.set"
+            self._once(stage, lambda: self._train(stage, trained.base, trained.corpus, trained.set, where))
+        else:
+            self._once(stage, lambda: self._merge_stage(stage, name))
+        return self._artefact(stage, "model")
+
+    def _checkpoint(self, name: str, where: str) -> Artefact:
+        folder = self.path.parent / name
+        if folder.is_dir():
+            return Artefact(str(folder.resolve()))
+        if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+            return Artefact(name)  # a hub name; the stage that opens it says if it cannot be had
+        self.miss(f"{self.path}, `{where}`: no such folder: {folder} (a hub name has the form organisation/model)")
+        return Artefact(str(folder))
+
+    def _train(self, stage: str, base: str, corpus: str, overrides: dict[str, Any], where: str) -> None:
+        model, data = self.model(base), self.corpus(corpus)
+        settings = self._settings(
+            TrainConfig,
+            self.recipe.train,
+            overrides,
+            where,
+            model=model.location,
+            data=data.location,
+            out=str(self.run_dir / stage),
+        )
+        inputs = [model, data]
+        if settings.validation_data is not None:
+            inputs.append(self._file(settings.validation_data, f"{where}.validation_data"))
+            settings.validation_data = inputs[-1].location
+        self._add(Stage(stage, "train", settings, tuple(inputs), ("model", "metrics.jsonl", "summary.json")))
+
+    def _merge_stage(self, stage: str, name: str) -> None:
+        spec = self.recipe.models[name].merge
+        assert spec is not None
+        content = copy.deepcopy(spec.mergekit)
+        where = f"{self.path}, `models.{name}.merge.mergekit`"
+        merge = parse_mergekit(content, where)  # a mistake is told now, not when the models to merge have been trained
+        inputs: list[Artefact] = []
+        for holder, key in _model_names(content):
+            if holder[key] not in self.recipe.models:
+                raise InputError(f"{self.path}, `models.{name}.merge`: {holder[key]!r} is not a name under `models`")
+            artefact = self.model(holder[key])
+            inputs.append(artefact)
+            holder[key] = artefact.location
+        file = self._out(stage, "mergekit.yaml")
+        files = {"mergekit.yaml": yaml.safe_dump(content, sort_keys=False)}
+        if spec.median_tokens is None:
+            settings = MergeConfig(config=file, out=self._out(stage, "model"), seed=spec.seed)
+            self._add(Stage(stage, "merge", settings, tuple(inputs), ("model",), files))
+            return
+        source = self.recipe.problems[spec.problems]
+        problems = self._file(source.path, f"problems.{spec.problems}.path")
+        served = self._served(self.recipe.generate, name)
+        sampling = {field.name: getattr(served, field.name) for field in dataclasses.fields(SamplingSettings)}
+        grading = {name: getattr(self.recipe.filter, name) for name in ("timeout_s", "workers")}
+        sweep = self._settings(
+            LengthSweepConfig,
+            LengthSweepSettings(generate=SamplingSettings(**sampling), **grading),
+            spec.sweep,
+            f"models.{name}.merge.sweep",
+            config=file,
+            problems=problems.location,
+            out=str(self.run_dir / stage),
+            seed=spec.seed,
+            target_median_tokens=spec.median_tokens,
+        )
+        try:
+            for weight in sweep.weights:
+                merge.with_weight(weight)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if source.limit is not None:
+            sweep.limit = min(source.limit, sweep.limit or source.limit)
+        self._add(Stage(stage, "length-sweep", sweep, (*inputs, problems), ("model", "sweep.json"), files))
+
+    def corpus(self, name: str) -> Artefact:
+        spec = self.recipe.corpora[name]
+        if spec.file is not None:
+            return self._file(spec.file, f"corpora.{name}.file")
+        stage = f"corpus/{name}"
+        self._once(
+            stage, lambda: self._generated(stage, name) if spec.generate is not None else self._mixed(stage, name)
+        )
+        return self._artefact(stage, "corpus.jsonl")
+
+    def _generated(self, stage: str, name: str) -> None:
+        completions = self._answers(name)
+        settings = self._filter(name, completions)
+        self._add(Stage(stage, "filter", settings, (completions,), ("corpus.jsonl", "corpus.jsonl.counts.json")))
+
+    def _filter(self, name: str, completions: Artefact) -> FilterConfig:
+        spec = self.recipe.corpora[name].generate
+        assert spec is not None
+        return self._settings(
+            FilterConfig,
+            self.recipe.filter,
+            spec.filter,
+            f"corpora.{name}.generate.filter",
+            completions=completions.location,
+            out=self._out(f"corpus/{name}", "corpus.jsonl"),
+        )
+
+    def _answers(self, name: str) -> Artefact:
+        """All answers that a generated corpus is filtered from."""
+        stage = f"answers/{name}"
+        completions = self._artefact(stage, "completions.jsonl")
+        self._once(stage, lambda: self._generate(stage, name, completions))
+        return completions
+
+    def _generate(self, stage: str, name: str, completions: Artefact) -> None:
+        spec = self.recipe.corpora[name].generate
+        assert spec is not None
+        source = self.recipe.problems[spec.problems]
+        model = self.model(spec.model)
+        problems = self._file(source.path, f"problems.{spec.problems}.path")
+        rules = loader.plain(self._filter(name, completions))
+        settings = self._settings(
+            GenerateConfig,
+            self._served(self.recipe.generate, spec.model),
+            spec.set,
+            f"corpora.{name}.generate.set",
+            model=model.location,
+            problems=problems.location,
+            limit=source.limit,
+            out=completions.location,
+            accept={field.name: rules[field.name] for field in dataclasses.fields(FilterSettings)},
+        )
+        self._add(Stage(stage, "generate", settings, (model, problems), ("completions.jsonl",)))
+
+    def _mixed(self, stage: str, name: str) -> None:
+        shares = self.recipe.corpora[name].mix
+        assert shares is not None
+        parts = {part: self.corpus(part) for part in shares}
+        settings = MixConfig(
+            parts={parts[part].location: share for part, share in shares.items()},
+            out=self._out(stage, "corpus.jsonl"),
+            seed=self.recipe.train.seed,
+        )
+        self._add(Stage(stage, "mix", settings, tuple(parts.values()), ("corpus.jsonl",)))
+
+    def _served(self, defaults: Any, model: str) -> Any:
+        """Settings with the server of this model in them."""
+        spec = self.recipe.models[model]
+        serve = self._settings(ServeConfig, defaults.serve, spec.serve, f"models.{model}.serve")
+        return dataclasses.replace(defaults, serve=serve, url=spec.url)
+
+    def _benchmarks(self) -> tuple[list[BenchmarkConfig], list[Artefact]]:
+        """The benchmarks with the places of their files, and the files."""
+        named = self.recipe.evaluate.benchmarks
+        files = [self._file(benchmark.path, f"evaluate.benchmarks.{i}.path") for i, benchmark in enumerate(named)]
+        placed = [dataclasses.replace(b, path=file.location) for b, file in zip(named, files, strict=True)]
+        return placed, files
+
+    def _evaluate(self, stage: str, model: Artefact, served_as: str) -> None:
+        settings = self._served(self.recipe.evaluate, served_as)
+        if model.stage is not None:
+            settings.url = None  # a server that runs already serves another model than this one
+        settings.benchmarks, files = self._benchmarks()
+        built = self._settings(
+            EvaluateConfig, settings, {}, "evaluate", model=model.location, out=str(self.run_dir / stage)
+        )
+        # Answers are given once, and graded as often as somebody changes his mind about that.
+        grading = ("protocol", "timeout_s")
+        lasting = {"completions": (*grading, "judge", "benchmarks.rule"), "judge": grading}
+        inputs = [model, *files]
+        if built.judge is not None:
+            inputs.append(self._checkpoint(built.judge.model, "evaluate.judge.model"))
+            built.judge.model = inputs[-1].location
+        self._add(Stage(stage, "evaluate", built, tuple(inputs), ("results.json", "rows"), lasting=lasting))
+
+    def _report(self) -> None:
+        recipe = self.recipe
+        student = self.model(recipe.student)
+        results: dict[str, list[Artefact]] = {BASE: [self._artefact(f"evaluate/{BASE}", "results.json")]}
+        metrics: dict[str, list[Artefact]] = {}
+        self._evaluate(f"evaluate/{BASE}", student, recipe.student)
+        for arm, corpus in recipe.arms.items():
+            if arm == BASE:
+                raise InputError(f"{self.path}, `arms`: {BASE!r} is the untouched student; give this arm another name")
+            results[arm], metrics[arm] = [], []
+            for seed in recipe.seeds:
+                run = f"{arm}-seed{seed}"
+                self._train(f"student/{run}", recipe.student, corpus, {"seed": seed}, "train")
+                self._evaluate(f"evaluate/{run}", self._artefact(f"student/{run}", "model"), recipe.student)
+                results[arm].append(self._artefact(f"evaluate/{run}", "results.json"))
+                metrics[arm].append(self._artefact(f"student/{run}", "metrics.jsonl"))
+        corpora = self._align(student)
+        contamination = self._contamination()
+        inputs = [*_flat(results.values()), *_flat(metrics.values()), *_flat(c.values() for c in corpora.values())]
+        # The report reads the rows that lie beside each results.json.
+        inputs += [self._artefact(artefact.stage or "", "rows") for artefact in _flat(results.values())]
+        inputs += [contamination] if contamination is not None else []
+        settings = ReportConfig(
+            title=recipe.title or recipe.name,
+            out=str(self.run_dir / "report"),
+            base=results.pop(BASE)[0].location,
+            arms={arm: [artefact.location for artefact in of_arm] for arm, of_arm in results.items()},
+            corpora={name: {kind: a.location for kind, a in kinds.items()} for name, kinds in corpora.items()},
+            trained_on={arm: corpus for arm, corpus in recipe.arms.items() if arm != corpus},
+            training={arm: [artefact.location for artefact in of_arm] for arm, of_arm in metrics.items()},
+            contamination=contamination.location if contamination is not None else None,
+            claims=recipe.claims,
+            notes=recipe.notes,
+            provenance=versions(),
+        )
+        outputs = ("report.html", "answers.html", "table.md", "report.json")
+        self._add(Stage("report", "report", settings, tuple(inputs), outputs))
+
+    def _contamination(self) -> Artefact | None:
+        """Whether what is trained on holds what is asked in the end; None where nothing is trained."""
+        names = list(self.recipe.arms.values())
+        names += [m.train.corpus for name, m in self.recipe.models.items() if m.train and f"model/{name}" in self.made]
+        if not names:
+            return None
+        corpora = {name: self.corpus(name) for name in dict.fromkeys(names)}
+        benchmarks, files = self._benchmarks()
+        settings = ContaminationConfig(
+            corpora={name: artefact.location for name, artefact in corpora.items()},
+            benchmarks=benchmarks,
+            out=self._out("contamination", ""),
+        )
+        inputs = (*corpora.values(), *files)
+        self._add(Stage("contamination", "contamination", settings, inputs, ("contamination.json",)))
+        return self._artefact("contamination", "contamination.json")
+
+    def _align(self, student: Artefact) -> dict[str, dict[str, Artefact]]:
+        if not self.recipe.align:
+            return {}
+        corpora = {name: self.corpus(name) for name in self.recipe.align}
+        own = self._answers(self.recipe.own) if self.recipe.own is not None else None
+        settings = self._settings(
+            AlignConfig,
+            self.recipe.alignment,
+            {},
+            "alignment",
+            model=student.location,
+            corpora={name: artefact.location for name, artefact in corpora.items()},
+            own=own.location if own is not None else None,
+            out=str(self.run_dir / "align"),
+        )
+        outputs = tuple(f"{name}.json" for name in corpora)
+        inputs = (student, *corpora.values(), *([own] if own is not None else []))
+        self._add(Stage("align", "align", settings, inputs, outputs))
+        files = {name: {"alignment": self._artefact("align", f"{name}.json")} for name in corpora}
+        for name in corpora:
+            if self.recipe.corpora[name].generate is not None:
+                files[name]["counts"] = self._artefact(f"corpus/{name}", "corpus.jsonl.counts.json")
+        return files
+
+
+def versions() -> dict[str, str]:
+    """What a stage is made with: packages and machine, without times, so that equal runs give equal records."""
+    packages = ("micota-fast", "torch", "numba", "tokenizers", "safetensors", "math-verify")
+    found = {package: _version(package) for package in packages}
+    return {
+        "python": platform.python_version(),
+        **{package: version for package, version in found.items() if version},
+        "platform": f"{sys.platform} {platform.machine()}, {os.cpu_count()} cores, {_cpu_model()}",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown CPU"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+def _flat(groups: Any) -> Iterator[Artefact]:
+    for group in groups:
+        yield from group
+
+
+def _merge(defaults: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(defaults)
+    for key, value in overrides.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _model_names(content: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Places in a mergekit configuration that hold a model's name."""
+    if content.get("base_model") is not None:
+        yield content, "base_model"
+    for entry in content["models"]:
+        yield entry, "model"

@@ -1,0 +1,401 @@
+"""Run a recipe's stages: what is done stays, what is stale is set aside and made anew, what was cut off goes on.
+
+A stage is done when its folder holds `done.json`, whose identity (options, inputs' contents) equals the one wanted now
+and whose outputs still have the recorded contents. Folders made for another identity are moved to NAME~FINGERPRINT,
+never deleted, and come back when a recipe wants them again; parts of them that do not hang on what has changed
+(`Stage.lasting`) are copied to the new folder.
+"""
+
+import glob
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from micota_fast.common import processes
+from micota_fast.common.files import write_atomic
+from micota_fast.common.fingerprint import Fingerprints, of_json
+from micota_fast.common.lock import only_run
+from micota_fast.config import loader
+from micota_fast.config.recipe import LaunchConfig
+from micota_fast.errors import InputError
+from micota_fast.pipeline.graph import Artefact, Stage, versions
+
+DONE, MAKING = "done.json", "making.json"
+POLL_S = 0.05
+SAY_EVERY_S = 5.0
+TAIL_LINES = 25
+
+
+@dataclass(frozen=True)
+class Status:
+    """What there is to do for a stage, and why."""
+
+    state: Literal["done", "stale", "partial", "to do", "waits"]
+    why: str = ""
+    identity: dict[str, Any] | None = None  # None: unknown while a stage it needs is not done
+
+
+class Run:
+    """Stages in one folder.
+
+    Args:
+        stages: each after those it needs (`graph.plan`).
+        launch: how many at once, with how many processes and threads.
+        folder: where the artefacts go, one sub-folder a stage.
+    """
+
+    def __init__(self, stages: Sequence[Stage], launch: LaunchConfig, folder: Path) -> None:
+        self.stages, self.launch, self.folder = list(stages), launch, folder
+        self.fingerprints = Fingerprints(folder / "fingerprints.json")
+
+    def statuses(self) -> dict[str, Status]:
+        """The state of every stage, in order; nothing is changed."""
+        found: dict[str, Status] = {}
+        for stage in self.stages:
+            found[stage.name] = self._status(stage, {name: found[name].state for name in stage.needs})
+        if self.folder.is_dir():
+            self.fingerprints.save()
+        return found
+
+    def run(self, say: Callable[[str], None]) -> None:
+        """Make all that is not done. Can be killed at any moment and called again.
+
+        Raises:
+            InputError: a stage failed (its log's end is in the message), or another run uses the folder.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with only_run(self.folder, say) as lock:
+            self._run_all(lock.fileno(), say)
+
+    def command(self, stage: Stage) -> list[str]:
+        """That of the stage's process; its configuration is written just before it starts."""
+        return _command(stage, self.folder / stage.name / "config.yaml", self.launch)
+
+    # --- what is done ---
+
+    def _status(self, stage: Stage, needed: dict[str, str]) -> Status:
+        folder = self.folder / stage.name
+        record = _read_json(folder / DONE)
+        if any(state != "done" for state in needed.values()):
+            waits_for = next(name for name, state in needed.items() if state != "done")
+            return Status("waits" if record else "to do", f"after {waits_for}")
+        identity = self._identity(stage)
+        if record is None:
+            making = _read_json(folder / MAKING)
+            if making is None:
+                return Status("to do", identity=identity)
+            ours = making.get("identity") == identity
+            return Status(
+                "partial" if ours else "stale", "goes on" if ours else _difference(making, identity), identity
+            )
+        if record.get("identity") != identity:
+            return Status("stale", _difference(record, identity), identity)
+        for name, digest in record["outputs"].items():
+            if not (folder / name).exists():
+                return Status("stale", f"its output {name} is gone", identity)
+            if self.fingerprints.of(folder / name) != digest:
+                return Status("stale", f"its output {name} was changed", identity)
+        return Status("done", f"{record['seconds']:.0f} s", identity)
+
+    def _identity(self, stage: Stage) -> dict[str, Any]:
+        """What the stage's result depends on, free of where things lie."""
+        contents = {artefact.location: self._content(artefact) for artefact in stage.inputs}
+        places = contents | {str(self.folder): "RUN"}
+        # A place ends where its name ends: /models/qwen is not the beginning of /models/qwen-long.
+        longest_first = sorted(places, key=len, reverse=True)
+        pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})(?![\\w.+~-])")
+
+        def placeless(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: placeless(item) for key, item in value.items()}
+            if isinstance(value, list):
+                return [placeless(item) for item in value]
+            return pattern.sub(lambda found: places[found[0]], value) if isinstance(value, str) else value
+
+        identity = {
+            "verb": stage.verb,
+            "options": placeless(loader.identity(stage.settings)),
+            "inputs": list(contents.values()),
+        }
+        if stage.files:
+            identity["files"] = placeless(stage.files)
+        # As it reads back from JSON, so that it compares equal.
+        return dict(json.loads(json.dumps(identity)))
+
+    def _content(self, artefact: Artefact) -> str:
+        if artefact.on_hub:
+            return f"hub:{artefact.location}"
+        return f"sha256:{self.fingerprints.of(Path(artefact.location))}"
+
+    # --- making the rest ---
+
+    def _run_all(self, lock: int, say: Callable[[str], None]) -> None:
+        depth = _depths(self.stages)
+        done: set[str] = set()
+        running: dict[str, _Running] = {}
+        failed: _Running | None = None
+        waiting = list(self.stages)
+        try:
+            while waiting or running:
+                for stage in sorted(waiting, key=lambda stage: -depth[stage.name]):
+                    if failed or len(running) >= self.launch.jobs or not all(name in done for name in stage.needs):
+                        continue
+                    waiting.remove(stage)
+                    status = self._status(stage, {})
+                    restored = status.state != "done" and self._prepare(stage, status)
+                    if restored:
+                        status = self._status(stage, {})
+                        if status.state == "done":
+                            say(f"{stage.name}: taken up again as it was made before")
+                        else:  # what came back is damaged, or was never finished
+                            self._prepare(stage, status)
+                    if status.state == "done":
+                        done.add(stage.name)
+                        continue
+                    folder = self.folder / stage.name
+                    running[stage.name] = _Running(stage, folder, self.command(stage), self.launch, lock)
+                    say(f"[{len(done)}/{len(self.stages)}] {stage.name}: {_reason(status)}")
+                for name, process in list(running.items()):
+                    code = process.poll(say)
+                    if code is None:
+                        continue
+                    del running[name]
+                    if code == 0:
+                        self._finish(process)
+                        done.add(name)
+                        say(f"[{len(done)}/{len(self.stages)}] {name}: done in {process.seconds():.1f} s")
+                    else:
+                        failed = process
+                        say(f"{name}: FAILED with status {code}; its log: {process.log}")
+                if failed and not running:
+                    raise InputError(failed.failure())
+                if running:
+                    time.sleep(POLL_S)
+        finally:
+            for process in running.values():
+                process.stop()
+            self.fingerprints.save()
+
+    def _prepare(self, stage: Stage, status: Status) -> bool:
+        """Make the stage's folder ready: keep what was begun for this identity, set aside anything else.
+
+        Returns whether a folder that had been set aside for this identity is back, to be looked at again.
+
+        Raises:
+            InputError: the folder holds files that are not ours.
+        """
+        folder, identity = self.folder / stage.name, status.identity
+        assert identity is not None
+        there = _read_json(folder / DONE) or _read_json(folder / MAKING)
+        if there is None and folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
+            raise InputError(f"{folder} holds files that no run has made; choose another --out, or move them away")
+        if there is not None and there["identity"] != identity:
+            aside = _aside(folder, there["identity"])
+            _remove(aside)
+            folder.rename(aside)
+        elif there is not None and status.state == "stale":
+            self._clear(stage, folder, identity)  # made for this identity, and damaged since
+        wanted = _aside(folder, identity)
+        if not folder.exists() and wanted.exists():
+            wanted.rename(folder)
+            return True
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / MAKING, [json.dumps({"identity": identity}, indent=1).encode()])
+        write_atomic(folder / "config.yaml", [loader.dump(stage.settings).encode()])
+        for name, text in stage.files.items():
+            write_atomic(folder / name, [text.encode()])
+        self._take_over(stage, folder, identity)
+        return False
+
+    def _clear(self, stage: Stage, folder: Path, identity: dict[str, Any]) -> None:
+        """Remove what the stage has made, but for that which lasts, which the stage looks at itself."""
+        if not stage.lasting:
+            _remove(folder)
+            return
+        write_atomic(folder / MAKING, [json.dumps({"identity": identity}, indent=1).encode()])
+        (folder / DONE).unlink(missing_ok=True)
+        for file in folder.iterdir():
+            if file.name not in (MAKING, *stage.lasting):
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+    def _take_over(self, stage: Stage, folder: Path, identity: dict[str, Any]) -> None:
+        """Copy to the stage's folder what lasts of a former one. Killed, it begins again when the stage goes on."""
+        formers = set(folder.parent.glob(f"{glob.escape(folder.name)}~*")) - {_trash(folder)}
+        for former in sorted(formers, key=lambda path: (not (path / DONE).exists(), path)):
+            record = _read_json(former / DONE) or _read_json(former / MAKING)
+            if record is None:
+                continue
+            for part, options in stage.lasting.items():
+                there = (former / part).is_dir() and not (folder / part).exists()
+                if there and _without(record["identity"], options) == _without(identity, options):
+                    partial = folder / f".{part}.partial"
+                    shutil.rmtree(partial, ignore_errors=True)
+                    shutil.copytree(former / part, partial)
+                    partial.rename(folder / part)
+
+    def _finish(self, process: "_Running") -> None:
+        stage, folder = process.stage, process.folder
+        missing = [name for name in stage.outputs if not (folder / name).exists()]
+        if missing:
+            raise InputError(
+                f"{stage.name} ended before it was finished and left no {', '.join(missing)}; its log: {process.log}. "
+                f"The same command goes on from there"
+            )
+        making = _read_json(folder / MAKING)
+        assert making is not None
+        record = {
+            "stage": stage.name,
+            "command": process.command,
+            "identity": making["identity"],
+            "outputs": {name: self.fingerprints.of(folder / name) for name in stage.outputs},
+            "versions": versions(),
+            "seconds": round(process.seconds(), 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        write_atomic(folder / DONE, [json.dumps(record, indent=1).encode()])
+        self.fingerprints.save()
+
+
+class _Running:
+    """A stage's process; its output goes to log.txt, the last line of which is said now and then."""
+
+    def __init__(self, stage: Stage, folder: Path, command: list[str], launch: LaunchConfig, lock: int) -> None:
+        self.stage, self.folder, self.command = stage, folder, command
+        self.log = folder / "log.txt"
+        env = os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if "torch.distributed.run" in self.command:
+            env["MICOTA_DIE_WITH_PARENT"] = "1"  # torchrun's workers leave our process group; they end with torchrun
+        if launch.threads is not None:
+            env |= {"OMP_NUM_THREADS": str(launch.threads), "NUMBA_NUM_THREADS": str(launch.threads)}
+        self._started = self._said_at = time.monotonic()
+        self._said = ""
+        with self.log.open("ab") as log:
+            log.write(f"$ {' '.join(self.command)}\n".encode())
+            log.flush()
+            self._process = processes.spawn(
+                self.command, env=env, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock,)
+            )
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def poll(self, say: Callable[[str], None]) -> int | None:
+        if time.monotonic() - self._said_at >= SAY_EVERY_S:
+            self._said_at = time.monotonic()
+            line = next(iter(self._tail(1)), "")
+            if line and line != self._said and not line.startswith("$ "):
+                self._said = line
+                say(f"    {self.stage.name} | {line}")
+        return self._process.poll()
+
+    def stop(self) -> None:
+        processes.stop(self._process)
+
+    def failure(self) -> str:
+        tail = "\n".join(f"    {line}" for line in self._tail(TAIL_LINES))
+        return (
+            f"stage {self.stage.name} failed. The end of its log {self.log}:\n{tail}\n"
+            f"What was done is kept. The stage alone: {' '.join(self.command)}"
+        )
+
+    def _tail(self, lines: int) -> list[str]:
+        with self.log.open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(0, size - 16384))
+            text = log.read().decode("utf-8", "replace")
+        # A progress bar rewrites its line with carriage returns: what counts is its last state.
+        rows = [row.split("\r")[-1].rstrip() for row in text.split("\n")]
+        return [row for row in rows if row][-lines:]
+
+
+def _command(stage: Stage, file: Path, launch: LaunchConfig) -> list[str]:
+    micota = [sys.executable, "-m", "micota_fast", stage.verb]
+    if stage.verb == "merge":
+        return [*micota, stage.settings.config, stage.settings.out, "--seed", str(stage.settings.seed)]
+    if stage.verb == "train" and launch.nproc > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch.nproc}"]
+        return [*torchrun, "-m", "micota_fast.train", str(file)]
+    return [*micota, str(file)]
+
+
+def _depths(stages: Sequence[Stage]) -> dict[str, int]:
+    """Stages from each one to the last that needs it: the longest chain is started first."""
+    depth = {stage.name: 0 for stage in stages}
+    for stage in reversed(stages):
+        for name in stage.needs:
+            depth[name] = max(depth[name], depth[stage.name] + 1)
+    return depth
+
+
+def _aside(folder: Path, identity: dict[str, Any]) -> Path:
+    return folder.with_name(f"{folder.name}~{of_json(identity)[:10]}")
+
+
+def _without(identity: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
+    """The verb and options of an identity, without these (see `Stage.lasting`).
+
+    Contents of inputs stand in the options where their places were, so they count where their option does.
+    """
+
+    def removed(value: Any, path: list[str]) -> Any:
+        if isinstance(value, list):
+            return [removed(item, path) for item in value]
+        if not isinstance(value, dict) or path[0] not in value:
+            return value
+        if len(path) == 1:
+            return {key: item for key, item in value.items() if key != path[0]}
+        return value | {path[0]: removed(value[path[0]], path[1:])}
+
+    rest = identity["options"]
+    for option in options:
+        rest = removed(rest, option.split("."))
+    return {"verb": identity["verb"], "options": rest}
+
+
+def _trash(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}~trash")
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder such that no part of it is ever found under its name."""
+    if folder.exists():
+        trash = _trash(folder)
+        shutil.rmtree(trash, ignore_errors=True)
+        folder.rename(trash)
+        shutil.rmtree(trash)
+
+
+def _reason(status: Status) -> str:
+    return {"to do": "starts", "partial": "goes on"}.get(status.state, f"again ({status.why})")
+
+
+def _difference(record: dict[str, Any], identity: dict[str, Any]) -> str:
+    """Names the options that differ between how a stage was made and how it is wanted."""
+    differing = list(_differing("", record.get("identity"), identity))
+    return f"{', '.join(differing[:3])}{' and more' if len(differing) > 3 else ''} changed"
+
+
+def _differing(key: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from _differing(f"{key}.{name}" if key else str(name), old.get(name), new.get(name))
+    elif old != new:
+        yield key.removeprefix("options.")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); delete it to make its stage again") from None
+    return dict(value)

@@ -1,0 +1,109 @@
+"""This process among all, and how the processes of a training find each other and part."""
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from micota_fast.config.train import MeshConfig
+from micota_fast.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+    replicas: int = 1  # copies of the model; size / replicas processes share one
+    hosts: dist.ProcessGroup | None = None  # of all, for what the host decides: never waits for a device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that prints and writes what is not sharded."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print, once for all processes."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What `function` returns on rank 0, on every rank: what one rank saw, all go by. Waits for no device.
+
+        Raises:
+            InputError: on every rank, where `function` raised it.
+        """
+        held: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                held[0] = function()
+            except InputError as error:
+                held[1] = str(error)
+        dist.broadcast_object_list(held, group=self.hosts)
+        if held[1] is not None:
+            raise InputError(held[1])
+        result: T = held[0]
+        return result
+
+
+@contextmanager
+def world(device: str, mesh: MeshConfig | None = None) -> Iterator[World]:
+    """Join the processes that torchrun started (alone without it) and leave them cleanly.
+
+    Args:
+        device: "auto", "cpu" or "cuda"; each process takes the CUDA device of its local rank.
+        mesh: how they share the model.
+
+    Raises:
+        InputError: the mesh does not fit their number, CUDA is asked for and absent, or there are more local processes
+            than devices.
+    """
+    rank, size, local_rank = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    replicas = _replicas(mesh or MeshConfig(), size)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda is asked for and torch sees no CUDA device; choose auto or cpu")
+    if device != "cpu" and torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"local rank {local_rank} has no device of its own: {torch.cuda.device_count()} are here")
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    else:
+        chosen = torch.device("cpu")
+        if int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: gloo otherwise looks the host's name up
+    backend, own_device = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
+    if size > 1:
+        dist.init_process_group(backend, rank=rank, world_size=size, device_id=own_device)
+    else:  # FSDP wants a group, of one
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=own_device)
+    try:
+        yield World(rank, size, chosen, replicas, dist.new_group(backend="gloo") if size > 1 else None)
+        # Without these two, gloo's threads now and then outlive what they use and the process aborts at its exit.
+        dist.barrier()
+        gc.collect()
+    finally:
+        dist.destroy_process_group()
+
+
+def _replicas(mesh: MeshConfig, size: int) -> int:
+    shard = mesh.shard or max(size // mesh.replicate, 1)
+    if mesh.replicate * shard != size:
+        raise InputError(
+            f"`mesh` describes {mesh.replicate} x {shard} processes (replicate x shard) and {size} are started: change "
+            f"it, or torchrun's --nnodes and --nproc-per-node"
+        )
+    return mesh.replicate

@@ -1,0 +1,1 @@
+"""What tests share: checkpoints, servers, browsers, processes that can be killed, references to compare with."""

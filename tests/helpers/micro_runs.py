@@ -1,0 +1,11 @@
+"""The smallest run of the small world that still has all of it."""
+
+SMALL = [
+    "seeds=[1]",
+    "problems.train.limit=24",
+    "train.max_steps=4",
+    "train.checkpoint_every=1",
+    "generate.max_new_tokens=256",
+    "evaluate.max_new_tokens=256",
+    "evaluate.benchmarks=[{name: steps-3, path: ../micro/problems/steps-3.jsonl, limit: 12}]",
+]

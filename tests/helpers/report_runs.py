@@ -1,0 +1,124 @@
+"""A report made of handmade results, and ways to look at it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from micota_fast.config.report import ReportConfig
+from micota_fast.report.report import run
+
+Made = tuple[str, dict[str, Any], str]
+N = {"gsm": 1000, "aime": 200}
+
+
+def results(path: Path, correct: dict[str, int], n: dict[str, int] | None = None, **more: Any) -> str:
+    n = n or N
+    benchmarks = {
+        name: {"n": n[name], "correct": correct[name], "accuracy": correct[name] / n[name]} | more for name in correct
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"model": path.stem, "benchmarks": benchmarks, "average": 0.0}))
+    return str(path)
+
+
+def written(tmp_path: Path) -> ReportConfig:
+    """Base 40% and 20%; short slightly better, over two seeds; mid far better, over three."""
+    answers = {"truncated": 4, "no_answer": 2, "timeout": 0, "mean_tokens": 50.0}
+    scores = {
+        "short": [{"gsm": 410, "aime": 40}, {"gsm": 430, "aime": 44}],
+        "mid": [{"gsm": 700, "aime": 100}, {"gsm": 710, "aime": 102}, {"gsm": 720, "aime": 104}],
+    }
+    arms = {
+        arm: [results(tmp_path / f"{arm}{seed}.json", row, **answers) for seed, row in enumerate(rows)]
+        for arm, rows in scores.items()
+    }
+    training = {}
+    for arm in scores:
+        path = tmp_path / f"{arm}.jsonl"
+        path.write_text("".join(json.dumps({"step": s, "loss": 2.0 / s, "lr": 1e-3}) + "\n" for s in range(1, 31)))
+        training[arm] = [str(path), str(path)]
+    corpora = {}
+    for name, length, perplexity in (("long", 900, 5.0), ("mid", 300, 2.5)):
+        lengths = [length + 7 * i for i in range(40)]
+        counts = {
+            "total": 50,
+            "accepted": 40,
+            "rejected": {"wrong": 9, "too_long": 1},
+            "tokens": {"mean": 1.0, "p50": 1.0},
+        }
+        alignment = {
+            "perplexity": perplexity,
+            "document_nll": {"p10": 0.5, "p50": 0.9, "p90": 1.9},
+            "tokens": {"total": 1, "mean": float(length), "p50": length + 0.5},
+            "lengths": lengths,
+        }
+        (tmp_path / f"{name}.counts.json").write_text(json.dumps(counts))
+        (tmp_path / f"{name}.alignment.json").write_text(json.dumps(alignment))
+        corpora[name] = {kind: str(tmp_path / f"{name}.{kind}.json") for kind in ("counts", "alignment")}
+    return ReportConfig(
+        title="A <test> & more",
+        out=str(tmp_path / "out"),
+        base=results(tmp_path / "base.json", {"gsm": 400, "aime": 40}, **answers),
+        arms=arms,
+        corpora=corpora,
+        training=training,
+        notes=["First tried <b>x</b>.", "Then\n  y."],
+        provenance={"torch": "2.13.0"},
+    )
+
+
+def made(config: ReportConfig) -> Made:
+    run(config)
+    out = Path(config.out)
+    return (
+        (out / "table.md").read_text(),
+        json.loads((out / "report.json").read_text()),
+        (out / "report.html").read_text(),
+    )
+
+
+def contents(out: str) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+
+
+def rows_of(markdown: str) -> dict[str, list[str]]:
+    """First row of that name in the file -> its cells."""
+    found: dict[str, list[str]] = {}
+    for line in markdown.splitlines():
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            found.setdefault(cells[0], cells)
+    return found
+
+
+def tabulars(tex: str) -> list[list[list[str]]]:
+    """The cells of every tabular, read as LaTeX reads them: by &, \\\\ and braces that must match.
+
+    Fails on what LaTeX would stop at: an environment or brace that is not closed, a character that needs an escape, a
+    row longer than its columns, an optional argument where none is meant.
+    """
+    tex = re.sub(r"(?<!\\)%.*", "", tex)
+    assert tex.isascii(), sorted({character for character in tex if not character.isascii()})
+    open_: list[str] = []
+    for kind, name in re.findall(r"\\(begin|end)\{(\w+)\}", tex):
+        if kind == "begin":
+            open_.append(name)
+        else:
+            assert open_.pop() == name
+    assert open_ == []
+    depth = 0
+    for token in re.findall(r"\\.|[{}]", tex):
+        depth += {"{": 1, "}": -1}.get(token, 0)
+        assert depth >= 0
+    assert depth == 0
+    assert not re.search(r"(?<!\\)[#^~_]", tex)
+    assert tex.replace(r"\$", "").count("$") % 2 == 0
+    assert not re.search(r"(\\\\|\\midrule|\\toprule|\\addlinespace)\s*[\[*]", tex)
+    found = []
+    for columns, body in re.findall(r"\\begin\{tabular\}\{(lr*)\}(.*?)\\end\{tabular\}", tex, flags=re.DOTALL):
+        body = re.sub(r"\\(toprule|midrule|bottomrule|addlinespace)\b", "", body)
+        rows = [re.split(r"(?<!\\)&", row) for row in re.split(r"\\\\", body) if row.strip()]
+        assert {len(row) for row in rows} == {len(columns)}
+        found.append([[cell.strip() for cell in row] for row in rows])
+    return found

@@ -1,0 +1,188 @@
+"""From recipe to stages: what depends on what, and what a wrong recipe is told."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from micota_fast.config import loader
+from micota_fast.config.recipe import Recipe
+from micota_fast.errors import InputError
+from micota_fast.pipeline.graph import Stage, plan
+
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "seeds": [1, 2],
+    "problems": {"train": {"path": "train.jsonl", "limit": 3}},
+    "models": {
+        "teacher": {"checkpoint": "teacher", "url": "http://127.0.0.1:1", "serve": {"dtype": "float32"}},
+        "assistant": {"checkpoint": "org/assistant"},
+        "student": {"checkpoint": "student"},
+        "assistant-long": {"train": {"base": "assistant", "corpus": "long", "set": {"lr": 0.5}}},
+        "assistant-mid": {
+            "merge": {
+                "seed": 3,
+                "mergekit": {
+                    "merge_method": "dare_ties",
+                    "base_model": "assistant",
+                    "models": [{"model": "assistant-long", "parameters": {"weight": 0.5, "density": 0.5}}],
+                },
+            }
+        },
+    },
+    "corpora": {
+        "long": {"generate": {"model": "teacher", "set": {"max_new_tokens": 77}}},
+        "mid": {"generate": {"model": "assistant-mid", "filter": {"max_tokens": 9}}},
+        "mix": {"mix": {"long": 1, "mid": 4}},
+    },
+    "student": "student",
+    "arms": {"mid": "mid", "mix": "mix"},
+    "align": ["long"],
+    "evaluate": {"benchmarks": [{"name": "easy", "path": "easy.jsonl"}]},
+}
+
+
+MEDIAN = "models.assistant-mid.merge.median_tokens"
+LINEAR = (
+    "models.assistant-mid.merge.mergekit="
+    "{merge_method: linear, models: [{model: assistant-long, parameters: {weight: 1}}]}"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("teacher", "student"):
+        (tmp_path / name).mkdir()
+    for name in ("train.jsonl", "easy.jsonl"):
+        (tmp_path / name).write_text('{"id": "a", "problem": "1+1", "answer": "2"}\n')
+    return tmp_path
+
+
+def planned(folder: Path, change: dict[str, Any] | None = None, overrides: tuple[str, ...] = ()) -> dict[str, Stage]:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(RECIPE | (change or {})))
+    stages = plan(loader.load(Recipe, file, overrides), file, folder / "run")
+    return {stage.name: stage for stage in stages}
+
+
+def test_every_stage_comes_after_what_it_needs(folder: Path) -> None:
+    stages = planned(folder)
+    seen: set[str] = set()
+    for name, stage in stages.items():
+        assert seen.issuperset(stage.needs), name
+        seen.add(name)
+    assert stages["corpus/mix"].needs == ("corpus/long", "corpus/mid")
+    assert stages["model/assistant-mid"].needs == ("model/assistant-long",)
+    assert stages["answers/mid"].needs == ("model/assistant-mid",)
+    assert stages["student/mix-seed2"].needs == ("corpus/mix",)
+    assert "evaluate/base" in stages["report"].needs
+    assert sorted(name for name in stages if name.startswith("evaluate/")) == [
+        "evaluate/base",
+        "evaluate/mid-seed1",
+        "evaluate/mid-seed2",
+        "evaluate/mix-seed1",
+        "evaluate/mix-seed2",
+    ]
+
+
+def test_settings_reach_the_stage_they_are_for(folder: Path) -> None:
+    stages = planned(folder, overrides=("train.epochs=7",))
+    assert stages["model/assistant-long"].settings.lr == 0.5
+    assert stages["model/assistant-long"].settings.epochs == 7
+    assert stages["student/mid-seed2"].settings.seed == 2
+    assert stages["student/mid-seed2"].settings.lr != 0.5
+    assert stages["answers/long"].settings.max_new_tokens == 77
+    assert stages["answers/long"].settings.limit == 3
+    assert stages["answers/long"].settings.url == "http://127.0.0.1:1"
+    assert stages["answers/long"].settings.serve.dtype == "float32"
+    assert stages["answers/mid"].settings.url is None
+    assert stages["answers/mid"].settings.serve.dtype == "auto"
+    assert stages["corpus/mid"].settings.max_tokens == 9
+    merged = yaml.safe_load(stages["model/assistant-mid"].files["mergekit.yaml"])
+    assert merged["base_model"] == "org/assistant"
+    assert merged["models"][0]["model"] == str(folder / "run/model/assistant-long/model")
+
+
+def test_a_merge_of_a_wanted_length_is_a_sweep(folder: Path) -> None:
+    plain = planned(folder)["model/assistant-mid"]
+    assert (plain.verb, plain.outputs) == ("merge", ("model",))
+    wanted = ("models.assistant-mid.merge.median_tokens=90", "models.assistant-mid.merge.sweep={weights: [0.1, 0.9]}")
+    own = ("generate.temperature=0.5", "generate.samples=2", "models.assistant-mid.serve.dtype=float64")
+    stages = planned(folder, overrides=(*wanted, *own, "filter.timeout_s=7"))
+    stage = stages["model/assistant-mid"]
+    assert (stage.verb, stage.outputs) == ("length-sweep", ("model", "sweep.json"))
+    settings = stage.settings
+    assert (settings.target_median_tokens, settings.weights, settings.seed) == (90, [0.1, 0.9], 3)
+    assert (settings.limit, settings.timeout_s) == (3, 7)  # the recipe's problems are three
+    assert (settings.generate.temperature, settings.generate.samples) == (0.5, 2)
+    assert settings.generate.serve.dtype == "float64"
+    assert settings.out == str(folder / "run/model/assistant-mid")
+    assert settings.config == str(folder / "run/model/assistant-mid/mergekit.yaml")
+    assert settings.problems in [artefact.location for artefact in stage.inputs]
+    assert stage.needs == plain.needs
+    assert stages["answers/mid"].settings.model == str(folder / "run/model/assistant-mid/model")
+    assert loader.load(type(settings), write(folder, loader.dump(settings))) == settings
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "stage.yaml").write_text(text)
+    return folder / "stage.yaml"
+
+
+def test_only_what_the_arms_need_is_made(folder: Path) -> None:
+    stages = planned(folder, {"arms": {}})
+    assert set(stages) == {"evaluate/base", "answers/long", "corpus/long", "align", "report"}
+
+
+def test_the_students_own_answers_are_measured_against_and_not_filtered(folder: Path) -> None:
+    own = {"corpora": RECIPE["corpora"] | {"self": {"generate": {"model": "student"}}}, "own": "self"}
+    stages = planned(folder, own)
+    assert stages["align"].settings.own == stages["answers/self"].settings.out
+    assert "answers/self" in stages["align"].needs
+    assert "corpus/self" not in stages  # nothing is trained on it, so that none of it need be right
+    with pytest.raises(InputError, match=r"`own` names the corpus 'long', which is not generated by 'student'"):
+        planned(folder, own | {"own": "long"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("problems.train.path=nowhere.jsonl",), r"`problems\.train\.path`: no such file: .*nowhere\.jsonl"),
+        (("models.student.checkpoint=nowhere",), r"`models\.student\.checkpoint`: no such folder: .*nowhere"),
+        (("evaluate.benchmarks.0=x",), r"`evaluate\.benchmarks`"),
+        (("arms.mid=middle",), r"`arms\.mid` names the corpus 'middle'; known: long, mid, mix"),
+        (("arms.base=mid",), "'base' is the untouched student"),
+        (("models.student.train={base: teacher, corpus: long}",), "exactly one of `checkpoint`, `train`, `merge`"),
+        (("models.assistant-long.train.set.lrr=1",), r"`models\.assistant-long\.train\.set`: `lrr`: unknown key"),
+        (
+            ("corpora.long.generate.model=assistant-mid",),
+            "made of each other: model/assistant-mid -> model/assistant-long -> corpus/long -> answers/long",
+        ),
+        (("arms={../../up: mid}",), r"`arms`: '../../up' is no name"),
+        (("corpora.a/b={file: x}",), r"`corpora`: 'a/b' is no name"),
+        (("name=..",), r"`name`: '\.\.' is no name"),
+        (("generate.url=http://127.0.0.1:1",), r"`generate\.url` would serve every model"),
+        (("models.assistant-mid.url=http://127.0.0.1:1",), "a model made in the run is served in the run"),
+        (("models.assistant-mid.merge.mergekit.models=[x]",), r"merge\.mergekit`: `models\.0`: must be a mapping"),
+        (("models.assistant-mid.merge.mergekit.slices=[]",), r"merge\.mergekit`: `slices`: unknown key"),
+        (("models.assistant-mid.merge.mergekit.parameters.density=2",), r"`parameters\.density` must lie between"),
+        (("models.assistant-mid.merge.mergekit.base_model={a: b}",), r"`base_model`: must be str"),
+        (("models.assistant-mid.merge.median_tokens=0",), "`median_tokens` must be at least 1"),
+        (("models.assistant-mid.merge.sweep={limit: 3}",), "`sweep` says how the weight for `median_tokens` is found"),
+        ((f"{MEDIAN}=9", "models.assistant-mid.merge.problems=no"), r"merge\.problems` names the problem set 'no'"),
+        ((f"{MEDIAN}=9", "models.assistant-mid.merge.sweep={wieghts: []}"), r"merge\.sweep`: `wieghts`: unknown key"),
+        ((f"{MEDIAN}=9", "models.assistant-mid.merge.sweep={weights: [1, 1]}"), "`weights` must list at least two"),
+        ((f"{MEDIAN}=9", "models.assistant-mid.merge.sweep={weights: [1, 1e9]}"), "is out of range"),
+        ((f"{MEDIAN}=9", LINEAR), r"merge\.mergekit`: a sweep over weights needs one model"),
+        (("launch.jobs=0",), "`jobs` must be at least 1"),
+        (("generate.temperature=.nan",), "`temperature` must be at least 0"),
+        (("filter.timeout_s=0",), "`timeout_s` must be at least"),
+        (("seeds=[1,1]",), "`seeds` must be a list of different numbers"),
+        (("corpora.mix.mix={mix: 1}",), "made of each other: corpus/mix -> corpus/mix"),
+        (("models.assistant-mid.merge.mergekit.base_model=org/other",), "'org/other' is not a name under `models`"),
+    ],
+)
+def test_wrong_recipes(folder: Path, overrides: tuple[str, ...], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        planned(folder, overrides=overrides)

@@ -1,0 +1,138 @@
+"""The exported model: gathered a parameter at a time, equal to what is trained, and opened by transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from helpers.ranks import run_ranks
+from helpers.training_runs import metrics, train_config
+from micota_fast.errors import InputError
+from micota_fast.model.decoder import Decoder
+from micota_fast.model.safetensors_io import load_model, save_checkpoint
+from micota_fast.train.export import export, model_card
+from micota_fast.train.loop import train
+from micota_fast.train.world import World
+
+
+def sharded(source: Path, here: World) -> Decoder:
+    decoder = load_model(source, torch.float32)
+    mesh = init_device_mesh("cpu", (here.size,))
+    for module in (*decoder.model.layers, decoder):
+        fully_shard(module, mesh=mesh)
+    return decoder
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "narrowed": {"dtype": "bfloat16", "max_shard_bytes": 50_000},
+    "in shards": {"max_shard_bytes": 100_000},
+}
+
+
+def _export(here: World, source: Path, tmp: Path) -> None:
+    for name, options in OPTIONS.items():
+        export(sharded(source, here), source, tmp / name, here, "card\n", **options)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])  # tied embeddings, and not
+def test_streamed_from_three_ranks_equals_the_whole(
+    family: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source = request.getfixturevalue(f"{family}_checkpoint")
+    decoder = load_model(source, torch.float32)
+    (tmp_path / "as it is").mkdir()
+    (tmp_path / "as it is" / "stale").touch()
+    run_ranks(3, _export, tmp_path / "log", source, tmp_path)
+    for name, options in OPTIONS.items():
+        save_checkpoint(decoder.state_dict(), decoder.config, source, tmp_path / "whole" / name, **options)
+        streamed = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        assert streamed.pop("README.md") == b"card\n"
+        assert streamed == {path.name: path.read_bytes() for path in (tmp_path / "whole" / name).iterdir()}
+    from transformers import AutoModelForCausalLM
+
+    assert len(list((tmp_path / "in shards").glob("model-*.safetensors"))) > 2
+    ids = torch.arange(3, 40)[None]
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (source, tmp_path / "in shards")
+    )
+    assert torch.equal(before, after)
+
+
+def _measure(here: World, source: Path, out: Path) -> None:
+    decoder = sharded(source, here)
+    export(decoder, source, out / "first", here, "card\n", max_shard_bytes=8_000_000)  # what is only made once is made
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
+    before = _status("VmRSS")
+    export(decoder, source, out / "second", here, "card\n", max_shard_bytes=8_000_000)
+    (out / f"peak-{here.rank}").write_text(str(_status("VmHWM") - before))
+
+
+def _status(key: str) -> int:
+    """Bytes, of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is reset and read in /proc")
+def test_no_rank_holds_the_whole_model(tmp_path: Path) -> None:
+    from helpers.checkpoints import make_checkpoint  # here, as the ranks need not import transformers
+
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+    source = make_checkpoint(tmp_path / "source", "llama", **shape)
+    size = (source / "model.safetensors").stat().st_size
+    assert size > 120_000_000
+    run_ranks(2, _measure, tmp_path / "log", source, tmp_path)
+    # One file's tensors, their bytes as the writer hands them over, one parameter whole, and slack.
+    for rank, limit in ((0, 40_000_000), (1, 24_000_000)):
+        assert int((tmp_path / f"peak-{rank}").read_text()) < limit
+
+
+def _fail(here: World, source: Path, out: Path) -> None:
+    with pytest.raises(InputError, match=r"model \(.*bytes.*\) could not be written: .*checkpoints are kept"):
+        export(sharded(source, here), source, out / "file" / "model", here, "card\n")
+
+
+def test_an_error_of_rank_0_is_an_error_on_all(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    run_ranks(2, _fail, tmp_path / "log", qwen2_checkpoint, tmp_path)
+
+
+def test_the_trained_model_opens_in_transformers_and_says_how_it_was_made(
+    qwen2_checkpoint: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cards = []
+    for name in ("one", "two"):
+        config = train_config(qwen2_checkpoint, tmp_path, out=str(tmp_path / name), max_steps=3)
+        assert train(config)
+        cards.append((tmp_path / name / "model" / "README.md").read_text())
+    assert cards[0] == cards[1], "equal runs give equal cards"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "model")
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "one" / "model")("1 + 1 =", return_tensors="pt")
+    assert model(**tokens).logits.isfinite().all()
+    stored = load_file(tmp_path / "one" / "model" / "model.safetensors")
+    assert torch.equal(model.state_dict()["model.norm.weight"], stored["model.norm.weight"])
+    _, front, text = cards[0].split("---\n", 2)
+    facts = yaml.safe_load(front)
+    assert facts["base_model"] == qwen2_checkpoint.name
+    assert facts["library_name"] == "transformers"
+    assert str(tmp_path) not in text
+    assert f"| loss | {metrics(config)[-1]['loss']} |" in text
+    assert "after the last step, 3" in text
+    assert f"torch {torch.__version__}" in text
+    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["lr"] == config.lr
+
+
+def test_a_model_of_the_hub_is_named_in_full() -> None:
+    counts = {"documents": 1, "rows": 1, "tokens": 1, "supervised": 1}
+    facts = {"parameters": 1, "processes": 1, "versions": {"torch": "2"}, "data": counts}
+    identity = {"model": "0", "documents": "1", "options": {}}
+    card = model_card("Qwen/Qwen2.5-3B-Instruct", "data.jsonl", identity, facts, {}, "Step 1.")
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "Qwen/Qwen2.5-3B-Instruct"

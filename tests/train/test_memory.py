@@ -1,0 +1,98 @@
+"""The estimate of a rank's memory against the allocator's own record."""
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helpers.checkpoints import make_checkpoint
+from micota_fast.model.attention import PackedAttention
+from micota_fast.model.config import ModelConfig
+from micota_fast.model.pointwise import TORCH
+from micota_fast.model.safetensors_io import load_model
+from micota_fast.train.activation_checkpointing import recomputed
+from micota_fast.train.memory import Recompute, estimate, kept, longest_pack
+
+TOKENS = 512
+QWEN_7B = ModelConfig.from_dict(
+    {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+)
+
+
+class Norm(torch.autograd.Function):
+    """Keeps its input, as Liger-Kernel's does; torch's own on a CPU keeps more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class SwiGLU(torch.autograd.Function):
+    """Keeps gate and up, as Liger-Kernel's does."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_what_a_block_keeps(family: str, how: Recompute, dtype: torch.dtype, tmp_path: Path) -> None:
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+    model = load_model(make_checkpoint(tmp_path, family, num_key_value_heads=2, **shape), dtype)
+    model.use(replace(TORCH, rms_norm=Norm.apply, swiglu=SwiGLU.apply))
+    if how != "none":
+        for block in model.model.layers:
+            block.forward = recomputed(block.forward, how)
+    cu_seqlens = torch.tensor([0, 200, TOKENS], dtype=torch.int32)
+    ids, positions = torch.arange(TOKENS) % 300, torch.arange(TOKENS)
+    attend = PackedAttention(cu_seqlens, 312)
+    model(ids, positions, attend)  # what is made once
+    gc.collect()  # what an earlier test left must not be freed in between
+    with torch.profiler.profile(profile_memory=True) as profile:
+        hidden = model(ids, positions, attend)
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    live = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    assert hidden.requires_grad
+    # The final norm's input and result, cos and sin, and small figures beside.
+    expected = TOKENS * dtype.itemsize * (4 * kept(model.config, how) + 2 * 256)
+    assert live == pytest.approx(expected, rel=0.05 if how != "full" else 0.15)
+
+
+def test_of_qwen_7b() -> None:
+    assert [kept(QWEN_7B, how) * 2 // 1000 for how in ("none", "selective", "full")] == [158, 68, 7]
+    one, eight = (estimate(QWEN_7B, 16384, n, "selective", torch.bfloat16, "cuda") for n in (1, 8))
+    assert one.state == 8 * eight.state == 16 * 7_615_616_512
+    assert one.activations == eight.activations
+    assert 50e9 < eight.total < 60e9 < one.state
+
+
+def test_the_longest_pack_is_the_last_that_fits() -> None:
+    for shards in (8, 16):
+        tokens = longest_pack(QWEN_7B, 76e9, shards, "full")
+        assert tokens % 1024 == 0
+        totals = [estimate(QWEN_7B, t, shards, "full", torch.bfloat16, "cuda").total for t in (tokens, tokens + 1024)]
+        assert totals[0] <= 76e9 < totals[1]
+    assert longest_pack(QWEN_7B, 76e9, 1, "full") == 0
