@@ -12,8 +12,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from micota_fast.common.files import write_atomic
+from micota_fast.common.records import Problem, read_problems, write_rows
 from micota_fast.errors import InputError
-from micota_fast.records import Problem, read_problems, write_atomic, write_rows
 
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")  # GSM8K's annotation of what a calculator would return (arXiv 2110.14168)
 TRAIN_ROWS = 320
