@@ -10,28 +10,12 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import ROOT
+from helpers.waiting import alive, wait_for
 from micota_fast.common import processes
 
 
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_for(condition: "object", seconds: float = 15.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():  # type: ignore[operator]
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def pid_in(file: Path) -> int:
-    assert wait_for(lambda: file.exists() and file.read_text().strip())
+    wait_for(lambda: file.exists() and file.read_text().strip())
     return int(file.read_text())
 
 
@@ -69,7 +53,7 @@ def test_a_killed_guard_takes_the_command_with_it(tmp_path: Path) -> None:
     guard = processes.spawn(["bash", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 60"])
     pid = pid_in(tmp_path / "pid")
     guard.kill()
-    assert wait_for(lambda: not alive(pid), 5)
+    wait_for(lambda: not alive(pid), 5)
     guard.wait()
 
 
@@ -111,7 +95,7 @@ def test_sigkill_of_the_parent_ends_nested_groups_before_the_lock_is_free(tmp_pa
         return False
 
     assert held()
-    assert wait_for(lambda: not held())
+    wait_for(lambda: not held())
     assert not alive(pid)
 
 

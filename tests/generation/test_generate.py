@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ import psutil
 import pytest
 from aiohttp import web
 
+from helpers.ports import free_port
 from helpers.servers import http_server
+from helpers.waiting import wait_for
 from micota_fast.common.records import Completion, Problem, read_completions, write_rows
 from micota_fast.config.generation import ChatConfig, GenerateConfig, ServeConfig
 from micota_fast.errors import InputError
@@ -165,13 +167,6 @@ def write_journal(parts: Path, asked: ProblemFile, request: GenerateConfig, rows
             journal.append(ordinal[row.id], row.sample, 0, row.completion_tokens, row.prompt_tokens, asdict(row))
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
-
-
 def test_sigkill_of_the_client(tmp_path: Path, url: str, corpus: Path, qwen2_checkpoint: Path, problems: Path) -> None:
     """Killed at a quarter and at a half, each time with requests in flight; the third run ends it: the same bytes."""
     out, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
@@ -210,13 +205,6 @@ def test_sigkill_between_the_last_writes(tmp_path: Path, corpus: Path, qwen2_che
     shutil.copytree(saved, parts)
     generate.run(request)  # says "done already"
     assert not parts.exists()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_sigkill_of_the_server(

@@ -7,7 +7,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,8 @@ from typing import Any
 import pytest
 
 from helpers.faulty_server import FAULTS, FaultyServer, Plan, answer, expected, key
-from helpers.servers import wait_for
+from helpers.ports import free_port
+from helpers.waiting import wait_for
 from micota_fast.chat.encoding import Chat
 from micota_fast.common.records import Problem, read_completions, write_rows
 from micota_fast.config.corpus import FilterSettings
@@ -228,13 +228,6 @@ def test_a_server_that_fails_on_everything_costs_no_answer(
     assert Path(request.out).read_bytes() == b"".join(clean.splitlines(keepends=True)[: 60 * SAMPLES])
     assert meters(request)["answered_by"] == {broken.url: 0, well.url: 60 * SAMPLES}
     assert asked < 150  # it is left alone for longer and longer
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_one_server_of_another_model_ends_the_run(

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from helpers.training_runs import fork, free_port
+from helpers.ports import free_port
+from helpers.training_runs import fork
 from micota_fast.train.world import world
 
 

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
@@ -106,13 +105,6 @@ class Server:
 
 def greedy(**more: Any) -> dict[str, Any]:
     return {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True, **more}
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

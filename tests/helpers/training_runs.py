@@ -4,13 +4,13 @@ import json
 import multiprocessing
 import os
 import random
-import socket
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from helpers.ports import free_port
 from micota_fast.config.generation import ChatConfig
 from micota_fast.config.train import TrainConfig
 
@@ -90,14 +90,6 @@ def start_training(config: TrainConfig, world: int = 1, before: Callable[..., No
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         processes.append(fork(_child, config, {k: str(v) for k, v in env.items()}, before))
     return processes
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def finish(processes: list[BaseProcess], config: TrainConfig) -> None:

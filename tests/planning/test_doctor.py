@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.ports import free_port
 from micota_fast.cli import RECIPES, main
 from micota_fast.planning import machine
 
@@ -80,12 +81,6 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def program(tmp_path: Path, name: str, script: str) -> Path:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import ROOT
-from helpers.servers import Server, wait_for
+from helpers.servers import Server
+from helpers.waiting import wait_for
 from micota_fast.common.records import Problem, read_completions, write_rows
 from micota_fast.serve.serve import QUIET_PORTS
 

@@ -16,7 +16,8 @@ import pytest
 
 from helpers.executables import executable
 from helpers.paths import ROOT
-from helpers.training_runs import checkpoint_steps, finish, free_port, metrics, result, start_training, train_config
+from helpers.ports import free_port
+from helpers.training_runs import checkpoint_steps, finish, metrics, result, start_training, train_config
 from micota_fast.config.loader import dump
 from micota_fast.config.train import TrainConfig
 

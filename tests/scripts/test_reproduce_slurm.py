@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import ROOT
-from helpers.servers import wait_for
+from helpers.waiting import wait_for
 
 SCRIPTS = ROOT / "scripts"
 # As `micota run` under its script: a child of bash that ends by SIGTERM.

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from helpers.servers import PROMPT, Server, greedy, wait_for
+from helpers.servers import PROMPT, Server, greedy
+from helpers.waiting import wait_for
 from micota_fast.common import processes
 from micota_fast.config.generation import ServeConfig
 from micota_fast.serve.serve import serving

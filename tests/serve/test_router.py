@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,23 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers.servers import PROMPT, Server, greedy, sglang_python, wait_for
+from helpers.ports import free_ports
+from helpers.servers import PROMPT, Server, greedy, sglang_python
+from helpers.waiting import wait_for
 from micota_fast.common import processes
 from micota_fast.common.records import Problem, read_completions, write_rows
 from micota_fast.config.generation import ServeConfig
 from micota_fast.serve.serve import serving
 
 PROBLEMS, SAMPLES = 100, 2
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 @pytest.fixture

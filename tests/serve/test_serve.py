@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers.servers import PROMPT, Server, greedy, wait_for
+from helpers.servers import PROMPT, Server, greedy
+from helpers.waiting import wait_for
 from micota_fast.common import processes
 from micota_fast.config.generation import ServeConfig
 from micota_fast.errors import InputError

@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from helpers.servers import PROMPT, Server, greedy, sglang_config, wait_for
+from helpers.servers import PROMPT, Server, greedy, sglang_config
+from helpers.waiting import wait_for
 from micota_fast.config.generation import ServeConfig
 from micota_fast.serve.serve import serving
 

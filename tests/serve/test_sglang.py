@@ -17,7 +17,8 @@ import psutil
 import pytest
 import yaml
 
-from helpers.servers import Server, sglang_config, wait_for
+from helpers.servers import Server, sglang_config
+from helpers.waiting import wait_for
 from micota_fast.common.records import Problem, read_completions, write_rows
 from micota_fast.config import loader
 from micota_fast.config.generation import ServeConfig
