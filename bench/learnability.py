@@ -100,7 +100,7 @@ def write_recipe(folder: Path, models: dict[str, Path], student: Path, seeds: li
         "corpora": corpora,
         "arms": {name: name for name in corpora},
         "align": list(corpora),
-        "own": None,
+        "student_answers": None,
         "notes": [],
     }
     for benchmark in recipe["evaluate"]["benchmarks"]:

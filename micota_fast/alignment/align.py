@@ -39,7 +39,7 @@ def run(config: AlignConfig) -> None:
     corpus; `document_nll` describes the means of single documents; `tokens` and `lengths` are supervised tokens of each
     document, in file order. Documents above `max_doc_tokens` are left out and counted in `dropped`. `by_position`,
     `by_step` and `unlikely` are those of `likelihood_profile.profile`, `markers` phrases of reflection for each 1,000
-    tokens, `own_overlap` what the student says by itself (see `likelihood_profile.overlap`; null without `own`),
+    tokens, `own_overlap` what the student says by itself (see `likelihood_profile.overlap`; null without `student_answers`),
     `learnability` what `learnability.learnability` gives.
 
     Raises:
@@ -56,7 +56,7 @@ def run(config: AlignConfig) -> None:
     print(f"align: {config.dtype} on {device}, attention {backend}: {why}")
     model = load_model(folder, dtype, device).eval()
     ends_line_V = np.array(["\n" in chat.decode([i], skip_special_tokens=False) for i in range(chat.vocab_size)])
-    own = _answers(config.own) if config.own is not None else None
+    own = _answers(config.student_answers) if config.student_answers is not None else None
     for name, path in config.corpora.items():
         documents = load_documents(path, chat, config.max_doc_tokens or config.pack_tokens, "drop")
         nll_N, rank_N, counts_D = token_likelihood(model, documents, config.pack_tokens, backend)
@@ -80,7 +80,7 @@ def run(config: AlignConfig) -> None:
         }
         write_atomic(Path(config.out) / f"{name}.json", [json.dumps(result, indent=1).encode() + b"\n"])
         if own is not None and result["own_overlap"] is None:
-            print(f"WARNING: align: {name}: {config.own} holds no answer to any problem of {path}")
+            print(f"WARNING: align: {name}: {config.student_answers} holds no answer to any problem of {path}")
         print(
             f"align: {name}: {result['learnability']['nats_per_answer']['mean']:.1f} nats an answer, perplexity "
             f"{result['perplexity']:.3f} over {result['tokens']['total']} tokens of "

@@ -33,7 +33,7 @@ def shipped_benchmark(name: str) -> dict[str, Any]:
     """
     known = shipped_benchmarks()
     if name not in known:
-        raise InputError(f"`like` must be one of {', '.join(known)}, not {name!r}")
+        raise InputError(f"`preset` must be one of {', '.join(known)}, not {name!r}")
     return {key: value for key, value in known[name].items() if key != "hub"}
 
 
@@ -52,11 +52,13 @@ class OwnSampling:
 class BenchmarkConfig:
     """One evaluation set."""
 
-    like: str | None = option(
-        None, doc="a shipped definition (aime2024, amc2023, olympiad, math500, gsm8k): gives whatever is not given here"
+    preset: str | None = option(
+        None,
+        doc="a shipped definition (aime2024, amc2023, olympiad, math500, gsm8k): gives whatever is not given here",
+        alias="like",
     )
-    name: str = option("", doc="as it stands in the table; required without `like`")
-    path: str = option("", doc="JSONL of problems; required without `like`")
+    name: str = option("", doc="as it stands in the table; required without `preset`")
+    path: str = option("", doc="JSONL of problems; required without `preset`")
     prompt: str | None = option(None, doc="user message with {problem}; null: that of chat.prompt")
     stop: list[str] = option([], doc="strings that end an answer, beside those of `stop` for all")
     rule: Literal["box", "box_zeros_trimmed", "last_number"] | None = option(
@@ -69,13 +71,13 @@ class BenchmarkConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.like is not None:
-            for key, value in shipped_benchmark(self.like).items():
+        if self.preset is not None:
+            for key, value in shipped_benchmark(self.preset).items():
                 if not getattr(self, key):
                     setattr(self, key, value)
         for key in ("name", "path"):
             if not getattr(self, key):
-                raise InputError(f"`{key}` is required where `like` names no shipped definition")
+                raise InputError(f"`{key}` is required without `preset`")
         self.rule = self.rule or "box"
         if self.limit is not None:
             at_least(self, limit=1)
@@ -157,7 +159,9 @@ class AlignConfig(AlignSettings):
 
     model: str = option(doc="the untrained student (folder or hub name)")
     corpora: dict[str, str] = option(doc="name -> JSONL corpus")
-    own: str | None = option(None, doc="JSONL of the model's own completions of these problems; null: there are none")
+    student_answers: str | None = option(
+        None, doc="JSONL of the model's own completions of these problems; null: there are none", alias="own"
+    )
     out: str = option(doc="folder: one NAME.json a corpus")
 
     def __post_init__(self) -> None:

@@ -134,18 +134,22 @@ class SamplingSettings:
 class GenerateSettings(SamplingSettings):
     """How a corpus is sampled."""
 
-    enough: int | None = option(
+    stop_after_accepted: int | None = option(
         None,
-        doc="ask for no further answers to a problem once so many are accepted; `samples` is then the most that are "
+        doc="ask for no further answers to a problem once this many are accepted; `samples` is then the most that are "
         "tried; null: always `samples`",
+        alias="enough",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.enough is not None:
-            at_least(self, enough=1)
-            if self.enough > self.samples:
-                raise InputError(f"`enough` {self.enough} exceeds `samples` {self.samples}, the most that are tried")
+        if self.stop_after_accepted is not None:
+            at_least(self, stop_after_accepted=1)
+            if self.stop_after_accepted > self.samples:
+                raise InputError(
+                    f"`stop_after_accepted` {self.stop_after_accepted} exceeds `samples` {self.samples}, the most that "
+                    f"are tried"
+                )
 
 
 @dataclass(kw_only=True)
@@ -158,17 +162,18 @@ class GenerateConfig(GenerateSettings):
     limit: int | None = option(None, doc="only the first so many problems; null: all")
     accept: FilterSettings | None = option(
         None,
-        doc="rules by which answers are judged as they come: the accepted share is shown, and `enough` counts by it",
+        doc="rules by which answers are judged as they come: the accepted share is shown, and `stop_after_accepted` "
+        "counts by them",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.limit is not None:
             at_least(self, limit=1)
-        if self.enough is not None and self.accept is None:
-            raise InputError("`enough` needs `accept`, the rules that say which answers count")
+        if self.stop_after_accepted is not None and self.accept is None:
+            raise InputError("`stop_after_accepted` needs `accept`, the rules that say which answers count")
 
     @property
     def operational(self) -> frozenset[str]:
-        """Judged for show alone where nothing is sampled by the verdicts."""
-        return frozenset() if self.enough is not None else frozenset({"accept"})
+        """Returns the options that cannot change the answers: `accept` only counts them if nothing stops by it."""
+        return frozenset() if self.stop_after_accepted is not None else frozenset({"accept"})

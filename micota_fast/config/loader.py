@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -17,16 +19,20 @@ from micota_fast.errors import InputError
 T = TypeVar("T")
 
 
-def option(default: Any = dataclasses.MISSING, *, doc: str, source: str = "", operational: bool = False) -> Any:
-    """A documented dataclass field.
+def option(
+    default: Any = dataclasses.MISSING, *, doc: str, source: str = "", operational: bool = False, alias: str = ""
+) -> Any:
+    """Declare a documented dataclass field.
 
     Args:
         default: value where the file says nothing; a list, dict or dataclass is copied. Absent: the key is required.
         doc: what the key does, with its unit.
         source: where the default comes from (paper section, repository); "ours" where the sources leave it open.
         operational: says where or how fast, not what: the result is the same, so a change makes nothing stale.
+        alias: the option's name in the version before. It is still read, with a notice on stderr, and it stays the key
+            in `identity`, so that stages which are done remain so.
     """
-    metadata = {"doc": doc, "source": source, "operational": operational}
+    metadata = {"doc": doc, "source": source, "operational": operational, "alias": alias}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
@@ -46,12 +52,15 @@ class _Where:
     key: str
 
     def error(self, node: yaml.Node | None, message: str) -> InputError:
+        return InputError(self.message(node, message))
+
+    def message(self, node: yaml.Node | None, text: str) -> str:
         mark = node.start_mark if node is not None else None
         if mark is None:
             place = self.source
         else:
             place = mark.name if isinstance(mark.name, _Lineless) else f"{mark.name}, line {mark.line + 1}"
-        return InputError(f"{place}: {f'`{self.key}`: ' if self.key else ''}{message}")
+        return f"{place}: {f'`{self.key}`: ' if self.key else ''}{text}"
 
     def child(self, name: str) -> "_Where":
         return _Where(self.source, f"{self.key}.{name}" if self.key else name)
@@ -77,7 +86,7 @@ def load(cls: type[T], path: Path | str | None, overrides: typing.Sequence[str] 
     if node is None:
         node = yaml.MappingNode("tag:yaml.org,2002:map", [])
     for override in overrides:
-        _apply_override(node, override)
+        _apply_override(cls, node, override)
     result: T = _build(cls, node, _Where(source, ""))
     return result
 
@@ -112,7 +121,7 @@ def identity(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         shown: frozenset[str] = getattr(value, "operational", frozenset())  # options that are so in this case
         fields = [f for f in dataclasses.fields(value) if not f.metadata.get("operational") and f.name not in shown]
-        return {field.name: identity(getattr(value, field.name)) for field in fields}
+        return {field.metadata.get("alias") or field.name: identity(getattr(value, field.name)) for field in fields}
     if isinstance(value, dict):
         return [[key, identity(item)] for key, item in value.items()]
     if isinstance(value, list | tuple):
@@ -120,13 +129,35 @@ def identity(value: Any) -> Any:
     return plain(value)
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def find_option(hint: Any, key: str) -> tuple[str, Any]:
+    """Return the name and the type of what `key`, a name or an alias, stands for in values of the type `hint`.
+
+    A key that the type does not know is returned as it is, with the type Any.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        for field in dataclasses.fields(hint):
+            if key in (field.name, field.metadata.get("alias")):
+                return field.name, _hints(typing.cast(type, hint))[field.name]
+    elif origin is dict:
+        return key, args[1]
+    elif origin in (Union, types.UnionType):
+        held = [arg for arg in args if dataclasses.is_dataclass(arg) or typing.get_origin(arg) is dict]
+        return find_option(held[0], key) if held else (key, Any)
+    return key, Any
+
+
 def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
     """(dotted key, default, documentation) of every option of a dataclass, nested ones included."""
     rows: list[tuple[str, str, str]] = []
-    hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         key = prefix + field.name
-        hint = hints[field.name]
+        hint = _hints(cls)[field.name]
         if dataclasses.is_dataclass(hint):
             rows += describe(typing.cast(type, hint), f"{key}.")
             continue
@@ -173,7 +204,7 @@ def _compose(text: str, source: str) -> yaml.Node | None:
         loader.dispose()
 
 
-def _apply_override(root: yaml.Node, override: str) -> None:
+def _apply_override(cls: type, root: yaml.Node, override: str) -> None:
     key, equals, text = override.partition("=")
     source = _Lineless(f"--set {override}")
     if not equals or not key:
@@ -183,10 +214,12 @@ def _apply_override(root: yaml.Node, override: str) -> None:
     _unshare(root)
     value = _compose(text, source) or yaml.ScalarNode("tag:yaml.org,2002:null", "null")
     value.start_mark = yaml.Mark(source, 0, 0, 0, "", 0)
-    node = root
+    node, hint = root, typing.cast(Any, cls)
     names = key.split(".")
     for depth, name in enumerate(names):
-        found = next((i for i, (k, _) in enumerate(node.value) if k.value == name), None)
+        same, inner = find_option(hint, name)
+        found = next((i for i, (k, _) in enumerate(node.value) if find_option(hint, k.value)[0] == same), None)
+        hint = inner
         if depth == len(names) - 1:
             pair = (yaml.ScalarNode("tag:yaml.org,2002:str", name, value.start_mark), value)
             if found is None:
@@ -255,13 +288,17 @@ def _build_dataclass(cls: type, node: yaml.Node | None, where: _Where) -> Any:
         node = yaml.MappingNode("tag:yaml.org,2002:map", [], node.start_mark if node is not None else None)
     if not isinstance(node, yaml.MappingNode):
         raise where.error(node, "must be a mapping of keys to values")
-    hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
-    for name, child in _pairs(node, where):
+    for key, child in _pairs(node, where):
+        name, hint = find_option(cls, key)
         if name not in fields:
-            raise where.child(name).error(child, f"unknown key; known here: {', '.join(fields)}")
-        values[name] = _build(hints[name], child, where.child(name))
+            raise where.child(key).error(child, f"unknown key; known here: {', '.join(fields)}")
+        if name in values:
+            raise where.child(key).error(child, f"given twice: `{fields[name].metadata['alias']}` is the old name of `{name}`")
+        if key != name:
+            _notice(where.child(key).message(child, f"now called `{name}`; the old name will not work in later versions"))
+        values[name] = _build(hint, child, where.child(key))
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -270,6 +307,11 @@ def _build_dataclass(cls: type, node: yaml.Node | None, where: _Where) -> Any:
         return cls(**values)
     except InputError as error:  # a check in __post_init__ knows the keys, this place knows the file and line
         raise where.error(node if node.start_mark else None, str(error)) from None
+
+
+@functools.cache  # said once, however often the same values are read
+def _notice(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _build_union(args: tuple[Any, ...], node: yaml.Node | None, where: _Where) -> Any:

@@ -26,7 +26,7 @@ def fetch(folder: str | Path) -> None:
     except ValueError as error:
         raise InputError(f"{sources_path} is damaged ({error}); delete it") from None
     for key, definition in shipped_benchmarks().items():
-        path, benchmark = folder / definition["path"], BenchmarkConfig(like=key)
+        path, benchmark = folder / definition["path"], BenchmarkConfig(preset=key)
         if path.exists():
             benchmark.check_number(len(read_problems(path)), str(path))
             print(f"{path}: there already")

@@ -135,8 +135,9 @@ def fingerprint(problems: ProblemFile, config: Config) -> dict[str, Any]:
         made_by["thinking"] = {"budget": config.thinking_budget, "end": config.thinking_end}
     if config.top_logprobs:
         made_by["top_logprobs"] = config.top_logprobs
-    if isinstance(config, GenerateConfig) and config.enough is not None:
-        made_by["enough"] = {"accepted": config.enough, "rules": loader.identity(config.accept)}
+    if isinstance(config, GenerateConfig) and config.stop_after_accepted is not None:
+        # The key is the option's former name: runs made under it stay finished.
+        made_by["enough"] = {"accepted": config.stop_after_accepted, "rules": loader.identity(config.accept)}
     return made_by
 
 
@@ -244,7 +245,9 @@ def _complete(
     out: Path,
 ) -> None:
     """Ask for what the journal lacks."""
-    enough, rules = (config.enough, config.accept) if isinstance(config, GenerateConfig) else (None, None)
+    enough, rules = (
+        (config.stop_after_accepted, config.accept) if isinstance(config, GenerateConfig) else (None, None)
+    )
     if enough is None and len(journal) == len(problems) * config.samples:
         return
     with Judge(rules) if rules is not None else contextlib.nullcontext() as judge:

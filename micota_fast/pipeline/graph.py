@@ -103,7 +103,7 @@ class _Planner:
     def _settings(
         self, cls: type[Config], defaults: Any, overrides: dict[str, Any], where: str, **values: Any
     ) -> Config:
-        merged = _merge(loader.plain(defaults), overrides)
+        merged = _merge(cls, loader.plain(defaults), overrides)
         return loader.build(cls, merged | values, f"{self.path}, `{where}`")
 
     def _file(self, name: str, where: str) -> Artefact:
@@ -130,8 +130,8 @@ class _Planner:
             return self._checkpoint(spec.checkpoint, f"models.{name}.checkpoint")
         if spec.train is not None:
             trained = spec.train
-            where = f"models.{name}.train.set"
-            self._once(stage, lambda: self._train(stage, trained.base, trained.corpus, trained.set, where))
+            where = f"models.{name}.train.overrides"
+            self._once(stage, lambda: self._train(stage, trained.base, trained.corpus, trained.overrides, where))
         else:
             self._once(stage, lambda: self._merge_stage(stage, name))
         return self._artefact(stage, "model")
@@ -250,8 +250,8 @@ class _Planner:
         settings = self._settings(
             GenerateConfig,
             self._served(self.recipe.generate, spec.model),
-            spec.set,
-            f"corpora.{name}.generate.set",
+            spec.overrides,
+            f"corpora.{name}.generate.overrides",
             model=model.location,
             problems=problems.location,
             limit=source.limit,
@@ -360,7 +360,8 @@ class _Planner:
         if not self.recipe.align:
             return {}
         corpora = {name: self.corpus(name) for name in self.recipe.align}
-        own = self._answers(self.recipe.own) if self.recipe.own is not None else None
+        student_answers = self.recipe.student_answers
+        own = self._answers(student_answers) if student_answers is not None else None
         settings = self._settings(
             AlignConfig,
             self.recipe.alignment,
@@ -368,7 +369,7 @@ class _Planner:
             "alignment",
             model=student.location,
             corpora={name: artefact.location for name, artefact in corpora.items()},
-            own=own.location if own is not None else None,
+            student_answers=own.location if own is not None else None,
             out=str(self.run_dir / "align"),
         )
         outputs = tuple(f"{name}.json" for name in corpora)
@@ -412,11 +413,14 @@ def _flat(groups: Any) -> Iterator[Artefact]:
         yield from group
 
 
-def _merge(defaults: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def _merge(hint: Any, defaults: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Put overrides into values of the type `hint`; an option's old name (`option(alias=...)`) stands for the new one."""
     merged = dict(defaults)
     for key, value in overrides.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        name, inner = loader.find_option(hint, key)
+        default = merged.pop(name, None)
+        both = isinstance(value, dict) and isinstance(default, dict)
+        merged[key] = _merge(inner, default, value) if both else value
     return merged
 
 

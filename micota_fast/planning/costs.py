@@ -111,7 +111,7 @@ def answering(
     cost.tokens = sum(corpus.tokens for corpus in sets)
     cost.flops = sum(train_flops(config, corpus.tokens, corpus.context) for corpus in sets) / 3
     counted = "counted" if all(corpus.counted for corpus in sets) else "assumed"
-    most = "at most " if getattr(s, "enough", None) is not None and counted == "assumed" else ""
+    most = "at most " if getattr(s, "stop_after_accepted", None) is not None and counted == "assumed" else ""
     cost.how = f"{most}{rows:,.0f} answers of {two(written / max(1, rows))} tokens ({counted})"
     if s.url is not None:
         cost.how += f", at {s.url if isinstance(s.url, str) else ' '.join(s.url)}"

@@ -109,6 +109,6 @@ def test_own_answers_to_other_problems_are_told_of(
     row = Completion("elsewhere", 0, "?", "1", "an answer", "stop", 1, 1, None)
     write_rows(tmp_path / "own.jsonl", [row])
     settings = config(qwen2_checkpoint, tmp_path / "out", x=corpus(tmp_path, [1, 2]))
-    settings.own = str(tmp_path / "own.jsonl")
+    settings.student_answers = str(tmp_path / "own.jsonl")
     run(settings)
     assert "own.jsonl holds no answer to any problem of" in capsys.readouterr().out

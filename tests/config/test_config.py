@@ -1,5 +1,6 @@
 """Configuration: what is read equals what was written, and every error names file, line and key."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from micota_fast.cli import RECIPES, STAGES
 from micota_fast.config import loader
 from micota_fast.config.evaluation import EvaluateConfig
 from micota_fast.config.generation import GenerateConfig
+from micota_fast.config.loader import option
 from micota_fast.config.recipe import Recipe
 from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
@@ -112,3 +114,48 @@ def test_every_option_is_documented() -> None:
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_recipes_are_valid(file: Path) -> None:
     assert loader.load(Recipe, file).name == file.stem
+
+
+@dataclass(kw_only=True)
+class Inner:
+    """Options that another one holds."""
+
+    most: int = option(1, doc="a number", alias="limit")
+
+
+@dataclass(kw_only=True)
+class Outer:
+    """Options one of which holds others, as they are and by name."""
+
+    inner: Inner | None = option(None, doc="one")
+    named: dict[str, Inner] = option({}, doc="many")
+
+
+def test_an_options_old_name_is_read_with_one_line_of_notice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, "inner: {most: 2}\nnamed:\n  a:\n    limit: 3\n")
+    for _ in range(2):
+        assert loader.load(Outer, file) == Outer(inner=Inner(most=2), named={"a": Inner(most=3)})
+    notice = f"{file}, line 4: `named.a.limit`: now called `most`; the old name will not work in later versions\n"
+    assert capsys.readouterr().err == notice
+
+
+def test_an_override_by_the_old_name_takes_the_place_of_the_new_one_and_the_other_way_round(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, "inner: {most: 2}\nnamed: {a: {limit: 3}}\n")
+    loaded = loader.load(Outer, file, ["inner.limit=4", "named.a.most=5"])
+    assert loaded == Outer(inner=Inner(most=4), named={"a": Inner(most=5)})
+    assert capsys.readouterr().err.startswith("--set inner.limit=4: `inner.limit`: now called `most`")
+
+
+def test_both_names_of_an_option_are_an_error(tmp_path: Path) -> None:
+    file = write(tmp_path, "inner:\n  most: 2\n  limit: 2\n")
+    with pytest.raises(InputError, match=r"line 3: `inner\.limit`: given twice: `limit` is the old name of `most`"):
+        loader.load(Outer, file)
+
+
+def test_identity_keeps_the_old_name_so_that_finished_stages_stay_done() -> None:
+    assert loader.identity(Inner()) == {"limit": 1}
+    assert loader.plain(Inner()) == {"most": 1}

@@ -112,7 +112,7 @@ def changed_row(hub: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("like", "answer", "what"),
+    ("preset", "answer", "what"),
     [
         ("aime2024", "The sum is 7.", r"no \\boxed\{\} in"),
         ("gsm8k", "The sum is 7.", "no '#### ' in"),
@@ -122,9 +122,9 @@ def changed_row(hub: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ("olympiad", [], "is empty"),
     ],
 )
-def test_a_row_that_holds_no_answer_is_an_error(like: str, answer: Any, what: str) -> None:
+def test_a_row_that_holds_no_answer_is_an_error(preset: str, answer: Any, what: str) -> None:
     """A whole solution for an answer would mark every answer wrong, and nobody would be told."""
-    source = DEFINITIONS[like]["hub"]
+    source = DEFINITIONS[preset]["hub"]
     with pytest.raises(InputError, match=f"{source['repo']}: row x: .*{what}"):
         _problem(changed_row(source, answer=answer), "x", source)
 

@@ -239,21 +239,21 @@ def answered(settings: EvaluateConfig, benchmark: BenchmarkConfig, text: Callabl
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the benchmarks' files are not here")
-@pytest.mark.parametrize("like", SHIPPED)
-def test_an_oracle_is_always_right_and_an_empty_answer_never(like: str, settings: EvaluateConfig) -> None:
+@pytest.mark.parametrize("preset", SHIPPED)
+def test_an_oracle_is_always_right_and_an_empty_answer_never(preset: str, settings: EvaluateConfig) -> None:
     out = settings.out
 
     def entry(name: str, text: Callable[[Problem], str]) -> dict[str, Any]:
         settings.out = f"{out}/{name}"
-        benchmark = BenchmarkConfig(like=like)
+        benchmark = BenchmarkConfig(preset=preset)
         benchmark.path = str(DATA / benchmark.path)
         return answered(settings, benchmark, text)
 
     oracle = entry("oracle", lambda problem: f"So it is\nFinal Answer: \\boxed{{{problem.answer}}}")
-    assert oracle["n"] == SHIPPED[like]
+    assert oracle["n"] == SHIPPED[preset]
     assert {p: s["accuracy"] for p, s in oracle["protocols"].items()} == {"strict": 1.0, "paper": 1.0}
     empty = entry("empty", lambda problem: "")
-    assert empty["no_answer"] == SHIPPED[like]
+    assert empty["no_answer"] == SHIPPED[preset]
     assert {p: s["accuracy"] for p, s in empty["protocols"].items()} == {"strict": 0.0, "paper": 0.0}
 
 
@@ -277,18 +277,18 @@ def test_the_protocols_differ_where_they_should(settings: EvaluateConfig, tmp_pa
 def test_a_set_of_the_wrong_size_is_refused(settings: EvaluateConfig, tmp_path: Path) -> None:
     path = tmp_path / "aime.jsonl"
     write_rows(path, [Problem(str(i), "?", "7") for i in range(29)])
-    settings.benchmarks = [BenchmarkConfig(like="aime2024", path=str(path))]
+    settings.benchmarks = [BenchmarkConfig(preset="aime2024", path=str(path))]
     with pytest.raises(InputError, match=r"aime\.jsonl holds 29 problems; AIME 2024 has 30"):
         run(settings)
 
 
 def test_a_shipped_definition_gives_what_is_not_given() -> None:
-    known = BenchmarkConfig(like="gsm8k", path="mine.jsonl", stop=["\n\n"])
+    known = BenchmarkConfig(preset="gsm8k", path="mine.jsonl", stop=["\n\n"])
     assert (known.name, known.path, known.stop, known.rule) == ("GSM8K", "mine.jsonl", ["\n\n"], "last_number")
     assert known.prompt == "{problem}"
     assert known.problems == [1319]
-    with pytest.raises(InputError, match=r"`like` must be one of aime2024, .*, not 'aime'"):
-        BenchmarkConfig(like="aime")
+    with pytest.raises(InputError, match=r"`preset` must be one of aime2024, .*, not 'aime'"):
+        BenchmarkConfig(preset="aime")
     with pytest.raises(InputError, match="`path` is required"):
         BenchmarkConfig(name="mine")
 

@@ -281,7 +281,7 @@ def test_a_training_that_a_signal_ended_is_not_taken_for_done(qwen2_checkpoint: 
 
 def evaluated(out: Path, *changes: str) -> dict[str, object]:
     """The untouched micro student on three problems, by `micota run`; its results."""
-    small = ["arms={}", "align=[]", "own=null", "evaluate.max_new_tokens=64", *changes]
+    small = ["arms={}", "align=[]", "student_answers=null", "evaluate.max_new_tokens=64", *changes]
     small += ["evaluate.benchmarks=[{name: steps-3, path: ../micro/problems/steps-3.jsonl, limit: 3}]"]
     assert main(["run", "micro", "--out", str(out), *(word for change in small for word in ("--set", change))]) == 0
     results: dict[str, object] = json.loads((out / "evaluate/base/results.json").read_text())

@@ -173,7 +173,7 @@ def test_the_paper_recipe_by_hand() -> None:
 
 
 def test_a_benchmark_that_is_asked_more_often_counts_so_often() -> None:
-    sampled = "evaluate.benchmarks=[{like: aime2024, sampling: {samples: 16, temperature: 0.6, max_new_tokens: 500}}]"
+    sampled = "evaluate.benchmarks=[{preset: aime2024, sampling: {samples: 16, temperature: 0.6, max_new_tokens: 500}}]"
     cost = next(c for c in of_recipe("micota-qwen2.5-7b", sampled).costs if c.stage == "evaluate/base")
     assert "480 answers of 500 tokens" in cost.how
     assert cost.tokens == pytest.approx(480 * (200 / 3 + 60 + 500))
@@ -226,7 +226,7 @@ def test_fewer_gpus_than_a_stage_takes_are_refused() -> None:
 
 
 def test_tries_that_an_accepted_answer_saves_are_the_most_there_can_be() -> None:
-    tried = ("corpora.long.generate.set={samples: 4, enough: 1, temperature: 0.7}",)
+    tried = ("corpora.long.generate.overrides={samples: 4, stop_after_accepted: 1, temperature: 0.7}",)
     cost = next(c for c in of_recipe("micota-qwen2.5-7b", *tried).costs if c.stage == "answers/long")
     assert cost.how.startswith("at most 48,000 answers of ")
 
