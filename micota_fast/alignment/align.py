@@ -39,8 +39,8 @@ def run(config: AlignConfig) -> None:
     corpus; `document_nll` describes the means of single documents; `tokens` and `lengths` are supervised tokens of each
     document, in file order. Documents above `max_doc_tokens` are left out and counted in `dropped`. `by_position`,
     `by_step` and `unlikely` are those of `likelihood_profile.profile`, `markers` phrases of reflection for each 1,000
-    tokens, `own_overlap` what the student says by itself (see `likelihood_profile.overlap`; null without `student_answers`),
-    `learnability` what `learnability.learnability` gives.
+    tokens, `own_overlap` what the student says by itself (see `likelihood_profile.overlap`; null without
+    `student_answers`), `learnability` what `learnability.learnability` gives.
 
     Raises:
         InputError: there is no such device, model or corpus cannot be read, a row is bad (file:line), or nothing is

@@ -295,9 +295,13 @@ def _build_dataclass(cls: type, node: yaml.Node | None, where: _Where) -> Any:
         if name not in fields:
             raise where.child(key).error(child, f"unknown key; known here: {', '.join(fields)}")
         if name in values:
-            raise where.child(key).error(child, f"given twice: `{fields[name].metadata['alias']}` is the old name of `{name}`")
+            raise where.child(key).error(
+                child, f"given twice: `{fields[name].metadata['alias']}` is the old name of `{name}`"
+            )
         if key != name:
-            _notice(where.child(key).message(child, f"now called `{name}`; the old name will not work in later versions"))
+            _notice(
+                where.child(key).message(child, f"now called `{name}`; the old name will not work in later versions")
+            )
         values[name] = _build(hint, child, where.child(key))
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -245,9 +245,7 @@ def _complete(
     out: Path,
 ) -> None:
     """Ask for what the journal lacks."""
-    enough, rules = (
-        (config.stop_after_accepted, config.accept) if isinstance(config, GenerateConfig) else (None, None)
-    )
+    enough, rules = (config.stop_after_accepted, config.accept) if isinstance(config, GenerateConfig) else (None, None)
     if enough is None and len(journal) == len(problems) * config.samples:
         return
     with Judge(rules) if rules is not None else contextlib.nullcontext() as judge:

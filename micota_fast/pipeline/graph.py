@@ -414,7 +414,7 @@ def _flat(groups: Any) -> Iterator[Artefact]:
 
 
 def _merge(hint: Any, defaults: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Put overrides into values of the type `hint`; an option's old name (`option(alias=...)`) stands for the new one."""
+    """Put overrides into values of the type `hint`; an option's old name stands for its new one."""
     merged = dict(defaults)
     for key, value in overrides.items():
         name, inner = loader.find_option(hint, key)

@@ -286,7 +286,13 @@ def test_rejection_asks_for_the_prefix_that_holds_enough(
     """Also where it is killed and taken up: the same rows, the same counts, nothing asked twice."""
     wanted = rule(problems, 6, 2, Chat.from_checkpoint(qwen2_checkpoint, CHAT))
     accept = FilterSettings(workers=1)
-    settings: dict[str, Any] = {"samples": 6, "stop_after_accepted": 2, "accept": accept, "max_new_tokens": 30, "concurrency": 16}
+    settings: dict[str, Any] = {
+        "samples": 6,
+        "stop_after_accepted": 2,
+        "accept": accept,
+        "max_new_tokens": 30,
+        "concurrency": 16,
+    }
     with FaultyServer(tmp_path, Plan(delays_s=(0.0, 0.01))) as server:
         request = config(server.url, **settings)
         generate.run(request)
