@@ -4,9 +4,8 @@ import contextlib
 import importlib.metadata
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,20 @@ import numpy as np
 import micota_fast
 from micota_fast.common.files import write_atomic
 from micota_fast.common.records import Completion, benchmark_file, model_name, read_completions, write_rows
+from micota_fast.common.schema import ABSENT, to_json
 from micota_fast.config.evaluation import BenchmarkConfig, EvaluateConfig
 from micota_fast.errors import InputError
 from micota_fast.evaluation.judge import asked_of, second_opinions
+from micota_fast.evaluation.results import (
+    OUTCOMES,
+    BenchmarkResult,
+    EvaluationResults,
+    GradedAnswer,
+    Outcome,
+    ProtocolScore,
+    ProtocolVerdict,
+    Score,
+)
 from micota_fast.generation.generate import (
     fingerprint,
     finished,
@@ -34,7 +44,6 @@ from micota_fast.statistics.intervals import clustered_se, macro_average, mean_p
 
 # What verdicts hang on beside our own code: prompts' tokens, and the comparison of answers.
 PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy", "tokenizers")
-OUTCOMES = ("correct", "wrong", "no_answer", "truncated", "aborted", "timeout", "crashed")
 RULES: dict[str, Callable[[str, str], Verdict]] = {
     "box": grade_by_string,
     "box_zeros_trimmed": partial(grade_by_string, trim_zeros=True),
@@ -64,13 +73,8 @@ def run(config: EvaluateConfig) -> None:
     depends on the clock stands in timing.json.
 
     Every answer is graded twice: `strict` by math-verify, `paper` by the benchmark's string rule (see `string_rule`).
-    The verdicts of `config.protocol` count: for each benchmark results.json has of them `n` answers = `correct` +
-    `wrong` + `no_answer` (no final answer found) + `truncated` (cut off at the token limit, and not right by then) +
-    `aborted` (the server failed on it) + `timeout` + `crashed` (the comparison hit its limit), `accuracy` = correct /
-    n, `wilson95` over the `problems`, `mean_tokens` of an answer; and of both protocols `correct` and `accuracy`, under
-    `protocols`. With several samples a problem, both also have `standard_error` and `pass_at` (see `score`). `made_by`
-    is what the answers depend on, `grading` what the verdicts do. `average` is the plain mean of the accuracies, as in
-    the paper, and `average95` its interval over the benchmarks' problems (see `intervals.macro_average`).
+    The verdicts of `config.protocol` count; the score by each protocol stands next to them. The files' keys are
+    described by `evaluation.results`.
 
     Raises:
         InputError: as `generation.generate`; or two benchmarks have one name, or a file holds another number of
@@ -86,26 +90,25 @@ def run(config: EvaluateConfig) -> None:
     if config.judge is not None:
         of_paper = {job.rows.name: (rows, of["paper"]) for job, (rows, of) in zip(jobs, graded, strict=True)}
         opinions = second_opinions(config.judge, of_paper, out / "judge")
-    benchmarks: dict[str, Any] = {}
+    benchmarks: dict[str, BenchmarkResult] = {}
     for job, (rows, verdicts) in zip(jobs, graded, strict=True):
         entry, graded_rows = _result(config, job, rows, verdicts, opinions.get(job.rows.name))
-        write_rows(job.rows, graded_rows)
+        write_rows(job.rows, map(to_json, graded_rows))
         benchmarks[job.benchmark.name] = entry
         print(_line(job.benchmark.name, entry), flush=True)
     entries = benchmarks.values()
-    average = macro_average([[entry["accuracy"] for entry in entries]], [entry["problems"] for entry in entries])
-    results = {
-        "model": model_name(config.model),
-        "average": average.mean,
-        "average95": [average.low, average.high],
-        "benchmarks": benchmarks,
-        "versions": {"micota_fast": micota_fast.__version__}
-        | {package: importlib.metadata.version(package) for package in PACKAGES},
-    }
-    if config.judge is not None:
-        results["judge"] = asked_of(config.judge)
+    average = macro_average([[entry.accuracy for entry in entries]], [entry.size for entry in entries])
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    results = EvaluationResults(
+        model=model_name(config.model),
+        average=average.mean,
+        average95=(average.low, average.high),
+        benchmarks=benchmarks,
+        versions={"micota_fast": micota_fast.__version__} | versions,
+        judge=ABSENT if config.judge is None else asked_of(config.judge),
+    )
     write_atomic(out / "timing.json", [json.dumps(timing, indent=1).encode() + b"\n"])
-    write_atomic(out / "results.json", [json.dumps(results, indent=1, ensure_ascii=False).encode() + b"\n"])
+    write_atomic(out / "results.json", [json.dumps(to_json(results), indent=1, ensure_ascii=False).encode() + b"\n"])
     print(
         f"average of {len(benchmarks)}: {100 * average.mean:.2f}% [{100 * average.low:.2f}, {100 * average.high:.2f}]"
     )
@@ -145,27 +148,33 @@ def _result(
     rows: Sequence[Completion],
     verdicts: dict[str, list[Verdict]],
     opinions: Sequence[bool | None] | None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[BenchmarkResult, list[GradedAnswer]]:
     """The entry of results.json, and the graded rows."""
     scores = {name: score(len(job.problems), rows, of) for name, of in verdicts.items()}
-    told = ("correct", "accuracy", "standard_error", "pass_at")
-    protocols = {name: {key: of[key] for key in told if key in of} for name, of in scores.items()}
+    protocols = {
+        name: ProtocolScore(
+            correct=of.correct, accuracy=of.accuracy, standard_error=of.standard_error, pass_at=of.pass_at
+        )
+        for name, of in scores.items()
+    }
     graded_rows = [
         _graded_row(config.protocol, *of) for of in zip(rows, verdicts["strict"], verdicts["paper"], strict=True)
     ]
     if opinions is not None:
-        for row, opinion in zip(graded_rows, opinions, strict=True):
-            row["protocols"]["judge"] = {"correct": opinion}
+        graded_rows = [
+            replace(row, protocols={**row.protocols, "judge": ProtocolVerdict(opinion)})
+            for row, opinion in zip(graded_rows, opinions, strict=True)
+        ]
         correct = sum(opinion is True for opinion in opinions)
-        protocols["judge"] = {"correct": correct, "accuracy": correct / len(rows)}
-        protocols["judge"]["undecided"] = sum(opinion is None for opinion in opinions)
-    entry = {
-        **scores[config.protocol],
-        "protocol": config.protocol,
-        "protocols": protocols,
-        "made_by": fingerprint(job.problems, job.asked),
-        "grading": {"rule": job.benchmark.rule, "timeout_s": config.timeout_s},
-    }
+        undecided = sum(opinion is None for opinion in opinions)
+        protocols["judge"] = ProtocolScore(correct=correct, accuracy=correct / len(rows), undecided=undecided)
+    entry = BenchmarkResult(
+        **vars(scores[config.protocol]),
+        protocol=config.protocol,
+        protocols=protocols,
+        made_by=fingerprint(job.problems, job.asked),
+        grading={"rule": job.benchmark.rule, "timeout_s": config.timeout_s},
+    )
     return entry, graded_rows
 
 
@@ -183,42 +192,43 @@ def _jobs(config: EvaluateConfig, out: Path) -> list[_Job]:
     return jobs
 
 
-def score(problems: int, rows: Sequence[Completion], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Counts, accuracy and interval of one benchmark of so many problems (see `run`).
+def score(problems: int, rows: Sequence[Completion], verdicts: Sequence[Verdict]) -> Score:
+    """Compute the counts, the accuracy and the interval of one benchmark.
 
-    With several samples a problem, accuracy is the mean over all answers (avg@k), and the interval takes the problems
+    With several samples per problem, accuracy is the mean over all answers (avg@k), and the interval takes the problems
     for independent but the samples of one for copies of each other, so it is never too narrow for their number. There
-    is more to tell then: `samples` of each problem, `standard_error` of the accuracy, as a fraction, with the problems
-    as clusters (`intervals.clustered_se`; None for a single problem), and `pass_at`: "k" -> pass@k
-    (`intervals.mean_pass_at`).
+    are also a standard error (`intervals.clustered_se`) and pass@k (`intervals.mean_pass_at`).
 
     Args:
         problems: how many.
-        rows: as many answers to each, problem by problem.
+        rows: the answers, problem by problem, the same number to each.
         verdicts: of the rows.
     """
     outcomes = list(map(_outcome, rows, verdicts))
-    counts = Counter(outcomes)
+    counts: dict[str, Any] = {outcome: outcomes.count(outcome) for outcome in OUTCOMES}
     accuracy = counts["correct"] / len(rows)
-    scored: dict[str, Any] = {
-        "problems": problems,
-        "n": len(rows),
-        **{outcome: counts[outcome] for outcome in OUTCOMES},
-        "accuracy": accuracy,
-        "wilson95": list(wilson95(accuracy, problems)),
-        "mean_tokens": sum(row.completion_tokens for row in rows) / len(rows),
-    }
+    scored = Score(
+        problems=problems,
+        n=len(rows),
+        **counts,
+        accuracy=accuracy,
+        wilson95=wilson95(accuracy, problems),
+        mean_tokens=sum(row.completion_tokens for row in rows) / len(rows),
+    )
     samples = len(rows) // problems
-    if samples > 1:
-        correct_PS = np.array([outcome == "correct" for outcome in outcomes], np.float64).reshape(problems, samples)
-        pass_at = mean_pass_at(correct_PS.sum(axis=1).astype(int).tolist(), samples, samples)
-        scored["samples"] = samples
-        scored["standard_error"] = clustered_se(correct_PS) if problems > 1 else None
-        scored["pass_at"] = {str(k): value for k, value in pass_at.items()}
-    return scored
+    if samples == 1:
+        return scored
+    correct_PS = np.array([outcome == "correct" for outcome in outcomes], np.float64).reshape(problems, samples)
+    pass_at = mean_pass_at(correct_PS.sum(axis=1).astype(int).tolist(), samples, samples)
+    return replace(
+        scored,
+        samples=samples,
+        standard_error=clustered_se(correct_PS) if problems > 1 else None,
+        pass_at={str(k): value for k, value in pass_at.items()},
+    )
 
 
-def _outcome(row: Completion, verdict: Verdict) -> str:
+def _outcome(row: Completion, verdict: Verdict) -> Outcome:
     if row.finish_reason == "abort":
         return "aborted"
     if row.finish_reason != "stop" and verdict.status != "correct":
@@ -226,16 +236,16 @@ def _outcome(row: Completion, verdict: Verdict) -> str:
     return verdict.status
 
 
-def _graded_row(protocol: str, row: Completion, strict: Verdict, paper: Verdict) -> dict[str, Any]:
-    """The answer with the verdict that counts; what each protocol says and has read stands beside it."""
+def _graded_row(protocol: str, row: Completion, strict: Verdict, paper: Verdict) -> GradedAnswer:
+    """The answer with the verdict that counts, and what each protocol says and has read."""
     verdicts = {"strict": strict, "paper": paper}
     counts = verdicts[protocol]
-    graded = replace(row, correct=_correct(counts))
-    return asdict(graded) | {
-        "outcome": _outcome(row, counts),
-        "extracted": counts.extracted,
-        "protocols": {name: {"correct": _correct(of), "extracted": of.extracted} for name, of in verdicts.items()},
-    }
+    return GradedAnswer(
+        **vars(replace(row, correct=_correct(counts))),
+        outcome=_outcome(row, counts),
+        extracted=counts.extracted,
+        protocols={name: ProtocolVerdict(_correct(of), of.extracted) for name, of in verdicts.items()},
+    )
 
 
 def _correct(verdict: Verdict) -> bool | None:
@@ -250,16 +260,17 @@ def _file_names(benchmarks: Sequence[BenchmarkConfig]) -> list[str]:
     return names
 
 
-def _line(name: str, entry: dict[str, Any]) -> str:
-    low, high = entry["wilson95"]
-    counts = ", ".join(f"{entry[k]} {k}" for k in OUTCOMES[2:] if entry[k])
-    parts = [f"{entry['correct']} of {entry['n']}{'; ' + counts if counts else ''})"]
-    if (k := entry.get("samples")) is not None:
-        error = "unknown" if entry["standard_error"] is None else f"{100 * entry['standard_error']:.2f} points"
-        parts += [f"avg@{k}, standard error {error}", f"pass@{k} {100 * entry['pass_at'][str(k)]:.2f}%"]
-    others = {of: entry["protocols"][of]["accuracy"] for of in entry["protocols"] if of != entry["protocol"]}
+def _line(name: str, entry: BenchmarkResult) -> str:
+    low, high = wilson95(entry.accuracy, entry.size)
+    counts = ", ".join(f"{number} {outcome}" for outcome in OUTCOMES[2:] if (number := getattr(entry, outcome)))
+    parts = [f"{entry.correct} of {entry.n}{'; ' + counts if counts else ''})"]
+    if entry.samples and entry.pass_at:
+        error = f"{100 * entry.standard_error:.2f} points" if isinstance(entry.standard_error, float) else "unknown"
+        passed = entry.pass_at[str(entry.samples)]
+        parts += [f"avg@{entry.samples}, standard error {error}", f"pass@{entry.samples} {100 * passed:.2f}%"]
+    others = {of: scored for of, scored in entry.protocols.items() if of != entry.protocol}
     named = {"strict": "the strict rule", "paper": "the paper rule", "judge": "the judge"}
-    parts += [f"by {named[of]} {100 * accuracy:.2f}%" for of, accuracy in others.items()]
-    if undecided := entry["protocols"].get("judge", {}).get("undecided"):
-        parts[-1] += f", which said neither True nor False of {undecided}"
-    return f"{name}: {100 * entry['accuracy']:.2f}% [{100 * low:.2f}, {100 * high:.2f}] ({'; '.join(parts)}"
+    parts += [f"by {named[of]} {100 * scored.accuracy:.2f}%" for of, scored in others.items()]
+    if "judge" in others and others["judge"].undecided:
+        parts[-1] += f", which said neither True nor False of {others['judge'].undecided}"
+    return f"{name}: {100 * entry.accuracy:.2f}% [{100 * low:.2f}, {100 * high:.2f}] ({'; '.join(parts)}"

@@ -9,13 +9,13 @@ import glob
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from micota_fast.common.files import write_atomic
 from micota_fast.common.records import Completion, Problem, encode_row, model_name, read_completions
 from micota_fast.config import loader
 from micota_fast.config.evaluation import JudgeConfig
 from micota_fast.config.generation import ChatConfig, GenerateConfig
+from micota_fast.evaluation.results import Judge
 from micota_fast.generation.generate import finished, generate_corpus, model_fingerprint, open_problems, servers_for
 from micota_fast.generation.request import sampling_params
 from micota_fast.grading.grader import Verdict
@@ -70,18 +70,18 @@ def second_opinions(
     return opinions
 
 
-def asked_of(judge: JudgeConfig) -> dict[str, Any]:
-    """What the opinions depend on beside the answers: the model, its sampling and server, and the question."""
+def asked_of(judge: JudgeConfig) -> Judge:
+    """Describe the judge: the model, and its sampling, server and question, on which its verdicts depend."""
     config = _config(judge, Path(), Path())
-    return {
-        "model": model_name(judge.model),
-        "made_by": {
+    return Judge(
+        model=model_name(judge.model),
+        made_by={
             "model": model_fingerprint(resolve_checkpoint(judge.model)),
             "prompt": {"system": SYSTEM, "prompt": QUESTION},
             "sampling": sampling_params(config),
             "serve": loader.identity(judge.serve),
         },
-    }
+    )
 
 
 def _ask_no_other(folder: Path, file: str, questions: bytes) -> None:

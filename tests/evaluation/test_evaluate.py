@@ -23,12 +23,14 @@ from helpers.paths import DATA
 from helpers.servers import http_server
 from micota_fast.chat.encoding import Chat
 from micota_fast.common.records import Completion, Problem, read_problems, write_rows
+from micota_fast.common.schema import to_json
 from micota_fast.config import loader
 from micota_fast.config.evaluation import BenchmarkConfig, EvaluateConfig, JudgeConfig, OwnSampling
 from micota_fast.config.generation import ChatConfig, ServeConfig
 from micota_fast.errors import InputError
 from micota_fast.evaluation import evaluate
-from micota_fast.evaluation.evaluate import OUTCOMES, run, score
+from micota_fast.evaluation.evaluate import run, score
+from micota_fast.evaluation.results import OUTCOMES
 from micota_fast.generation import generate
 from micota_fast.generation.journal import Journal
 from micota_fast.grading.grader import Verdict
@@ -61,34 +63,34 @@ def test_score_keeps_each_kind_of_failure_apart() -> None:
     ]
     rows = [case[0] for case in cases]
     got = score(9, rows, [Verdict(case[1], None) for case in cases])
-    assert {key: got[key] for key in OUTCOMES} == {
+    assert {key: getattr(got, key) for key in OUTCOMES} == {
         "correct": 2, "wrong": 1, "no_answer": 1, "truncated": 2, "aborted": 1, "timeout": 1, "crashed": 1,
     }  # fmt: skip
-    assert (got["n"], got["accuracy"], got["mean_tokens"]) == (9, 2 / 9, 220 / 9)
-    assert got["wilson95"] == list(wilson95(2 / 9, 9))
+    assert (got.n, got.accuracy, got.mean_tokens) == (9, 2 / 9, 220 / 9)
+    assert got.wilson95 == wilson95(2 / 9, 9)
 
 
 def test_samples_of_one_problem_do_not_narrow_the_interval() -> None:
     rows = [Completion(str(i), s, "?", "7", "", "stop", 1, 1, None) for i in range(10) for s in range(8)]
     verdicts = [Verdict("correct" if int(row.id) < 4 else "wrong", None) for row in rows]
     got = score(10, rows, verdicts)
-    assert (got["n"], got["problems"], got["accuracy"]) == (80, 10, 0.4)
-    assert got["wilson95"] == list(wilson95(0.4, 10))
+    assert (got.n, got.problems, got.accuracy) == (80, 10, 0.4)
+    assert got.wilson95 == wilson95(0.4, 10)
 
 
 def test_several_samples_are_told_of_by_avg_and_pass_at_k() -> None:
     right = {"a": 4, "b": 1, "c": 0}  # of 4 answers each
     rows = [Completion(id_, s, "?", "7", "", "stop", 1, 1, None) for id_ in right for s in range(4)]
     got = score(3, rows, [Verdict("correct" if row.sample < right[row.id] else "wrong", None) for row in rows])
-    assert (got["samples"], got["accuracy"]) == (4, 5 / 12)
+    assert (got.samples, got.accuracy) == (4, 5 / 12)
     # the problems' means are 1, 1/4 and 0
-    assert got["standard_error"] == pytest.approx(np.std([1, 1 / 4, 0], ddof=1) / math.sqrt(3))
+    assert got.standard_error == pytest.approx(np.std([1, 1 / 4, 0], ddof=1) / math.sqrt(3))
     # b's one right answer is among 1, 2, 4 of 4 with chance 1/4, 1/2, 1
-    assert got["pass_at"] == pytest.approx({"1": 5 / 12, "2": 1.5 / 3, "4": 2 / 3})
+    assert got.pass_at == pytest.approx({"1": 5 / 12, "2": 1.5 / 3, "4": 2 / 3})
     alone = score(1, rows[4:8], [Verdict("wrong", None)] * 4)
-    assert (alone["standard_error"], alone["pass_at"]) == (None, {"1": 0.0, "2": 0.0, "4": 0.0})
+    assert (alone.standard_error, alone.pass_at) == (None, {"1": 0.0, "2": 0.0, "4": 0.0})
     once = score(3, rows[::4], [Verdict("correct", None)] * 3)
-    assert not once.keys() & {"standard_error", "pass_at"}
+    assert not to_json(once).keys() & {"samples", "standard_error", "pass_at"}
 
 
 @pytest.fixture
