@@ -8,9 +8,9 @@ packs those alone; "laid out" makes the tensors of every pack as well, which is 
 at once. All run in this process in turn; where TRL is not installed its rows say so. "an epoch" is what a trainer does
 at its start: shuffle, pack, shuffle the packs, and work out the idle share. Numba's compilation is not counted.
 
-Dealing: the share of the time that eight ranks spend waiting for the slowest in each micro-step, by the FLOPs of the
-model: packs dealt in turn, packs dealt by cost (what PackedSteps does), and, as an idea, packs of like cost gathered
-into the same step.
+Load balancing: the share of the time that eight ranks spend waiting for the slowest in each micro-step, by the FLOPs
+of the model: packs assigned in turn, packs assigned by cost (what PackedSteps does), and, as an idea, packs of similar
+cost gathered into the same step.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def lengths_of(kind: str, n: int) -> NDArray[np.int64]:
     return drawn[(drawn >= 30) & (drawn <= CAPACITY)][:n]
 
 
-def documents_of(lengths: NDArray[np.int64]) -> Documents:
+def blank_documents(lengths: NDArray[np.int64]) -> Documents:
     """Documents of these lengths; all their tokens are one and the same, which takes no memory."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids, supervised = (np.broadcast_to(value, offsets[-1:]) for value in (np.int32(0), np.True_))
@@ -73,7 +73,7 @@ def packed_lengths(lengths: NDArray[np.int64]) -> Callable[[], int]:
 
 def laid_out(lengths: NDArray[np.int64]) -> Callable[[], int]:
     """Packs, and makes the tensors of every pack."""
-    documents = documents_of(lengths)
+    documents = blank_documents(lengths)
 
     def run() -> int:
         order, offsets = pack(lengths, CAPACITY)
@@ -84,7 +84,7 @@ def laid_out(lengths: NDArray[np.int64]) -> Callable[[], int]:
 
 def an_epoch(lengths: NDArray[np.int64]) -> Callable[[], int]:
     """Everything that is done once an epoch, and the idle share."""
-    documents = documents_of(lengths)
+    documents = blank_documents(lengths)
     return lambda: PackedSteps(documents, CAPACITY, 8 * WORLD, 0, WORLD, parity_tokens=70_000).n_packs
 
 
@@ -140,7 +140,7 @@ def packing(cases: list[tuple[str, str, int]], runs: int) -> list[dict[str, obje
     return rows
 
 
-def dealing(n: int) -> list[dict[str, object]]:
+def load_balancing(n: int) -> list[dict[str, object]]:
     """A row for each model, kind of lengths and number of packs a rank has in a step."""
     rows: list[dict[str, object]] = []
     for model, shape in MODELS.items():
@@ -179,7 +179,7 @@ def main() -> None:
     common = provenance("micota-fast", "trl", "datasets", "numpy", "numba")
     print(f"capacity {CAPACITY:,} tokens; median of {runs} runs [min, max]; {common['machine']}")
     rows = [{"benchmark": "packing"} | row for row in packing(cases, runs)]
-    rows += [{"benchmark": "dealing"} | row for row in dealing(many // 10)]
+    rows += [{"benchmark": "load_balancing"} | row for row in load_balancing(many // 10)]
     if arguments.json:
         with open(arguments.json, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row | common) + "\n" for row in rows))

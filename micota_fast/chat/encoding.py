@@ -246,11 +246,6 @@ class Chat:
             encoded.append(Encoded(np.concatenate(ids), mask))
         return encoded
 
-    def encode_messages(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Ids and supervised mask of one conversation; see `segments`, also for what is raised."""
-        (encoded,) = self.encode_segments([self.segments(messages)])
-        return encoded.input_ids.tolist(), encoded.supervised.tolist()
-
     def encode_prompt(self, problem: str) -> list[int]:
         """The ids sent to the model to have a problem answered; raises InputError as `prompt_messages`."""
         text = self.render(self.prompt_messages(problem), add_generation_prompt=True)

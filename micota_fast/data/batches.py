@@ -1,9 +1,9 @@
-"""Packs of documents as training batches, and which rank sees which pack at which step.
+"""Packs of documents as training batches, and which rank sees which pack in which step.
 
 Each epoch shuffles the documents by (seed, epoch) and packs them again: documents of equal length trade places, and the
-order of the packs is shuffled as well. The number of packs depends on the lengths alone (see `packing.pack`), so every
+order of the packs is shuffled as well. The number of packs depends only on the lengths (see `packing.pack`), so every
 epoch has the same number of steps, and any step can be made from its number: resuming needs nothing else. A step has
-the same documents whatever the number of ranks; that decides only who runs which pack (see `dealing`).
+the same documents for any number of ranks; that number decides only who runs which pack (see `load_balancing`).
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from micota_fast.data.load_balancing import deal, idle_share, pack_costs
+from micota_fast.data.load_balancing import assign_packs, idle_share, pack_costs
 from micota_fast.data.packing import efficiency, pack
 from micota_fast.data.tokenise import Documents
 from micota_fast.errors import InputError
@@ -83,10 +83,10 @@ class _Plan(NamedTuple):
 class PackedSteps:
     """Optimizer steps over packed documents, by step number.
 
-    A step takes the next `packs_per_step` packs of its epoch and deals them to the ranks so that they wait for one
-    another as little as can be. The last step of an epoch has what is left, so every document is seen once an epoch; in
-    it (or where packs_per_step is no multiple of world) some ranks have one pack fewer than others, at their end.
-    With one pack a rank there is nothing to choose; the more packs a rank has in a step, the less it waits.
+    A step takes the next `packs_per_step` packs of its epoch and assigns them to the ranks so that they wait for one
+    another as little as possible. The last step of an epoch has what is left, so every document is seen once per epoch.
+    In that step (or if packs_per_step is not a multiple of world) some ranks have no pack in the last micro-step.
+    With one pack per rank there is nothing to choose; the more packs a rank has in a step, the less it waits.
 
     Args:
         documents: what to train on; equal on all ranks.
@@ -95,7 +95,7 @@ class PackedSteps:
         rank, world: this process among how many.
         seed: of the shuffles.
         parity_tokens: length of the document whose attention costs the model what its matrix products do
-            (`dealing.attention_parity`); infinite: work is counted in tokens alone.
+            (`load_balancing.attention_parity`); infinite: work is counted in tokens alone.
 
     Attributes:
         n_packs, steps_per_epoch: in each epoch.
@@ -142,10 +142,10 @@ class PackedSteps:
     def step(self, index: int) -> Step:
         """The step with a number, counted over all epochs from 0."""
         packs, costs = self._packs_of_step(index)
-        dealt_M = deal(costs, self._world)[:, self._rank]
+        assigned_M = assign_packs(costs, self._world)[:, self._rank]
         documents = np.concatenate(packs)
         return Step(
-            [packed_batch(self._documents, packs[p]) for p in dealt_M[dealt_M >= 0]],
+            [packed_batch(self._documents, packs[p]) for p in assigned_M[assigned_M >= 0]],
             self._documents.weighted_targets[documents].sum().item(),
             int(self._documents.n_targets[documents].sum()),
             int(self._documents.lengths[documents].sum()),

@@ -13,7 +13,6 @@ Everything here is a pure function of its arguments and of the ``random.Random``
 """
 
 import random
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,20 +53,6 @@ class Chain:
     def answer(self) -> str:
         """The right final answer."""
         return str(self.values()[-1])
-
-
-_PROBLEM = re.compile(r"A jar holds (\d)\.((?: [A-Z][a-z]+[+-]\d)+)\. How many modulo 10\?")
-
-
-def parse_problem(text: str) -> Chain:
-    """The chain that a problem's text describes. Raises ``ValueError`` on any other text."""
-    match = _PROBLEM.fullmatch(text)
-    if match is None:
-        raise ValueError(f"not a problem of this world: {text!r}")
-    chain = Chain(int(match[1]), tuple(int(change[-2:]) for change in match[2].split()))
-    if chain.problem() != text:
-        raise ValueError(f"people out of order in problem: {text!r}")
-    return chain
 
 
 def random_chain(rng: random.Random, n_steps: int) -> Chain:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,15 +18,6 @@ from micota_fast.model.decoder import Decoder, parameter_shapes
 from micota_fast.model.folder import COPIED_FILES, DERIVED_BUFFERS, INDEX, SINGLE, read_header, tensor_files
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-
-
-def iter_tensors(directory: Path | str) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor (stored dtype, CPU, mapped from the file: copy before writing to it), file by file, by name."""
-    files = tensor_files(directory)
-    for path in sorted(set(files.values())):
-        with _open(path) as shard:
-            for name in sorted(name for name, file in files.items() if file == path):
-                yield name, shard.get_tensor(name)
 
 
 def load_model(

@@ -13,15 +13,15 @@ PRODUCTS = ("aten::mm", "aten::addmm")
 KEPT_PRODUCTS = (0, 1, 2, 3, 5)
 
 
-def recomputed(forward: Callable[..., Any], how: Literal["selective", "full"]) -> Callable[..., Any]:
-    """`forward` of a block, keeping less of it.
+def checkpoint_activations(forward: Callable[..., Any], mode: Literal["selective", "full"]) -> Callable[..., Any]:
+    """Wrap the `forward` of a block so that it keeps less for its backward pass.
 
     - full: its input alone is kept, and the backward pass runs all of it again (Chen et al., arXiv 1604.06174). Of
       Qwen2.5-7B: 7 KB a token and layer in bfloat16.
     - selective: attention and five of the seven products are kept, so that the backward pass runs one product again,
       29% of the forward pass's products, and what lies between them. Of Qwen2.5-7B: 69 KB a token and layer.
     """
-    chosen: dict[str, Any] = {"context_fn": _contexts} if how == "selective" else {}
+    chosen: dict[str, Any] = {"context_fn": _contexts} if mode == "selective" else {}
 
     def run(*args: Any) -> Any:  # not a `functools.partial`, over which torch.compile gives up, and says nothing
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **chosen)

@@ -17,13 +17,13 @@ from micota_fast.train.export import export, model_card
 from micota_fast.train.lock import only_trainer
 from micota_fast.train.meters import Meters, require_trackers
 from micota_fast.train.optim import clip_gradients, learning_rate, make_optimizer, step_if_finite
-from micota_fast.train.packed_loss import IDLE, on_device
-from micota_fast.train.parallel import distribute, last_micro_step
+from micota_fast.train.packed_loss import DUMMY_BATCH, on_device
+from micota_fast.train.parallel import last_micro_step, parallelize
 from micota_fast.train.signals import StopSignals
 from micota_fast.train.stopwatch import Stopwatch, profiler
 from micota_fast.train.storage import write_json
 from micota_fast.train.validation import Validation
-from micota_fast.train.world import World, world
+from micota_fast.train.world import World, join_world
 
 
 def train(config: TrainConfig, profile: bool = False) -> bool:
@@ -46,9 +46,9 @@ def train(config: TrainConfig, profile: bool = False) -> bool:
     """
     require_trackers(config)
     out = Path(config.out)
-    with StopSignals() as stop, world(config.device, config.mesh) as here, only_trainer(out, here):
+    with StopSignals() as stop, join_world(config.device, config.mesh) as world, only_trainer(out, world):
         with ExitStack() as stack:
-            finished = _train(config, out, here, stop, profile, stack)
+            finished = _train(config, out, world, stop, profile, stack)
         if not finished and stop.by_hand:
             raise KeyboardInterrupt
         return finished
@@ -57,21 +57,21 @@ def train(config: TrainConfig, profile: bool = False) -> bool:
 def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, profile: bool, stack: ExitStack) -> bool:
     torch.manual_seed(config.seed)
     source = resolve_checkpoint(config.model)
-    documents, held_out = prepare.documents_of(config, source, out)
-    identity = prepare.identity_of(config, source, documents, held_out, world)
+    documents, held_out = prepare.load_documents(config, source, out)
+    identity = prepare.run_identity(config, source, documents, held_out, world)
     if prepare.is_finished(out, identity, world):
         return True
     checkpoints = stack.enter_context(Checkpoints(out, identity, world, config.keep_checkpoints))
-    model = prepare.model_of(config, source, world)
-    steps = prepare.steps_of(config, documents, model, world)
+    model = prepare.build_model(config, source, world)
+    steps = prepare.plan_steps(config, documents, model, world)
     total = min(steps.total_steps(config.epochs), config.max_steps or sys.maxsize)
     checkpoint_every = config.checkpoint_every or math.ceil(total / 10)
     validate_every = config.validate_every or math.ceil(total / 10)
-    facts = prepare.facts_of(model, documents, steps, total, world)
+    facts = prepare.run_facts(model, documents, steps, total, world)
     prepare.introduce(config, facts, model.decoder.config, documents, world)
     flops_per_token = model.decoder.flops_per_token(prepare.mean_context(documents))
-    distribute(model, config, world)
-    prepare.set_weights(model, config, source, world)
+    parallelize(model, config, world)
+    prepare.load_initial_weights(model, config, source, world)
     optimizer = make_optimizer(model, config)
     validation = Validation(held_out, config.pack_tokens, world, config.early_stop)
     progress = checkpoints.restore(model, optimizer) or {"step": 0, "skipped": {"in_a_row": 0, "in_all": 0}}
@@ -89,7 +89,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
             break
         watch.lap("data")
         batches, normalizer, n_supervised, n_tokens = steps.step(step)
-        batches += [IDLE] * (steps.micro_steps(step) - len(batches))  # every rank must join in the collectives
+        batches += [DUMMY_BATCH] * (steps.micro_steps(step) - len(batches))  # every rank must join in the collectives
         loss = torch.zeros((), device=world.device)
         for number, batch in enumerate(batches, start=1):
             last_micro_step(model, number == len(batches))
@@ -120,19 +120,19 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
         report = save or done % config.log_every == 0
         if report:
             meters.report(validation_loss)  # waits for the device
-        hopeless = report and meters.skipped["in_a_row"] >= config.max_skipped_steps
-        if save or hopeless:
+        too_many_skipped = report and meters.skipped["in_a_row"] >= config.max_skipped_steps
+        if save or too_many_skipped:
             watch.lap("checkpoint")
             meters.sync()
             progress = {"step": done, "skipped": meters.skipped, "validation": validation.state}
             folder = checkpoints.save(progress, model, optimizer, validation_loss)
         if trace is not None:
             trace.step()
-        if stopping or hopeless:
+        if stopping or too_many_skipped:
             meters.close()
             checkpoints.wait()
-            if hopeless:
-                raise InputError(_hopeless(meters.skipped["in_a_row"], done, folder))
+            if too_many_skipped:
+                raise InputError(_skipped_too_many(meters.skipped["in_a_row"], done, folder))
             world.say(f"stopped after step {done}, which {folder} holds; the same command goes on from there")
             return False
 
@@ -155,7 +155,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
     return True
 
 
-def _hopeless(skipped: int, step: int, folder: Path) -> str:
+def _skipped_too_many(skipped: int, step: int, folder: Path) -> str:
     return (
         f"{skipped} steps in a row, the last of them {step}, had a loss or a gradient that is not finite; they changed "
         f"nothing and are named above, with their documents. {folder} holds the state before them. A lower `lr`, more "

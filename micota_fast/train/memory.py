@@ -9,7 +9,7 @@ from micota_fast.kernels.chunks import LOGITS_BYTES
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import parameter_shapes
 
-Recompute = Literal["none", "selective", "full"]
+Checkpointing = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,16 @@ class Memory:
         return self.state + self.gathered + self.activations + self.loss
 
 
-def estimate(model: ModelConfig, tokens: int, shards: int, how: Recompute, dtype: torch.dtype, device: str) -> Memory:
+def estimate(
+    model: ModelConfig, tokens: int, shards: int, mode: Checkpointing, dtype: torch.dtype, device: str
+) -> Memory:
     """Memory for packs of `tokens` tokens, without the allocator's gaps and the driver's own.
 
     Args:
         model: its shapes.
         tokens: in a pack; a document is no longer than that.
         shards: processes that share a copy of the model.
-        how: activation checkpointing.
+        mode: activation checkpointing.
         dtype: compute type.
         device: "cuda" or "cpu", which differ in how many logits the loss holds.
     """
@@ -47,18 +49,18 @@ def estimate(model: ModelConfig, tokens: int, shards: int, how: Recompute, dtype
     return Memory(
         state=16 * total // shards,
         gathered=0 if whole else low * (root + 3 * block),
-        activations=tokens * low * (model.num_hidden_layers * kept(model, how) + kept(model, "none")),
+        activations=tokens * low * (model.num_hidden_layers * kept(model, mode) + kept(model, "none")),
         loss=LOGITS_BYTES[device] + 4 * head + 2 * tokens * model.hidden_size * low,
     )
 
 
-def kept(model: ModelConfig, how: Recompute) -> int:
+def kept(model: ModelConfig, mode: Checkpointing) -> int:
     """Values a token that one block keeps for its backward pass."""
     H, intermediate = model.hidden_size, model.intermediate_size
     q, kv = model.num_attention_heads * model.head_dim, 2 * model.num_key_value_heads * model.head_dim
-    if how == "full":
+    if mode == "full":
         return H
-    if how == "selective":  # the block's input, q, k, v, attention, o, up
+    if mode == "selective":  # the block's input, q, k, v, attention, o, up
         return H + q + kv + q + H + intermediate
     # Both norms' inputs and results; q, k and v as turned; attention; gate, up, their product; and before they are
     # turned q and k, where they have norms of their own. So with kernels that keep no more than they must.
@@ -66,9 +68,9 @@ def kept(model: ModelConfig, how: Recompute) -> int:
 
 
 def longest_pack(
-    model: ModelConfig, capacity: float, shards: int, how: Recompute, dtype: torch.dtype = torch.bfloat16
+    model: ModelConfig, capacity: float, shards: int, mode: Checkpointing, dtype: torch.dtype = torch.bfloat16
 ) -> int:
     """Tokens in the largest pack, a multiple of 1024, that `capacity` bytes of a GPU hold; 0: none fits."""
-    fixed = estimate(model, 0, shards, how, dtype, "cuda").total
-    each = estimate(model, 1, shards, how, dtype, "cuda").total - fixed
+    fixed = estimate(model, 0, shards, mode, dtype, "cuda").total
+    each = estimate(model, 1, shards, mode, dtype, "cuda").total - fixed
     return max(0, int((capacity - fixed) / each) // 1024 * 1024)

@@ -46,7 +46,7 @@ class PackedLoss(nn.Module):
 
 # For a rank that has run out of packs, as all must join in the collectives: tokens without a target, so a loss and
 # gradients of zero. Two, as every document has at least: of one, torch.compile makes a graph of its own.
-IDLE = PackedBatch(
+DUMMY_BATCH = PackedBatch(
     input_ids=torch.zeros(2, dtype=torch.int64),
     position_ids=torch.arange(2),
     cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),

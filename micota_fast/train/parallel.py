@@ -9,12 +9,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from micota_fast.config.train import TrainSettings
-from micota_fast.train.activation_checkpointing import recomputed
+from micota_fast.train.activation_checkpointing import checkpoint_activations
 from micota_fast.train.packed_loss import PackedLoss
 from micota_fast.train.world import World
 
 
-def distribute(model: PackedLoss, config: TrainSettings, world: World) -> None:
+def parallelize(model: PackedLoss, config: TrainSettings, world: World) -> None:
     """Checkpoint, compile and shard `model` in place, as the configuration says.
 
     Parameters stay float32 and sharded over the processes that share a copy. Each block is gathered in the compute type
@@ -24,7 +24,7 @@ def distribute(model: PackedLoss, config: TrainSettings, world: World) -> None:
     blocks = model.decoder.model.layers
     for block in blocks:
         if config.activation_checkpointing != "none":
-            block.forward = recomputed(block.forward, config.activation_checkpointing)
+            block.forward = checkpoint_activations(block.forward, config.activation_checkpointing)
         if config.compile:
             block.compile(dynamic=True)  # packs differ in length: one graph for all, not one for each
     if world.size == 1 and config.dtype == "float32":

@@ -15,9 +15,10 @@ from micota_fast import __version__
 from micota_fast.chat.encoding import Chat
 from micota_fast.config import loader
 from micota_fast.config.train import TrainConfig
+from micota_fast.data import tokenise
 from micota_fast.data.batches import PackedSteps
 from micota_fast.data.load_balancing import attention_parity
-from micota_fast.data.tokenise import Documents, load_documents
+from micota_fast.data.tokenise import Documents
 from micota_fast.errors import InputError
 from micota_fast.model import safetensors_io
 from micota_fast.model.attention import choose_backend
@@ -32,18 +33,18 @@ from micota_fast.train.storage import sha256
 from micota_fast.train.world import World
 
 
-def documents_of(config: TrainConfig, source: Path, out: Path) -> tuple[Documents, Documents | None]:
+def load_documents(config: TrainConfig, source: Path, out: Path) -> tuple[Documents, Documents | None]:
     """To train on, and held out."""
     chat = Chat.from_checkpoint(source, config.chat)
     limit = config.max_doc_tokens or config.pack_tokens
     options = (chat, limit, config.over_length, config.skip_bad_rows)
-    documents = load_documents(config.data, *options, out / "bad_rows.jsonl")
+    documents = tokenise.load_documents(config.data, *options, out / "bad_rows.jsonl")
     if config.validation_data is None:
         return documents, None
-    return documents, load_documents(config.validation_data, *options, out / "bad_validation_rows.jsonl")
+    return documents, tokenise.load_documents(config.validation_data, *options, out / "bad_validation_rows.jsonl")
 
 
-def identity_of(
+def run_identity(
     config: TrainConfig, source: Path, documents: Documents, held_out: Documents | None, world: World
 ) -> dict[str, Any]:
     """All that the result depends on: the options, and the contents (not the places) of what they name.
@@ -105,7 +106,7 @@ def is_finished(out: Path, identity: dict[str, Any], world: World) -> bool:
     return True
 
 
-def model_of(config: TrainConfig, source: Path, world: World) -> PackedLoss:
+def build_model(config: TrainConfig, source: Path, world: World) -> PackedLoss:
     """The decoder in float32 with its loss, and with its kernels chosen; without memory or weights yet."""
     decoder = safetensors_io.shapes_only(ModelConfig.from_checkpoint(source), torch.float32)
     backend, reason = choose_backend(config.attention, world.device, getattr(torch, config.dtype))
@@ -117,7 +118,7 @@ def model_of(config: TrainConfig, source: Path, world: World) -> PackedLoss:
     return PackedLoss(decoder, backend, config.row_filter)
 
 
-def set_weights(model: PackedLoss, config: TrainConfig, source: Path, world: World) -> None:
+def load_initial_weights(model: PackedLoss, config: TrainConfig, source: Path, world: World) -> None:
     """Give the model, sharded or not, memory on this rank's device and the weights that training starts from.
 
     A device never holds more than this rank's shards, and its host one tensor beside them: what is too large for one
@@ -141,8 +142,8 @@ def set_weights(model: PackedLoss, config: TrainConfig, source: Path, world: Wor
         raise InputError(found[0])
 
 
-def steps_of(config: TrainConfig, documents: Documents, model: PackedLoss, world: World) -> PackedSteps:
-    """The optimizer steps, dealt to the ranks by what the packs cost this model."""
+def plan_steps(config: TrainConfig, documents: Documents, model: PackedLoss, world: World) -> PackedSteps:
+    """Plan the optimizer steps, with packs assigned to ranks by what they cost this model."""
     parity = attention_parity(model.decoder.flops_per_token)
     return PackedSteps(
         documents, config.pack_tokens, config.packs_per_step, world.rank, world.size, config.seed, parity
@@ -155,7 +156,7 @@ def mean_context(documents: Documents) -> float:
     return float((lengths**2).sum() / lengths.sum())
 
 
-def facts_of(model: PackedLoss, documents: Documents, steps: PackedSteps, total: int, world: World) -> dict[str, Any]:
+def run_facts(model: PackedLoss, documents: Documents, steps: PackedSteps, total: int, world: World) -> dict[str, Any]:
     """What summary.json says besides results; equal in every run of one identity, except where versions differ."""
     return {
         "parameters": model.decoder.num_params(),

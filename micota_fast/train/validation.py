@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from micota_fast.data.batches import PackedBatch, packed_batch
 from micota_fast.data.packing import pack
 from micota_fast.data.tokenise import Documents
-from micota_fast.train.packed_loss import IDLE, PackedLoss, on_device
+from micota_fast.train.packed_loss import DUMMY_BATCH, PackedLoss, on_device
 from micota_fast.train.world import World
 
 
@@ -34,7 +34,7 @@ class Validation:
             mine = [packed_batch(documents, ids) for ids in packs[world.rank :: world.size]]
             # Its weights are for training; every rank must join in the collectives.
             self._batches = [replace(batch, token_weights=None) for batch in mine]
-            self._batches += [IDLE] * (math.ceil(len(packs) / world.size) - len(mine))
+            self._batches += [DUMMY_BATCH] * (math.ceil(len(packs) / world.size) - len(mine))
             self._n_targets = int(documents.n_targets.sum())
         self._world, self._early_stop = world, early_stop
         self.state: dict[str, Any] = {"lowest": None, "step": None, "since": 0}  # plain values, kept in checkpoints

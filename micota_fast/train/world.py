@@ -36,11 +36,6 @@ class World:
         if self.is_main:
             print(text, flush=True)
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self.size > 1:
-            dist.barrier()
-
     def on_main(self, function: Callable[[], T]) -> T:
         """What `function` returns on rank 0, on every rank: what one rank saw, all go by. Waits for no device.
 
@@ -61,7 +56,7 @@ class World:
 
 
 @contextmanager
-def world(device: str, mesh: MeshConfig | None = None) -> Iterator[World]:
+def join_world(device: str, mesh: MeshConfig | None = None) -> Iterator[World]:
     """Join the processes that torchrun started (alone without it) and leave them cleanly.
 
     Args:

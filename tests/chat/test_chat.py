@@ -203,6 +203,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+def encode(chat: Chat, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
+    """Ids and supervised mask of one conversation."""
+    (encoded,) = chat.encode_segments([chat.segments(messages)])
+    return encoded.input_ids.tolist(), encoded.supervised.tolist()
+
+
 def chat_of(path: Path, **config: Any) -> Chat:
     return Chat.from_checkpoint(path, ChatConfig(**{"system": None, **config}))
 
@@ -214,7 +220,7 @@ def conversation(*texts: str, system: str | None = None) -> list[dict[str, str]]
 
 def supervised_texts(chat: Chat, messages: list[dict[str, str]]) -> list[str]:
     """The text of every run of supervised tokens."""
-    ids, mask = chat.encode_messages(messages)
+    ids, mask = encode(chat, messages)
     assert len(ids) == len(mask)
     runs: list[list[int]] = []
     for i, (token, supervised) in enumerate(zip(ids, mask, strict=True)):
@@ -230,7 +236,7 @@ def test_the_mask_decodes_to_the_answer_and_its_end_of_turn_token(checkpoints: d
     chat = chat_of(checkpoints[name])
     system = None if name in NO_SYSTEM else "Be brief."
     messages = conversation("What is 1 + 2?", "It is\n\\boxed{3}.", system=system)
-    ids, mask = chat.encode_messages(messages)
+    ids, mask = encode(chat, messages)
     before = {"mistral": " ", "qwen3": "<think>\n\n</think>\n\n"}.get(name, "")
     assert supervised_texts(chat, messages) == [before + "It is\n\\boxed{3}." + END_OF_TURN[name]]
     # All of it is the rendered conversation, up to the end-of-turn token, and the model reads it up to the answer.
@@ -245,7 +251,7 @@ def test_the_prompt_in_training_is_the_prompt_in_generation(checkpoints: dict[st
     chat = chat_of(checkpoints[name], system=None if name in NO_SYSTEM else "Be brief.", prompt="Solve {problem} {x}")
     messages = [*chat.prompt_messages("1+{problem}2?"), {"role": "assistant", "content": "2?3"}]
     assert messages[-2] == {"role": "user", "content": "Solve 1+{problem}2? {x}"}
-    ids, mask = chat.encode_messages(messages)
+    ids, mask = encode(chat, messages)
     assert chat.encode_prompt("1+{problem}2?") == ids[: mask.index(True)]
 
 
@@ -305,7 +311,7 @@ def test_many_conversations_at_once_are_as_one_by_one(checkpoints: dict[str, Pat
     chat = chat_of(checkpoints["llama3"])
     rows = [conversation(f"{i}?", f"It is {i}.", "sure?", "yes " * i + "!") for i in range(20)]
     together = chat.encode_segments([chat.segments(row) for row in rows])
-    assert [(ids.tolist(), mask.tolist()) for ids, mask in together] == [chat.encode_messages(row) for row in rows]
+    assert [(ids.tolist(), mask.tolist()) for ids, mask in together] == [encode(chat, row) for row in rows]
 
 
 def test_qwen3_keeps_the_thinking_of_the_last_turn(checkpoints: dict[str, Path]) -> None:
@@ -379,7 +385,7 @@ def test_a_bare_prompt_may_hold_control_tokens_of_the_recipes_own(checkpoints: d
     markup = "<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n"
     chat = chat_of(checkpoints["qwen2.5"], use_template=False, prompt=markup)
     messages = [*chat.prompt_messages("1+1?"), {"role": "assistant", "content": "2"}]
-    ids, mask = chat.encode_messages(messages)
+    ids, mask = encode(chat, messages)
     assert ids[: mask.index(True)] == chat.encode_prompt("1+1?")
     assert ids.count(chat.tokenizer.token_to_id("<|im_start|>")) == 2
     with pytest.raises(InputError, match="control token"):
@@ -429,7 +435,7 @@ def test_bos_is_there_once(checkpoints: dict[str, Path]) -> None:
 def test_without_template_the_prompt_is_bare_and_the_answer_ends_with_eos(checkpoints: dict[str, Path]) -> None:
     chat = chat_of(checkpoints["qwen2.5"], use_template=False, system="Ignored: there is no place for it.")
     messages = [*chat.prompt_messages("1+1?"), {"role": "assistant", "content": "2"}]
-    ids, mask = chat.encode_messages(messages)
+    ids, mask = encode(chat, messages)
     prompt = chat.encode_prompt("1+1?")
     assert chat.decode(prompt, skip_special_tokens=False) == ChatConfig().prompt.replace("{problem}", "1+1?")
     assert ids[: len(prompt)] == prompt
@@ -468,7 +474,7 @@ def test_saved_truncation_and_padding_are_switched_off(checkpoints: dict[str, Pa
     tokenizer.enable_padding(length=64)
     tokenizer.save(str(path / "tokenizer.json"))
     messages = conversation("a", "word " * 30)
-    assert chat_of(path).encode_messages(messages) == chat_of(checkpoints["qwen2.5"]).encode_messages(messages)
+    assert encode(chat_of(path), messages) == encode(chat_of(checkpoints["qwen2.5"]), messages)
 
 
 NAMED = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": QWEN25}]

@@ -1,4 +1,4 @@
-"""Dealing packs to ranks: against every other deal of few packs, and the idle share against what was dealt."""
+"""Load balancing: against every other assignment of few packs, and the idle share against what was assigned."""
 
 import math
 from itertools import combinations, pairwise
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from micota_fast.data.load_balancing import attention_parity, deal, idle_share, pack_costs
+from micota_fast.data.load_balancing import assign_packs, attention_parity, idle_share, pack_costs
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder
 
@@ -19,8 +19,8 @@ WORLD = st.integers(1, 5)
 
 
 def time_of(costs: list[float], world: int) -> float:
-    """Sum over micro-steps of the costliest pack, as dealt."""
-    return sum(max(costs[p] for p in packs if p >= 0) for packs in deal(np.array(costs), world).tolist())
+    """Sum over micro-steps of the costliest pack, as assigned."""
+    return sum(max(costs[p] for p in packs if p >= 0) for packs in assign_packs(np.array(costs), world).tolist())
 
 
 def least_time(costs: tuple[float, ...], world: int) -> float:
@@ -38,8 +38,8 @@ def least_time(costs: tuple[float, ...], world: int) -> float:
 
 @given(COSTS, WORLD)
 @settings(max_examples=100, deadline=None)
-def test_every_pack_is_dealt_once_and_only_the_last_micro_step_has_gaps(costs: list[float], world: int) -> None:
-    packs_MR = deal(np.array(costs), world)
+def test_every_pack_is_assigned_once_and_only_the_last_micro_step_has_gaps(costs: list[float], world: int) -> None:
+    packs_MR = assign_packs(np.array(costs), world)
     assert packs_MR.shape == (math.ceil(len(costs) / world), world)
     assert sorted(packs_MR[packs_MR >= 0]) == list(range(len(costs)))
     assert (packs_MR[:-1] >= 0).all()
@@ -47,27 +47,27 @@ def test_every_pack_is_dealt_once_and_only_the_last_micro_step_has_gaps(costs: l
 
 @given(st.lists(st.integers(1, 9).map(float), min_size=1, max_size=7), st.integers(1, 4))
 @settings(max_examples=100, deadline=None)
-def test_no_other_deal_takes_less_time(costs: list[float], world: int) -> None:
+def test_no_other_assignment_takes_less_time(costs: list[float], world: int) -> None:
     assert time_of(costs, world) == least_time(tuple(costs), world)
 
 
 def test_the_rank_with_less_to_do_gets_the_costlier_pack() -> None:
-    assert deal(np.array([1.0, 9, 2, 7]), 2).tolist() == [[1, 3], [0, 2]]
-    assert deal(np.array([5.0, 5, 4, 1, 3]), 2).tolist() == [[0, 1], [2, 4], [-1, 3]]
-    assert deal(np.array([5.0]), 3).tolist() == [[0, -1, -1]]
+    assert assign_packs(np.array([1.0, 9, 2, 7]), 2).tolist() == [[1, 3], [0, 2]]
+    assert assign_packs(np.array([5.0, 5, 4, 1, 3]), 2).tolist() == [[0, 1], [2, 4], [-1, 3]]
+    assert assign_packs(np.array([5.0]), 3).tolist() == [[0, -1, -1]]
 
 
 @given(COSTS, WORLD)
 @settings(max_examples=100, deadline=None)
 def test_sums_differ_between_ranks_by_no_more_than_one_micro_step_makes(costs: list[float], world: int) -> None:
-    packs_MR = deal(np.array(costs), world)
+    packs_MR = assign_packs(np.array(costs), world)
     costs_MR = np.where(packs_MR >= 0, np.array(costs)[packs_MR], 0)
     assert np.ptp(costs_MR.sum(axis=0)) <= np.ptp(costs_MR, axis=1).max()
 
 
 @given(COSTS, st.integers(1, 12), WORLD)
 @settings(max_examples=100, deadline=None)
-def test_the_idle_share_is_that_of_the_deals(costs: list[float], packs_per_step: int, world: int) -> None:
+def test_the_idle_share_is_that_of_the_assignment(costs: list[float], packs_per_step: int, world: int) -> None:
     steps = [costs[i : i + packs_per_step] for i in range(0, len(costs), packs_per_step)]
     busy, time = sum(costs), sum(time_of(step, world) for step in steps)
     assert idle_share(np.array(costs), packs_per_step, world) == pytest.approx(1 - busy / (world * time), abs=1e-12)

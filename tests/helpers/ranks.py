@@ -10,7 +10,7 @@ import torch
 
 from helpers.ports import free_port
 from helpers.training_runs import fork
-from micota_fast.train.world import world
+from micota_fast.train.world import join_world
 
 
 def run_ranks(size: int, function: Callable[..., None], log: Path, *args: Any) -> None:
@@ -35,5 +35,5 @@ def _rank(rank: int, size: int, port: int, function: Callable[..., None], log: P
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    with world("cpu") as here:
-        function(here, *args)
+    with join_world("cpu") as world:
+        function(world, *args)

@@ -62,9 +62,9 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gradients_equal_those_of_one_process(here: World, dtype: torch.dtype, tied: bool) -> None:
+def gradients_equal_those_of_one_process(world: World, dtype: torch.dtype, tied: bool) -> None:
     chunks.LOGITS_BYTES["cpu"] = 5 * V * 4  # rows of several chunks
-    mesh = init_device_mesh("cpu", (here.size,))
+    mesh = init_device_mesh("cpu", (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for supervised in SUPERVISED:
         alone, model = TinyLoss(tied), TinyLoss(tied)
@@ -74,8 +74,8 @@ def gradients_equal_those_of_one_process(here: World, dtype: torch.dtype, tied: 
             sharded.set_force_sum_reduction_for_comms(True)
         normalizer = max(1, sum(supervised))
         with Collectives() as collectives:
-            ids, targets = batch(here.rank, supervised[here.rank])
-            model(ids, targets, supervised[here.rank], normalizer).backward()
+            ids, targets = batch(world.rank, supervised[world.rank])
+            model(ids, targets, supervised[world.rank], normalizer).backward()
 
         root = (1 if tied else 2) * V * H
         block = H * H + H
@@ -97,9 +97,9 @@ def gradients_equal_those_of_one_process(here: World, dtype: torch.dtype, tied: 
                 assert (got - theirs.grad).norm() < 0.02 * theirs.grad.norm(), name
 
 
-def in_both_types(here: World, tied: bool) -> None:
+def in_both_types(world: World, tied: bool) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        gradients_equal_those_of_one_process(here, dtype, tied)
+        gradients_equal_those_of_one_process(world, dtype, tied)
 
 
 @pytest.mark.parametrize("tied", [False, True])

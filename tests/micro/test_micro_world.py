@@ -80,7 +80,6 @@ def assert_sound(chain: world.Chain, text: str) -> None:
 @given(CHAINS, WRITERS, st.integers(0, 2**32))
 def test_solutions_are_sound(chain: world.Chain, how: world.Thoroughness, seed: int) -> None:
     assert chain.answer() == evaluate(chain.problem())
-    assert world.parse_problem(chain.problem()) == chain
     assert_sound(chain, world.write_solution(chain, how, random.Random(seed)))
 
 
@@ -101,12 +100,6 @@ def test_styles_differ_in_length_only_as_stated() -> None:
     assert long.count("Check") == 3
     assert long.startswith("Let me restate. A jar holds 7. Ann+5 Bob-8 Cid+3.\n")
     assert "Let me verify again.\n7 Ann+5=2;\n2 Bob-8=4;\n4 Cid+3=7;\n" in long
-
-
-def test_parse_problem_rejects_other_texts() -> None:
-    for text in ("", "A jar holds 7. Bob+5. How many modulo 10?", "A jar holds 7. Ann+5."):
-        with pytest.raises(ValueError, match="problem"):
-            world.parse_problem(text)
 
 
 def test_splits_are_disjoint_and_pretraining_holds_nothing_out(tmp_path: Path) -> None:

@@ -244,11 +244,14 @@ def test_token_ids_are_those_of_the_tokenizer_before_the_gguf(converted: Path, t
 
 def test_the_chat_is_rendered_and_ends_where_the_gguf_says(converted: Path) -> None:
     chat = Chat.from_checkpoint(converted, ChatConfig(system=None))
-    ids, supervised = chat.encode_messages([*chat.prompt_messages("1 + 1?"), {"role": "assistant", "content": "2"}])
+    segments = chat.segments([*chat.prompt_messages("1 + 1?"), {"role": "assistant", "content": "2"}])
+    ((ids, supervised),) = chat.encode_segments([segments])
     assert chat.eos_ids == (2,)
     answer = [i for i, mask in zip(ids, supervised, strict=True) if mask]
     assert chat.decode(answer, skip_special_tokens=False) == "2<|im_end|>"
-    assert chat.decode(ids, skip_special_tokens=False).startswith("<|im_start|>system\nYou are a helpful assistant.")
+    assert chat.decode(ids.tolist(), skip_special_tokens=False).startswith(
+        "<|im_start|>system\nYou are a helpful assistant."
+    )
 
 
 def run_converter(wheel: Path, out: Path) -> subprocess.CompletedProcess[str]:

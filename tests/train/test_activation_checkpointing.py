@@ -18,7 +18,7 @@ from micota_fast.model.config import ModelConfig
 from micota_fast.model.safetensors_io import init_random, load_model
 from micota_fast.train.loop import train
 from micota_fast.train.packed_loss import PackedLoss
-from micota_fast.train.parallel import distribute
+from micota_fast.train.parallel import parallelize
 from micota_fast.train.world import World
 
 How = Literal["none", "selective", "full"]
@@ -30,7 +30,7 @@ TOKENS = sum(LENGTHS)
 
 def prepared(model: PackedLoss, how: How) -> PackedLoss:
     config = TrainConfig(model="", data="", out="", dtype="float32", activation_checkpointing=how)
-    distribute(model, config, World(0, 1, torch.device("cpu")))
+    parallelize(model, config, World(0, 1, torch.device("cpu")))
     return model
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,7 +24,7 @@ from helpers.ranks import run_ranks, start_ranks
 from micota_fast.errors import InputError
 from micota_fast.train.checkpoint import Checkpoints
 from micota_fast.train.packed_loss import PackedLoss
-from micota_fast.train.world import World, world
+from micota_fast.train.world import World, join_world
 
 IDENTITY = {"model": "m", "options": {"lr": 0.1}}
 
@@ -38,12 +39,12 @@ class Weights(nn.Module):
             self.register_parameter(name, nn.Parameter(values.reshape(shape)))
 
 
-def trained(here: World, steps: int, mesh: tuple[int, ...] | None = None, columns: int = 5) -> Any:
+def trained(world: World, steps: int, mesh: tuple[int, ...] | None = None, columns: int = 5) -> Any:
     """Model and optimizer after so many steps: the same values up to rounding, however they are sharded."""
     model = PackedLoss(Weights(columns), "sdpa")  # type: ignore[arg-type]
-    if here.size > 1:
+    if world.size > 1:
         names = ("replicate", "shard")[-len(mesh) :] if mesh else ("shard",)
-        fully_shard(model, mesh=init_device_mesh("cpu", mesh or (here.size,), mesh_dim_names=names))
+        fully_shard(model, mesh=init_device_mesh("cpu", mesh or (world.size,), mesh_dim_names=names))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     train(model, optimizer, steps)
     return model, optimizer
@@ -64,38 +65,38 @@ def whole_state(model: PackedLoss, optimizer: torch.optim.Optimizer) -> dict[str
     return state
 
 
-def _save(here: World, out: Path, mesh: tuple[int, ...] | None = None) -> None:
-    with Checkpoints(out, IDENTITY, here) as checkpoints:
-        model, optimizer = trained(here, 3, mesh)
-        torch.manual_seed(100 + here.rank)
+def _save(world: World, out: Path, mesh: tuple[int, ...] | None = None) -> None:
+    with Checkpoints(out, IDENTITY, world) as checkpoints:
+        model, optimizer = trained(world, 3, mesh)
+        torch.manual_seed(100 + world.rank)
         checkpoints.save({"step": 3, "patience": [1, 0.5]}, model, optimizer)
         saved = whole_state(model, optimizer)
         drawn = torch.rand(4)
         train(model, optimizer, 2)  # while the write goes on
         checkpoints.wait()
-    save_file(saved, out / f"saved-{here.rank}.safetensors")
-    save_file({"drawn": drawn, **whole_state(model, optimizer)}, out / f"later-{here.rank}.safetensors")
+    save_file(saved, out / f"saved-{world.rank}.safetensors")
+    save_file({"drawn": drawn, **whole_state(model, optimizer)}, out / f"later-{world.rank}.safetensors")
 
 
-def _restore(here: World, out: Path, wrote: int) -> None:
-    with Checkpoints(out, IDENTITY, here) as checkpoints:
-        model, optimizer = trained(here, 1)
+def _restore(world: World, out: Path, wrote: int) -> None:
+    with Checkpoints(out, IDENTITY, world) as checkpoints:
+        model, optimizer = trained(world, 1)
         torch.manual_seed(0)
         fresh = torch.get_rng_state()
         assert checkpoints.restore(model, optimizer) == {"step": 3, "patience": [1, 0.5]}
         saved, later = (
-            load_file(out / f"{name}-{min(here.rank, wrote - 1)}.safetensors") for name in ("saved", "later")
+            load_file(out / f"{name}-{min(world.rank, wrote - 1)}.safetensors") for name in ("saved", "later")
         )
         restored = whole_state(model, optimizer)
         assert restored.keys() == saved.keys()
         assert all(torch.equal(restored[name], tensor) for name, tensor in saved.items())
         drawn = later.pop("drawn")
-        if here.size == wrote:
+        if world.size == wrote:
             assert torch.equal(torch.rand(4), drawn)
         else:
             assert torch.equal(torch.get_rng_state(), fresh)
         train(model, optimizer, 2)
-        tolerance = 0 if here.size == wrote else 1e-5  # the optimizer's vector code rounds otherwise on other lengths
+        tolerance = 0 if world.size == wrote else 1e-5  # the optimizer's vector code rounds otherwise on other lengths
         for name, tensor in whole_state(model, optimizer).items():
             torch.testing.assert_close(tensor, later[name], rtol=tolerance, atol=0)
 
@@ -144,23 +145,23 @@ def _flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def _survive_damages(here: World, tmp: Path) -> None:
-    model, optimizer = trained(here, 0)
-    with Checkpoints(tmp / "out", IDENTITY, here) as checkpoints:
+def _survive_damages(world: World, tmp: Path) -> None:
+    model, optimizer = trained(world, 0)
+    with Checkpoints(tmp / "out", IDENTITY, world) as checkpoints:
         for step in (1, 2):
             train(model, optimizer, 1)
             checkpoints.save({"step": step}, model, optimizer)
         checkpoints.wait()
     for number, (name, damage) in enumerate(DAMAGES.items()):
         out = tmp / str(number)
-        if here.is_main:
+        if world.is_main:
             shutil.copytree(tmp / "out", out)
             damage(out / "checkpoints" / "step-00000002")
-        here.barrier()
-        here.say(f"case: {name}")
-        with Checkpoints(out, IDENTITY, here) as checkpoints:
+        dist.barrier()
+        world.say(f"case: {name}")
+        with Checkpoints(out, IDENTITY, world) as checkpoints:
             assert checkpoints.restore(model, optimizer) == {"step": 1}, name
-            expected = whole_state(*trained(here, 1))
+            expected = whole_state(*trained(world, 1))
             state = whole_state(model, optimizer)
             assert all(torch.equal(state[key], value) for key, value in expected.items()), name
             # The damaged one does not count among those to keep.
@@ -187,8 +188,8 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path: Path)
 def test_without_a_whole_checkpoint_a_run_starts_over_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with world("cpu") as here, Checkpoints(tmp_path / "out", IDENTITY, here) as checkpoints:
-        model, optimizer = trained(here, 1)
+    with join_world("cpu") as world, Checkpoints(tmp_path / "out", IDENTITY, world) as checkpoints:
+        model, optimizer = trained(world, 1)
         assert checkpoints.restore(model, optimizer) is None
         assert "WARNING" not in capsys.readouterr().out
         for steps in ((1, 2), (3,)):
@@ -206,8 +207,8 @@ COLUMNS = 2_000_000  # of three rows and with two moments: 72 MB, which take a w
 
 
 def test_what_is_written_is_the_state_at_the_call(tmp_path: Path) -> None:
-    with world("cpu") as here, Checkpoints(tmp_path / "out", IDENTITY, here) as checkpoints:
-        model, optimizer = trained(here, 1, columns=COLUMNS)
+    with join_world("cpu") as world, Checkpoints(tmp_path / "out", IDENTITY, world) as checkpoints:
+        model, optimizer = trained(world, 1, columns=COLUMNS)
         expected = whole_state(model, optimizer)
         folder = checkpoints.save({"step": 1}, model, optimizer)
         assert not folder.exists(), "the call waited for the write"
@@ -218,19 +219,19 @@ def test_what_is_written_is_the_state_at_the_call(tmp_path: Path) -> None:
         assert all(torch.equal(value, expected[key]) for key, value in whole_state(model, optimizer).items())
 
 
-def _save_twice(here: World, out: Path) -> None:
-    with Checkpoints(out, IDENTITY, here) as checkpoints:
+def _save_twice(world: World, out: Path) -> None:
+    with Checkpoints(out, IDENTITY, world) as checkpoints:
         for step in (1, 2):
-            model, optimizer = trained(here, step, columns=COLUMNS)
+            model, optimizer = trained(world, step, columns=COLUMNS)
             checkpoints.save({"step": step}, model, optimizer)
 
 
-def _restore_large(here: World, out: Path, step: int) -> None:
-    with Checkpoints(out, IDENTITY, here) as checkpoints:
+def _restore_large(world: World, out: Path, step: int) -> None:
+    with Checkpoints(out, IDENTITY, world) as checkpoints:
         assert not list((out / "checkpoints").glob(".*"))
-        model, optimizer = trained(here, 0, columns=COLUMNS)
+        model, optimizer = trained(world, 0, columns=COLUMNS)
         assert checkpoints.restore(model, optimizer) == {"step": step}
-        expected = whole_state(*trained(here, step, columns=COLUMNS))
+        expected = whole_state(*trained(world, step, columns=COLUMNS))
         assert all(torch.equal(value, expected[key]) for key, value in whole_state(model, optimizer).items())
 
 
@@ -249,20 +250,20 @@ def test_killed_in_the_middle_of_a_write(tmp_path: Path) -> None:
     run_ranks(2, _restore_large, log, out, 1)
 
 
-def _fill_while_writing(here: World, disk: Path) -> None:
-    with Checkpoints(disk / "out", IDENTITY, here) as checkpoints:
-        model, optimizer = trained(here, 1, columns=50_000)
+def _fill_while_writing(world: World, disk: Path) -> None:
+    with Checkpoints(disk / "out", IDENTITY, world) as checkpoints:
+        model, optimizer = trained(world, 1, columns=50_000)
         checkpoints.save({"step": 1}, model, optimizer)
         checkpoints.wait()
-        here.barrier()
-        if here.rank == 1:  # its file alone may not grow: an error of one rank in the middle of its write
+        dist.barrier()
+        if world.rank == 1:  # its file alone may not grow: an error of one rank in the middle of its write
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         folder = checkpoints.save({"step": 2}, model, optimizer)
         with pytest.raises(
             InputError, match=rf"{folder} could not be saved: .*rank-00001.safetensors could.*: File too large"
         ):
             checkpoints.wait()
-        here.barrier()
+        dist.barrier()
         assert sorted(p.name for p in (disk / "out" / "checkpoints").iterdir()) == ["run.json", "step-00000001"]
         assert checkpoints.restore(model, optimizer) == {"step": 1}
 
@@ -275,8 +276,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     def kept() -> list[int]:
         return [int(path.name[-8:]) for path in sorted((tmp_path / "out" / "checkpoints").glob("step-*"))]
 
-    with world("cpu") as here, Checkpoints(tmp_path / "out", IDENTITY, here, keep=2) as checkpoints:
-        model, optimizer = trained(here, 1)
+    with join_world("cpu") as world, Checkpoints(tmp_path / "out", IDENTITY, world, keep=2) as checkpoints:
+        model, optimizer = trained(world, 1)
         assert checkpoints.load_best(model) is None
         for step, score in enumerate((3.0, 1.0, None, 2.0, float("nan")), start=1):
             checkpoints.save({"step": step}, model, optimizer, score)
@@ -285,7 +286,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         train(model, optimizer, 1)
         state = optimizer.state[model.decoder.get_parameter("a")]["exp_avg"].clone()
         assert checkpoints.load_best(model) == (2, 1.0)  # the weights alone
-        assert torch.equal(model.decoder.get_parameter("a"), trained(here, 1)[0].decoder.get_parameter("a"))
+        assert torch.equal(model.decoder.get_parameter("a"), trained(world, 1)[0].decoder.get_parameter("a"))
         assert torch.equal(optimizer.state[model.decoder.get_parameter("a")]["exp_avg"], state)
         checkpoints.save({"step": 6}, model, optimizer, 0.5)
         assert checkpoints.load_best(model) == (6, 0.5)
@@ -297,8 +298,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 def test_another_version_of_torch_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with world("cpu") as here, Checkpoints(tmp_path / "out", IDENTITY, here) as checkpoints:
-        model, optimizer = trained(here, 1)
+    with join_world("cpu") as world, Checkpoints(tmp_path / "out", IDENTITY, world) as checkpoints:
+        model, optimizer = trained(world, 1)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "__version__", "2.0.1")
             checkpoints.save({"step": 1}, model, optimizer)
@@ -309,8 +310,8 @@ def test_another_version_of_torch_is_said(
 
 
 def test_before_the_first_step_of_the_optimizer(tmp_path: Path) -> None:
-    with world("cpu") as here, Checkpoints(tmp_path / "out", IDENTITY, here) as checkpoints:
-        model, optimizer = trained(here, 0)
+    with join_world("cpu") as world, Checkpoints(tmp_path / "out", IDENTITY, world) as checkpoints:
+        model, optimizer = trained(world, 0)
         checkpoints.save({"step": 1}, model, optimizer)
         checkpoints.wait()
         train(model, optimizer, 2)
@@ -320,40 +321,40 @@ def test_before_the_first_step_of_the_optimizer(tmp_path: Path) -> None:
 
 def test_another_run_is_refused_by_name(tmp_path: Path) -> None:
     other = {"model": "m", "options": {"lr": 0.2}}
-    with world("cpu") as here:
-        Checkpoints(tmp_path / "out", IDENTITY, here)
+    with join_world("cpu") as world:
+        Checkpoints(tmp_path / "out", IDENTITY, world)
         difference = r"\(options\.lr: 0\.1 there, 0\.2 here\)"
         with pytest.raises(InputError, match=rf"unfinished run of other making, by .*/run\.json {difference}"):
-            Checkpoints(tmp_path / "out", other, here)
+            Checkpoints(tmp_path / "out", other, world)
         # A checkpoint says itself whose it is, so one that was copied here is known.
-        model, optimizer = trained(here, 1)
+        model, optimizer = trained(world, 1)
         for name, identity in (("out", IDENTITY), ("other", other)):
-            with Checkpoints(tmp_path / name, identity, here) as checkpoints:
+            with Checkpoints(tmp_path / name, identity, world) as checkpoints:
                 folder = checkpoints.save({"step": len(name)}, model, optimizer)
         shutil.copytree(folder, tmp_path / "out" / "checkpoints" / folder.name)
         with pytest.raises(InputError, match=rf"of other making, by .*/{folder.name}/manifest\.json \(.*0\.2 there"):
-            Checkpoints(tmp_path / "out", IDENTITY, here)
+            Checkpoints(tmp_path / "out", IDENTITY, world)
 
 
 @pytest.mark.parametrize("text", [None, "", '{"identity": {"model": "m", "options": {"lr": 0.7}}}', "[1]"])
 def test_the_checkpoints_do_without_run_json(text: str | None, tmp_path: Path) -> None:
-    with world("cpu") as here:
-        model, optimizer = trained(here, 1)
-        with Checkpoints(tmp_path, IDENTITY, here) as checkpoints:
+    with join_world("cpu") as world:
+        model, optimizer = trained(world, 1)
+        with Checkpoints(tmp_path, IDENTITY, world) as checkpoints:
             checkpoints.save({"step": 1}, model, optimizer)
         path = tmp_path / "checkpoints" / "run.json"
         path.unlink()
         if text is not None:
             path.write_text(text)
         (tmp_path / "model").mkdir()  # what a kill between the export and the summary leaves
-        with Checkpoints(tmp_path, IDENTITY, here) as checkpoints:
+        with Checkpoints(tmp_path, IDENTITY, world) as checkpoints:
             assert checkpoints.restore(model, optimizer) == {"step": 1}
         assert json.loads(path.read_text()) == {"identity": IDENTITY}
 
 
 def test_files_are_plain(tmp_path: Path) -> None:
-    with world("cpu") as here, Checkpoints(tmp_path / "out", IDENTITY, here) as checkpoints:
-        model, optimizer = trained(here, 2)
+    with join_world("cpu") as world, Checkpoints(tmp_path / "out", IDENTITY, world) as checkpoints:
+        model, optimizer = trained(world, 2)
         folder = checkpoints.save({"step": 2}, model, optimizer)
         checkpoints.wait()
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "manifest.sha256", "rank-00000.safetensors"]

@@ -19,9 +19,9 @@ from helpers.ranks import run_ranks
 from micota_fast.config.train import TrainConfig
 from micota_fast.model.safetensors_io import load_model
 from micota_fast.train.optim import clip_gradients, make_optimizer, step_if_finite
-from micota_fast.train.packed_loss import IDLE, PackedLoss, on_device
-from micota_fast.train.parallel import distribute
-from micota_fast.train.world import World, world
+from micota_fast.train.packed_loss import DUMMY_BATCH, PackedLoss, on_device
+from micota_fast.train.parallel import parallelize
+from micota_fast.train.world import World, join_world
 
 How = Literal["none", "selective", "full"]
 # Packs of different lengths and numbers of documents, as documents' lengths; a document has two tokens at least.
@@ -43,12 +43,12 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def model_of(checkpoint: Path, world: World, how: How = "none", compiled: bool = True) -> PackedLoss:
+def build_model(checkpoint: Path, world: World, how: How = "none", compiled: bool = True) -> PackedLoss:
     model = PackedLoss(load_model(checkpoint, torch.float32), "sdpa")
     config = TrainConfig(
         model="", data="", out="", dtype="float32", compile=compiled, activation_checkpointing=how, lr=1e-3
     )
-    distribute(model, config, world)
+    parallelize(model, config, world)
     return model
 
 
@@ -71,7 +71,7 @@ def products_of_backward(loss: Tensor) -> int:
 @QUOTED
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
 def test_one_graph_for_all_layers_and_packs(how: How, qwen2_checkpoint: Path) -> None:
-    eager, model = (model_of(qwen2_checkpoint, CPU, how, compiled) for compiled in (False, True))
+    eager, model = (build_model(qwen2_checkpoint, CPU, how, compiled) for compiled in (False, True))
     layers = len(model.decoder.model.layers)
     for lengths in PACKS:
         expected, loss = loss_of(eager, lengths), loss_of(model, lengths)
@@ -89,15 +89,15 @@ def test_one_graph_for_all_layers_and_packs(how: How, qwen2_checkpoint: Path) ->
 
 @QUOTED
 def test_two_ranks_with_fsdp(qwen2_checkpoint: Path, tmp_path: Path) -> None:
-    with world("cpu") as here:
-        expected = steps_of(model_of(qwen2_checkpoint, here, compiled=False), here)
+    with join_world("cpu") as world:
+        expected = train_steps(build_model(qwen2_checkpoint, world, compiled=False), world)
     torch.save(expected, tmp_path / "expected.pt")
     run_ranks(2, _compiled_rank, tmp_path / "log", qwen2_checkpoint, tmp_path / "expected.pt")
 
 
-def _compiled_rank(here: World, checkpoint: Path, path: Path) -> None:
+def _compiled_rank(world: World, checkpoint: Path, path: Path) -> None:
     expected_losses, expected = torch.load(path)
-    losses, weights = steps_of(model_of(checkpoint, here, "selective"), here)
+    losses, weights = train_steps(build_model(checkpoint, world, "selective"), world)
     assert losses == pytest.approx(expected_losses, abs=1e-5)
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-5)
@@ -105,14 +105,14 @@ def _compiled_rank(here: World, checkpoint: Path, path: Path) -> None:
     assert not counters["graph_break"]
 
 
-def steps_of(model: PackedLoss, here: World) -> tuple[list[float], dict[str, Tensor]]:
+def train_steps(model: PackedLoss, world: World) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and weights of steps of two packs; in the last step there is one, and rank 1 has none."""
     optimizer = make_optimizer(model, TrainConfig(model="", data="", out="", lr=1e-3))
     losses = []
     for first in range(0, len(PACKS), 2):
-        mine = PACKS[first : first + 2][here.rank :: here.size]
-        idle = model(**on_device(IDLE, model, here), normalizer=1.0) if not mine else None
-        parts = [idle] if idle is not None else [loss_of(model, lengths) for lengths in mine]
+        mine = PACKS[first : first + 2][world.rank :: world.size]
+        dummy = model(**on_device(DUMMY_BATCH, model, world), normalizer=1.0) if not mine else None
+        parts = [dummy] if dummy is not None else [loss_of(model, lengths) for lengths in mine]
         loss = torch.stack(parts).sum()
         loss.backward()
         loss = loss.detach()

@@ -20,9 +20,9 @@ from micota_fast.train.loop import train
 from micota_fast.train.world import World
 
 
-def sharded(source: Path, here: World) -> Decoder:
+def sharded(source: Path, world: World) -> Decoder:
     decoder = load_model(source, torch.float32)
-    mesh = init_device_mesh("cpu", (here.size,))
+    mesh = init_device_mesh("cpu", (world.size,))
     for module in (*decoder.model.layers, decoder):
         fully_shard(module, mesh=mesh)
     return decoder
@@ -35,9 +35,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def _export(here: World, source: Path, tmp: Path) -> None:
+def _export(world: World, source: Path, tmp: Path) -> None:
     for name, options in OPTIONS.items():
-        export(sharded(source, here), source, tmp / name, here, "card\n", **options)
+        export(sharded(source, world), source, tmp / name, world, "card\n", **options)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])  # tied embeddings, and not
@@ -64,13 +64,13 @@ def test_streamed_from_three_ranks_equals_the_whole(
     assert torch.equal(before, after)
 
 
-def _measure(here: World, source: Path, out: Path) -> None:
-    decoder = sharded(source, here)
-    export(decoder, source, out / "first", here, "card\n", max_shard_bytes=8_000_000)  # what is only made once is made
+def _measure(world: World, source: Path, out: Path) -> None:
+    decoder = sharded(source, world)
+    export(decoder, source, out / "first", world, "card\n", max_shard_bytes=8_000_000)  # what is only made once is made
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
     before = _status("VmRSS")
-    export(decoder, source, out / "second", here, "card\n", max_shard_bytes=8_000_000)
-    (out / f"peak-{here.rank}").write_text(str(_status("VmHWM") - before))
+    export(decoder, source, out / "second", world, "card\n", max_shard_bytes=8_000_000)
+    (out / f"peak-{world.rank}").write_text(str(_status("VmHWM") - before))
 
 
 def _status(key: str) -> int:
@@ -93,9 +93,9 @@ def test_no_rank_holds_the_whole_model(tmp_path: Path) -> None:
         assert int((tmp_path / f"peak-{rank}").read_text()) < limit
 
 
-def _fail(here: World, source: Path, out: Path) -> None:
+def _fail(world: World, source: Path, out: Path) -> None:
     with pytest.raises(InputError, match=r"model \(.*bytes.*\) could not be written: .*checkpoints are kept"):
-        export(sharded(source, here), source, out / "file" / "model", here, "card\n")
+        export(sharded(source, world), source, out / "file" / "model", world, "card\n")
 
 
 def test_an_error_of_rank_0_is_an_error_on_all(qwen2_checkpoint: Path, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from micota_fast.train import prepare
 from micota_fast.train.loop import train
 from micota_fast.train.optim import clip_gradients, make_optimizer, step_if_finite
 from micota_fast.train.packed_loss import on_device
-from micota_fast.train.parallel import distribute
-from micota_fast.train.world import world
+from micota_fast.train.parallel import parallelize
+from micota_fast.train.world import join_world
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,20 +84,20 @@ def test_a_killed_run_goes_on(exact: TrainConfig, tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", WAYS)
 def test_a_step_never_waits_for_the_device(options: dict[str, object], exact: TrainConfig, tmp_path: Path) -> None:
     config = replace(exact, out=str(tmp_path / "out"), device="cuda", dtype="bfloat16", **options)
-    with world("cuda") as here:
+    with join_world("cuda") as world:
         source = resolve_checkpoint(config.model)
-        documents, _ = prepare.documents_of(config, source, tmp_path)
-        model = prepare.model_of(config, source, here)
-        steps = prepare.steps_of(config, documents, model, here)
-        distribute(model, config, here)
-        prepare.set_weights(model, config, source, here)
+        documents, _ = prepare.load_documents(config, source, tmp_path)
+        model = prepare.build_model(config, source, world)
+        steps = prepare.plan_steps(config, documents, model, world)
+        parallelize(model, config, world)
+        prepare.load_initial_weights(model, config, source, world)
         optimizer = make_optimizer(model, config)
 
         def step(number: int) -> None:
             batches, normalizer, _, _ = steps.step(number)
-            loss = torch.zeros((), device=here.device)
+            loss = torch.zeros((), device=world.device)
             for batch in batches:
-                batch_loss = model(**on_device(batch, model, here), normalizer=normalizer)
+                batch_loss = model(**on_device(batch, model, world), normalizer=normalizer)
                 batch_loss.backward()
                 loss += batch_loss.detach()
             step_if_finite(optimizer, loss, clip_gradients(model, config.max_grad_norm))

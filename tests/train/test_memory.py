@@ -15,8 +15,8 @@ from micota_fast.model.attention import PackedAttention
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.pointwise import TORCH
 from micota_fast.model.safetensors_io import load_model
-from micota_fast.train.activation_checkpointing import recomputed
-from micota_fast.train.memory import Recompute, estimate, kept, longest_pack
+from micota_fast.train.activation_checkpointing import checkpoint_activations
+from micota_fast.train.memory import Checkpointing, estimate, kept, longest_pack
 
 TOKENS = 512
 QWEN_7B = ModelConfig.from_dict(
@@ -59,13 +59,13 @@ class SwiGLU(torch.autograd.Function):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
-def test_what_a_block_keeps(family: str, how: Recompute, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_what_a_block_keeps(family: str, how: Checkpointing, dtype: torch.dtype, tmp_path: Path) -> None:
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
     model = load_model(make_checkpoint(tmp_path, family, num_key_value_heads=2, **shape), dtype)
     model.use(replace(TORCH, rms_norm=Norm.apply, swiglu=SwiGLU.apply))
     if how != "none":
         for block in model.model.layers:
-            block.forward = recomputed(block.forward, how)
+            block.forward = checkpoint_activations(block.forward, how)
     cu_seqlens = torch.tensor([0, 200, TOKENS], dtype=torch.int32)
     ids, positions = torch.arange(TOKENS) % 300, torch.arange(TOKENS)
     attend = PackedAttention(cu_seqlens, 312)

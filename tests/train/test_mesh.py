@@ -17,9 +17,9 @@ from micota_fast.config.train import MeshConfig, TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.model.safetensors_io import load_model
 from micota_fast.train.loop import train
-from micota_fast.train.packed_loss import IDLE, PackedLoss, on_device
-from micota_fast.train.parallel import distribute, last_micro_step
-from micota_fast.train.world import World, world
+from micota_fast.train.packed_loss import DUMMY_BATCH, PackedLoss, on_device
+from micota_fast.train.parallel import last_micro_step, parallelize
+from micota_fast.train.world import World, join_world
 
 TWO_BY_TWO = MeshConfig(replicate=2)
 
@@ -109,7 +109,7 @@ def test_a_mesh_that_does_not_fit_is_refused(
     mesh: MeshConfig, size: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(size))
-    with pytest.raises(InputError, match=said), world("cpu", mesh):
+    with pytest.raises(InputError, match=said), join_world("cpu", mesh):
         pass
 
 
@@ -137,15 +137,15 @@ def test_copies_exchange_gradients_once_a_step(qwen2_checkpoint: Path, tmp_path:
     ]
 
 
-def _count(here: World, checkpoint: Path, path: Path) -> None:
+def _count(world: World, checkpoint: Path, path: Path) -> None:
     """Write what each of a step's three micro-steps takes."""
     model = PackedLoss(load_model(checkpoint, torch.float32), "sdpa")
-    distribute(model, TrainConfig(model="", data="", out="", dtype="float32"), replace(here, replicas=2))
+    parallelize(model, TrainConfig(model="", data="", out="", dtype="float32"), replace(world, replicas=2))
     counts = []
     for number in range(3):
         last_micro_step(model, number == 2)
         with Collectives() as collectives:
-            model(**on_device(IDLE, model, here), normalizer=1.0).backward()
+            model(**on_device(DUMMY_BATCH, model, world), normalizer=1.0).backward()
         counts.append(collectives.count)
-    if here.is_main:
+    if world.is_main:
         path.write_text(json.dumps(counts))

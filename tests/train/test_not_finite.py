@@ -51,11 +51,13 @@ def config_with(checkpoint: Path, folder: Path, bad_steps: Iterable[int] = (), *
         Path(config.data).write_text("".join(json.dumps(row) + "\n" for row in marked))
 
     write(set())
-    write({int(steps_of(config).documents(step - 1)[0]) for step in bad_steps})  # of the same lengths, so in that order
+    write(
+        {int(plan_steps(config).documents(step - 1)[0]) for step in bad_steps}
+    )  # of the same lengths, so in that order
     return config
 
 
-def steps_of(config: TrainConfig) -> PackedSteps:
+def plan_steps(config: TrainConfig) -> PackedSteps:
     documents = load_documents(config.data, Chat.from_checkpoint(config.model, config.chat), config.pack_tokens)
     return PackedSteps(documents, config.pack_tokens, config.packs_per_step, seed=config.seed)
 
@@ -82,7 +84,7 @@ def trained(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Train
 
 
 def test_a_bad_document_costs_its_step_in_each_epoch(trained: TrainConfig) -> None:
-    steps = steps_of(trained)
+    steps = plan_steps(trained)
     (bad,) = [i for i, line in enumerate(Path(trained.data).read_text().splitlines()) if "~" in line]
     total = steps.total_steps(3)
     expected = [step + 1 for step in range(total) if bad in steps.documents(step)]
@@ -153,7 +155,7 @@ def test_too_many_in_a_row_end_the_run_and_it_can_go_on(
     patient = replace(config, max_skipped_steps=4)
     train(patient if reports else config)  # as it was, or with more patience
     assert skipped(config) == [3, 4, 5]
-    assert len(metrics(config)) == steps_of(config).steps_per_epoch > 6
+    assert len(metrics(config)) == plan_steps(config).steps_per_epoch > 6
     assert json.loads((Path(config.out) / "summary.json").read_text())["skipped_steps"] == 3
     whole = replace(patient, out=str(tmp_path / "whole"))
     train(whole)

@@ -19,7 +19,7 @@ from micota_fast.model.safetensors_io import load_model
 from micota_fast.train.loop import train
 from micota_fast.train.optim import clip_gradients, freeze, learning_rate, make_optimizer, step_if_finite
 from micota_fast.train.packed_loss import PackedLoss
-from micota_fast.train.parallel import distribute, local_part
+from micota_fast.train.parallel import local_part, parallelize
 from micota_fast.train.world import World
 
 NAN, INF = math.nan, math.inf
@@ -71,13 +71,13 @@ def state_of(model: PackedLoss, optimizer: torch.optim.AdamW) -> list[Tensor]:
     return [local_part(x).detach().clone() for x in (*model.parameters(), *moments)]
 
 
-def _skips(here: World, checkpoint: Path) -> None:
+def _skips(world: World, checkpoint: Path) -> None:
     """Sound steps with bad ones before, between and after them are the sound ones alone, bit for bit."""
     results = []
     config = TrainConfig(model="", data="", out="", dtype="float32", lr=0.01, weight_decay=0.1)
     for bad in ([], [(NAN, 1.0), (INF, 1.0), (-INF, 1.0), (1.0, NAN), (1.0, INF), (NAN, NAN), (INF, INF)]):
         model = PackedLoss(load_model(checkpoint, torch.float32), "sdpa")
-        distribute(model, config, here)
+        parallelize(model, config, world)
         optimizer = make_optimizer(model, config)
         for seed in range(3):
             for loss, norm in bad:

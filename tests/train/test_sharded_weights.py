@@ -15,8 +15,8 @@ from helpers.ranks import run_ranks
 from micota_fast.config.train import MeshConfig, TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.model.safetensors_io import init_random, load_model
-from micota_fast.train.parallel import distribute
-from micota_fast.train.prepare import model_of, set_weights
+from micota_fast.train.parallel import parallelize
+from micota_fast.train.prepare import build_model, load_initial_weights
 from micota_fast.train.world import World
 
 
@@ -25,14 +25,14 @@ def config(checkpoint: Path, **options: object) -> TrainConfig:
     return TrainConfig(**values)  # type: ignore[arg-type]
 
 
-def compare(here: World, checkpoint: Path, replicas: int, options: dict[str, object]) -> None:
+def compare(world: World, checkpoint: Path, replicas: int, options: dict[str, object]) -> None:
     """All ranks: the shards, put together, are the whole model's weights, bit for bit."""
-    here = replace(here, replicas=replicas)
+    world = replace(world, replicas=replicas)
     settings = config(checkpoint, mesh=MeshConfig(replicate=replicas), **options)
-    model = model_of(settings, checkpoint, here)
+    model = build_model(settings, checkpoint, world)
     assert all(parameter.is_meta for parameter in model.parameters())
-    distribute(model, settings, here)
-    set_weights(model, settings, checkpoint, here)
+    parallelize(model, settings, world)
+    load_initial_weights(model, settings, checkpoint, world)
     random = settings.init == "random"
     whole = init_random(model.decoder.config, settings.seed) if random else load_model(checkpoint, torch.float32)
     expected = dict(whole.named_parameters())
@@ -56,29 +56,29 @@ def test_shards_are_pieces_of_the_whole(ranks: int, replicas: int, options: dict
     run_ranks(ranks, compare, tmp_path / "log", checkpoint, replicas, options)
 
 
-def refused(here: World, checkpoint: Path) -> None:
+def refused(world: World, checkpoint: Path) -> None:
     """Rank 1 finds no weights; all are told."""
     settings = config(checkpoint)
-    model = model_of(settings, checkpoint, here)
-    distribute(model, settings, here)
+    model = build_model(settings, checkpoint, world)
+    parallelize(model, settings, world)
     with pytest.raises(InputError, match=r"rank 1: .*model\.safetensors"):
-        set_weights(model, settings, checkpoint if here.rank == 0 else checkpoint / "no", here)
+        load_initial_weights(model, settings, checkpoint if world.rank == 0 else checkpoint / "no", world)
 
 
 def test_what_one_rank_cannot_read_ends_all(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     run_ranks(2, refused, tmp_path / "log", qwen2_checkpoint)
 
 
-def peak_of_a_rank(here: World, checkpoint: Path) -> None:
+def peak_of_a_rank(world: World, checkpoint: Path) -> None:
     """Print by how much this process's memory grew at its highest while the model came to be."""
     settings = config(checkpoint)
     warm = torch.ones(10) @ torch.ones(10)  # what torch sets up once
     assert warm == 10
     Path("/proc/self/clear_refs").write_text("5")  # the highest from now on
     before = _kb("VmRSS")
-    model = model_of(settings, checkpoint, here)
-    distribute(model, settings, here)
-    set_weights(model, settings, checkpoint, here)
+    model = build_model(settings, checkpoint, world)
+    parallelize(model, settings, world)
+    load_initial_weights(model, settings, checkpoint, world)
     print(json.dumps({"grown": 1024 * (_kb("VmHWM") - before)}), flush=True)
 
 

@@ -27,13 +27,13 @@ from micota_fast.model.safetensors_io import load_model
 from micota_fast.train.loop import train
 from micota_fast.train.meters import duration
 from micota_fast.train.packed_loss import PackedLoss
-from micota_fast.train.parallel import distribute
+from micota_fast.train.parallel import parallelize
 from micota_fast.train.world import World
 
 CPU = World(0, 1, torch.device("cpu"))
 
 
-def documents_of(config: TrainConfig) -> Documents:
+def load_corpus(config: TrainConfig) -> Documents:
     chat = Chat.from_checkpoint(config.model, config.chat)
     return load_documents(config.data, chat, config.pack_tokens)
 
@@ -51,7 +51,7 @@ def trained(qwen2_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_equals_a_plain_loop(trained: TrainConfig) -> None:
     """transformers' model, one document at a time, torch's loss and optimizer, schedule and clipping written out."""
-    documents = documents_of(trained)
+    documents = load_corpus(trained)
     steps = PackedSteps(documents, trained.pack_tokens, trained.packs_per_step, seed=trained.seed)
     total = 2 * steps.steps_per_epoch
     assert steps.n_packs % trained.packs_per_step == 1, "the last step of an epoch should be a partial one"
@@ -92,7 +92,7 @@ def test_equals_a_plain_loop(trained: TrainConfig) -> None:
 
 def gradients(checkpoint: Path, config: TrainConfig, batches: list[list[int]]) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of documents laid out as `batches`, one backward pass each."""
-    documents = documents_of(config)
+    documents = load_corpus(config)
     total = int(documents.n_targets[[d for ids in batches for d in ids]].sum())
     model = PackedLoss(load_model(checkpoint, torch.float64), "sdpa")
     loss = 0.0
@@ -136,7 +136,7 @@ def test_documents_past_the_models_positions_are_told(
     short = shutil.copytree(qwen2_checkpoint, tmp_path / "short")
     changed = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 60}
     (short / "config.json").write_text(json.dumps(changed))
-    lengths = documents_of(train_config(short, tmp_path)).lengths
+    lengths = load_corpus(train_config(short, tmp_path)).lengths
     over = int((lengths > 60).sum())
     assert 0 < over < len(lengths)
     train(train_config(short, tmp_path, max_steps=1))
@@ -149,7 +149,7 @@ def test_outputs(trained: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFix
     out = Path(trained.out)
     assert {p.name for p in out.iterdir()} == {"model", "metrics.jsonl", "summary.json", ".lock"}
     summary = json.loads((out / "summary.json").read_text())
-    documents = documents_of(trained)
+    documents = load_corpus(trained)
     assert summary["final"] == metrics(trained)[-1]
     assert summary["data"]["documents"] == len(documents) == 23
     assert summary["data"]["tokens"] == len(documents.input_ids)
@@ -256,7 +256,7 @@ def test_the_default_does_not_wait_for_the_device_at_every_step() -> None:
 
 def test_one_process_in_float32_is_left_unwrapped(qwen2_checkpoint: Path) -> None:
     model = PackedLoss(load_model(qwen2_checkpoint, torch.float32), "sdpa")
-    distribute(model, TrainConfig(model="", data="", out="", dtype="float32"), CPU)
+    parallelize(model, TrainConfig(model="", data="", out="", dtype="float32"), CPU)
     assert type(model) is PackedLoss
 
 

@@ -28,7 +28,7 @@ from micota_fast.config.train import MeshConfig, TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.train.loop import train
-from micota_fast.train.prepare import documents_of, identity_of
+from micota_fast.train.prepare import load_documents, run_identity
 from micota_fast.train.world import World
 
 
@@ -124,12 +124,12 @@ def test_a_worker_whose_agent_died_before_it_started_ends(qwen2_checkpoint: Path
     assert not Path(config.out).exists()
 
 
-def _other_documents(here: World, config: TrainConfig, folder: Path) -> None:
-    own = replace(config, data=str(write_corpus(folder / f"corpus-{here.rank}.jsonl", seed=here.rank)))
+def _other_documents(world: World, config: TrainConfig, folder: Path) -> None:
+    own = replace(config, data=str(write_corpus(folder / f"corpus-{world.rank}.jsonl", seed=world.rank)))
     source = resolve_checkpoint(config.model)
-    documents, _ = documents_of(own, source, folder)
+    documents, _ = load_documents(own, source, folder)
     with pytest.raises(InputError, match=r"rank 1 reads other documents than rank 0: .*corpus-\d"):
-        identity_of(own, source, documents, None, here)
+        run_identity(own, source, documents, None, world)
 
 
 def test_ranks_that_read_different_documents_are_refused(qwen2_checkpoint: Path, tmp_path: Path) -> None:

@@ -112,16 +112,16 @@ def test_stopped_again_and_again(uninterrupted: TrainConfig, tmp_path: Path) -> 
 
 
 def test_only_ctrl_c_and_only_the_third_ends_at_once() -> None:
-    here = World(0, 1, torch.device("cpu"))
+    world = World(0, 1, torch.device("cpu"))
     handlers = [signal.getsignal(number) for number in STOPPING]
     with StopSignals() as stop:
-        assert not stop.agreed(here)
+        assert not stop.agreed(world)
         moments.insist()
-        assert stop.agreed(here)
+        assert stop.agreed(world)
         assert not stop.by_hand
         moments.interrupt()
         moments.interrupt()
-        assert stop.agreed(here)
+        assert stop.agreed(world)
         assert stop.by_hand
         with pytest.raises(KeyboardInterrupt):
             moments.interrupt()

@@ -22,7 +22,7 @@ from micota_fast.data.tokenise import Documents, load_documents
 from micota_fast.train.loop import train
 
 
-def steps_of(config: TrainConfig) -> tuple[Documents, PackedSteps]:
+def plan_steps(config: TrainConfig) -> tuple[Documents, PackedSteps]:
     documents = load_documents(config.data, Chat.from_checkpoint(config.model, config.chat), config.pack_tokens)
     return documents, PackedSteps(documents, config.pack_tokens, config.packs_per_step, seed=config.seed)
 
@@ -55,7 +55,7 @@ def test_equals_transformers_trainer(family: str, tmp_path: Path, request: pytes
     checkpoint = request.getfixturevalue(f"{family}_checkpoint")
     config = train_config(checkpoint, tmp_path, max_steps=10, warmup_ratio=0.0, weight_decay=0.1, max_grad_norm=0.5)
     train(config)
-    _, steps = steps_of(config)
+    _, steps = plan_steps(config)
     packs = [pack for step in range(10) for pack in steps.step(step).batches]
     assert len(packs) == 20, "every step should be a whole one"
     assert min(len(pack.doc_ids) for pack in packs) > 1
@@ -97,7 +97,7 @@ def test_equals_transformers_trainer(family: str, tmp_path: Path, request: pytes
 def test_no_document_of_theirs_sees_another(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     """What makes the comparison above one of like with like."""
     config = train_config(qwen2_checkpoint, tmp_path)
-    pack = steps_of(config)[1].step(0).batches[0]
+    pack = plan_steps(config)[1].step(0).batches[0]
     first, second = pack.cu_seqlens[1:3].tolist()
     model = hf_model(config)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_weights_equal_a_plain_loop_in_float64(world: int, qwen2_checkpoint: Pat
     plain = train_config(qwen2_checkpoint, tmp_path, weight_decay=0.1)
     config = weighted(plain, [0.5, 1.0, 3.0])
     finish(start_training(config, world), config)
-    documents, steps = steps_of(config)
+    documents, steps = plan_steps(config)
     model = hf_model(config, torch.float64)
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim == 1]
