@@ -15,8 +15,6 @@ import csv
 import hashlib
 import io
 import json
-import os
-import shutil
 import sys
 import tempfile
 import zipfile
@@ -28,6 +26,7 @@ from gguf import GGUFReader, dequantize
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from micota_fast.common.files import remove_whole, whole_folder
 from micota_fast.errors import InputError
 
 CONVERTER = 1  # goes up whenever the same GGUF file would give another checkpoint
@@ -213,9 +212,7 @@ def convert(gguf_path: Path, out: Path, source: dict[str, Any]) -> None:
     reader = GGUFReader(gguf_path)
     metadata = Metadata(reader, gguf_path)
     config = model_config(metadata, tied=not any(tensor.name == "output.weight" for tensor in reader.tensors))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with whole_folder(out) as aside:
         write_json(aside / "config.json", config)
         ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(aside / "generation_config.json", ends)
@@ -225,15 +222,8 @@ def convert(gguf_path: Path, out: Path, source: dict[str, Any]) -> None:
         save_file(model_tensors(reader, config), aside / "model.safetensors", metadata={"format": "pt"})
         files = {path.name: sha256(path) for path in sorted(aside.iterdir())}
         write_json(aside / SOURCE_FILE, {**source, "converter": CONVERTER, "sha256": files})
-        for path in [*aside.iterdir(), aside]:
-            path.chmod(0o755 if path.is_dir() else 0o644)  # mkdtemp and safetensors write for the owner alone
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        shutil.rmtree(out, ignore_errors=True)
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        (aside / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
+        remove_whole(out)
 
 
 def is_current(out: Path, source: dict[str, Any]) -> bool:

@@ -12,7 +12,6 @@ error. Only verdicts that `settle` changed live in the index alone: without it a
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -28,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from micota_fast.common.files import write_atomic
+from micota_fast.common.lock import locked
 from micota_fast.common.records import encode_row
 from micota_fast.errors import InputError
 from micota_fast.generation.journal_index import Index, write_at
@@ -73,7 +73,7 @@ class Journal:
         self._held = contextlib.ExitStack()
         try:
             with self._errors():
-                self._take_lock()
+                self._held.enter_context(locked(self.folder / "lock", "process"))
                 rebuild, n_segments = self._prepare(json.loads(json.dumps(fingerprint)))  # as it reads back
                 # Named index.bin once it is whole: as long as that is missing, it is known to be.
                 self._index = Index(self.folder / ("index.new" if rebuild else "index.bin"))
@@ -91,28 +91,6 @@ class Journal:
             yield
         except OSError as error:
             raise InputError(f"cannot write {self.folder}: {error.strerror}{addition}") from None
-
-    def _take_lock(self) -> None:
-        path = self.folder / "lock"
-        while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            except FileNotFoundError:
-                continue  # the folder went in between
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The former owner may have finished and removed the file between our open and our lock.
-                ours = path.exists() and os.path.samestat(os.fstat(fd), path.stat())
-            except BlockingIOError:
-                os.close(fd)
-                raise InputError(
-                    f"{self.folder} is being written by another process; wait for it or write elsewhere"
-                ) from None
-            if ours:
-                self._held.callback(os.close, fd)
-                return
-            os.close(fd)
 
     def _path(self, segment: int) -> Path:
         return self.folder / f"{segment:06d}.jsonl"

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -22,9 +21,9 @@ import numpy as np
 
 import micota_fast
 from micota_fast.common import processes
-from micota_fast.common.files import write_atomic
+from micota_fast.common.files import remove_whole, write_atomic, writing
 from micota_fast.common.fingerprint import Fingerprints, of_json
-from micota_fast.common.lock import only_run
+from micota_fast.common.lock import RUN_ENDS_S, locked
 from micota_fast.common.records import Completion, encode_row, read_completions, read_problems
 from micota_fast.config import loader
 from micota_fast.config.generation import GenerateConfig
@@ -71,31 +70,31 @@ def run(config: LengthSweepConfig) -> None:
     out = Path(config.out).absolute()
     if (out / "model").exists() and not (out / "model" / "merge.json").is_file():
         raise InputError(f"{out / 'model'} is no merge; remove it or choose another place")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with only_run(out, print) as lock, Grader(config.workers, config.timeout_s) as grader:
-            digest = hashlib.sha256(b"".join(map(encode_row, problems))).hexdigest()
-            sweep = _Sweep(config, out, digest, lock.fileno())
+    with (
+        writing(out),
+        locked(out / ".lock", "length sweep", RUN_ENDS_S, print) as lock,
+        Grader(config.workers, config.timeout_s) as grader,
+    ):
+        digest = hashlib.sha256(b"".join(map(encode_row, problems))).hexdigest()
+        sweep = _Sweep(config, out, digest, lock.fileno())
 
-            def at(weight: float) -> dict[str, Any]:
-                rows = sweep.answers(plan.with_weight(weight), weight)
-                verdicts = grader.grade([(row.completion, row.answer) for row in rows])
-                correct = sum(verdict.status == "correct" for verdict in verdicts)
-                measured = measure(weight, len(problems), rows, correct)
-                median, accuracy = _median(measured), _accuracy(measured)
-                print(f"weight {weight:g}: median {median} tokens, accuracy {accuracy}", flush=True)
-                return measured
+        def at(weight: float) -> dict[str, Any]:
+            rows = sweep.answers(plan.with_weight(weight), weight)
+            verdicts = grader.grade([(row.completion, row.answer) for row in rows])
+            correct = sum(verdict.status == "correct" for verdict in verdicts)
+            measured = measure(weight, len(problems), rows, correct)
+            median, accuracy = _median(measured), _accuracy(measured)
+            print(f"weight {weight:g}: median {median} tokens, accuracy {accuracy}", flush=True)
+            return measured
 
-            measured = [at(weight) for weight in plans]
-            weight, problem = None, None
-            if config.target_median_tokens is not None:
-                try:
-                    weight = _approach(config.target_median_tokens, measured, at)
-                except InputError as error:
-                    problem = error
-            _finish(sweep, plan, measured, weight, problem)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
+        measured = [at(weight) for weight in plans]
+        weight, problem = None, None
+        if config.target_median_tokens is not None:
+            try:
+                weight = _approach(config.target_median_tokens, measured, at)
+            except InputError as error:
+                problem = error
+        _finish(sweep, plan, measured, weight, problem)
 
 
 def _approach(wanted: int, measured: list[dict[str, Any]], at: Callable[[float], dict[str, Any]]) -> float:
@@ -170,8 +169,6 @@ class _Sweep:
         completions, done = folder / "completions.jsonl", folder / "done.json"
         is_done = done.is_file() and json.loads(done.read_bytes()).get("sha256") == _sha256(completions)
         if not is_done:
-            for torn in folder.glob(".*.tmp"):  # by a kill, while a file was written
-                torn.unlink()
             print(f"weight {weight:g}: merging and sampling; log: {folder / 'log.txt'}", flush=True)
         if not is_done or self.config.keep_models:
             self.merge(weight, folder / "model", folder / "log.txt")
@@ -189,7 +186,7 @@ class _Sweep:
             record = {"made_by": made_by, "sha256": _sha256(completions)}
             write_atomic(done, [json.dumps(record, indent=1).encode() + b"\n"])
         if not self.config.keep_models:
-            _remove(folder / "model")
+            remove_whole(folder / "model")
         return read_completions(completions)
 
     def merge_identity(self, plan: MergePlan) -> dict[str, Any]:
@@ -265,7 +262,7 @@ def _finish(
     if weight is not None:
         former = out / "sweep.json"
         if not former.is_file() or json.loads(former.read_bytes()).get("model") != result["model"]:
-            _remove(out / "model")
+            remove_whole(out / "model")
         sweep.merge(weight, out / "model", out / "model-log.txt")
     write_atomic(out / "sweep.json", [json.dumps(result, indent=1).encode() + b"\n"])
     print("\n".join([table, *sentences]))
@@ -381,11 +378,3 @@ def _sha256(path: Path) -> str | None:
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _remove(model: Path) -> None:
-    """Delete a model such that no part of it is ever found under its name."""
-    trash = model.with_name("deleting")
-    with contextlib.suppress(FileNotFoundError):
-        model.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)

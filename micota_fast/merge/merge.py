@@ -1,6 +1,5 @@
 """A merge from checkpoint to checkpoint: inputs mapped, output written as it is made, OUT whole or absent."""
 
-import fcntl
 import hashlib
 import os
 import re
@@ -8,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,7 +17,8 @@ import numba
 import numpy as np
 
 import micota_fast
-from micota_fast.common.files import publish, sync
+from micota_fast.common.files import sync_tree, whole_folder, writing
+from micota_fast.common.lock import locked
 from micota_fast.config.merge import MergeConfig
 from micota_fast.errors import InputError
 from micota_fast.merge import methods
@@ -70,48 +70,25 @@ def merge_plans(plans: dict[str, MergePlan], out: Path, seed: int, max_shard_byt
     out = Path(os.path.abspath(out))  # "." and ".." have no name
     if not out.name:
         raise InputError(f"a merge cannot take the place of {out}; name a folder")
-    aside = out.with_name(f".{out.name}.partial")
-    try:
-        with _only_merge(out):
-            former = out.with_name(f".{out.name}.former")
+    lock, former = out.with_name(f".{out.name}.lock"), out.with_name(f".{out.name}.former")
+    with writing(out), locked(lock, "merge"):
+        try:
             _bring_back(former, out)  # of a merge that was killed between the two renames below
             if out.exists() and (foreign := _foreign(out)) is not None:
                 raise InputError(f"{foreign} is not of a former merge; remove it or choose another place than {out}")
             try:
-                _write_aside(plans, aside, seed, max_shard_bytes)
-                if out.exists():
-                    out.rename(former)
-                publish(aside, out)
-            except BaseException:
-                shutil.rmtree(aside, ignore_errors=True)
+                with whole_folder(out) as aside:
+                    _write_folders(plans, aside, seed, max_shard_bytes)
+                    if out.exists():
+                        out.rename(former)
+            finally:
                 _bring_back(former, out)
-                raise
-            shutil.rmtree(former, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
-
-
-@contextmanager
-def _only_merge(out: Path) -> Iterator[None]:
-    """Keep a second merge away from `out`. The kernel drops the lock with the process, however that ends."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path = out.with_name(f".{out.name}.lock")
-    while True:
-        with path.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"another merge is writing {out}; wait for it, or choose another place") from None
-            # The one before us may have removed the file between our opening and locking it.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                try:
-                    yield
-                finally:
-                    path.unlink()
-                return
+        finally:
+            lock.unlink()
 
 
 def _bring_back(former: Path, out: Path) -> None:
+    """Give a former merge its name again where no new one has it, and remove it otherwise."""
     if former.exists() and not out.exists():
         former.rename(out)
     shutil.rmtree(former, ignore_errors=True)
@@ -134,16 +111,13 @@ def _foreign_in_merge(folder: Path) -> Path | None:
     return next((path for path in inside if not (path.name in COPIED_FILES or _WRITTEN.fullmatch(path.name))), None)
 
 
-def _write_aside(plans: dict[str, MergePlan], aside: Path, seed: int, max_shard_bytes: int) -> None:
-    shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
+def _write_folders(plans: dict[str, MergePlan], aside: Path, seed: int, max_shard_bytes: int) -> None:
     folders = [aside / name for name in plans]
     for folder in folders:
-        folder.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)
     with ExitStack() as stack:
         _write(list(plans.values()), folders, seed, max_shard_bytes, stack)
-    for folder in folders:  # now, so that nothing is waited for while a former merge makes room
-        for path in (*folder.iterdir(), folder):
-            sync(path)
+    sync_tree(aside)  # now, so that nothing is waited for while a former merge makes room
 
 
 def _write(plans: list[MergePlan], folders: list[Path], seed: int, max_shard_bytes: int, stack: ExitStack) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from micota_fast.common.files import remove_whole, whole_folder
 from micota_fast.common.records import Problem, write_rows
 from micota_fast.config.loader import dump
 from micota_fast.config.train import TrainConfig
@@ -262,12 +263,9 @@ def main() -> int:
 
 def install(model: Path, out_dir: Path) -> None:
     """Replace the checkpoint in ``out_dir`` by ``model``."""
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    aside = out_dir.with_name(f".{out_dir.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(model, aside)
-    shutil.rmtree(out_dir, ignore_errors=True)
-    aside.rename(out_dir)
+    with whole_folder(out_dir) as aside:
+        shutil.copytree(model, aside, dirs_exist_ok=True)
+        remove_whole(out_dir)
 
 
 if __name__ == "__main__":

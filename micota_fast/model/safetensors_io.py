@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from micota_fast.common.files import publish
+from micota_fast.common.files import whole_folder
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder, parameter_shapes
@@ -137,7 +137,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint that transformers opens unchanged; equal inputs give equal bytes.
 
-    The folder appears whole: it is filled under a temporary name beside `out_dir`, synced and then renamed.
+    The folder appears whole (`files.whole_folder`).
 
     Args:
         state_dict: a tensor for each parameter, on any device, of any float dtype. Each is taken once, in the model's
@@ -150,7 +150,7 @@ def save_checkpoint(
         extra_files: name and text of what else the folder is to hold, such as README.md.
 
     Raises:
-        InputError: `out_dir` holds something, or the tensors are not those `config` describes.
+        InputError: `out_dir` holds something or cannot be written, or the tensors are not those `config` describes.
     """
     out_dir, resolved = Path(out_dir), _as_dtype(dtype, config)
     shapes = parameter_shapes(config)
@@ -160,12 +160,7 @@ def save_checkpoint(
         raise InputError(f"{out_dir}: tensor {name} is {'unexpected' if name in given else 'missing'}; nothing saved")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise InputError(f"{out_dir}: already exists; remove it or choose another place for the checkpoint")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    # The name is fixed, so that what a killed save has left is cleared by the next and never piles up.
-    aside = out_dir.with_name(f".{out_dir.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
+    with whole_folder(out_dir) as aside:
         _write_weights(state_dict, shapes, resolved, aside, max_shard_bytes)
         _write_json(aside / "config.json", config.to_dict(_dtype_name(resolved)))
         for file in COPIED_FILES:
@@ -176,10 +171,6 @@ def save_checkpoint(
         mode = (aside / "config.json").stat().st_mode & 0o777
         for path in aside.iterdir():
             path.chmod(mode)  # safetensors writes files that only their owner may read
-        publish(aside, out_dir)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 def _write_weights(

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from micota_fast.common import processes
-from micota_fast.common.files import write_atomic
+from micota_fast.common.files import remove_whole, whole_folder, write_atomic, writing
 from micota_fast.common.fingerprint import Fingerprints, of_json
-from micota_fast.common.lock import only_run
+from micota_fast.common.lock import RUN_ENDS_S, locked
 from micota_fast.config import loader
 from micota_fast.config.recipe import LaunchConfig
 from micota_fast.errors import InputError
@@ -71,8 +71,7 @@ class Run:
         Raises:
             InputError: a stage failed (its log's end is in the message), or another run uses the folder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with only_run(self.folder, say) as lock:
+        with locked(self.folder / ".lock", "run", RUN_ENDS_S, say) as lock, writing(self.folder):
             self._run_all(lock.fileno(), say)
 
     def command(self, stage: Stage) -> list[str]:
@@ -199,7 +198,7 @@ class Run:
             raise InputError(f"{folder} holds files that no run has made; choose another --out, or move them away")
         if there is not None and there["identity"] != identity:
             aside = _aside(folder, there["identity"])
-            _remove(aside)
+            remove_whole(aside)
             folder.rename(aside)
         elif there is not None and status.state == "stale":
             self._clear(stage, folder, identity)  # made for this identity, and damaged since
@@ -218,7 +217,7 @@ class Run:
     def _clear(self, stage: Stage, folder: Path, identity: dict[str, Any]) -> None:
         """Remove what the stage has made, but for that which lasts, which the stage looks at itself."""
         if not stage.lasting:
-            _remove(folder)
+            remove_whole(folder)
             return
         write_atomic(folder / MAKING, [json.dumps({"identity": identity}, indent=1).encode()])
         (folder / DONE).unlink(missing_ok=True)
@@ -228,7 +227,7 @@ class Run:
 
     def _take_over(self, stage: Stage, folder: Path, identity: dict[str, Any]) -> None:
         """Copy to the stage's folder what lasts of a former one. Killed, it begins again when the stage goes on."""
-        formers = set(folder.parent.glob(f"{glob.escape(folder.name)}~*")) - {_trash(folder)}
+        formers = folder.parent.glob(f"{glob.escape(folder.name)}~*")
         for former in sorted(formers, key=lambda path: (not (path / DONE).exists(), path)):
             record = _read_json(former / DONE) or _read_json(former / MAKING)
             if record is None:
@@ -236,10 +235,8 @@ class Run:
             for part, options in stage.lasting.items():
                 there = (former / part).is_dir() and not (folder / part).exists()
                 if there and _without(record["identity"], options) == _without(identity, options):
-                    partial = folder / f".{part}.partial"
-                    shutil.rmtree(partial, ignore_errors=True)
-                    shutil.copytree(former / part, partial)
-                    partial.rename(folder / part)
+                    with whole_folder(folder / part) as aside:
+                        shutil.copytree(former / part, aside, dirs_exist_ok=True)
 
     def _finish(self, process: "_Running") -> None:
         stage, folder = process.stage, process.folder
@@ -358,19 +355,6 @@ def _without(identity: dict[str, Any], options: Sequence[str]) -> dict[str, Any]
     for option in options:
         rest = removed(rest, option.split("."))
     return {"verb": identity["verb"], "options": rest}
-
-
-def _trash(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}~trash")
-
-
-def _remove(folder: Path) -> None:
-    """Delete a folder such that no part of it is ever found under its name."""
-    if folder.exists():
-        trash = _trash(folder)
-        shutil.rmtree(trash, ignore_errors=True)
-        folder.rename(trash)
-        shutil.rmtree(trash)
 
 
 def _reason(status: Status) -> str:

@@ -31,11 +31,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from micota_fast.common.files import sync
+from micota_fast.common.files import remove_whole, sync, writing
 from micota_fast.errors import InputError
 from micota_fast.train.packed_loss import PackedLoss
 from micota_fast.train.parallel import local_part
-from micota_fast.train.storage import CheckpointWriter, first_fault, read_manifest, write_json, written
+from micota_fast.train.storage import CheckpointWriter, first_fault, read_manifest, write_json
 from micota_fast.train.world import World
 
 
@@ -74,7 +74,7 @@ class Checkpoints:
             raise InputError(f"{out / 'model'} is there and no run of this folder made it; choose another `out`")
         for torn in self._dir.glob(".step-*"):
             shutil.rmtree(torn, ignore_errors=True)
-        with written(self._dir, 0):
+        with writing(self._dir):
             self._dir.mkdir(parents=True, exist_ok=True)
             write_json(self._dir / "run.json", {"identity": self._identity})
             sync(out)
@@ -136,13 +136,11 @@ class Checkpoints:
         """The background thread's part of `save`."""
         if copied is not None:
             copied.synchronize()
-        aside = folder.with_name(f".{folder.name}.part")
-        writer = CheckpointWriter(aside, self._world.rank, manifest, lambda: self._publish(aside, folder))
+        planner = _StagedPlanner(self._staged)
         try:
-            dcp.save(tensors, storage_writer=writer, planner=_StagedPlanner(self._staged), process_group=self._group)
+            with CheckpointWriter(folder, self._world.rank, manifest, self._remove_old) as writer:
+                dcp.save(tensors, storage_writer=writer, planner=planner, process_group=self._group)
         except dcp.CheckpointException as error:  # the same one on every rank, and all have stopped writing
-            if self._world.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
             cause = next(iter(error.failures.values()))[0]
             if not isinstance(cause, InputError | OSError):
                 raise RuntimeError(f"{folder} could not be written") from error
@@ -151,16 +149,12 @@ class Checkpoints:
                 f"`keep_checkpoints` takes less room"
             ) from None
 
-    def _publish(self, aside: Path, folder: Path) -> None:
-        if folder.exists():
-            _remove(folder)
-        aside.rename(folder)
-        sync(self._dir)
+    def _remove_old(self) -> None:
         steps = sorted(self._dir.glob("step-*"))
         best = [name for _, name in self._by_score()[:1]]
         for old in steps[: -self._keep]:
             if old.name not in best:
-                _remove(old)
+                remove_whole(old)
 
     def wait(self) -> None:
         """Until nothing is being written. Raises InputError, on all ranks, where it could not be written."""
@@ -324,13 +318,6 @@ def _layout(processes: int, replicas: int) -> str:
 
 def _load_planner() -> dcp.DefaultLoadPlanner:
     return dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-
-def _remove(folder: Path) -> None:
-    """A folder of that name is there whole or not at all; what cannot be deleted now is at the next start."""
-    aside = folder.with_name(f".{folder.name}.old")
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def describe_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """The trained model as a Hugging Face checkpoint: streamed, with a card that says how it was made."""
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from micota_fast.common.files import remove_whole
 from micota_fast.errors import InputError
 from micota_fast.model.decoder import Decoder, parameter_shapes
 from micota_fast.model.safetensors_io import save_checkpoint
@@ -50,9 +50,8 @@ def export(
     size = stored.itemsize * sum(shape.numel() for shape in parameter_shapes(decoder.config).values())
 
     def write() -> None:
-        for partial in (out, *out.parent.glob(f".{out.name}.*")):  # of an export that was killed
-            shutil.rmtree(partial, ignore_errors=True)
         try:
+            remove_whole(out)
             require_room(out.parent, size)
             save_checkpoint(
                 weights, decoder.config, source, out, dtype, max_shard_bytes, extra_files={"README.md": card}

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from micota_fast.common.lock import locked
 from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.train import prepare
 from micota_fast.train.checkpoint import Checkpoints
 from micota_fast.train.export import export, model_card
-from micota_fast.train.lock import only_trainer
 from micota_fast.train.meters import Meters, require_trackers
 from micota_fast.train.optim import clip_gradients, learning_rate, make_optimizer, step_if_finite
 from micota_fast.train.packed_loss import DUMMY_BATCH, on_device
@@ -24,6 +24,8 @@ from micota_fast.train.stopwatch import Stopwatch, profiler
 from micota_fast.train.storage import write_json
 from micota_fast.train.validation import Validation
 from micota_fast.train.world import World, join_world
+
+TRAINER_ENDS_S = 10.0  # one that was killed a moment ago may still be going
 
 
 def train(config: TrainConfig, profile: bool = False) -> bool:
@@ -46,12 +48,18 @@ def train(config: TrainConfig, profile: bool = False) -> bool:
     """
     require_trackers(config)
     out = Path(config.out)
-    with StopSignals() as stop, join_world(config.device, config.mesh) as world, only_trainer(out, world):
+    with StopSignals() as stop, join_world(config.device, config.mesh) as world, ExitStack() as lock:
+        world.on_main(lambda: _lock(out, lock))
         with ExitStack() as stack:
             finished = _train(config, out, world, stop, profile, stack)
         if not finished and stop.by_hand:
             raise KeyboardInterrupt
         return finished
+
+
+def _lock(out: Path, stack: ExitStack) -> None:
+    """Keep other trainers away from `out`, on behalf of all ranks."""
+    stack.enter_context(locked(out / ".lock", "trainer", TRAINER_ENDS_S))
 
 
 def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, profile: bool, stack: ExitStack) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from micota_fast.common.files import writing
 from micota_fast.common.gpu_specs import peak_flops
 from micota_fast.config import loader
 from micota_fast.config.train import TrainConfig
@@ -19,7 +20,6 @@ from micota_fast.data.batches import PackedSteps
 from micota_fast.errors import InputError
 from micota_fast.train.parallel import compiled_graphs
 from micota_fast.train.stopwatch import Stopwatch
-from micota_fast.train.storage import written
 from micota_fast.train.world import World
 
 
@@ -135,7 +135,7 @@ class Meters:
         self._rows, self._figures, self._since = [], [], now
 
     def _write(self, lines: str) -> None:
-        with written(self._path, len(lines)):
+        with writing(self._path, len(lines)):
             self._file.write(lines)
             self._file.flush()
 
@@ -198,7 +198,7 @@ class Meters:
     def sync(self) -> None:
         """Bring metrics.jsonl to the disk: a checkpoint must not be ahead of it."""
         if self._world.is_main:
-            with written(self._path, 0):
+            with writing(self._path):
                 os.fsync(self._file.fileno())
 
     def close(self) -> dict[str, float]:

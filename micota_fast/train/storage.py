@@ -9,9 +9,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -20,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
-from micota_fast.common.files import sync
+from micota_fast.common.files import remove_whole, whole_folder, write_atomic, writing
 from micota_fast.errors import InputError
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
@@ -32,26 +34,36 @@ _SLACK = 1 << 20  # bytes beside the tensors: headers and manifest
 class CheckpointWriter(StorageWriter):
     """Writes each rank's part of a checkpoint into one safetensors file, and then the manifest, from rank 0.
 
-    A file is streamed and hashed as it goes: nothing is held twice. `dcp.save` raises an error of any rank on all.
+    A file is streamed and hashed as it goes: nothing is held twice. `dcp.save` raises an error of any rank on all. To
+    be used in a `with` statement, at whose end nothing is left of a checkpoint that failed.
 
     Args:
-        aside: the folder to fill, made by rank 0.
+        folder: appears when all is in it and on the disk, in place of what was there.
         rank: of this process.
         manifest: JSON values; the files' sizes and digests are added to it.
-        publish: called on rank 0 with `aside` filled and synced.
+        published: called on rank 0 when `folder` is there.
     """
 
-    def __init__(self, aside: Path, rank: int, manifest: dict[str, Any], publish: Callable[[], None]) -> None:
-        self._aside, self._rank, self._manifest, self._publish = aside, rank, manifest, publish
+    def __init__(self, folder: Path, rank: int, manifest: dict[str, Any], published: Callable[[], None]) -> None:
+        self._folder, self._rank, self._manifest, self._published = folder, rank, manifest, published
+        self._aside = folder  # until rank 0 has made another
+        self._open = ExitStack()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, traceback)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing is kept between saves."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Rank 0 makes the folder; the others write to it only after the plan, so later."""
+        """Rank 0 makes the folder to fill; the others learn its name from the plan."""
         if is_coordinator:
-            shutil.rmtree(self._aside, ignore_errors=True)
-            self._aside.mkdir()
+            self._aside = self._open.enter_context(whole_folder(self._folder))
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -61,13 +73,13 @@ class CheckpointWriter(StorageWriter):
         pieces = [item.tensor_data for plan in plans for item in plan.items if item.tensor_data is not None]
         sizes = (piece.chunk.sizes.numel() * piece.properties.dtype.itemsize for piece in pieces)
         require_room(self._aside.parent, _SLACK + sum(sizes))
-        return plans
+        return [replace(plan, storage_data=self._aside) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        path = self._aside / f"rank-{self._rank:05d}.safetensors"
+        path = plan.storage_data / f"rank-{self._rank:05d}.safetensors"
         offsets = {item.index.fqn: list(item.index.offset or ()) for item in plan.items}
         tensors = {item.index.fqn: cast(Tensor, planner.resolve_data(item)) for item in plan.items}
-        with written(path, sum(tensor.nbytes for tensor in tensors.values())):
+        with writing(path, sum(tensor.nbytes for tensor in tensors.values())):
             size, digest = _write_safetensors(path, tensors, offsets)
         result: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         result.set_result([WriteResult(MetadataIndex(path.name), size, digest)])
@@ -78,11 +90,10 @@ class CheckpointWriter(StorageWriter):
         files = {r.index.fqn: {"bytes": r.size_in_bytes, "sha256": r.storage_data} for rank in results for r in rank}
         path = self._aside / "manifest.json"
         write_json(path, self._manifest | {"files": files})
-        with written(path.with_suffix(".sha256"), 100):
-            path.with_suffix(".sha256").write_text(f"{sha256(path)}  {path.name}\n")
-            sync(path.with_suffix(".sha256"))
-        sync(self._aside)
-        self._publish()
+        write_atomic(path.with_suffix(".sha256"), [f"{sha256(path)}  {path.name}\n".encode()])
+        remove_whole(self._folder)
+        self._open.close()
+        self._published()
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -147,17 +158,6 @@ def first_fault(folder: Path, files: list[tuple[str, dict[str, Any]]]) -> str | 
     return None
 
 
-@contextmanager
-def written(path: Path, needed: int) -> Iterator[None]:
-    """What the block writes to `path`, about `needed` bytes; InputError says how much room there is if that fails."""
-    try:
-        yield
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        room = f"{needed:,} bytes to write, {free:,} free"
-        raise InputError(f"{path} could not be written: {error.strerror or error} ({room}); {_MEND}") from None
-
-
 def require_room(folder: Path, needed: int) -> None:
     """Raise InputError where the disk of `folder` has no room for so many bytes more."""
     free = shutil.disk_usage(folder).free
@@ -173,10 +173,4 @@ def sha256(path: Path) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file that is there whole or not at all, also after a power failure; InputError where it cannot be."""
-    text = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-    aside = path.with_name(f".{path.name}.part")
-    with written(path, len(text)):
-        aside.write_bytes(text)
-        sync(aside)
-        os.replace(aside, path)
-        sync(path.parent)
+    write_atomic(path, [(json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()])

@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def at_file(rank: int | None, pattern: str, action: Action, my_rank: int, nth: i
 
     Args:
         rank: where.
-        pattern: regular expression for "EVENT ARGUMENT ..." as of Python's audit events: "os.mkdir .*\\.part ".
+        pattern: regular expression for "EVENT ARGUMENT ..." as of Python's audit events: "os.mkdir .*\\.partial ".
         action: what to do; it is done once.
         my_rank: of this process.
         nth: which of the operations that match.
@@ -72,6 +73,12 @@ def in_turn(all_of: tuple[Callable[..., None], ...], my_rank: int) -> None:
     """Several of these."""
     for one in all_of:
         one(my_rank=my_rank)
+
+
+def wait_for(path: Path) -> None:
+    """Wait until `path` is there."""
+    while not path.exists():
+        time.sleep(0.01)
 
 
 def die() -> None:

@@ -265,7 +265,7 @@ def test_a_sweep_killed_at_any_time_and_again(models: Path, tmp_path: Path) -> N
         assert process.returncode == -signal.SIGKILL, f"it came to its end before {appeared}"
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert results(cut) == made
-    assert not list(cut.rglob("merging")) + list(cut.rglob("deleting"))
+    assert not list(cut.rglob("merging")) + list(cut.rglob(".*.partial")) + list(cut.rglob(".*.tmp"))
 
 
 def endless(micro: Path, folder: Path) -> tuple[Path, Path, list[int]]:

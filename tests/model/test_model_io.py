@@ -197,8 +197,9 @@ def test_nothing_is_left_of_a_save_that_fails(qwen2_checkpoint: Path, tmp_path: 
 
 
 def test_what_a_killed_save_left_is_cleared(qwen2_checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "model-00001-of-00009.safetensors").write_bytes(b"half")
+    left = tmp_path / ".out.0123456789abcdef.partial"
+    left.mkdir()
+    (left / "model-00001-of-00009.safetensors").write_bytes(b"half")
     model = load_model(qwen2_checkpoint)
     save_checkpoint(model.state_dict(), model.config, qwen2_checkpoint, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

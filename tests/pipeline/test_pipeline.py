@@ -205,11 +205,11 @@ def test_the_order_of_names_counts(sources: Path) -> None:
 def test_two_runs_do_not_share_a_folder(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
-    monkeypatch.setattr("micota_fast.common.lock.WAIT_S", 0.2)
+    monkeypatch.setattr("micota_fast.pipeline.run.RUN_ENDS_S", 0.2)
     (sources / "run").mkdir()
     with (sources / "run" / ".lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="in use by another run"):
+        with pytest.raises(InputError, match=r"another run holds .*lock"):
             make(sources)
 
 
@@ -292,7 +292,7 @@ def test_graded_again_by_another_protocol_nothing_is_answered_again(tmp_path: Pa
     strict = evaluated(tmp_path)
     answers = (tmp_path / "evaluate/base/completions/steps-3.jsonl").read_bytes()
     # As a killed run leaves it: half copied.
-    (tmp_path / "evaluate/base/.completions.partial").mkdir()
+    (tmp_path / "evaluate/base/.completions.0123456789abcdef.partial").mkdir()
     paper = evaluated(tmp_path, "evaluate.protocol=paper")
     folder = tmp_path / "evaluate/base"
     assert (folder / "completions/steps-3.jsonl").read_bytes() == answers

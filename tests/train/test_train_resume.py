@@ -1,7 +1,6 @@
 """A training run killed at any moment, with damaged checkpoints or on a full disk, ends as the one that never was."""
 
 import json
-import os
 import random
 import re
 import signal
@@ -30,7 +29,7 @@ from helpers.training_runs import (
 )
 from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
-from micota_fast.train import lock
+from micota_fast.train import loop
 from micota_fast.train.loop import train
 
 STEPS = 40
@@ -94,13 +93,13 @@ class Kill:
     later: int = 0
 
 
-SAVE = r"open .*\.step-\d+\.part/rank-0000"
-MANIFEST = r"open .*\.step-\d+\.part/\.manifest\.json\.part "
-PUBLISH = r"os\.rename .*\.step-\d+\.part .*/step-\d+ "
-REMOVE = r"os\.rename .*/step-\d+ .*\.old "
-EXPORT = r"os\.mkdir .*\.model\.partial "
-MODEL = r"os\.rename .*\.model\.partial "
-SUMMARY = r"os\.rename .*\.summary\.json\.part "
+SAVE = r"open .*\.step-\d+\.\w+\.partial/rank-0000"
+MANIFEST = r"open .*\.step-\d+\.\w+\.partial/\.manifest\.json\.\w+\.tmp "
+PUBLISH = r"os\.rename .*\.step-\d+\.\w+\.partial .*/step-\d+ "
+REMOVE = r"os\.rename .*/step-\d+ .*\.partial "
+EXPORT = r"os\.mkdir .*\.model\.\w+\.partial "
+MODEL = r"os\.rename .*\.model\.\w+\.partial "
+SUMMARY = r"os\.rename .*\.summary\.json\.\w+\.tmp "
 KILLS = [
     Kill(0),
     Kill(1, at=SAVE),
@@ -213,21 +212,19 @@ def test_one_trainer_at_a_time(
     one_rank: TrainConfig, qwen2_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_config(qwen2_checkpoint, tmp_path)
-    out = Path(config.out)
-    out.mkdir()
-    os.mkfifo(out / ".summary.json.part")  # nobody reads it: whoever goes on to write the summary waits here
-    first = start_training(config)
-    wait_until((out / "model").exists, first)  # and it stays there
-    monkeypatch.setattr(lock, "WAIT_S", 0.3)
+    go = tmp_path / "go"
+    first = start_training(config, before=partial(moments.at_file, 0, SUMMARY, partial(moments.wait_for, go)))
+    wait_until((Path(config.out) / "model").exists, first)  # and it stays there
+    monkeypatch.setattr(loop, "TRAINER_ENDS_S", 0.3)
     before = time.monotonic()
-    with pytest.raises(InputError, match=r"another trainer is at work in .*\.lock"):
+    with pytest.raises(InputError, match=r"another trainer holds .*out/\.lock"):
         train(config)
     assert time.monotonic() - before > 0.3
     # One that ends within the wait is waited for.
     monkeypatch.undo()
     second = start_training(config)
     time.sleep(1)
-    (out / ".summary.json.part").unlink()
+    go.touch()
     kill(first)
     finish(second, config)
     same(config, one_rank)
@@ -292,7 +289,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
     moment_and_message = [
         (
             partial(moments.at_call, 0, "micota_fast.train.meters:Meters.report", fill),
-            r"metrics.jsonl could not be written: No space left on device \([\d,]+ bytes to write, 0 free\)",
+            r"cannot write .*metrics.jsonl: No space left on device \([\d,]+ bytes to write, 0 free\)",
         ),
         (
             partial(moments.at_call, 0, "micota_fast.train.checkpoint:Checkpoints.save", fill, nth=4),
@@ -300,7 +297,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
         ),
         (
             partial(moments.at_file, 1, SAVE, partial(moments.limit, 50_000), nth=2),  # in the middle of a file
-            r"step-000000\d\d could not be saved: .*rank-00001.safetensors could not be written: File too large "
+            r"step-000000\d\d could not be saved: cannot write .*rank-00001.safetensors: File too large "
             r"\([\d,]+ bytes to write, [\d,]+ free\)",
         ),
         (
@@ -312,8 +309,8 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
             r"out/model \(\d+,\d+ bytes of weights\) could not be written: .*No space left on device",
         ),
         (
-            partial(moments.at_file, 0, r"open .*/\.summary\.json\.part ", fill),
-            r"summary.json could not be written: No space left on device \([\d,]+ bytes to write, 0 free\)",
+            partial(moments.at_file, 0, r"open .*/\.summary\.json\.\w+\.tmp ", fill),
+            r"cannot write .*summary.json: No space left on device \(0 free\)",
         ),
     ]
     log = Path(f"{config.out}.log")

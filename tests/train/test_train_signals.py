@@ -59,7 +59,7 @@ class Stop:
     step: int
 
 
-SAVE = r"os\.mkdir .*\.step-\d+\.part "
+SAVE = r"os\.mkdir .*\.step-\d+\.\w+\.partial "
 STEP = "micota_fast.train.loop:clip_gradients"  # once in each
 MEASURE = "micota_fast.train.validation:Validation.measure"
 STOPS = {
