@@ -107,7 +107,7 @@ class EvaluateSettings(SamplingSettings):
         "in the results",
     )
     judge: JudgeConfig | None = option(
-        None, doc="a second opinion on what the `paper` rule rejects, as a third accuracy in the results; null: none"
+        None, doc="a model that judges what the `paper` rule rejects, as a third accuracy in the results; null: none"
     )
     max_new_tokens: int = option(16000, doc="longest answer, tokens", source="MiCoTA")
     timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")

@@ -14,11 +14,12 @@ import numpy as np
 
 import micota_fast
 from micota_fast.common.files import write_atomic
+from micota_fast.common.fingerprint import Fingerprints
 from micota_fast.common.records import Completion, benchmark_file, model_name, read_completions, write_rows
 from micota_fast.common.schema import ABSENT, to_json
 from micota_fast.config.evaluation import BenchmarkConfig, EvaluateConfig
 from micota_fast.errors import InputError
-from micota_fast.evaluation.judge import asked_of, second_opinions
+from micota_fast.evaluation.judge import ModelJudge
 from micota_fast.evaluation.results import (
     OUTCOMES,
     BenchmarkResult,
@@ -29,15 +30,8 @@ from micota_fast.evaluation.results import (
     ProtocolVerdict,
     Score,
 )
-from micota_fast.generation.generate import (
-    fingerprint,
-    finished,
-    generate_corpus,
-    named_urls,
-    open_problems,
-    servers_for,
-)
-from micota_fast.generation.problem_file import ProblemFile
+from micota_fast.generation.generate import Generation
+from micota_fast.generation.servers import named_urls, servers_for
 from micota_fast.grading.grader import Grader, Verdict
 from micota_fast.grading.paper_rules import grade_by_string, grade_last_number
 from micota_fast.statistics.intervals import clustered_se, macro_average, mean_pass_at, wilson95
@@ -56,12 +50,11 @@ _Graded = tuple[list[Completion], dict[str, list[Verdict]]]  # a benchmark's ans
 
 @dataclass(frozen=True)
 class _Job:
-    """One benchmark: its problems, how they are asked, where the answers lie."""
+    """One benchmark: how its problems are asked, their answers, and where the graded rows go."""
 
     benchmark: BenchmarkConfig
-    problems: ProblemFile
     asked: EvaluateConfig
-    answers: Path
+    answers: Generation
     rows: Path
 
 
@@ -86,10 +79,11 @@ def run(config: EvaluateConfig) -> None:
     timing: dict[str, Any] = {"generation_s": {}, "grading_s": {}}
     _generate(config, jobs, out, timing["generation_s"])
     graded = _grade(config, jobs, timing["grading_s"])
+    judge = None if config.judge is None else ModelJudge(config.judge, out / "judge")
     opinions: dict[str, list[bool | None]] = {}
-    if config.judge is not None:
+    if judge is not None:
         of_paper = {job.rows.name: (rows, of["paper"]) for job, (rows, of) in zip(jobs, graded, strict=True)}
-        opinions = second_opinions(config.judge, of_paper, out / "judge")
+        opinions = judge.verdicts(of_paper)
     benchmarks: dict[str, BenchmarkResult] = {}
     for job, (rows, verdicts) in zip(jobs, graded, strict=True):
         entry, graded_rows = _result(config, job, rows, verdicts, opinions.get(job.rows.name))
@@ -105,7 +99,7 @@ def run(config: EvaluateConfig) -> None:
         average95=(average.low, average.high),
         benchmarks=benchmarks,
         versions={"micota_fast": micota_fast.__version__} | versions,
-        judge=ABSENT if config.judge is None else asked_of(config.judge),
+        judge=ABSENT if judge is None else judge.describe(),
     )
     write_atomic(out / "timing.json", [json.dumps(timing, indent=1).encode() + b"\n"])
     write_atomic(out / "results.json", [json.dumps(to_json(results), indent=1, ensure_ascii=False).encode() + b"\n"])
@@ -118,13 +112,13 @@ def _generate(config: EvaluateConfig, jobs: Sequence[_Job], out: Path, seconds: 
     """Have every benchmark answered."""
     with contextlib.ExitStack() as stack:
         # No request is sent where all is done, so no URL is needed.
-        done = all(finished(job.problems, job.asked, job.answers) for job in jobs)
+        done = all(job.answers.is_finished() for job in jobs)
         # A server that samples for one of them must be seeded.
         hottest = replace(config, temperature=max(job.asked.temperature for job in jobs))
         urls = [] if done else stack.enter_context(servers_for(hottest, out / "server.log"))
         for job in jobs:
             started = time.monotonic()
-            generate_corpus(job.problems, job.asked, urls, job.answers)
+            job.answers.run(urls)
             seconds[job.benchmark.name] = round(time.monotonic() - started, 3)
 
 
@@ -134,7 +128,7 @@ def _grade(config: EvaluateConfig, jobs: Sequence[_Job], seconds: dict[str, floa
     with Grader(config.workers, config.timeout_s) as grader:
         for job in jobs:
             started = time.monotonic()
-            rows = read_completions(job.answers)
+            rows = read_completions(job.answers.out)
             pairs = [(row.completion, row.answer) for row in rows]
             rule = RULES[job.benchmark.rule or "box"]
             graded.append((rows, {"strict": grader.grade(pairs), "paper": [rule(*pair) for pair in pairs]}))
@@ -150,7 +144,7 @@ def _result(
     opinions: Sequence[bool | None] | None,
 ) -> tuple[BenchmarkResult, list[GradedAnswer]]:
     """The entry of results.json, and the graded rows."""
-    scores = {name: score(len(job.problems), rows, of) for name, of in verdicts.items()}
+    scores = {name: score(len(job.answers.problems), rows, of) for name, of in verdicts.items()}
     protocols = {
         name: ProtocolScore(
             correct=of.correct, accuracy=of.accuracy, standard_error=of.standard_error, pass_at=of.pass_at
@@ -172,23 +166,22 @@ def _result(
         **vars(scores[config.protocol]),
         protocol=config.protocol,
         protocols=protocols,
-        made_by=fingerprint(job.problems, job.asked),
+        made_by=job.answers.fingerprint,
         grading={"rule": job.benchmark.rule, "timeout_s": config.timeout_s},
     )
     return entry, graded_rows
 
 
 def _jobs(config: EvaluateConfig, out: Path) -> list[_Job]:
-    jobs = []
+    jobs, hashes = [], Fingerprints(None)
     for benchmark, file in zip(config.benchmarks, _file_names(config.benchmarks), strict=True):
         prompt = config.chat.prompt if benchmark.prompt is None else benchmark.prompt
         own = config.of(benchmark)
         asked = replace(own, chat=replace(config.chat, prompt=prompt), stop=[*config.stop, *benchmark.stop])
-        answers = out / "completions" / file
-        problems = open_problems(benchmark.path, benchmark.limit, answers)
+        answers = Generation(benchmark.path, asked, out / "completions" / file, benchmark.limit, hashes)
         if benchmark.limit is None:  # a limit says that the rest is left out on purpose
-            benchmark.check_number(len(problems), benchmark.path)
-        jobs.append(_Job(benchmark, problems, asked, answers, out / "rows" / file))
+            benchmark.check_number(len(answers.problems), benchmark.path)
+        jobs.append(_Job(benchmark, asked, answers, out / "rows" / file))
     return jobs
 
 

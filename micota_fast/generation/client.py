@@ -23,7 +23,7 @@ from micota_fast.common.records import Completion, parse_row
 from micota_fast.config.generation import SamplingSettings
 from micota_fast.corpus.rules import REASONS, Judge, Judgement
 from micota_fast.errors import InputError
-from micota_fast.generation.endpoint import Endpoint, Temporary, is_model
+from micota_fast.generation.endpoint import Endpoint, RetryableError, is_model
 from micota_fast.generation.journal import Journal
 from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.generation.progress import Meters, Screen
@@ -178,7 +178,7 @@ class Client:
                 endpoint.adapt(await endpoint.probe_load(self._probing))
                 heard = time.monotonic()
                 self._wake.set()
-            except Temporary as error:
+            except RetryableError as error:
                 if endpoint.down is not None:
                     self._is_down(endpoint, str(error))
                 elif time.monotonic() - heard > SILENT_S:
@@ -303,7 +303,7 @@ class Client:
         job.sent = time.monotonic()
         try:
             row, extra = await self._asker.answer(endpoint, self._session, job.wanted, self._context_length)
-        except Temporary as error:
+        except RetryableError as error:
             endpoint.in_flight -= 1
             self._under_way.discard(job)
             self.meters.failures += 1
@@ -338,7 +338,7 @@ class Client:
         self._schedule.done(job.wanted, judgement.accepted)
         self._wake.set()
 
-    async def _failed(self, endpoint: Endpoint, job: _Job, error: Temporary) -> None:
+    async def _failed(self, endpoint: Endpoint, job: _Job, error: RetryableError) -> None:
         """Try again later, here or elsewhere; or give up on the request, or on the run."""
         job.failing_since = job.failing_since or time.monotonic()
         job.answered_then.setdefault(endpoint, endpoint.answered)
@@ -361,7 +361,7 @@ class Client:
         self._ready.append(job)
         self._wake.set()
 
-    async def _is_poisoned(self, endpoint: Endpoint, job: _Job, error: Temporary) -> bool:
+    async def _is_poisoned(self, endpoint: Endpoint, job: _Job, error: RetryableError) -> bool:
         """Whether a request that failed will never be answered though the server is well. False: try again.
 
         Raises:

@@ -29,7 +29,7 @@ _OURS = uuid.uuid4().hex  # how the ids of this process's requests begin
 _numbers = itertools.count()
 
 
-class Temporary(Exception):
+class RetryableError(Exception):
     """A failure that another try may mend.
 
     `own`: it may be the request's fault, so that a request which meets nothing else is given up on. `lost`: the server
@@ -152,7 +152,7 @@ class Endpoint:
         """POST /generate; the decoded answer.
 
         Raises:
-            Temporary: another try may succeed, here or elsewhere.
+            RetryableError: another try may succeed, here or elsewhere.
             InputError: the server refuses this request (any other 4xx).
         """
         rid = f"{_OURS}-{next(_numbers)}"
@@ -169,23 +169,23 @@ class Endpoint:
                                 # Whatever comes on that connection is off by one from now on, and it is among the
                                 # idle ones again: this server has each connection for one request from now on.
                                 self._headers = JSON | {"Connection": "close"}
-                                raise Temporary("the answer to another request came", own=False)
+                                raise RetryableError("the answer to another request came", own=False)
                             return answer
                 finally:
                     self.timeouts.discard(timeout)
         except aiohttp.ClientConnectorError as error:
-            raise Temporary(f"{type(error).__name__}: {error}", own=False, lost=True) from None
+            raise RetryableError(f"{type(error).__name__}: {error}", own=False, lost=True) from None
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             if self.down is not None:
-                raise Temporary(self.down, own=False) from None
+                raise RetryableError(self.down, own=False) from None
             what = f"no answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
             no_http = isinstance(error, aiohttp.ClientResponseError)  # but what an answer before it has left behind
-            raise Temporary(f"{type(error).__name__}: {what}", own=not no_http) from None
+            raise RetryableError(f"{type(error).__name__}: {what}", own=not no_http) from None
         message = _message(content)
         if response.status in RETRY_STATUSES:
             if response.status in BUSY_STATUSES:
                 self.busy()
-            raise Temporary(f"HTTP {response.status}: {message}", own=response.status not in BUSY_STATUSES)
+            raise RetryableError(f"HTTP {response.status}: {message}", own=response.status not in BUSY_STATUSES)
         raise InputError(f"{self.url} refused it with HTTP {response.status}: {message}")
 
     async def healthy(self, session: aiohttp.ClientSession, path: str) -> bool:
@@ -200,7 +200,7 @@ class Endpoint:
         """What it says of its load, and None where it has no such page.
 
         Raises:
-            Temporary: it does not answer at all.
+            RetryableError: it does not answer at all.
         """
         status, content = await self._get(session, "/v1/loads?include=core")
         if status != 200:
@@ -213,7 +213,7 @@ class Endpoint:
         """Its settings into `info`; nothing where it does not tell (a router, say)."""
         self.info = {}
         for path in ("/server_info", "/get_server_info"):  # newer and older name
-            with contextlib.suppress(Temporary, ValueError):
+            with contextlib.suppress(RetryableError, ValueError):
                 status, content = await self._get(session, path)
                 info = json.loads(content) if status == 200 else None
                 if isinstance(info, dict):
@@ -224,13 +224,13 @@ class Endpoint:
         """Name or folder of what it serves; None where it does not tell.
 
         Raises:
-            Temporary: it does not answer, or is not up yet.
+            RetryableError: it does not answer, or is not up yet.
             InputError: the URL is none.
         """
         for path in ("/get_model_info", "/model_info"):
             status, content = await self._get(session, path)
             if status in UNAVAILABLE_STATUSES:
-                raise Temporary(f"HTTP {status}: {_message(content)}")
+                raise RetryableError(f"HTTP {status}: {_message(content)}")
             if status != 200:
                 continue
             try:
@@ -248,7 +248,7 @@ class Endpoint:
         except aiohttp.InvalidURL:
             raise InputError(f"`url`: {self.url!r} is no address of a server") from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Temporary(f"{type(error).__name__}: {error}") from None
+            raise RetryableError(f"{type(error).__name__}: {error}") from None
 
 
 def is_model(served: str, wanted: str, checkpoint: Path) -> bool:

@@ -9,7 +9,7 @@ import aiohttp
 from micota_fast.common.records import Completion, model_name
 from micota_fast.config.generation import SamplingSettings
 from micota_fast.errors import InputError
-from micota_fast.generation.endpoint import Endpoint, Temporary
+from micota_fast.generation.endpoint import Endpoint, RetryableError
 from micota_fast.generation.prompts import Prompts
 from micota_fast.generation.schedule import Wanted
 
@@ -77,7 +77,7 @@ class Asker:
         with `thinking_end`, and the model goes on from there with what is left of `max_new_tokens`.
 
         Raises:
-            Temporary: another try may succeed.
+            RetryableError: another try may succeed.
             InputError: the server refuses this request.
         """
         prompt = self._prompts.ids(wanted.problem)
@@ -150,9 +150,9 @@ class Asker:
             if type(part.text) is not str or type(part.tokens) is not int or not 0 <= part.tokens < 1 << 32:
                 raise ValueError(f"{part.tokens!r} tokens, of text {part.text!r:.60}")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise Temporary(f"an answer that is not SGLang's: {error!r}") from None
+            raise RetryableError(f"an answer that is not SGLang's: {error!r}") from None
         if part.reason not in ("stop", "length"):
-            raise Temporary(f"the server ended the answer with {meta['finish_reason']}")
+            raise RetryableError(f"the server ended the answer with {meta['finish_reason']}")
         if (config.thinking_budget is not None or config.top_logprobs) and len(part.ids) != part.tokens:
             raise InputError(
                 f"{endpoint.url} gives {len(part.ids)} `output_ids` for {part.tokens} tokens: "

@@ -22,6 +22,7 @@ from aiohttp import web
 from helpers.paths import DATA
 from helpers.servers import http_server
 from micota_fast.chat.encoding import Chat
+from micota_fast.common.fingerprint import Fingerprints
 from micota_fast.common.records import Completion, Problem, read_problems, write_rows
 from micota_fast.common.schema import to_json
 from micota_fast.config import loader
@@ -31,7 +32,7 @@ from micota_fast.errors import InputError
 from micota_fast.evaluation import evaluate
 from micota_fast.evaluation.evaluate import run, score
 from micota_fast.evaluation.results import OUTCOMES
-from micota_fast.generation import generate
+from micota_fast.generation.generate import model_fingerprint
 from micota_fast.generation.journal import Journal
 from micota_fast.grading.grader import Verdict
 from micota_fast.statistics.intervals import wilson95
@@ -231,8 +232,7 @@ def answered(settings: EvaluateConfig, benchmark: BenchmarkConfig, text: Callabl
     rows = [
         Completion(p.id, 0, p.problem, p.answer, text(p), "stop", 1, 1, None) for p in read_problems(benchmark.path)
     ]
-    made_by = generate.fingerprint(job.problems, job.asked)
-    with Journal(Path(f"{job.answers}.parts"), made_by) as journal:
+    with Journal(Path(f"{job.answers.out}.parts"), job.answers.fingerprint) as journal:
         for i, row in enumerate(rows):
             journal.append(i, 0, 0, 1, 1, asdict(row))
     run(settings)
@@ -325,7 +325,7 @@ def test_a_judge_is_asked_about_what_the_string_rule_rejects(settings: EvaluateC
     assert rows == [True, False, True, False, None]
     judge = json.loads((Path(settings.out) / "results.json").read_text())["judge"]
     assert judge["model"] == Path(settings.model).name
-    assert judge["made_by"]["model"] == generate.model_fingerprint(Path(settings.model))
+    assert judge["made_by"]["model"] == model_fingerprint(Path(settings.model), Fingerprints(None))
     assert judge["made_by"]["sampling"]["max_new_tokens"] == 20
 
 

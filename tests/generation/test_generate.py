@@ -24,13 +24,14 @@ from aiohttp import web
 from helpers.ports import free_port
 from helpers.servers import http_server
 from helpers.waiting import wait_for
+from micota_fast.common.fingerprint import Fingerprints
 from micota_fast.common.records import Completion, Problem, read_completions, write_rows
 from micota_fast.config.generation import ChatConfig, GenerateConfig, ServeConfig
 from micota_fast.errors import InputError
 from micota_fast.generation import client as http_client
 from micota_fast.generation import generate
+from micota_fast.generation.generate import Generation, model_fingerprint
 from micota_fast.generation.journal import Journal
-from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.generation.request import derive_seed
 from micota_fast.serve.serve import serving
 
@@ -159,10 +160,15 @@ def stored(parts: Path) -> list[bytes]:
     return rows
 
 
-def write_journal(parts: Path, asked: ProblemFile, request: GenerateConfig, rows: Iterable[Completion]) -> None:
+def generation_of(request: GenerateConfig) -> Generation:
+    return Generation(request.problems, request, request.out, request.limit)
+
+
+def write_journal(request: GenerateConfig, rows: Iterable[Completion]) -> None:
     """What a run that was killed leaves."""
-    ordinal = {problem.id: i for i, problem in enumerate(asked)}
-    with Journal(parts, generate.fingerprint(asked, request)) as journal:
+    asked = generation_of(request)
+    ordinal = {problem.id: i for i, problem in enumerate(asked.problems)}
+    with Journal(Path(f"{request.out}.parts"), asked.fingerprint) as journal:
         for row in rows:
             journal.append(ordinal[row.id], row.sample, 0, row.completion_tokens, row.prompt_tokens, asdict(row))
 
@@ -190,17 +196,16 @@ def test_sigkill_between_the_last_writes(tmp_path: Path, corpus: Path, qwen2_che
     """The two moments at the end: OUT is there but its meta file is not; both are there but OUT.parts still is."""
     out, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
     request = config(qwen2_checkpoint, problems, out, "http://127.0.0.1:9")
-    asked = ProblemFile(problems)
-    write_journal(parts, asked, request, reversed(read_completions(corpus)))
+    write_journal(request, reversed(read_completions(corpus)))
     saved = tmp_path / "saved"
     shutil.copytree(parts, saved)
     shutil.copy(corpus, out)
-    meta = generate.generate_corpus(asked, request, [], out)
+    meta = generation_of(request).run([])
     assert out.read_bytes() == corpus.read_bytes()
     assert meta == json.loads(Path(f"{corpus}.meta.json").read_bytes())
     assert not parts.exists()
     shutil.copytree(saved, parts)
-    assert generate.generate_corpus(asked, request, [], out) == meta
+    assert generation_of(request).run([]) == meta
     assert not parts.exists()
     shutil.copytree(saved, parts)
     generate.run(request)  # says "done already"
@@ -475,13 +480,12 @@ def test_an_interrupted_run_may_move_between_a_url_and_a_server_of_its_own(
 ) -> None:
     from dataclasses import replace
 
-    asked = ProblemFile(problems)
     here = config(qwen2_checkpoint, problems, tmp_path / "out.jsonl", None)
-    made_by = generate.fingerprint(asked, here)
-    assert made_by == generate.fingerprint(asked, replace(here, url="http://a:1", serve=replace(SERVE, port=7)))
+    made_by = generation_of(here).fingerprint
+    assert made_by == generation_of(replace(here, url="http://a:1", serve=replace(SERVE, port=7))).fingerprint
     for change in ({"dtype": "float32"}, {"engine": "sglang"}, {"args": ["--tp-size", "2"]}, {"context_length": 99}):
         for url in (None, "http://a:1"):
-            assert made_by != generate.fingerprint(asked, replace(here, url=url, serve=replace(SERVE, **change)))
+            assert made_by != generation_of(replace(here, url=url, serve=replace(SERVE, **change))).fingerprint
 
 
 def test_all_prompts_are_checked_before_the_first_is_sent(tmp_path: Path, qwen2_checkpoint: Path) -> None:
@@ -535,7 +539,7 @@ def test_one_poisoned_request_neither_ends_the_run_nor_keeps_it(
         # Taken up with nothing but it left: no other can be answered meanwhile, but the server says it is well.
         again = tmp_path / "again.jsonl"
         request = config(qwen2_checkpoint, problems, again, url, **greedy)
-        write_journal(Path(f"{again}.parts"), ProblemFile(problems), request, (row for row in rows if row != bad))
+        write_journal(request, (row for row in rows if row != bad))
         generate.run(request)
     assert again.read_bytes() == out.read_bytes()
 
@@ -601,14 +605,14 @@ def test_seeds_depend_on_problem_and_sample_alone() -> None:
 
 def test_the_fingerprint_tells_checkpoints_apart(tmp_path: Path, qwen2_checkpoint: Path) -> None:
     """Same files, same fingerprint; another byte anywhere, another."""
-    copy = tmp_path / "copy"
+    copy, hashes = tmp_path / "copy", Fingerprints(None)
     shutil.copytree(qwen2_checkpoint, copy)
-    assert generate.model_fingerprint(copy) == generate.model_fingerprint(qwen2_checkpoint)
-    with pytest.MonkeyPatch.context() as patch:  # unchanged files are read once a process
+    assert model_fingerprint(copy, hashes) == model_fingerprint(qwen2_checkpoint, hashes)
+    with pytest.MonkeyPatch.context() as patch:  # unchanged files are read once
         patch.setattr(hashlib, "file_digest", None)
-        generate.model_fingerprint(copy)
+        model_fingerprint(copy, hashes)
     weights = copy / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert generate.model_fingerprint(copy) != generate.model_fingerprint(qwen2_checkpoint)
+    assert model_fingerprint(copy, hashes) != model_fingerprint(qwen2_checkpoint, hashes)

@@ -1,0 +1,54 @@
+"""The servers that answer: those that a configuration names by URL, or ones started for its model."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from micota_fast.config.evaluation import EvaluateConfig
+from micota_fast.config.generation import GenerateConfig
+from micota_fast.errors import InputError
+from micota_fast.model.folder import resolve_checkpoint
+from micota_fast.serve import sglang
+from micota_fast.serve.serve import serving
+
+
+@contextlib.contextmanager
+def servers_for(config: GenerateConfig | EvaluateConfig, log_path: str | Path) -> Iterator[list[str]]:
+    """Yield the URLs named in the config, or those of servers started for its model.
+
+    Raises:
+        InputError: see `named_urls`; or a server did not start.
+    """
+    if (urls := named_urls(config)) is not None:
+        yield urls
+        return
+    serve = sglang.seeded(config.serve) if config.temperature > 0 else config.serve
+    with serving(config.model, serve, log_path) as urls:
+        yield urls
+
+
+def named_urls(config: GenerateConfig | EvaluateConfig) -> list[str] | None:
+    """Return the checked URLs that the config names; None: a server is to be started.
+
+    Raises:
+        InputError: there is no such checkpoint, a URL is not valid, or one is listed twice.
+    """
+    resolve_checkpoint(config.model)  # its tokenizer is needed in any case
+    if config.url is None:
+        return None
+    urls = [_checked_url(url) for url in ([config.url] if isinstance(config.url, str) else config.url)]
+    if len(set(urls)) != len(urls):
+        raise InputError("`url` names a server twice")
+    return urls
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not set(url) & set(" \t\n")
+    except ValueError:  # a port that is no number, brackets that do not match
+        good = False
+    if not good:
+        raise InputError(f"`url`: {url!r} is no address of a server; it looks like http://localhost:30000")
+    return url.rstrip("/")
