@@ -3,8 +3,8 @@
 The functions on rows take flat float32 arrays that fit the innermost cache. The passes are what a thread does at a
 time: the elements [start, stop) of one tensor in all models. They widen a row of every model to float32 and use it
 there, so memory is read once a pass and nothing of the chunk's size is made. Tensors are given by address, since they
-come in any number and type. Passes return DONE, or the number of the model whose elements are not all finite; `digests`
-[models] has the models' elements mixed in, unless it is empty.
+come in any number and type. Passes return DONE, or the number of the model whose elements are not all finite. The one
+that writes the result mixes the models' elements into `digests` [models].
 
 Sums are kept in float64, one for each place of a row and those added up in order, so they depend on no CPU's vectors.
 
@@ -48,19 +48,29 @@ class Tensors(NamedTuple):
 
 
 class Drops(NamedTuple):
-    """Which elements of each task vector go, [models but the base].
+    """Which elements of each task vector are dropped from a chunk, [task vectors]; made by `keep_all`, then filled in.
 
     AT_RANDOM: those whose random word (of the stream `keys`) is not below `limits`. SMALLEST: those whose magnitude's
-    bits are not above `limits`; of those that equal it the first stay, all before the chunk that starts at element
-    `borders`, and `spares` in it. What stays is multiplied by `scales`.
+    bits are not above `limits`, except the first `spares` of the chunk that equal it. What stays is multiplied by
+    `scales`.
     """
 
     kinds: Ints
-    keys: NDArray[np.uint32]  # [models but the base, 2]
+    keys: NDArray[np.uint32]  # [task vectors, 2]
     limits: NDArray[np.uint32]
-    borders: Ints
     spares: Ints
     scales: Floats
+
+
+def keep_all(count: int) -> Drops:
+    """Return the `Drops` of `count` task vectors that drop nothing."""
+    return Drops(
+        np.full(count, KEEP_ALL),
+        np.zeros((count, 2), np.uint32),
+        np.zeros(count, np.uint32),
+        np.zeros(count, np.int64),
+        np.ones(count, np.float32),
+    )
 
 
 @compiled
@@ -197,12 +207,10 @@ def drop_at_random(delta: Floats, words: Words, limit: np.uint32, scale: np.floa
 
 
 @compiled
-def add_magnitudes_at_random(delta: Floats, words: Words, limit: np.uint32, every: Doubles, kept: Doubles) -> None:
-    """Add to `every` the magnitudes of all elements, and to `kept` those that `drop_at_random` keeps."""
-    for i in range(delta.size):
-        magnitude = np.float64(abs(delta[i]))
-        every[i] += magnitude
-        kept[i] += magnitude if words[i] < limit else 0.0
+def add_magnitudes(row: Floats, sums: Doubles) -> None:
+    """Add the magnitudes of the elements, each to its place."""
+    for i in range(row.size):
+        sums[i] += np.float64(abs(row[i]))
 
 
 @compiled
@@ -352,8 +360,8 @@ _as_pointer: Any = intrinsic(_pointer)
 
 
 @compiled
-def _load(tensors: Tensors, start: int, rows: Floats, n: int, differences: bool, digests: Digests) -> int:
-    """A row of n elements of every model into `rows` [models, ROW]; with `differences`, the first taken from others."""
+def _load(tensors: Tensors, start: int, rows: Floats, n: int) -> int:
+    """A row of n elements of every model into `rows` [models, at least n]."""
     for k in range(tensors.codes.size):
         out, code, address = rows[k, :n], tensors.codes[k], tensors.addresses[k]
         if code == F32:
@@ -364,20 +372,29 @@ def _load(tensors: Tensors, start: int, rows: Floats, n: int, differences: bool,
             fine = widen_bfloat16(carray(_as_pointer(address + 2 * start), (n,), np.uint16), out)
         if not fine:
             return k
-        if digests.size > 0:
-            digests[k] = digests[k] * _MIX + digest(out)
-        if differences and k > 0:
-            subtract(out, rows[0, :n])
     return DONE
 
 
 @compiled
-def products(tensors: Tensors, start: int, stop: int, sums: Doubles, digests: Digests) -> int:
+def _subtract_base(rows: Floats, n: int) -> None:
+    """Make task vectors of all rows but the first, which is the base's."""
+    for k in range(1, rows.shape[0]):
+        subtract(rows[k, :n], rows[0, :n])
+
+
+@compiled
+def _mix_in(rows: Floats, n: int, digests: Digests) -> None:
+    for k in range(digests.size):
+        digests[k] = digests[k] * _MIX + digest(rows[k, :n])
+
+
+@compiled
+def products(tensors: Tensors, start: int, stop: int, sums: Doubles) -> int:
     """Of two tensors: a·a, b·b and a·b, into `sums` [3]."""
     rows, places = np.empty((2, ROW), np.float32), np.zeros((3, ROW))
     for low in range(start, stop, ROW):
         n = min(ROW, stop - low)
-        bad = _load(tensors, low, rows, n, False, digests)
+        bad = _load(tensors, low, rows, n)
         if bad >= 0:
             return bad
         add_products(rows[0, :n], rows[1, :n], places[0], places[1], places[2])
@@ -387,19 +404,37 @@ def products(tensors: Tensors, start: int, stop: int, sums: Doubles, digests: Di
 
 
 @compiled
-def magnitudes_at_random(tensors: Tensors, start: int, stop: int, drops: Drops, sums: Doubles, digests: Digests) -> int:
-    """Of each task vector the sum of magnitudes, and of those that stay, into `sums` [task vectors, 2]."""
+def _drop(delta: Floats, drops: Drops, k: int, low: int, spares: Ints, words: Words, scale: np.float32) -> None:
+    """Drop from a row of task vector k, which starts at element `low` of the tensor; multiply what stays by `scale`.
+
+    Args:
+        spares: what is left of `drops.spares` in the chunk.
+        words: room for a row.
+    """
+    if drops.kinds[k] == AT_RANDOM:
+        random_words(drops.keys[k], low, words)
+        drop_at_random(delta, words, drops.limits[k], scale)
+    elif drops.kinds[k] == SMALLEST:
+        spares[k] = drop_smallest(delta, drops.limits[k], spares[k], scale)
+
+
+@compiled
+def magnitudes(tensors: Tensors, start: int, stop: int, drops: Drops, sums: Doubles) -> int:
+    """Write into `sums` [task vectors, 2] the sum of magnitudes of each task vector, and of what stays of it."""
     count = tensors.codes.size - 1
     rows, places, words = np.empty((count + 1, ROW), np.float32), np.zeros((count, 2, ROW)), np.empty(ROW, np.uint32)
+    spares = drops.spares.copy()
     for low in range(start, stop, ROW):
         n = min(ROW, stop - low)
-        bad = _load(tensors, low, rows, n, True, digests)
+        bad = _load(tensors, low, rows, n)
         if bad >= 0:
             return bad
+        _subtract_base(rows, n)
         for k in range(count):
-            if drops.kinds[k] == AT_RANDOM:
-                random_words(drops.keys[k], low, words)
-                add_magnitudes_at_random(rows[k + 1, :n], words, drops.limits[k], places[k, 0], places[k, 1])
+            delta = rows[k + 1, :n]
+            add_magnitudes(delta, places[k, 0])
+            _drop(delta, drops, k, low, spares, words, np.float32(1))
+            add_magnitudes(delta, places[k, 1])
     for k in range(count):
         for i in range(2):
             sums[k, i] = places[k, i].sum()
@@ -407,24 +442,23 @@ def magnitudes_at_random(tensors: Tensors, start: int, stop: int, drops: Drops, 
 
 
 @compiled
-def count_magnitudes(tensors: Tensors, start: int, stop: int, counts: NDArray[np.uint32], digests: Digests) -> int:
+def count_magnitudes(tensors: Tensors, start: int, stop: int, counts: NDArray[np.uint32]) -> int:
     """Histograms of the task vectors, added to `counts` [task vectors, 2^COARSE_BITS]."""
     count = tensors.codes.size - 1
     rows = np.empty((count + 1, ROW), np.float32)
     for low in range(start, stop, ROW):
         n = min(ROW, stop - low)
-        bad = _load(tensors, low, rows, n, True, digests)
+        bad = _load(tensors, low, rows, n)
         if bad >= 0:
             return bad
+        _subtract_base(rows, n)
         for k in range(count):
             histogram(rows[k + 1, :n], counts[k])
     return DONE
 
 
 @compiled
-def count_within(
-    tensors: Tensors, start: int, stop: int, bins: Ints, counts: NDArray[np.uint32], sums: Doubles, digests: Digests
-) -> int:
+def count_within(tensors: Tensors, start: int, stop: int, bins: Ints, counts: NDArray[np.uint32], sums: Doubles) -> int:
     """Histograms of what lies in one bin of each task vector's, added to `counts` [task vectors, 2^FINE_BITS].
 
     Into `sums` [task vectors, 2], if it has room, the sum of magnitudes and that of the magnitudes in higher bins.
@@ -433,9 +467,10 @@ def count_within(
     rows, places = np.empty((count + 1, ROW), np.float32), np.zeros((count, 2, ROW))
     for low in range(start, stop, ROW):
         n = min(ROW, stop - low)
-        bad = _load(tensors, low, rows, n, True, digests)
+        bad = _load(tensors, low, rows, n)
         if bad >= 0:
             return bad
+        _subtract_base(rows, n)
         for k in range(count):
             histogram_within(rows[k + 1, :n], bins[k], counts[k])
             if sums.size > 0:
@@ -471,22 +506,14 @@ def merge(
     spares = drops.spares.copy()
     for low in range(start, stop, ROW):
         n = min(ROW, stop - low)
-        bad = _load(tensors, low, rows, n, how != WEIGHTED_SUM, digests)
+        bad = _load(tensors, low, rows, n)
         if bad >= 0:
             return bad
+        _mix_in(rows, n, digests)
+        if how != WEIGHTED_SUM:
+            _subtract_base(rows, n)
         for k in range(drops.kinds.size):
-            delta, limit = rows[k + 1, :n], drops.limits[k]
-            if drops.kinds[k] == AT_RANDOM:
-                random_words(drops.keys[k], low, words)
-                drop_at_random(delta, words, limit, drops.scales[k])
-            elif drops.kinds[k] == SMALLEST:
-                if start == drops.borders[k]:
-                    spares[k] = drop_smallest(delta, limit, spares[k], drops.scales[k])
-                else:
-                    # Before the border all that equal the limit stay; only zeros equal a limit of 0.
-                    if start < drops.borders[k] and limit > 0:
-                        limit = np.uint32(limit - np.uint32(1))
-                    drop_smallest(delta, limit, 0, drops.scales[k])
+            _drop(rows[k + 1, :n], drops, k, low, spares, words, drops.scales[k])
         for v in range(weights_VK.shape[0]):
             out = result[:n]
             if how == WEIGHTED_SUM:
@@ -508,9 +535,10 @@ def copy(tensors: Tensors, start: int, stop: int, code: int, out: NDArray[np.uin
     rows = np.empty((1, ROW), np.float32)
     for low in range(start, stop, ROW):
         n = min(ROW, stop - low)
-        bad = _load(tensors, low, rows, n, False, digests)
+        bad = _load(tensors, low, rows, n)
         if bad >= 0:
             return bad
+        _mix_in(rows, n, digests)
         if not _store(rows[0, :n], code, out, low - start):
             return OVERFLOW
     return DONE

@@ -21,12 +21,12 @@ from micota_fast.common.files import sync_tree, whole_folder, writing
 from micota_fast.common.lock import locked
 from micota_fast.config.merge import MergeConfig
 from micota_fast.errors import InputError
-from micota_fast.merge import methods
+from micota_fast.merge import tensor_merge
 from micota_fast.merge.inputs import HEAD, Checkpoint, match
 from micota_fast.merge.mergekit import MergePlan, read_mergekit
-from micota_fast.merge.methods import TensorMerge
 from micota_fast.merge.output import Layout, ShardWriter, result_code, write_json
 from micota_fast.merge.settings import depth_of
+from micota_fast.merge.tensor_merge import TensorMerge
 from micota_fast.model.folder import COPIED_FILES
 
 _AHEAD = 4  # chunks a thread that are prepared and read ahead
@@ -123,7 +123,7 @@ def _write_folders(plans: dict[str, MergePlan], aside: Path, seed: int, max_shar
 def _write(plans: list[MergePlan], folders: list[Path], seed: int, max_shard_bytes: int, stack: ExitStack) -> None:
     plan = plans[0]
     order = [entry.model for entry in plan.inputs]
-    order = order if plan.method == "linear" else [plan.base, *order]  # linear's base is one of its inputs
+    order = [plan.base, *order] if plan.spec.starts_at_base else order
     names = dict.fromkeys([plan.base, *order])
     models = {name: stack.enter_context(closing(Checkpoint(name))) for name in names}
     base = models[plan.base]
@@ -147,7 +147,7 @@ def _write(plans: list[MergePlan], folders: list[Path], seed: int, max_shard_byt
                 source.read_ahead()
             write = [partial(writer.write, tensor) for writer in writers]
             donor = order.index(plan.base)
-            yield TensorMerge(tensor, plan.method, scalars[tensor], sources, donor, code, seed, write)
+            yield TensorMerge(tensor, plan.spec, scalars[tensor], sources, donor, code, seed, write)
 
     fingerprints = _run(tensors())
     made_of = [_fingerprint(layout, fingerprints, i) for i in range(len(order))]
@@ -202,9 +202,9 @@ class _Running:
                 size, work = self._passes.send([chunk.result() for chunk in self._chunks])
         except StopIteration:
             return 0
-        starts = range(0, size, methods.CHUNK)
+        starts = range(0, size, tensor_merge.CHUNK)
         self.left = len(starts)
-        self._chunks = [pool.submit(work, start, min(start + methods.CHUNK, size)) for start in starts]
+        self._chunks = [pool.submit(work, start, min(start + tensor_merge.CHUNK, size)) for start in starts]
         for chunk in self._chunks:
             chunk.add_done_callback(lambda _: done.put(self))
         return self.left

@@ -1,5 +1,6 @@
 """A merge's parameter as mergekit's files give it: one value, a gradient over the layers, or either by tensor name."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,43 @@ class Case(NamedTuple):
 
 Setting = tuple[Case, ...]
 """The first case that fits a tensor holds, so settings of lower precedence are simply appended."""
+
+
+class Parameter(NamedTuple):
+    """What a file may give a parameter.
+
+    `read(key, value)` checks one value and returns it in the parameter's type; it raises InputError naming the key.
+    `default` holds where the file says nothing; None: a method has its own, or the file must say.
+    """
+
+    read: Callable[[str, Any], Scalar]
+    default: Scalar | None = None
+
+
+def number(low: float | None = None, high: float | None = None) -> Callable[[str, Any], Scalar]:
+    """Return a reader (see `Parameter`) of numbers from `low` to `high`, both or neither given."""
+
+    def read(key: str, value: Any) -> Scalar:
+        try:
+            found = math.nan if isinstance(value, bool) else float(value)  # YAML reads 1e-5 as a string
+        except (TypeError, ValueError):
+            found = math.nan
+        if math.isnan(found):
+            raise InputError(f"`{key}` must be a number, not {value!r}")
+        if low is not None and high is not None and not low <= found <= high:
+            raise InputError(f"`{key}` must lie between {low:g} and {high:g}, not {value}")
+        if abs(found) > 1e6:
+            raise InputError(f"`{key}` is out of range: {value}")
+        return found
+
+    return read
+
+
+def truth(key: str, value: Any) -> Scalar:
+    """Read true or false; 1 and 0 too, as mergekit writes its own files. Raises InputError naming the key."""
+    if value not in (True, False):
+        raise InputError(f"`{key}` must be true or false, not {value!r}")
+    return bool(value)
 
 
 def read_setting(key: str, value: Any, scalar: Callable[[str, Any], Scalar]) -> Setting:

@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save_file
 from helpers.merge_reference import mask, merged
 from micota_fast.config.merge import MergeConfig
 from micota_fast.errors import InputError
-from micota_fast.merge import methods
+from micota_fast.merge import tensor_merge
 from micota_fast.merge.merge import merge, merge_plans
 from micota_fast.merge.mergekit import MergePlan, read_mergekit
-from micota_fast.merge.methods import TensorMerge, mask_key
+from micota_fast.merge.methods import mask_key
 from micota_fast.merge.settings import depth_of
+from micota_fast.merge.tensor_merge import TensorMerge
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LEFT = ".out.0123456789abcdef.partial"  # what a killed merge has left
@@ -190,7 +191,7 @@ class TestResult:
     def test_equal_bytes_whatever_the_number_of_threads(
         self, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(methods, "CHUNK", 512)
+        monkeypatch.setattr(tensor_merge, "CHUNK", 512)
         for method in ("ties", "dare_ties"):
             plan = read_mergekit(mergekit_file(checkpoints, merge_method=method, parameters={"rescale": True}))
             for threads in (1, 7):

@@ -1,6 +1,6 @@
 """The arithmetic of merging: kernels bit for bit, each method by hand and against plain torch, and what all share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,81 +11,25 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from helpers.merge_arrays import NAME, Array, f32, merge_arrays
 from helpers.merge_reference import mask, merged, philox
 from micota_fast.errors import InputError
-from micota_fast.merge import kernels, methods
-from micota_fast.merge.inputs import Source
-from micota_fast.merge.mergekit import Scalars
-from micota_fast.merge.methods import TensorMerge, mask_key
+from micota_fast.merge import kernels, methods, tensor_merge
+from micota_fast.merge.methods import METHODS, mask_key
 
-Array = NDArray[np.float32]
-METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
-SPARSE = ("ties", "dare_linear", "dare_ties")
-NAME = "model.layers.0.mlp.up_proj.weight"
+EVERY = tuple(METHODS)
+SPARSE = tuple(name for name, spec in METHODS.items() if spec.sparsify is not None)
+AT_BASE = tuple(name for name, spec in METHODS.items() if spec.starts_at_base)
+# Those that the reference computes; others have a reference in a test of their own.
+IN_REFERENCE = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_chunks() -> Iterator[None]:
     """So that a few hundred elements are several chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "CHUNK", 64)
+        patch.setattr(tensor_merge, "CHUNK", 64)
         yield
-
-
-def source(tensor: Array, where: str = "x") -> Source:
-    return Source(tensor, "F32", tensor.shape, where, -1, 0)
-
-
-def merge_arrays(
-    method: str,
-    base: Array,
-    tensors: Sequence[Array],
-    weights: Sequence[float] | Sequence[Sequence[float]],
-    densities: Sequence[float] | None = None,
-    *,
-    normalize: bool = False,
-    rescale: Any = "none",
-    lambda_: float = 1.0,
-    seed: int = 0,
-) -> Any:
-    """Through the engine's passes, a chunk at a time. Several lists of weights give several results."""
-    several = isinstance(weights[0], list | tuple)
-    lists: Any = weights if several else [weights]
-    densities = densities or [1.0] * len(tensors)
-    scalars = [Scalars(tuple(each), tuple(densities), normalize, rescale, lambda_) for each in lists]
-    sources = [source(t) for t in (tensors if method == "linear" else [base, *tensors])]
-    results = [bytearray(sources[0].elements.nbytes) for _ in scalars]
-
-    def writer(result: bytearray) -> Any:
-        def write(offset: int, piece: memoryview) -> None:
-            result[offset : offset + len(piece)] = piece
-
-        return write
-
-    one = TensorMerge(
-        NAME,
-        method,  # type: ignore[arg-type]
-        scalars,
-        sources,
-        0,
-        "F32",
-        seed,
-        [writer(r) for r in results],
-    )
-    passes = one.passes()
-    size, work = next(passes)
-    try:
-        while True:
-            starts = range(0, size, methods.CHUNK)
-            size, work = passes.send([work(low, min(low + methods.CHUNK, size)) for low in starts])
-    except StopIteration:
-        pass
-    arrays = [np.frombuffer(bytes(result), np.float32) for result in results]
-    return arrays if several else arrays[0]
-
-
-def f32(*values: float) -> Array:
-    return np.array(values, dtype=np.float32)
 
 
 # multiples of 1/64: float32 sums and halves of them are exact, so equality can be asked for exactly
@@ -216,7 +160,7 @@ finite = st.floats(-8, 8, width=32)
 
 class TestAgainstPlainTorch:
     @given(
-        st.sampled_from(METHODS),
+        st.sampled_from(IN_REFERENCE),
         st.one_of(models_st(4), models_st(4, finite)),
         st.lists(st.floats(-1.5, 1.5), min_size=3, max_size=3),
         st.lists(st.sampled_from((0.0, 0.01, 0.3, 0.5, 0.9, 1.0)), min_size=3, max_size=3),
@@ -253,9 +197,9 @@ class TestAgainstPlainTorch:
         else:
             assert np.array_equal(got, wanted)
 
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", IN_REFERENCE)
     def test_over_many_rows_and_chunks(self, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(methods, "CHUNK", 4 * kernels.ROW)
+        monkeypatch.setattr(tensor_merge, "CHUNK", 4 * kernels.ROW)
         rng = np.random.default_rng(0)
         n = 9 * kernels.ROW + 7
         # Few different magnitudes, so that many equal TIES' threshold.
@@ -276,11 +220,11 @@ class TestProperties:
     @settings(max_examples=60, deadline=None)
     def test_density_one_is_the_plain_method(self, models: list[Array], method: str) -> None:
         base, *tensors = models
-        plain = {"dare_linear": "task_arithmetic", "dare_ties": "ties"}.get(method, method)
+        plain = "task_arithmetic" if METHODS[method].combine == "task vectors" else "ties"
         got = merge_arrays(method, base, tensors, [0.5, 0.25], [1, 1], rescale="l1")
         assert np.array_equal(got, merge_arrays(plain, base, tensors, [0.5, 0.25]))
 
-    @given(models_st(), st.sampled_from(METHODS[1:]), st.booleans())
+    @given(models_st(), st.sampled_from(AT_BASE), st.booleans())
     @settings(max_examples=60, deadline=None)
     def test_weight_zero_is_the_base(self, models: list[Array], method: str, normalize: bool) -> None:
         base, *tensors = models
@@ -290,7 +234,7 @@ class TestProperties:
         got = merge_arrays(method, base, tensors, [0, 0], [0.5, 0.5], rescale="l1", normalize=normalize)
         assert np.array_equal(got, base)
 
-    @given(models_st(1, finite), st.sampled_from(METHODS), st.floats(0.1, 2))
+    @given(models_st(1, finite), st.sampled_from(EVERY), st.floats(0.1, 2))
     @settings(max_examples=60, deadline=None)
     def test_a_model_merged_with_itself_is_that_model(self, models: list[Array], method: str, weight: float) -> None:
         (tensor,) = models
@@ -312,7 +256,7 @@ class TestProperties:
         permuted = [[part[i] for i in order] for part in (tensors, weights, densities)]
         assert np.array_equal(merge_arrays(method, base, *permuted), first)  # type: ignore[arg-type]
 
-    @given(models_st(2, finite), st.sampled_from(METHODS[1:]), st.lists(st.floats(0, 1), min_size=1, max_size=3))
+    @given(models_st(2, finite), st.sampled_from(AT_BASE), st.lists(st.floats(0, 1), min_size=1, max_size=3))
     @settings(max_examples=60, deadline=None)
     def test_several_weights_in_one_reading(self, models: list[Array], method: str, weights: list[float]) -> None:
         base, tensor = models
@@ -322,7 +266,7 @@ class TestProperties:
         for weight, got in zip(weights, together, strict=True):
             assert got.tobytes() == merge_arrays(method, base, [tensor], [weight], **options).tobytes()
 
-    @given(models_st(3), st.sampled_from(METHODS), st.sampled_from(("NaN", "infinity")), st.data())
+    @given(models_st(3), st.sampled_from(EVERY), st.sampled_from(("NaN", "infinity")), st.data())
     @settings(max_examples=60, deadline=None)
     def test_what_is_not_finite_is_named(self, models: list[Array], method: str, kind: str, data: Any) -> None:
         base, *tensors = models

@@ -1,5 +1,7 @@
 """mergekit's files: defaults, precedence, gradients and filters as mergekit 0.1.5 has them; the rest is refused."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +138,7 @@ class TestPlaces:
         models = [{"model": m, "parameters": {"weight": w}} for m, w in (("a", [1, 2]), ("c", -1))]
         plan = plan_of(tmp_path, "linear", models)
         assert plan.at(MLP, 1).weights == (2, -1)
-        with pytest.raises(InputError, match=rf"{MLP} sum to 0"):
+        with pytest.raises(InputError, match=rf"{MLP}: the weights sum to 0"):
             plan.at(MLP, 0)
 
     def test_depth(self) -> None:
@@ -215,3 +217,9 @@ def test_what_is_refused(tmp_path: Path, change: dict[str, Any], named: tuple[st
         read_mergekit(write(tmp_path, good | change))
     for name in ("merge.yaml", *named):
         assert name in str(error.value)
+
+
+def test_a_file_is_checked_without_numba() -> None:
+    """A recipe's merges are checked when `micota run --dry-run` reads it; compiling kernels can wait."""
+    check = "import sys, micota_fast.merge.mergekit; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
