@@ -78,6 +78,7 @@ def test_merge(tmp_path: Path) -> None:
         assert row["peak_own_bytes"] < row["peak_mapped_bytes"] or row["contestant"] != "micota"
 
 
+@pytest.mark.slow
 def test_packing_appends(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     once = len(run("packing.py", out)[1])

@@ -40,6 +40,7 @@ def test_the_text_and_the_token_ids_are_the_same_documents(prepared: Prepared) -
     assert max(sum(prepared.lengths[d] for d in pack) for pack in prepared.packs) <= bench.TINY_CASE.pack_tokens
 
 
+@pytest.mark.slow
 def test_contestants_train_alike_and_a_broken_one_is_a_row(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
         monkeypatch.setenv(key, CPU_ALONE[key])
@@ -62,6 +63,7 @@ def test_contestants_train_alike_and_a_broken_one_is_a_row(prepared: Prepared, m
     assert not (prepared.folder / "run").exists()
 
 
+@pytest.mark.slow
 def test_ours_is_refused_where_it_does_not_train_on_everything(prepared: Prepared, tmp_path: Path) -> None:
     short = Contestant("micota", "float32", None, {"max_doc_tokens": 100})  # longer ones are dropped
     with pytest.raises(RuntimeError, match="of 10 steps"):

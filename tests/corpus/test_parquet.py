@@ -114,6 +114,7 @@ def limited(source: Path, out: Path, limit: int, kind: str) -> "subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_in_bounded_memory(tmp_path: Path) -> None:
     """300 MB of rows, and no more than 250 MB of memory beyond what the program takes anyway."""
     source, out = tmp_path / "c.jsonl", tmp_path / "c.parquet"

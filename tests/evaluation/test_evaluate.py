@@ -259,6 +259,7 @@ def test_an_oracle_is_always_right_and_an_empty_answer_never(preset: str, settin
     assert {p: s["accuracy"] for p, s in empty["protocols"].items()} == {"strict": 0.0, "paper": 0.0}
 
 
+@pytest.mark.slow
 def test_the_protocols_differ_where_they_should(settings: EvaluateConfig, tmp_path: Path) -> None:
     path = tmp_path / "two.jsonl"
     write_rows(path, [Problem("a", "?", "\\frac{1}{4}"), Problem("b", "?", "12")])

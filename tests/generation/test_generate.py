@@ -212,6 +212,7 @@ def test_sigkill_between_the_last_writes(tmp_path: Path, corpus: Path, qwen2_che
     assert not parts.exists()
 
 
+@pytest.mark.slow
 def test_sigkill_of_the_server(
     tmp_path: Path, corpus: Path, qwen2_checkpoint: Path, problems: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

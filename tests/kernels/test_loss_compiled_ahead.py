@@ -137,6 +137,9 @@ def inspect(cubin: Path, compiled: Any, listed: bool) -> dict[str, Any]:
     }
 
 
+pytestmark = pytest.mark.slow  # every kernel is compiled first
+
+
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
     out = tmp_path_factory.mktemp("compiled") / "kernels.json"

@@ -35,6 +35,9 @@ def run(folder: Path) -> str:
     return ended.stdout
 
 
+pytestmark = pytest.mark.slow  # the whole run comes first
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("micro") / "run"

@@ -223,6 +223,7 @@ Run(stages(folder, folder / "run"), ONE_JOB, folder / "run").run(lambda line: pr
 """
 
 
+@pytest.mark.slow
 def test_sigkill_anywhere_then_the_same_bytes(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     calm = tmp_path_factory.mktemp("calm")
     for name in ("long", "short"):
@@ -288,6 +289,7 @@ def evaluated(out: Path, *changes: str) -> dict[str, object]:
     return results
 
 
+@pytest.mark.slow
 def test_graded_again_by_another_protocol_nothing_is_answered_again(tmp_path: Path) -> None:
     strict = evaluated(tmp_path)
     answers = (tmp_path / "evaluate/base/completions/steps-3.jsonl").read_bytes()

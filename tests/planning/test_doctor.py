@@ -116,6 +116,7 @@ def hub(status: int) -> Iterator[tuple[str, list[str]]]:
         server.server_close()
 
 
+@pytest.mark.slow
 def test_this_machine_will_do_for_micro(tmp_path: Path) -> None:
     """As a user calls it, in a process of its own; nothing is left behind."""
     before = sorted(tmp_path.rglob("*"))
@@ -187,6 +188,7 @@ def smi(tmp_path: Path, gpus: int, mib: int = 81559, capability: str = "9.0") ->
     program(tmp_path, "nvidia-smi", f"cat <<END\n{rows}\nEND")
 
 
+@pytest.mark.slow
 def test_gpus_are_counted_and_measured(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +399,7 @@ def test_ports_and_servers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         assert f"{dead} does not answer" in said.text("server")
 
 
+@pytest.mark.slow
 def test_the_host(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
     options = (

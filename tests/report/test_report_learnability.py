@@ -104,6 +104,7 @@ class TestNumbers:
         assert numbers["corpora"]["mid"]["nats_per_answer"]["mean"] == pytest.approx(90.0)
         assert numbers["corpora"]["mid"]["by_step"][0] == pytest.approx(np.mean([3.0, 0.5, 0.2, 0.1, 0.05]))
 
+    @pytest.mark.slow
     def test_correlation_is_told_with_how_little_it_says(self, config: ReportConfig) -> None:
         markdown, _, html = made(config)
         told = "accuracy of the arms: 0.50 over 3 arms (short, mid, long), where 1.00 would mean that the easier"

@@ -190,6 +190,7 @@ def stub(folder: Path) -> Path:
     return executable(folder / "python", STUB)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stubborn", ["no", "yes"])
 def test_ctrl_c(stubborn: str, tmp_path: Path, launcher: Launcher) -> None:
     """Asks for a checkpoint and ends with 130; a second one does not wait for it."""

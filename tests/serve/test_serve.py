@@ -20,6 +20,7 @@ from micota_fast.serve import gpus, serve, sglang
 from micota_fast.serve.serve import serving
 
 
+@pytest.mark.slow
 def test_replicas_are_servers_of_their_own(
     tmp_path: Path, qwen2_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +105,7 @@ def test_launch_takes_no_other_server_for_its_own(tmp_path: Path, qwen2_checkpoi
         assert Server(url).get("/health")[0] == 200
 
 
+@pytest.mark.slow
 def test_servers_die_with_a_parent_that_was_killed(tmp_path: Path, qwen2_checkpoint: Path) -> None:
     code = (
         "import sys, time\n"
@@ -123,6 +125,7 @@ def test_servers_die_with_a_parent_that_was_killed(tmp_path: Path, qwen2_checkpo
         wait_for(server.gone)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_tells_what_became_of_its_server(tmp_path: Path, qwen2_checkpoint: Path) -> None:
     def fail() -> None:
         with serving(qwen2_checkpoint, ServeConfig(), tmp_path / "log.txt"):
@@ -136,6 +139,7 @@ def test_a_run_that_fails_tells_what_became_of_its_server(tmp_path: Path, qwen2_
         fail()
 
 
+@pytest.mark.slow
 def test_serve_tells_its_urls_and_goes_on_with_the_servers_that_are_left(
     tmp_path: Path, qwen2_checkpoint: Path
 ) -> None:
@@ -164,6 +168,7 @@ def test_serve_tells_its_urls_and_goes_on_with_the_servers_that_are_left(
         process.stdout.close()
 
 
+@pytest.mark.slow
 def test_serve_without_a_log_talks_to_the_terminal_and_ends_on_ctrl_c(qwen2_checkpoint: Path) -> None:
     command = [sys.executable, "-m", "micota_fast", "serve", str(qwen2_checkpoint)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

@@ -22,7 +22,7 @@ from micota_fast.serve.serve import serving
 CONTEXT = 512  # of the checkpoint
 
 
-@pytest.fixture(scope="module", params=["embedded", "sglang"])
+@pytest.fixture(scope="module", params=["embedded", pytest.param("sglang", marks=pytest.mark.slow)])
 def server(
     request: pytest.FixtureRequest, qwen2_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:

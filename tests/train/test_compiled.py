@@ -68,6 +68,7 @@ def products_of_backward(loss: Tensor) -> int:
     return runs["aten::mm"] + runs["aten::addmm"]
 
 
+@pytest.mark.slow
 @QUOTED
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
 def test_one_graph_for_all_layers_and_packs(how: How, qwen2_checkpoint: Path) -> None:
@@ -87,6 +88,7 @@ def test_one_graph_for_all_layers_and_packs(how: How, qwen2_checkpoint: Path) ->
     assert products == (2 * 7 + again) * layers
 
 
+@pytest.mark.slow
 @QUOTED
 def test_two_ranks_with_fsdp(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     with join_world("cpu") as world:

@@ -81,6 +81,7 @@ def test_copies_that_are_not_sharded_equal_one_process(qwen2_checkpoint: Path, t
     near(two, one)
 
 
+@pytest.mark.slow
 def test_resumed_without_copies_up_to_rounding(whole: TrainConfig, tmp_path: Path) -> None:
     config = replace(whole, out=str(tmp_path / "out"), checkpoint_every=2)
     processes = start_training(config, world=4)

@@ -43,6 +43,7 @@ def compare(world: World, checkpoint: Path, replicas: int, options: dict[str, ob
         assert parameter.requires_grad == (name not in settings.freeze)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"init": "random", "seed": 7}, {"freeze": ["model.embed_tokens.weight"], "activation_checkpointing": "full"}],
@@ -88,6 +89,7 @@ def _kb(key: str) -> int:
     return int(found[1])
 
 
+@pytest.mark.slow
 def test_no_rank_holds_the_whole_model(tmp_path: Path) -> None:
     wide = {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4}
     checkpoint = make_checkpoint(tmp_path / "model", "llama", **wide)

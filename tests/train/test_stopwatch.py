@@ -65,6 +65,7 @@ def test_rows_that_are_reported_together_share_their_timing(qwen2_checkpoint: Pa
     assert whole == pytest.approx(rows[-1]["seconds"], abs=0.1)
 
 
+@pytest.mark.slow
 def test_profile_writes_a_trace_a_rank(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     config = train_config(qwen2_checkpoint, tmp_path, max_steps=5)
     (tmp_path / "config.yaml").write_text(dump(config))

@@ -282,6 +282,7 @@ def test_command_line_errors(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_dump_of_a_config_is_a_config_file(trained: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump(trained))
     command = [sys.executable, "-m", "micota_fast.train", str(tmp_path / "config.yaml"), "--set", "log_every=3"]

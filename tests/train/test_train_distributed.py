@@ -92,6 +92,7 @@ def test_two_killed_ranks_go_on_as_any_number(two: TrainConfig, tmp_path: Path) 
     assert result(config) == result(two), "by as many as before: bit for bit"
 
 
+@pytest.mark.slow
 def test_two_ranks_in_bfloat16(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     """As one process, up to that type's rounding; killed, bit for bit as if never."""
     one, two, killed = (

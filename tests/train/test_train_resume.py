@@ -208,6 +208,7 @@ def test_metrics_ahead_of_the_checkpoint_are_cut(one_rank: TrainConfig, qwen2_ch
     same(config, one_rank)
 
 
+@pytest.mark.slow
 def test_one_trainer_at_a_time(
     one_rank: TrainConfig, qwen2_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

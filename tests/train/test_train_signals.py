@@ -128,6 +128,7 @@ def test_only_ctrl_c_and_only_the_third_ends_at_once() -> None:
     assert [signal.getsignal(number) for number in STOPPING] == handlers
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     """It passes the signal on and waits; its own status is 1, whatever its workers' are."""
     config = train_config(qwen2_checkpoint, tmp_path, epochs=1e6, checkpoint_every=10**6)

@@ -150,6 +150,7 @@ def test_the_exported_weights_are_those_of_the_checkpoint(
         assert not torch.equal(tensor, last[f"model.{name}"])
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_stops_alike(stopped: TrainConfig, tmp_path: Path) -> None:
     config = replace(stopped, out=str(tmp_path / "out"))
     last = max(losses_of(stopped))
