@@ -1,5 +1,6 @@
 """The command line as a stranger meets it."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -7,15 +8,40 @@ from pathlib import Path
 
 import pytest
 
-from micota_fast.cli import STAGES, main
+from micota_fast.cli import main
+from micota_fast.pipeline.stages import VERBS, imported
 
 
-@pytest.mark.parametrize("verb", ["run", "merge", "serve", *STAGES])
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([verb, "--help"])
     assert exit_.value.code == 0
     assert "usage: micota " + verb in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_function_of_a_verb_takes_what_its_arguments_give(verb: str) -> None:
+    row = VERBS[verb]
+    keywords = {
+        argument.keywords.get("dest") or argument.names[0].strip("-").replace("-", "_") for argument in row.arguments
+    }
+    if "recipe" in keywords:
+        keywords = keywords - {"overrides", "out"} | {"path", "folder"}
+    elif "overrides" in keywords:
+        keywords = keywords - {"overrides"} | {"config"}
+    elif row.options is not None:
+        inspect.signature(imported(row.options)).bind(**dict.fromkeys(keywords))
+        keywords = {"config"}
+    inspect.signature(imported(row.function)).bind(**dict.fromkeys(keywords))
+    if row.cost is not None:
+        inspect.signature(imported(row.cost)).bind("planner", "stage")
+
+
+def test_a_stage_that_was_asked_to_end_has_not_failed_and_a_number_is_a_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    for returned, status in ((None, 0), (True, 0), (False, 0), (0, 0), (1, 1)):
+        monkeypatch.setattr("micota_fast.corpus.mix.run", lambda config, returned=returned: returned)
+        assert main(["mix", "--set", "parts={a: 1}", "--set", "out=b"]) == status
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,46 @@
-"""What GPUs can do, by their makers' data sheets."""
+"""What GPUs can do, by NVIDIA's data sheets: the one table of it."""
 
-# Dense bfloat16 TFLOP/s from NVIDIA's data sheets, by a part of the device's name; the first match counts.
-PEAK_TFLOPS = (
-    ("H100 PCIe", 756.0),
-    ("H100 NVL", 835.0),
-    ("H100", 989.0),
-    ("H200 NVL", 835.0),
-    ("H200", 989.0),
-    ("GH200", 989.0),
-    ("GB200", 2500.0),
-    ("B200", 2250.0),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("H800", 989.0),
-    ("L40S", 362.0),
-    ("L40", 181.0),
-    ("L4", 121.0),
-    ("A10G", 70.0),
-    ("RTX 4090", 165.0),
-)
+from typing import NamedTuple
+
+
+class GPU(NamedTuple):
+    """One GPU.
+
+    Attributes:
+        name: the part of torch's name of the device that identifies it.
+        flops: dense bfloat16 FLOP/s.
+        memory: bytes.
+        bandwidth: bytes per second that can be read from its memory.
+    """
+
+    name: str
+    flops: float
+    memory: float
+    bandwidth: float
+
+
+GPUS = {
+    "h100": GPU("H100", 989e12, 80e9, 3.35e12),
+    "h100-pcie": GPU("H100 PCIe", 756e12, 80e9, 2.0e12),
+    "h100-nvl": GPU("H100 NVL", 835e12, 94e9, 3.9e12),
+    "h200": GPU("H200", 989e12, 141e9, 4.8e12),
+    "h200-nvl": GPU("H200 NVL", 835e12, 141e9, 4.8e12),
+    "gh200": GPU("GH200", 989e12, 96e9, 4.0e12),
+    "b200": GPU("B200", 2250e12, 180e9, 8.0e12),
+    "gb200": GPU("GB200", 2500e12, 186e9, 8.0e12),
+    "a100": GPU("A100", 312e12, 80e9, 2.04e12),
+    "a100-40gb": GPU("A100", 312e12, 40e9, 1.56e12),
+    "a800": GPU("A800", 312e12, 80e9, 2.04e12),
+    "h800": GPU("H800", 989e12, 80e9, 3.35e12),
+    "l40s": GPU("L40S", 362e12, 48e9, 0.864e12),
+    "l40": GPU("L40", 181e12, 48e9, 0.864e12),
+    "l4": GPU("L4", 121e12, 24e9, 0.3e12),
+    "a10g": GPU("A10G", 70e12, 24e9, 0.6e12),
+    "rtx4090": GPU("RTX 4090", 165e12, 24e9, 1.01e12),
+}
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device by the name torch gives it; None where it is not in the table."""
-    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS if part in device_name), None)
+    """Return the dense bfloat16 FLOP/s of a device by the name torch gives it; None: it is not in the table."""
+    found = [gpu for gpu in GPUS.values() if gpu.name in device_name]
+    return max(found, key=lambda gpu: len(gpu.name)).flops if found else None  # a GH200 is not an H200

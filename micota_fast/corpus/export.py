@@ -34,6 +34,15 @@ def schema() -> "pyarrow.Schema":
     )
 
 
+def run(completions: str, out: str) -> None:
+    """Write a JSONL file of completions as Parquet, and print how many there were.
+
+    Raises:
+        InputError: see `export`.
+    """
+    print(f"{out}: {export(completions, out)} completions")
+
+
 def export(completions: str | Path, out: str | Path) -> int:
     """Write a JSONL file of completions as Parquet (zstd), in the same order, atomically. Returns how many there were.
 

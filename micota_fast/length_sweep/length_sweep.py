@@ -27,7 +27,7 @@ from micota_fast.common.lock import RUN_ENDS_S, locked
 from micota_fast.common.records import Completion, encode_row, read_completions, read_problems
 from micota_fast.config import loader
 from micota_fast.config.generation import GenerateConfig
-from micota_fast.config.merge import LengthSweepConfig
+from micota_fast.config.merge import REFINEMENTS, LengthSweepConfig
 from micota_fast.errors import InputError
 from micota_fast.grading.grader import Grader
 from micota_fast.length_sweep.curve import Point, bend, weight_of
@@ -37,7 +37,6 @@ from micota_fast.statistics.intervals import median95, wilson95
 
 QUANTILES = (10, 25, 50, 75, 90)
 TAIL_BYTES = 2000
-REFINEMENTS = 3
 DEFINITIONS = (
     "Tokens are of all answers but aborted ones; an answer that was cut off counts at the limit. Brackets are 95% "
     "intervals: of the median by order statistics, of the accuracy Wilson's, both taking the problems for independent. "

@@ -8,30 +8,27 @@ never deleted, and come back when a recipe wants them again; parts of them that 
 
 import glob
 import json
-import os
 import re
+import shlex
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from micota_fast.common import processes
 from micota_fast.common.files import remove_whole, whole_folder, write_atomic, writing
 from micota_fast.common.fingerprint import Fingerprints, of_json
 from micota_fast.common.lock import RUN_ENDS_S, locked
 from micota_fast.config import loader
-from micota_fast.config.recipe import LaunchConfig
+from micota_fast.config.recipe import LaunchConfig, Recipe
 from micota_fast.errors import InputError
-from micota_fast.pipeline.graph import Artefact, Stage, versions
+from micota_fast.pipeline.graph import Artefact, Stage, plan, versions
+from micota_fast.pipeline.process import StageProcess
+from micota_fast.pipeline.stages import VERBS
 
 DONE, MAKING = "done.json", "making.json"
 POLL_S = 0.05
-SAY_EVERY_S = 5.0
-TAIL_LINES = 25
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,40 @@ class Status:
     state: Literal["done", "stale", "partial", "to do", "waits"]
     why: str = ""
     identity: dict[str, Any] | None = None  # None: unknown while a stage it needs is not done
+
+
+def run_recipe(recipe: Recipe, path: Path, folder: Path, dry_run: bool = False) -> None:
+    """Run the stages of a recipe that are missing or stale, and print the table of its report.
+
+    Args:
+        recipe: loaded from `path`.
+        path: of the recipe.
+        folder: of the run.
+        dry_run: only print each stage's state, the commands that would run, and which inputs do not exist.
+
+    Raises:
+        InputError: the recipe is wrong, a stage failed, or another run uses the folder.
+    """
+    absent: list[str] | None = [] if dry_run else None  # a dry run shows the stages all the same
+    run = Run(plan(recipe, path, folder, absent), recipe.launch, folder)
+    statuses = run.statuses()
+    open_stages = [name for name, status in statuses.items() if status.state != "done"]
+    if dry_run:
+        width = max(map(len, statuses))
+        for stage in run.stages:
+            status = statuses[stage.name]
+            print(f"{stage.name:{width}}  {status.state:8}  {status.why}".rstrip())
+            if status.state != "done":
+                print(f"    {shlex.join(run.command(stage))}")
+        for what in absent or ():
+            print(f"missing: {what}")
+        print(f"{len(statuses) - len(open_stages)} of {len(statuses)} stages done; folder: {folder}")
+        return
+    if open_stages:
+        print(f"{len(open_stages)} of {len(statuses)} stages to do in {folder}")
+        run.run(lambda line: print(line, flush=True))
+    print((folder / "report" / "table.md").read_text(encoding="utf-8"))
+    print(f"All {len(statuses)} stages done. Report: {folder / 'report' / 'report.html'}")
 
 
 class Run:
@@ -75,8 +106,10 @@ class Run:
             self._run_all(lock.fileno(), say)
 
     def command(self, stage: Stage) -> list[str]:
-        """That of the stage's process; its configuration is written just before it starts."""
-        return _command(stage, self.folder / stage.name / "config.yaml", self.launch)
+        """Return the command that starts a stage; its configuration is written just before that."""
+        return VERBS[stage.verb].command(
+            stage.verb, stage.settings, self.folder / stage.name / "config.yaml", self.launch
+        )
 
     # --- what is done ---
 
@@ -139,8 +172,8 @@ class Run:
     def _run_all(self, lock: int, say: Callable[[str], None]) -> None:
         depth = _depths(self.stages)
         done: set[str] = set()
-        running: dict[str, _Running] = {}
-        failed: _Running | None = None
+        running: dict[str, StageProcess] = {}
+        failed: StageProcess | None = None
         waiting = list(self.stages)
         try:
             while waiting or running:
@@ -160,7 +193,7 @@ class Run:
                         done.add(stage.name)
                         continue
                     folder = self.folder / stage.name
-                    running[stage.name] = _Running(stage, folder, self.command(stage), self.launch, lock)
+                    running[stage.name] = StageProcess(stage, folder, self.command(stage), self.launch, lock)
                     say(f"[{len(done)}/{len(self.stages)}] {stage.name}: {_reason(status)}")
                 for name, process in list(running.items()):
                     code = process.poll(say)
@@ -238,7 +271,7 @@ class Run:
                     with whole_folder(folder / part) as aside:
                         shutil.copytree(former / part, aside, dirs_exist_ok=True)
 
-    def _finish(self, process: "_Running") -> None:
+    def _finish(self, process: StageProcess) -> None:
         stage, folder = process.stage, process.folder
         missing = [name for name in stage.outputs if not (folder / name).exists()]
         if missing:
@@ -259,68 +292,6 @@ class Run:
         }
         write_atomic(folder / DONE, [json.dumps(record, indent=1).encode()])
         self.fingerprints.save()
-
-
-class _Running:
-    """A stage's process; its output goes to log.txt, the last line of which is said now and then."""
-
-    def __init__(self, stage: Stage, folder: Path, command: list[str], launch: LaunchConfig, lock: int) -> None:
-        self.stage, self.folder, self.command = stage, folder, command
-        self.log = folder / "log.txt"
-        env = os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-        if "torch.distributed.run" in self.command:
-            env["MICOTA_DIE_WITH_PARENT"] = "1"  # torchrun's workers leave our process group; they end with torchrun
-        if launch.threads is not None:
-            env |= {"OMP_NUM_THREADS": str(launch.threads), "NUMBA_NUM_THREADS": str(launch.threads)}
-        self._started = self._said_at = time.monotonic()
-        self._said = ""
-        with self.log.open("ab") as log:
-            log.write(f"$ {' '.join(self.command)}\n".encode())
-            log.flush()
-            self._process = processes.spawn(
-                self.command, env=env, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock,)
-            )
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
-
-    def poll(self, say: Callable[[str], None]) -> int | None:
-        if time.monotonic() - self._said_at >= SAY_EVERY_S:
-            self._said_at = time.monotonic()
-            line = next(iter(self._tail(1)), "")
-            if line and line != self._said and not line.startswith("$ "):
-                self._said = line
-                say(f"    {self.stage.name} | {line}")
-        return self._process.poll()
-
-    def stop(self) -> None:
-        processes.stop(self._process)
-
-    def failure(self) -> str:
-        tail = "\n".join(f"    {line}" for line in self._tail(TAIL_LINES))
-        return (
-            f"stage {self.stage.name} failed. The end of its log {self.log}:\n{tail}\n"
-            f"What was done is kept. The stage alone: {' '.join(self.command)}"
-        )
-
-    def _tail(self, lines: int) -> list[str]:
-        with self.log.open("rb") as log:
-            size = log.seek(0, os.SEEK_END)
-            log.seek(max(0, size - 16384))
-            text = log.read().decode("utf-8", "replace")
-        # A progress bar rewrites its line with carriage returns: what counts is its last state.
-        rows = [row.split("\r")[-1].rstrip() for row in text.split("\n")]
-        return [row for row in rows if row][-lines:]
-
-
-def _command(stage: Stage, file: Path, launch: LaunchConfig) -> list[str]:
-    micota = [sys.executable, "-m", "micota_fast", stage.verb]
-    if stage.verb == "merge":
-        return [*micota, stage.settings.config, stage.settings.out, "--seed", str(stage.settings.seed)]
-    if stage.verb == "train" and launch.nproc > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch.nproc}"]
-        return [*torchrun, "-m", "micota_fast.train", str(file)]
-    return [*micota, str(file)]
 
 
 def _depths(stages: Sequence[Stage]) -> dict[str, int]:

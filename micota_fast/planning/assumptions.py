@@ -1,47 +1,17 @@
-"""What a plan takes for granted: GPUs' data sheets, sizes of known sets, and what is assumed, with where it is from."""
+"""What a plan takes for granted: sizes of known sets, and what is assumed, with its source."""
 
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from micota_fast.common.gpu_specs import peak_flops
 from micota_fast.config.checks import at_least
 from micota_fast.config.loader import option
 from micota_fast.errors import InputError
 
-
-class GPU(NamedTuple):
-    """One GPU: its name as torch gives it, bytes of memory, and bytes a second that are read from it at most."""
-
-    name: str
-    memory: float
-    bandwidth: float
-
-    @property
-    def flops(self) -> float:
-        """Dense bfloat16 FLOP/s."""
-        found = peak_flops(self.name)
-        assert found is not None, self.name
-        return found
-
-
-# Memory and bandwidth from NVIDIA's data sheets.
-GPUS = {
-    "h100": GPU("H100", 80e9, 3.35e12),
-    "h100-pcie": GPU("H100 PCIe", 80e9, 2.0e12),
-    "h200": GPU("H200", 141e9, 4.8e12),
-    "b200": GPU("B200", 180e9, 8.0e12),
-    "a100": GPU("A100", 80e9, 2.04e12),
-    "a100-40gb": GPU("A100", 40e9, 1.56e12),
-    "l40s": GPU("L40S", 48e9, 0.864e12),
-    "l4": GPU("L4", 24e9, 0.3e12),
-    "a10g": GPU("A10G", 24e9, 0.6e12),
-    "rtx4090": GPU("RTX 4090", 24e9, 1.01e12),
-}
-# Problems in a file that the shipped recipes name, for where it is not there: MiCoTA's MATH without MATH-500. Those of
-# the benchmarks stand with their definitions.
+# Number of problems in a file that the shipped recipes name, used when the file is missing: MiCoTA's MATH without
+# MATH-500. Those of the benchmarks stand with their definitions.
 KNOWN_SETS = {"math_train": 12000}
+FITS = 0.95  # of a GPU's memory, as in the trainer's own warning
 REASONING = re.compile(r"R1|QwQ|reason|think", re.IGNORECASE)
 
 

@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 
+from micota_fast.common.gpu_specs import GPUS
 from micota_fast.errors import InputError
 from micota_fast.model.attention import choose_backend
 from micota_fast.pipeline.graph import Stage
 from micota_fast.planning import machine
-from micota_fast.planning.assumptions import GPUS, Assumptions
-from micota_fast.planning.costs import Cost
+from micota_fast.planning.assumptions import FITS, Assumptions
+from micota_fast.planning.figures import size
 from micota_fast.planning.needs import Finding, Needs, sampling_of, serve_of
-from micota_fast.planning.plan import DEFAULT_GPU, size
-from micota_fast.planning.planner import FITS
+from micota_fast.planning.plan import DEFAULT_GPU
+from micota_fast.planning.planner import Cost
 
 PROCESS_BYTES = 0.6e9  # resident of an interpreter with torch: 0.61 GB in the metrics.jsonl of a micro training
 LEAST_CAPABILITY = 8.0  # bfloat16 products, and FlashAttention 2, begin with Ampere

@@ -1,96 +1,213 @@
-"""What a stage costs, and what writing answers takes: the arithmetic of a plan."""
+"""What each kind of stage costs (`stages.Verb.cost`), and what writing answers takes: the arithmetic of a plan.
 
+Each function takes the planner and the stage, and leaves in the planner the models and corpora that the stage makes.
+"""
+
+import dataclasses
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
 
+from micota_fast.common.gpu_specs import GPU
 from micota_fast.config.generation import SamplingSettings
-from micota_fast.model.config import ModelConfig
-from micota_fast.model.decoder import Decoder
-from micota_fast.planning.assumptions import GPU, Assumptions
+from micota_fast.config.merge import REFINEMENTS
+from micota_fast.corpus.mix import apportion
+from micota_fast.kernels.chunks import LOGITS_BYTES
+from micota_fast.pipeline.graph import BASE, Stage
+from micota_fast.planning.assumptions import FITS, Assumptions
+from micota_fast.planning.figures import two
+from micota_fast.planning.planner import BYTES, Corpus, Cost, Model, Planner
+from micota_fast.planning.shapes import parameters, recomputed_flops, train_flops
 from micota_fast.serve import sglang
-
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-
-
-@dataclass
-class Cost:
-    """Of one stage."""
-
-    stage: str
-    verb: str
-    tokens: float = 0  # read and written; in training those of all epochs
-    flops: float = 0
-    hours: float | None = None  # None: on a CPU, where time is not estimated, or at a server that runs already
-    gpus: int = 0
-    memory: float = 0  # bytes that each GPU (or process) must have at least
-    disk: float = 0  # bytes that stay
-    passing: float = 0  # bytes more on the disk while it runs
-    how: str = ""
-    done: bool = False
-    too_big: str = ""  # why it cannot run on this GPU
+from micota_fast.train.memory import estimate, kept
 
 
-@dataclass
-class Corpus:
-    """Rows of a prompt and an answer, mean tokens of each, and of the document that a token lies in, over tokens."""
-
-    rows: float
-    prompt: float
-    answer: float
-    context: float
-    counted: bool = False  # by what a finished stage has left, not assumed
-
-    @property
-    def tokens(self) -> float:
-        return self.rows * (self.prompt + self.answer)
-
-
-class Model(NamedTuple):
-    config: ModelConfig
-    answer: float  # mean tokens of its answers
-    folder: str  # of the checkpoint whose tokenizer it has
-
-    @property
-    def width(self) -> int:
-        """Bytes of a stored value."""
-        return BYTES.get(self.config.dtype_name or "float32", 4)
+def generate(planner: Planner, stage: Stage) -> Cost:
+    """Return the cost of a `generate` stage."""
+    s, name = stage.settings, stage.name.partition("/")[2]
+    model = planner.model(s.model)
+    answer = min(planner.answer_tokens.get(name, model.answer), s.max_new_tokens)
+    if stage.name in planner.done:
+        answers = planner.counted(Path(s.out))
+    else:
+        problems, prompt = planner.problems(s.problems, s.limit, model, s.chat)
+        answers = planner.answers(problems * s.samples, prompt, answer)
+    planner.corpora[s.out] = answers
+    cost = Cost(stage.name, stage.verb)
+    answering(cost, model, s, [answers], planner.gpu, planner.assumed)
+    cost.disk = answers.tokens * planner.assumed.text_bytes
+    return cost
 
 
-@cache
-def _figures(config: ModelConfig) -> tuple[int, float, float]:
-    """Parameters, and FLOPs to train on one token of a document: constant, and for each token of its length."""
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    constant = decoder.flops_per_token(0)
-    return decoder.num_params(), constant, decoder.flops_per_token(1) - constant
+def filter_(planner: Planner, stage: Stage) -> Cost:
+    """Return the cost of a `filter` stage."""
+    s = stage.settings
+    answers = planner.corpora[s.completions]
+    if stage.name in planner.done:
+        accepted = planner.counted(Path(s.out))
+    else:
+        share = planner.assumed.accepted if s.require_correct else 1.0
+        accepted = dataclasses.replace(answers, rows=round(answers.rows * share), counted=False)
+    planner.corpora[s.out] = accepted
+    disk = answers.tokens * planner.assumed.text_bytes  # the rejects stand beside it
+    return Cost(stage.name, stage.verb, disk=disk, how=f"{_rows(accepted)} of {answers.rows:,.0f} accepted")
 
 
-def parameters(config: ModelConfig) -> int:
-    """Of a model of these shapes."""
-    return _figures(config)[0]
+def mix(planner: Planner, stage: Stage) -> Cost:
+    """Return the cost of a `mix` stage."""
+    s = stage.settings
+    if stage.name in planner.done:
+        mixed = planner.counted(Path(s.out))
+    else:
+        parts = {path: planner.corpus(path) for path in s.parts}
+        rows = apportion(int(min(part.rows for part in parts.values())), s.parts)
+        total = max(1, sum(rows.values()))
+        tokens = sum(rows[path] * (part.prompt + part.answer) for path, part in parts.items())
+        mixed = Corpus(
+            rows=sum(rows.values()),
+            prompt=sum(rows[path] * part.prompt for path, part in parts.items()) / total,
+            answer=sum(rows[path] * part.answer for path, part in parts.items()) / total,
+            context=sum(rows[p] * (c.prompt + c.answer) * c.context for p, c in parts.items()) / max(1, tokens),
+        )
+    planner.corpora[s.out] = mixed
+    return Cost(stage.name, stage.verb, disk=mixed.tokens * planner.assumed.text_bytes, how=_rows(mixed))
 
 
-def train_flops(config: ModelConfig, tokens: float, context: float) -> float:
-    """Forward and backward, by `Decoder.flops_per_token`; a third of it is the forward pass."""
-    _, constant, each = _figures(config)
-    return tokens * (constant + each * context)
+def train(planner: Planner, stage: Stage) -> Cost:
+    """Return the cost of a `train` stage."""
+    s, out = stage.settings, Path(stage.settings.out)
+    model, corpus = planner.model(s.model), planner.corpus(s.data)
+    planner.models[str(out / "model")] = model._replace(answer=corpus.answer)
+    steps_an_epoch = math.ceil(corpus.tokens / (s.pack_tokens * planner.assumed.pack_fill * s.packs_per_step)) or 1
+    steps = min(math.ceil(steps_an_epoch * s.epochs), s.max_steps or math.inf)
+    tokens = min(s.epochs, steps / steps_an_epoch) * corpus.tokens
+    if stage.name in planner.done:
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        tokens, steps = sum(row["tokens"] for row in rows), len(rows)
+    processes, size = planner.launch.nproc, parameters(model.config)
+    on_gpu, dtype = planner.on_gpu(s.device), getattr(torch, s.dtype)
+    shards = s.mesh.shard or max(1, processes // s.mesh.replicate)
+    how = s.activation_checkpointing
+    need = estimate(model.config, s.pack_tokens, shards, how, dtype, "cuda" if on_gpu else "cpu").total
+    stored = BYTES[s.save_dtype] if s.save_dtype else model.width
+    cost = Cost(
+        stage.name,
+        stage.verb,
+        tokens=tokens,
+        flops=train_flops(model.config, tokens, corpus.context),
+        gpus=processes if on_gpu else 0,
+        memory=need,
+        disk=size * stored,
+        # Weights and both moments in float32; the newest is whole before the oldest goes, and the best one stays.
+        passing=12 * size * (s.keep_checkpoints + 1 + (s.validation_data is not None)),
+        how=f"{_rows(corpus)}, {steps:,.0f} steps on {processes} process{'es' * (processes > 1)}",
+    )
+    if on_gpu and planner.gpu is not None:
+        if s.dtype == "bfloat16":
+            run = cost.flops + recomputed_flops(model.config, tokens, corpus.context, how)
+            cost.hours = run / (processes * planner.gpu.flops * planner.assumed.train_mfu) / 3600
+        if cost.memory > FITS * planner.gpu.memory:
+            full = estimate(model.config, s.pack_tokens, shards, "full", dtype, "cuda").total
+            cost.too_big = (
+                f"{cost.memory / 1e9:.0f} GB on each of {processes}, where there are {planner.gpu.memory / 1e9:.0f} "
+                f"(`activation_checkpointing: full`: {full / 1e9:.0f})"
+            )
+    return cost
 
 
-def recomputed_flops(config: ModelConfig, tokens: float, context: float, how: str) -> float:
-    """FLOPs that activation checkpointing (`train.recompute`) adds to `train_flops`: what is computed a second time.
+def merge(planner: Planner, stage: Stage) -> Cost:
+    """Return the cost of a `merge` stage."""
+    planner.models[stage.settings.out] = model = _merged(planner, stage)
+    size = parameters(model.config)
+    moved = size * model.width * (1 + len(stage.inputs))
+    return Cost(
+        stage.name,
+        stage.verb,
+        hours=moved / planner.assumed.disk_rate / 3600 if planner.gpu is not None else None,
+        disk=size * model.width,
+        how=f"{len(stage.inputs)} models read, one written, on the CPU",
+    )
 
-    full: the forward pass of all blocks; selective: of the matrix products one, the gate's.
-    """
-    if how == "full":
-        head = 2 * config.vocab_size * config.hidden_size
-        return train_flops(config, tokens, context) / 3 - tokens * head
-    gates = config.num_hidden_layers * config.hidden_size * config.intermediate_size
-    return 2.0 * tokens * gates if how == "selective" else 0.0
+
+def length_sweep(planner: Planner, stage: Stage) -> Cost:
+    """Return the cost of a `length-sweep` stage."""
+    s = stage.settings
+    model = _merged(planner, stage)
+    if s.target_median_tokens is not None:
+        model = model._replace(answer=float(s.target_median_tokens))
+        planner.models[str(Path(s.out) / "model")] = model
+    sampling = s.generate
+    problems, prompt = planner.problems(s.problems, s.limit, model, sampling.chat)
+    answers = planner.answers(problems * sampling.samples, prompt, min(model.answer, sampling.max_new_tokens))
+    cost = Cost(stage.name, stage.verb)
+    answering(cost, model, sampling, [answers], planner.gpu, planner.assumed)
+    n, size = len(s.weights), parameters(model.config) * model.width
+    read = sum(artefact.location in planner.models for artefact in stage.inputs)
+    merges = (n + (s.target_median_tokens is not None)) * size * (1 + read) / planner.assumed.disk_rate / 3600
+    cost.tokens, cost.flops = n * cost.tokens, n * cost.flops
+    if cost.hours is not None:
+        cost.hours = merges + n * cost.hours
+    kept_models = (s.target_median_tokens is not None) + n * s.keep_models
+    cost.disk, cost.passing = kept_models * size, 0 if s.keep_models else size
+    more = f", and up to {REFINEMENTS} more to find the length" if s.target_median_tokens is not None else ""
+    cost.how = f"{n} weights{more}: {cost.how}"
+    return cost
+
+
+def _merged(planner: Planner, stage: Stage) -> Model:
+    models = [planner.model(a.location) for a in stage.inputs if not a.location.endswith(".jsonl")]
+    between = math.exp(sum(math.log(max(1.0, model.answer)) for model in models) / len(models))
+    return models[0]._replace(answer=between)  # the geometric mean: what a merge in the middle may be hoped to give
+
+
+def evaluate(planner: Planner, stage: Stage) -> Cost:
+    """Return the cost of an `evaluate` stage; a judge is not counted."""
+    s = stage.settings
+    model = planner.model(s.model)
+    answer = model.answer
+    if stage.name == f"evaluate/{BASE}":
+        answer = planner.answer_tokens.get(BASE, answer)
+    sets = []
+    results = {}
+    if stage.name in planner.done:
+        results = json.loads((Path(s.out) / "results.json").read_bytes())["benchmarks"]
+    for benchmark in s.benchmarks:
+        known = max(benchmark.problems, default=None)
+        problems, prompt = planner.problems(benchmark.path, benchmark.limit, model, s.chat, known)
+        own = s.of(benchmark)
+        mean = results[benchmark.name]["mean_tokens"] if results else min(answer, own.max_new_tokens)
+        sets.append(planner.answers(problems * own.samples, prompt, mean))
+        sets[-1].counted = bool(results)
+    cost = Cost(stage.name, stage.verb)
+    longest = max(s.of(benchmark).max_new_tokens for benchmark in s.benchmarks)
+    answering(cost, model, dataclasses.replace(s, max_new_tokens=longest), sets, planner.gpu, planner.assumed)
+    cost.disk = 2 * cost.tokens * planner.assumed.text_bytes  # completions, and graded rows
+    if s.judge is not None:
+        cost.how += "; the judge is not counted"
+    return cost
+
+
+def align(planner: Planner, stage: Stage) -> Cost:
+    """Return the cost of an `align` stage."""
+    s = stage.settings
+    model, corpora = planner.model(s.model), [planner.corpus(path) for path in s.corpora.values()]
+    on_gpu, low = planner.on_gpu(s.device), BYTES[s.dtype]
+    cost = Cost(
+        stage.name,
+        stage.verb,
+        tokens=sum(corpus.tokens for corpus in corpora),
+        flops=sum(train_flops(model.config, corpus.tokens, corpus.context) for corpus in corpora) / 3,
+        gpus=int(on_gpu),
+        memory=low * (parameters(model.config) + s.pack_tokens * kept(model.config, "none"))
+        + LOGITS_BYTES["cuda" if on_gpu else "cpu"],
+        how=f"{len(corpora)} corpora read once",
+    )
+    if on_gpu and planner.gpu is not None:
+        cost.hours = cost.flops / (planner.gpu.flops * planner.assumed.prefill_mfu) / 3600
+    return cost
 
 
 def answering(
@@ -141,9 +258,5 @@ def answering(
     cost.how += f", {max(batches):,.0f} at once on each of {copies}" if copies > 1 else f", {max(batches):,.0f} at once"
 
 
-def two(value: float) -> str:
-    """Two significant digits, with commas."""
-    if value <= 0 or not math.isfinite(value):
-        return "0"
-    digits = 1 - math.floor(math.log10(value))
-    return f"{round(value, digits):,.{max(0, digits)}f}"
+def _rows(corpus: Corpus) -> str:
+    return f"{corpus.rows:,.0f} rows"

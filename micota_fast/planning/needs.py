@@ -5,15 +5,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from micota_fast.config.generation import ServeConfig
 from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
 from micota_fast.pipeline.graph import Stage, plan
 from micota_fast.planning import machine
-from micota_fast.planning.costs import Cost
 from micota_fast.planning.plan import CPU, DEFAULT_GPU, Plan, make_plan
+from micota_fast.planning.planner import Cost
 
 SLOW_FLOPS = 1e15  # hours on a CPU: a stage above that which asks for no device is meant for a GPU
 
@@ -89,6 +87,8 @@ class Needs:
     @cached_property
     def cuda(self) -> bool:
         """Whether our torch can use a GPU."""
+        import torch  # takes seconds, and a wrong recipe is refused before
+
         try:
             return machine.within(machine.PROBE_S, torch.cuda.is_available)
         except (TimeoutError, RuntimeError):

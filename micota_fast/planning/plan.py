@@ -8,17 +8,53 @@ from pathlib import Path
 from typing import Any
 
 from micota_fast.common.files import write_atomic
+from micota_fast.common.gpu_specs import GPUS
+from micota_fast.config import loader
 from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
 from micota_fast.pipeline.graph import BASE, Artefact, Stage, plan
 from micota_fast.pipeline.run import Run
-from micota_fast.planning.assumptions import GPUS, Assumptions
-from micota_fast.planning.costs import Cost, Model, parameters, two
-from micota_fast.planning.planner import Planner
-from micota_fast.planning.shapes import shapes_of, weights_cached
+from micota_fast.planning.assumptions import Assumptions
+from micota_fast.planning.figures import size, two
+from micota_fast.planning.planner import Cost, Model, Planner
+from micota_fast.planning.shapes import parameters, shapes_of, weights_cached
 
 CPU = "cpu"
 DEFAULT_GPU = "h100"
+
+
+def print_plan(
+    recipe: Recipe,
+    path: Path,
+    folder: Path,
+    gpu: str | None,
+    gpus: int | None,
+    dollars_per_gpu_hour: float | None,
+    answer_tokens: Sequence[str],
+    assume: Sequence[str],
+    json_file: str | None,
+) -> None:
+    """Print the plan of a recipe.
+
+    Args:
+        recipe: loaded from `path`.
+        path: of the recipe.
+        folder: of the run.
+        gpu: see `make_plan`, as the next three.
+        gpus: in the machine.
+        dollars_per_gpu_hour: price of one GPU.
+        answer_tokens: NAME=N.
+        assume: KEY=VALUE of `Assumptions`.
+        json_file: where the plan goes, too, with all digits; None: nowhere.
+
+    Raises:
+        InputError: see `make_plan`; or the file cannot be written.
+    """
+    assumed = loader.load(Assumptions, None, assume)
+    made = make_plan(recipe, path, folder, gpu, gpus, assumed, answer_tokens, dollars_per_gpu_hour)
+    if json_file:
+        write_json(json_file, made, assumed)
+    print(table(made, assumed))
 
 
 @dataclass
@@ -28,7 +64,7 @@ class Plan:
     Attributes:
         costs: of each stage, in order.
         downloads: bytes of hub models that are not in the local cache, by name.
-        gpu: of `assumptions.GPUS`, or "cpu".
+        gpu: of `gpu_specs.GPUS`, or "cpu".
         gpus: in the machine, held from the first stage to the last.
         jobs: stages that run at once.
         absent: files and folders that the recipe names and that are not there.
@@ -75,7 +111,7 @@ def make_plan(
         recipe: loaded from `path`.
         path: of the recipe.
         folder: of the run; what is done there is counted instead of assumed.
-        gpu: a name of `assumptions.GPUS`, or "cpu"; None: "cpu" where the recipe trains on one, else an H100.
+        gpu: a name of `gpu_specs.GPUS`, or "cpu"; None: "cpu" where the recipe trains on one, else an H100.
         gpus: in the machine; None: as many as the stage takes that takes most.
         assumed: what shapes do not say; None: the defaults.
         answer_tokens: NAME=N, mean tokens of the answers in a corpus, or of the student's own ("base").
@@ -217,14 +253,6 @@ def _legend(made: Plan, assumed: Assumptions) -> list[str]:
         source = source if value == field.default else "as you say"
         lines.append(f"  {field.name} = {value:g}: {field.metadata['doc']} [{source}]")
     return lines
-
-
-def size(value: float, unit: str = "B") -> str:
-    """Two significant digits with a decimal prefix: 15 GB, 50M."""
-    if value <= 0:
-        return "–"
-    power, prefix = next((p for p in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= p[0]), (1.0, ""))
-    return f"{two(value / power)}{' ' if unit else ''}{prefix}{unit}"
 
 
 def write_json(file: str, made: Plan, assumed: Assumptions) -> None:

@@ -1,4 +1,7 @@
-"""The shapes of a checkpoint that need not be here: of its folder, of the hub's cache, known by name, or of the hub."""
+"""The shapes of a checkpoint that need not be here, and what follows from them: parameters and FLOPs.
+
+Shapes are those of its folder, of the hub's cache, known by name, or of the hub.
+"""
 
 import json
 import re
@@ -106,3 +109,42 @@ def weights_cached(name: str) -> bool:
     except (ValueError, KeyError, TypeError, AttributeError):  # damaged: it must be fetched again
         return False
     return all(cached_on_disk(name, shard) is not None for shard in shards)
+
+
+@cache
+def _figures(config: ModelConfig) -> tuple[int, float, float]:
+    """Return parameters, and FLOPs to train on one token of a document: constant, and for each token of its length.
+
+    They are counted on the trainer's own decoder, built without memory, so that no formula can drift from it.
+    """
+    import torch  # takes seconds, and whatever is wrong with a recipe is found before
+
+    from micota_fast.model.decoder import Decoder
+
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    constant = decoder.flops_per_token(0)
+    return decoder.num_params(), constant, decoder.flops_per_token(1) - constant
+
+
+def parameters(config: ModelConfig) -> int:
+    """Return the number of parameters of a model of these shapes."""
+    return _figures(config)[0]
+
+
+def train_flops(config: ModelConfig, tokens: float, context: float) -> float:
+    """Return FLOPs of forward and backward, by `Decoder.flops_per_token`; a third of it is the forward pass."""
+    _, constant, each = _figures(config)
+    return tokens * (constant + each * context)
+
+
+def recomputed_flops(config: ModelConfig, tokens: float, context: float, how: str) -> float:
+    """Return the FLOPs that activation checkpointing adds to `train_flops`: what is computed a second time.
+
+    full: the forward pass of all blocks; selective: one of the matrix products, the gate's.
+    """
+    if how == "full":
+        head = 2 * config.vocab_size * config.hidden_size
+        return train_flops(config, tokens, context) / 3 - tokens * head
+    gates = config.num_hidden_layers * config.hidden_size * config.intermediate_size
+    return 2.0 * tokens * gates if how == "selective" else 0.0

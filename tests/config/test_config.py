@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from micota_fast.cli import RECIPES, STAGES
 from micota_fast.config import loader
 from micota_fast.config.evaluation import EvaluateConfig
 from micota_fast.config.generation import GenerateConfig
 from micota_fast.config.loader import option
 from micota_fast.config.recipe import Recipe
+from micota_fast.config.shipped import RECIPES
 from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
+from micota_fast.pipeline.stages import VERBS, imported
 
 TRAIN = "model: a\ndata: b\nout: c\n"
 
@@ -106,7 +107,7 @@ def test_identity_leaves_out_only_what_cannot_change_the_result() -> None:
 
 
 def test_every_option_is_documented() -> None:
-    for cls in [Recipe, *(cls for cls, _ in STAGES.values())]:
+    for cls in {imported(verb.options) for verb in VERBS.values() if verb.options is not None}:
         for key, _, doc in loader.describe(cls):
             assert doc.strip(), f"{cls.__name__}.{key}"
 

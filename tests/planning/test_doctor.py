@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from helpers.ports import free_port
-from micota_fast.cli import RECIPES, main
+from micota_fast.cli import main
+from micota_fast.config.shipped import RECIPES
 from micota_fast.planning import machine
 
 PAPER = "micota-qwen2.5-7b"

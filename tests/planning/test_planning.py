@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from helpers.checkpoints import make_checkpoint
-from micota_fast.cli import RECIPES, main
+from micota_fast.cli import main
+from micota_fast.common.gpu_specs import GPUS
 from micota_fast.config import loader
 from micota_fast.config.generation import GenerateConfig, ServeConfig
 from micota_fast.config.recipe import LaunchConfig, Recipe
+from micota_fast.config.shipped import RECIPES
 from micota_fast.config.train import TrainConfig
 from micota_fast.data.batches import PackedSteps
 from micota_fast.data.tokenise import Documents
@@ -23,11 +25,12 @@ from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder
 from micota_fast.pipeline.graph import Artefact, Stage, plan
 from micota_fast.pipeline.run import Run
-from micota_fast.planning import planner as planning
-from micota_fast.planning.assumptions import GPUS, Assumptions
-from micota_fast.planning.costs import Corpus, Cost, Model, answering, parameters, train_flops, two
-from micota_fast.planning.plan import Plan, make_plan, size, table
-from micota_fast.planning.shapes import known_shapes, shapes_of, weights_cached
+from micota_fast.planning.assumptions import Assumptions
+from micota_fast.planning.costs import answering, train
+from micota_fast.planning.figures import size, two
+from micota_fast.planning.plan import Plan, make_plan, table
+from micota_fast.planning.planner import Corpus, Cost, Model, Planner
+from micota_fast.planning.shapes import known_shapes, parameters, shapes_of, train_flops, weights_cached
 from micota_fast.train.memory import estimate
 
 MICRO = RECIPES / "micro.yaml"
@@ -382,8 +385,8 @@ def test_steps_are_those_of_the_trainer(tmp_path: Path) -> None:
     rows = [{"prompt_tokens": 48, "completion_tokens": 80, "id": str(i)} for i in range(len(lengths))]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    planner = planning.Planner(LaunchConfig(), None, Assumptions(), {}, {})
-    corpus = planner._corpus(str(data))
+    planner = Planner(LaunchConfig(), None, Assumptions(), {}, {})
+    corpus = planner.corpus(str(data))
     assert (corpus.rows, corpus.tokens, corpus.context) == (500, 64000, 128)
     documents = Documents(
         input_ids=np.zeros(lengths.sum(), dtype=np.int32),
@@ -400,8 +403,8 @@ def test_steps_are_those_of_the_trainer(tmp_path: Path) -> None:
         model=str(checkpoint), data=str(data), out=str(tmp_path / "out"), epochs=3, pack_tokens=1024, packs_per_step=4
     )
     stage = Stage("student/a-seed0", "train", settings, (Artefact(str(checkpoint)),), ("model",))
-    cost = planner._train(stage)
+    cost = train(planner, stage)
     assert f"{steps} steps" in cost.how
     assert cost.tokens == 3 * 64000
-    limited = planner._train(replace(stage, settings=replace(settings, max_steps=5)))
+    limited = train(planner, replace(stage, settings=replace(settings, max_steps=5)))
     assert limited.tokens == pytest.approx(5 / (steps / 3) * 64000)

@@ -186,5 +186,5 @@ def test_the_command_says_so(checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "micota_fast.train", str(tmp_path / "config.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: 2 steps in a row, the last of them ")
+    assert done.stderr.startswith("micota train: 2 steps in a row, the last of them ")
     assert "Traceback" not in done.stderr
