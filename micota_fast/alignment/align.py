@@ -8,7 +8,6 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +16,11 @@ from numpy.typing import NDArray
 import micota_fast
 from micota_fast.alignment.learnability import distribution, learnability, target_ranks
 from micota_fast.alignment.likelihood_profile import overlap, profile, reflection_markers
+from micota_fast.alignment.results import Alignment
 from micota_fast.chat.encoding import Chat
 from micota_fast.common.files import write_atomic
 from micota_fast.common.records import parse_line, read_lines
+from micota_fast.common.schema import to_json
 from micota_fast.config.evaluation import AlignConfig
 from micota_fast.data.batches import packed_batch
 from micota_fast.data.packing import pack
@@ -33,14 +34,7 @@ from micota_fast.model.safetensors_io import load_model
 
 
 def run(config: AlignConfig) -> None:
-    """Measure each corpus and write OUT/NAME.json.
-
-    `perplexity` is exp(`nll`), with `nll` the mean negative log-likelihood (nats) over all supervised tokens of the
-    corpus; `document_nll` describes the means of single documents; `tokens` and `lengths` are supervised tokens of each
-    document, in file order. Documents above `max_doc_tokens` are left out and counted in `dropped`. `by_position`,
-    `by_step` and `unlikely` are those of `likelihood_profile.profile`, `markers` phrases of reflection for each 1,000
-    tokens, `own_overlap` what the student says by itself (see `likelihood_profile.overlap`; null without
-    `student_answers`), `learnability` what `learnability.learnability` gives.
+    """Measure each corpus and write OUT/NAME.json, whose keys are described by `alignment.results`.
 
     Raises:
         InputError: there is no such device, model or corpus cannot be read, a row is bad (file:line), or nothing is
@@ -62,29 +56,40 @@ def run(config: AlignConfig) -> None:
         nll_N, rank_N, counts_D = token_likelihood(model, documents, config.pack_tokens, backend)
         ids_N = documents.input_ids[_has_loss(documents)]
         texts = (chat.decode(ids.tolist()) for ids in np.split(ids_N, np.cumsum(counts_D)[:-1]))
-        result = {
-            "corpus": name,
-            "model": folder.name if Path(config.model).is_dir() else config.model,
-            **summary(nll_N, counts_D, documents),
-            "learnability": learnability(nll_N, rank_N, counts_D),
-            **profile(nll_N, counts_D, ends_line_V[ids_N]),
-            "markers": reflection_markers(texts, len(ids_N)),
-            "own_overlap": overlap(_answers(path), own) if own is not None else None,
-            "settings": {
+        nll_D = np.add.reduceat(nll_N, np.cumsum(counts_D) - counts_D, dtype=np.float64)
+        nll = float(nll_D.sum() / counts_D.sum())
+        scored = learnability(nll_N, rank_N, counts_D)
+        result = Alignment(
+            corpus=name,
+            model=folder.name if Path(config.model).is_dir() else config.model,
+            documents=len(documents),
+            dropped=documents.dropped,
+            perplexity=math.exp(nll),
+            nll=nll,
+            document_nll=distribution(nll_D / counts_D),
+            tokens=distribution(counts_D, total=int(counts_D.sum())),
+            lengths=tuple(counts_D.tolist()),
+            documents_fingerprint=documents.fingerprint,
+            learnability=scored,
+            **profile(nll_N, counts_D, ends_line_V[ids_N])._asdict(),
+            markers=reflection_markers(texts, len(ids_N)),
+            own_overlap=overlap(_answers(path), own) if own is not None else None,
+            settings={
                 "pack_tokens": config.pack_tokens,
                 "max_doc_tokens": config.max_doc_tokens,
                 "dtype": config.dtype,
                 "attention": backend,
             },
-            "versions": {"micota_fast": micota_fast.__version__, "torch": torch.__version__},
-        }
-        write_atomic(Path(config.out) / f"{name}.json", [json.dumps(result, indent=1).encode() + b"\n"])
-        if own is not None and result["own_overlap"] is None:
+            versions={"micota_fast": micota_fast.__version__, "torch": torch.__version__},
+        )
+        content = json.dumps(to_json(result), indent=1).encode() + b"\n"
+        write_atomic(Path(config.out) / f"{name}.json", [content])
+        if own is not None and result.own_overlap is None:
             print(f"WARNING: align: {name}: {config.student_answers} holds no answer to any problem of {path}")
         print(
-            f"align: {name}: {result['learnability']['nats_per_answer']['mean']:.1f} nats an answer, perplexity "
-            f"{result['perplexity']:.3f} over {result['tokens']['total']} tokens of "
-            f"{result['documents']} documents ({result['dropped']} above the limit left out)"
+            f"align: {name}: {scored.nats_per_answer.mean:.1f} nats per answer, perplexity {result.perplexity:.3f} "
+            f"over {result.tokens.total} tokens of {result.documents} documents ({result.dropped} above the limit left "
+            "out)"
         )
 
 
@@ -137,19 +142,3 @@ def token_likelihood(
             rank_total[after_first] = rank_T[start : stop - 1]
     has_loss = _has_loss(documents)
     return nll_total[has_loss], rank_total[has_loss], documents.n_targets
-
-
-def summary(nll_N: NDArray[np.float32], tokens_D: NDArray[np.int64], documents: Documents) -> dict[str, Any]:
-    """Perplexity, and how likelihood and length are distributed over documents (quantiles by linear interpolation)."""
-    nll_D = np.add.reduceat(nll_N, np.cumsum(tokens_D) - tokens_D, dtype=np.float64)
-    nll = float(nll_D.sum() / tokens_D.sum())
-    return {
-        "documents": len(documents),
-        "dropped": documents.dropped,
-        "perplexity": math.exp(nll),
-        "nll": nll,
-        "document_nll": distribution(nll_D / tokens_D),
-        "tokens": {"total": int(tokens_D.sum()), **distribution(tokens_D)},
-        "lengths": tokens_D.tolist(),
-        "documents_fingerprint": documents.fingerprint,
-    }

@@ -14,13 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from micota_fast.alignment.results import Distribution, Learnability
+from micota_fast.common.schema import ABSENT, Absent
+from micota_fast.statistics.quantiles import quantiles
+
 QUANTILES = (1, 10, 25, 50, 75, 90, 99)
 MAX_RANK = 100  # where ranks are clipped in the rank-surprisal ratio; ours
 BLOCK = 1 << 25  # logits, and weights widened to float32, that exist at a time: 128 MB each
 
 
-def learnability(nll_N: NDArray[np.float32], rank_N: NDArray[np.int64], counts_D: NDArray[np.int64]) -> dict[str, Any]:
-    """The score of a corpus, and two other measures of the same pass over it.
+def learnability(nll_N: NDArray[np.float32], rank_N: NDArray[np.int64], counts_D: NDArray[np.int64]) -> Learnability:
+    """Compute the score of a corpus, and two other measures of the same pass over it.
 
     Args:
         nll_N: negative log-likelihood of each supervised token, nats, D documents one after the other.
@@ -33,17 +37,17 @@ def learnability(nll_N: NDArray[np.float32], rank_N: NDArray[np.int64], counts_D
         sum of nll (arXiv 2601.14249, where less is better, too: tokens that are unlikely, yet high in rank).
     """
     starts_D = np.cumsum(counts_D) - counts_D
-    return {
-        "nats_per_answer": distribution(np.add.reduceat(nll_N, starts_D, dtype=np.float64)),
-        "departures_per_answer": distribution(np.add.reduceat(rank_N > 1, starts_D, dtype=np.int64)),
-        "rank_surprisal_ratio": float(np.minimum(rank_N, MAX_RANK).sum() / nll_N.sum(dtype=np.float64)),
-    }
+    return Learnability(
+        nats_per_answer=distribution(np.add.reduceat(nll_N, starts_D, dtype=np.float64)),
+        departures_per_answer=distribution(np.add.reduceat(rank_N > 1, starts_D, dtype=np.int64)),
+        rank_surprisal_ratio=float(np.minimum(rank_N, MAX_RANK).sum() / nll_N.sum(dtype=np.float64)),
+    )
 
 
-def distribution(values_D: NDArray[Any]) -> dict[str, float]:
-    """Mean, standard deviation over the D documents, and quantiles by linear interpolation."""
-    quantiles = {f"p{q}": float(np.quantile(values_D, q / 100)) for q in QUANTILES}
-    return {"mean": float(values_D.mean()), "sd": float(values_D.std()), **quantiles}
+def distribution(values_D: NDArray[Any], total: int | Absent = ABSENT) -> Distribution:
+    """Describe a quantity of the D documents."""
+    mean, sd = float(values_D.mean()), float(values_D.std())
+    return Distribution(total=total, mean=mean, sd=sd, **quantiles(values_D, QUANTILES))
 
 
 def target_ranks(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from micota_fast.alignment.results import STEPS, Markers, OwnOverlap, Step
+
 PARTS = 10  # of a document, by position
-STEPS = 30  # paragraphs that are told apart; later ones count as the last
 PROBABILITIES = (0.5, 0.1, 0.01, 0.001)
 RUN = 4  # words
 # Words with which a writer turns back on what stands there; ours, after the chains of thought of reasoning models.
@@ -20,8 +21,16 @@ MARKERS = re.compile(
 )
 
 
-def profile(nll_N: NDArray[np.float32], counts_D: NDArray[np.int64], ends_step_N: NDArray[np.bool_]) -> dict[str, Any]:
-    """Statistics of the N supervised tokens of D documents, one after the other.
+class Profile(NamedTuple):
+    """The keys of these names in `Alignment`."""
+
+    by_position: tuple[float | None, ...]
+    by_step: tuple[Step, ...]
+    unlikely: dict[str, float]
+
+
+def profile(nll_N: NDArray[np.float32], counts_D: NDArray[np.int64], ends_step_N: NDArray[np.bool_]) -> Profile:
+    """Compute statistics of the N supervised tokens of D documents, one after the other.
 
     Args:
         nll_N: negative log-likelihood of each, nats.
@@ -42,15 +51,15 @@ def profile(nll_N: NDArray[np.float32], counts_D: NDArray[np.int64], ends_step_N
     begins_N[1:] = ends_step_N[:-1] & ~ends_step_N[1:] & (rank_N[1:] > 0)
     begun_N = np.cumsum(begins_N)
     step_N = np.minimum(begun_N - begun_N[starts_D[document_N]], STEPS - 1)
-    return {
-        "by_position": _means(nll_N, part_N, PARTS)[0],
-        "by_step": [
-            {"nll": mean, "tokens": tokens}
+    return Profile(
+        by_position=tuple(_means(nll_N, part_N, PARTS)[0]),
+        by_step=tuple(
+            Step(nll=mean, tokens=tokens)
             for mean, tokens in zip(*_means(nll_N, step_N, STEPS), strict=True)
             if mean is not None
-        ],
-        "unlikely": {str(p): float((nll_N > -np.log(p)).mean()) for p in PROBABILITIES},
-    }
+        ),
+        unlikely={str(p): float((nll_N > -np.log(p)).mean()) for p in PROBABILITIES},
+    )
 
 
 def _means(
@@ -61,8 +70,8 @@ def _means(
     return [float(s / n) if n else None for s, n in zip(sums, tokens, strict=True)], tokens.tolist()
 
 
-def reflection_markers(texts: Iterable[str], tokens: int) -> dict[str, Any]:
-    """Phrases of MARKERS for each 1,000 tokens, all together and the most frequent by name."""
+def reflection_markers(texts: Iterable[str], tokens: int) -> Markers:
+    """Count the phrases of MARKERS per 1,000 tokens, all together and the ten most frequent by name."""
     number: dict[str, int] = defaultdict(int)
     for text in texts:
         for match in MARKERS.finditer(text):
@@ -70,11 +79,11 @@ def reflection_markers(texts: Iterable[str], tokens: int) -> dict[str, Any]:
     per_1k = {
         name: 1000 * count / tokens for name, count in sorted(number.items(), key=lambda item: (-item[1], item[0]))
     }
-    return {"total": sum(per_1k.values()), "by_phrase": dict(list(per_1k.items())[:10])}
+    return Markers(total=sum(per_1k.values()), by_phrase=dict(list(per_1k.items())[:10]))
 
 
-def overlap(texts: Mapping[str, Sequence[str]], own: Mapping[str, Sequence[str]]) -> dict[str, Any] | None:
-    """How much of what a corpus says the student says by itself, problem by problem.
+def overlap(texts: Mapping[str, Sequence[str]], own: Mapping[str, Sequence[str]]) -> OwnOverlap | None:
+    """Measure how much of what a corpus says the student says by itself, problem by problem.
 
     For each answer the share of its distinct runs of RUN words that occur in the student's own answers to the same
     problem; the mean over answers. None: no problem is in both.
@@ -91,7 +100,7 @@ def overlap(texts: Mapping[str, Sequence[str]], own: Mapping[str, Sequence[str]]
         shares += [len(runs & known) / len(runs) for runs in map(_runs, answers) if runs]
     if not shares:
         return None
-    return {"mean": float(np.mean(shares)), "answers": len(shares)}
+    return OwnOverlap(mean=float(np.mean(shares)), answers=len(shares))
 
 
 def _runs(text: str) -> set[tuple[str, ...]]:

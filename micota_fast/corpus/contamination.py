@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from micota_fast.common.files import write_atomic
 from micota_fast.common.numba_cache import compiled
 from micota_fast.common.records import parse_line, read_lines, read_problems
+from micota_fast.common.schema import to_json
 from micota_fast.config.evaluation import ContaminationConfig
+from micota_fast.corpus.results import BenchmarkOverlap, Contamination, CorpusOverlap
 from micota_fast.errors import InputError
 
 GRAM = 13
@@ -34,8 +36,7 @@ BATCH_BYTES = 1 << 24
 def run(config: ContaminationConfig) -> None:
     """Test every corpus against every benchmark; writes OUT/contamination.json.
 
-    For each corpus and benchmark: `problems` of the benchmark, those found `exact` and by `gram13` (their ids), the
-    number of corpus `rows` with a hit of either kind, and up to EXAMPLES of (row of the file, problem id).
+    Its keys are described by `corpus.results`.
 
     Raises:
         InputError: a file cannot be read or a row is bad (file:line); or two benchmarks have one name.
@@ -46,43 +47,44 @@ def run(config: ContaminationConfig) -> None:
     benchmarks = {benchmark.name: read_problems(benchmark.path, benchmark.limit) for benchmark in config.benchmarks}
     named = [(name, problem.id, problem.problem) for name, problems in benchmarks.items() for problem in problems]
     table = _Table([text for _, _, text in named])
-    found: dict[str, Any] = {}
+    found: Contamination = {}
     for corpus, path in config.corpora.items():
         rows, hits = 0, set()
         for read, numbers, texts in _batches(Path(path)):
             rows = read
             hits |= {(numbers[text], problem, exact) for text, problem, exact in table.hits(texts)}
-        found[corpus] = {"rows": rows, "benchmarks": _report(hits, named, {b: len(p) for b, p in benchmarks.items()})}
-        for benchmark, entry in found[corpus]["benchmarks"].items():
-            if entry["rows"]:
+        overlaps = _overlaps(hits, named, {b: len(p) for b, p in benchmarks.items()})
+        found[corpus] = CorpusOverlap(rows=rows, benchmarks=overlaps)
+        for benchmark, overlap in overlaps.items():
+            if overlap.rows:
                 print(
-                    f"{corpus}: {entry['rows']} of {rows} rows share text with {benchmark}: {len(entry['exact'])} of "
-                    f"its {entry['problems']} problems word for word, {len(entry['gram13'])} in {GRAM} words or more"
+                    f"{corpus}: {overlap.rows} of {rows} rows share text with {benchmark}: {len(overlap.exact)} of "
+                    f"its {overlap.problems} problems word for word, {len(overlap.gram13)} in {GRAM} words or more"
                 )
-    if not any(entry["rows"] for corpus in found.values() for entry in corpus["benchmarks"].values()):
+    if not any(overlap.rows for corpus in found.values() for overlap in corpus.benchmarks.values()):
         print(f"no text of {len(named)} benchmark problems found in {', '.join(found)}")
-    write_atomic(Path(config.out) / "contamination.json", [json.dumps(found, indent=1).encode() + b"\n"])
+    write_atomic(Path(config.out) / "contamination.json", [json.dumps(to_json(found), indent=1).encode() + b"\n"])
 
 
-def _report(
+def _overlaps(
     hits: set[tuple[int, int, bool]], named: list[tuple[str, str, str]], sizes: dict[str, int]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, BenchmarkOverlap]:
     by_benchmark: dict[str, list[tuple[int, str, bool]]] = defaultdict(list)
     for row, problem, exact in sorted(hits):
         name, problem_id, _ = named[problem]
         by_benchmark[name].append((row, problem_id, exact))
-    report = {}
+    overlaps = {}
     for name, size in sizes.items():
         of_it = by_benchmark[name]
         pairs = list(dict.fromkeys((row + 1, problem_id) for row, problem_id, _ in of_it))
-        report[name] = {
-            "problems": size,
-            "exact": sorted({problem_id for _, problem_id, exact in of_it if exact}),
-            "gram13": sorted({problem_id for _, problem_id, exact in of_it if not exact}),
-            "rows": len({row for row, _, _ in of_it}),
-            "examples": [list(pair) for pair in pairs[:EXAMPLES]],
-        }
-    return report
+        overlaps[name] = BenchmarkOverlap(
+            problems=size,
+            exact=tuple(sorted({problem_id for _, problem_id, exact in of_it if exact})),
+            gram13=tuple(sorted({problem_id for _, problem_id, exact in of_it if not exact})),
+            rows=len({row for row, _, _ in of_it}),
+            examples=tuple(pairs[:EXAMPLES]),
+        )
+    return overlaps
 
 
 def _batches(path: Path) -> Iterator[tuple[int, list[int], list[bytes]]]:

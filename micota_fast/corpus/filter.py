@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from micota_fast.common.files import open_atomic, refuse_to_overwrite, write_atomic
 from micota_fast.common.records import Completion, encode_row, iter_completions
+from micota_fast.common.schema import to_json
 from micota_fast.config.corpus import FilterConfig
+from micota_fast.corpus.results import AcceptedTokens, CorpusCounts
 from micota_fast.corpus.rules import REASONS, reject_at_once, reject_graded
 from micota_fast.errors import InputError
 from micota_fast.grading.grader import Grader
+from micota_fast.statistics.quantiles import quantiles
 
 QUANTILES = (1, 10, 25, 50, 75, 90, 99)
 ROWS_AT_ONCE = 2048  # held, and graded together
@@ -49,11 +51,11 @@ def run(config: FilterConfig) -> None:
                     else:
                         rejected.write(encode_row(asdict(row) | {"reason": reason}))
         counts = tally.counts(config)
-        if not counts["total"]:
+        if not counts.total:
             raise InputError(f"{config.completions}: no completions")
-        write_atomic(out.with_name(f"{out.name}.counts.json"), [json.dumps(counts, indent=1).encode() + b"\n"])
-    why = ", ".join(f"{number} {reason}" for reason, number in counts["rejected"].items() if number)
-    print(f"{config.out}: {counts['accepted']} of {counts['total']} accepted" + (f"; rejected: {why}" if why else ""))
+        write_atomic(out.with_name(f"{out.name}.counts.json"), [json.dumps(to_json(counts), indent=1).encode() + b"\n"])
+    why = ", ".join(f"{number} {reason}" for reason, number in counts.rejected.items() if number)
+    print(f"{config.out}: {counts.accepted} of {counts.total} accepted" + (f"; rejected: {why}" if why else ""))
 
 
 def _judged(rows: list[Completion], config: FilterConfig, grader: Grader) -> Sequence[tuple[Completion, str | None]]:
@@ -85,25 +87,22 @@ class _Tally:
         else:
             self._rejected[reason] += 1
 
-    def counts(self, config: FilterConfig) -> dict[str, Any]:
-        """The content of counts.json; quantiles are interpolated linearly."""
+    def counts(self, config: FilterConfig) -> CorpusCounts:
+        """Return the content of counts.json."""
         lengths = np.array(self._lengths, np.int64)
-        tokens = {"mean": 0.0, "min": 0, "max": 0} | {f"p{q}": 0.0 for q in QUANTILES}
-        if len(lengths):
-            tokens = {"mean": float(lengths.mean()), "min": int(lengths.min()), "max": int(lengths.max())}
-            tokens |= {f"p{q}": float(np.quantile(lengths, q / 100)) for q in QUANTILES}
-        return {
-            "total": self._total,
-            "accepted": len(lengths),
-            "problems": len(np.unique(np.array(self._problems, np.int64))),
-            "rejected": {reason: self._rejected[reason] for reason in REASONS},
-            "tokens": tokens,
-            "lengths": lengths.tolist(),
-            "rules": {
-                "max_tokens": config.max_tokens,
-                "require_correct": config.require_correct,
-                "require_boxed": config.require_boxed,
-                "max_foreign": config.max_foreign,
-                "max_repeated": config.max_repeated,
-            },
-        }
+        measured = lengths if len(lengths) else np.zeros(1, np.int64)
+        rules = ("max_tokens", "require_correct", "require_boxed", "max_foreign", "max_repeated")
+        return CorpusCounts(
+            total=self._total,
+            accepted=len(lengths),
+            problems=len(np.unique(np.array(self._problems, np.int64))),
+            rejected={reason: self._rejected[reason] for reason in REASONS},
+            tokens=AcceptedTokens(
+                mean=float(measured.mean()),
+                min=int(measured.min()),
+                max=int(measured.max()),
+                **quantiles(measured, QUANTILES),
+            ),
+            lengths=tuple(lengths.tolist()),
+            rules={rule: getattr(config, rule) for rule in rules},
+        )

@@ -1,19 +1,51 @@
-"""Median length over merge weight: where the curve bends, and the weight that gives a wanted length."""
+"""Median length over merge weight: what is measured at a weight, where the curve bends, which weight gives a length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
+from micota_fast.common.records import Completion
 from micota_fast.errors import InputError
+from micota_fast.length_sweep.results import AnswerTokens, Measurement
+from micota_fast.statistics.intervals import median95, wilson95
+from micota_fast.statistics.quantiles import quantiles
+
+QUANTILES = (10, 25, 50, 75, 90)
+
+
+def measure(weight: float, problems: int, rows: Sequence[Completion], correct: int) -> Measurement:
+    """Describe the answers to `problems` problems at a weight, of which `correct` are correct.
+
+    Raises:
+        InputError: every answer was aborted.
+    """
+    n = len(rows)
+    share = {reason: sum(row.finish_reason == reason for row in rows) / n for reason in ("stop", "length", "abort")}
+    lengths = np.array([row.completion_tokens for row in rows if row.finish_reason != "abort"])
+    if not lengths.size:
+        raise InputError(f"weight {weight:g}: the server aborted every answer")
+    accuracy = correct / n
+    return Measurement(
+        weight=weight,
+        problems=problems,
+        answers=n,
+        finished=share["stop"],
+        truncated=share["length"],
+        aborted=share["abort"],
+        tokens=AnswerTokens(mean=float(lengths.mean()), **quantiles(lengths, QUANTILES)),
+        median95=median95(lengths.tolist(), problems),
+        median_is_cut=2 * share["length"] * n >= lengths.size,
+        correct=correct,
+        accuracy=accuracy,
+        wilson95=wilson95(accuracy, problems),
+    )
 
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured at a weight: lengths in tokens.
-
-    `interval` is the median's 95% interval, None where there were too few answers for one. `cut`: at least half of the
-    answers ended at the token limit, so the true median is no less than this, and unknown.
-    """
+    """A point of the curve, lengths in tokens: `interval` and `cut` are `Measurement.median95` and `.median_is_cut`."""
 
     weight: float
     median: float
@@ -21,8 +53,13 @@ class Point:
     cut: bool
 
 
+def points_of(measurements: Sequence[Measurement]) -> list[Point]:
+    """Return the curve through what was measured."""
+    return [Point(m.weight, m.tokens.p50, m.median95, m.median_is_cut) for m in measurements]
+
+
 def bend(points: Sequence[Point], side: Literal["knee", "elbow"]) -> Point | None:
-    """The point farthest above ("knee") or below ("elbow") the chord from the first point to the last.
+    """Find the point farthest above ("knee") or below ("elbow") the chord from the first point to the last.
 
     At the knee the length has risen early and more weight adds little; from the elbow on it rises steeply. An S-shaped
     curve has both. This is Kneedle (Satopaa et al. 2011, "Finding a 'Kneedle' in a Haystack", section III) for a
@@ -33,7 +70,7 @@ def bend(points: Sequence[Point], side: Literal["knee", "elbow"]) -> Point | Non
         points: in the order of their weights.
 
     Returns:
-        None where no point counts, or the curve does not rise from the first point to the last.
+        None if no point counts, or if the curve does not rise from the first point to the last.
     """
     first, last = points[0], points[-1]
     rise = last.median - first.median
@@ -51,10 +88,11 @@ def bend(points: Sequence[Point], side: Literal["knee", "elbow"]) -> Point | Non
 
 
 def weight_of(median: float, points: Sequence[Point]) -> float:
-    """The weight at which the median length is `median` tokens, rounded to 4 decimals.
+    """Find the weight at which the median length is `median` tokens, rounded to 4 decimals.
 
     Between the measured weights the length is taken to be linear, after medians that fall are made equal to their
-    neighbours by isotonic regression (pool adjacent violators: Barlow et al. 1972). Of several weights the smallest.
+    neighbours by isotonic regression (pool adjacent violators: Barlow et al. 1972). If several weights give this
+    length, the smallest is returned.
 
     Args:
         points: in the order of their weights.
@@ -82,7 +120,7 @@ def weight_of(median: float, points: Sequence[Point]) -> float:
 
 
 def isotonic(values: Sequence[float]) -> list[float]:
-    """The non-decreasing sequence nearest to `values` (least squares)."""
+    """Compute the non-decreasing sequence nearest to `values` (least squares)."""
     blocks: list[tuple[float, int]] = []  # (mean, how many)
     for value in values:
         mean, size = value, 1

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from micota_fast.alignment.likelihood_profile import STEPS
+from micota_fast.alignment.results import STEPS
 from micota_fast.config.report import ReportConfig
 from micota_fast.report.drawing import Plot, css_colour, figure_html, theme_variables
 from micota_fast.report.inputs import Inputs

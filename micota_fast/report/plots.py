@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from micota_fast.alignment.likelihood_profile import STEPS
+from micota_fast.alignment.results import STEPS
 from micota_fast.report.corpora import Corpus
 from micota_fast.report.drawing import INK, MUTED, RULE, THEME, Plot, finish
 from micota_fast.report.inputs import Inputs, LossCurve

@@ -35,8 +35,8 @@ def test_measures_of_three_answers() -> None:
     nll_N = np.array([1.0, 2.0, 4.0, 0.5, 0.5, 8.0], np.float32)
     rank_N = np.array([1, 2, 200, 1, 1, 100])
     measured = learnability.learnability(nll_N, rank_N, np.array([3, 2, 1]))
-    assert measured["nats_per_answer"]["mean"] == (7 + 1 + 8) / 3
-    assert measured["nats_per_answer"]["p50"] == 7
-    assert measured["nats_per_answer"]["sd"] == np.std([7, 1, 8])
-    assert measured["departures_per_answer"]["mean"] == (2 + 0 + 1) / 3
-    assert measured["rank_surprisal_ratio"] == (1 + 2 + 100 + 1 + 1 + 100) / 16
+    assert measured.nats_per_answer.mean == (7 + 1 + 8) / 3
+    assert measured.nats_per_answer.p50 == 7
+    assert measured.nats_per_answer.sd == np.std([7, 1, 8])
+    assert measured.departures_per_answer.mean == (2 + 0 + 1) / 3
+    assert measured.rank_surprisal_ratio == (1 + 2 + 100 + 1 + 1 + 100) / 16

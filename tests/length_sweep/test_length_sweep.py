@@ -26,8 +26,7 @@ from micota_fast.common.records import Completion, Problem, write_rows
 from micota_fast.config import loader
 from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
-from micota_fast.length_sweep.curve import Point, bend, isotonic, weight_of
-from micota_fast.length_sweep.length_sweep import measure
+from micota_fast.length_sweep.curve import Point, bend, isotonic, measure, weight_of
 from micota_fast.pipeline.graph import plan
 from micota_fast.pipeline.run import Run
 from micota_fast.statistics.intervals import median95, wilson95
@@ -133,13 +132,13 @@ def test_what_is_said_of_a_weight() -> None:
 
     rows = [*(row(i, "stop", 10 * (i + 1)) for i in range(6)), row(6, "length", 100), row(7, "abort", 3)]
     got = measure(0.5, 8, rows, 4)
-    assert (got["finished"], got["truncated"], got["aborted"]) == (0.75, 0.125, 0.125)
-    assert (got["answers"], got["correct"], got["accuracy"]) == (8, 4, 0.5)
-    assert got["wilson95"] == wilson95(0.5, 8)
-    assert got["tokens"]["p50"] == 40, "of 10 to 60 and 100; the aborted one does not count"
-    assert got["median95"] == (10, 100)
-    assert not got["median_is_cut"]
-    assert measure(0.5, 4, [row(i, "length" if i > 1 else "stop", 9) for i in range(4)], 0)["median_is_cut"]
+    assert (got.finished, got.truncated, got.aborted) == (0.75, 0.125, 0.125)
+    assert (got.answers, got.correct, got.accuracy) == (8, 4, 0.5)
+    assert got.wilson95 == wilson95(0.5, 8)
+    assert got.tokens.p50 == 40, "of 10 to 60 and 100; the aborted one does not count"
+    assert got.median95 == (10, 100)
+    assert not got.median_is_cut
+    assert measure(0.5, 4, [row(i, "length" if i > 1 else "stop", 9) for i in range(4)], 0).median_is_cut
     with pytest.raises(InputError, match=r"weight 0\.5: the server aborted every answer"):
         measure(0.5, 2, [row(0, "abort", 0)] * 2, 0)
 
@@ -229,7 +228,7 @@ class TestErrors:
         (tmp_path / "out" / "model").mkdir(parents=True)
         (tmp_path / "out" / "model" / "notes.txt").write_text("keep")
         assert main(["length-sweep", str(settings(models, tmp_path / "out"))]) == 2
-        assert "out/model is no merge" in capsys.readouterr().err
+        assert "out/model is not a merge" in capsys.readouterr().err
         assert (tmp_path / "out" / "model" / "notes.txt").read_text() == "keep"
 
 

@@ -19,10 +19,13 @@ from scipy import stats
 from helpers.chromium import browsing
 from helpers.report_runs import contents, made, results, rows_of, tabulars, written
 from micota_fast.alignment.learnability import distribution
-from micota_fast.alignment.likelihood_profile import STEPS, profile
+from micota_fast.alignment.likelihood_profile import profile
+from micota_fast.alignment.results import STEPS, Alignment, Learnability, Markers, OwnOverlap
+from micota_fast.common.schema import to_json
 from micota_fast.config.report import ReportConfig
 from micota_fast.errors import InputError
-from micota_fast.report.learnability import Learnability, agreement
+from micota_fast.report import learnability
+from micota_fast.report.learnability import agreement
 from micota_fast.report.plots import _apart
 from micota_fast.report.report import run
 from micota_fast.statistics.ranks import spearman
@@ -35,22 +38,22 @@ def alignment(path: Path, nats: float, own: float | None = None, **more: Any) ->
     nll_N = np.tile(np.array([3.0, 0.5, 0.2, 0.1, 0.05], dtype=np.float32), 60)
     counts_D = np.full(10, 30)
     scores_D = np.linspace(0.5 * nats, 1.5 * nats, 10)
-    data = {
-        "perplexity": 2.5,
-        "document_nll": {"p10": 0.5, "p50": 0.9, "p90": 1.9},
-        "tokens": {"total": 300, **distribution(counts_D)},
-        "lengths": counts_D.tolist(),
-        "dropped": 0,
-        "learnability": {
-            "nats_per_answer": distribution(scores_D),
-            "departures_per_answer": distribution(np.full(10, 6)),
-            "rank_surprisal_ratio": 1.75,
-        },
-        **profile(nll_N, counts_D, np.tile(np.array([False, False, False, False, True]), 60)),
-        "markers": {"total": 12.5, "by_phrase": {"wait": 12.5}},
-        "own_overlap": {"mean": own, "answers": 9} if own is not None else None,
-    }
-    path.write_text(json.dumps(data | more))
+    found = Alignment(
+        perplexity=2.5,
+        document_nll=distribution(np.linspace(0.5, 1.9, 10)),
+        tokens=distribution(counts_D, total=300),
+        lengths=tuple(counts_D.tolist()),
+        dropped=0,
+        learnability=Learnability(
+            nats_per_answer=distribution(scores_D),
+            departures_per_answer=distribution(np.full(10, 6)),
+            rank_surprisal_ratio=1.75,
+        ),
+        **profile(nll_N, counts_D, np.tile(np.array([False, False, False, False, True]), 60))._asdict(),
+        markers=Markers(total=12.5, by_phrase={"wait": 12.5}),
+        own_overlap=None if own is None else OwnOverlap(mean=own, answers=9),
+    )
+    path.write_text(json.dumps(to_json(found) | more))
     return str(path)
 
 
@@ -130,9 +133,9 @@ class TestNumbers:
 
     def test_ten_arms_are_not_warned_of(self) -> None:
         names = tuple(f"arm{i}" for i in range(10))
-        assert "So few" in agreement(Learnability(names[:9], {}, names[:9], -1.0, {}))
-        assert "So few" not in agreement(Learnability(names, {}, names, -1.0, {}))
-        assert ": 0.00 over 10" in agreement(Learnability(names, {}, names, -0.001, {}))
+        assert "So few" in agreement(learnability.Learnability(names[:9], {}, names[:9], -1.0, {}))
+        assert "So few" not in agreement(learnability.Learnability(names, {}, names, -1.0, {}))
+        assert ": 0.00 over 10" in agreement(learnability.Learnability(names, {}, names, -0.001, {}))
 
     def test_csv_and_latex_have_them_too(self, config: ReportConfig) -> None:
         _, numbers, _ = made(config)
