@@ -1,0 +1,244 @@
+"""The house rules that can be read off the sources: who may import whom, and what the command line may not load.
+
+A rule that fails here is mended in the code. If it cannot be yet, the exception is a line in `KNOWN` with its reason; a
+line there that is no longer needed fails, too, so the list only shrinks.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from helpers.paths import ROOT
+from micota_fast.pipeline.stages import VERBS
+
+# Folder (or module in the package's root) -> those that its modules may import, also inside functions. Everything may
+# import itself, and `errors`. Upwards in this list: libraries, stages, what runs the stages, the command line.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "common": set(),
+    "statistics": set(),
+    "kernels": set(),
+    "config": {"common"},
+    "chat": {"common", "config"},
+    "model": {"common", "config"},
+    "grading": {"common", "config"},
+    "data": {"chat", "common", "config"},
+    # Stages. They meet in files; what one takes of another is a library of it, and never the module of its verb.
+    "corpus": {"common", "config", "grading"},
+    "serve": {"chat", "common", "config", "model"},
+    "generation": {"chat", "common", "config", "corpus", "model", "serve"},
+    "train": {"chat", "common", "config", "data", "kernels", "model"},
+    "merge": {"common", "config", "model"},
+    "alignment": {"chat", "common", "config", "data", "kernels", "model"},
+    "evaluation": {"common", "config", "generation", "grading", "model", "statistics"},
+    "length_sweep": {"common", "config", "generation", "grading", "merge", "report", "statistics"},
+    "report": {"alignment", "common", "config", "evaluation", "statistics"},
+    # What knows the stages.
+    "pipeline": {"common", "config", "merge"},
+    "planning": {"chat", "common", "config", "corpus", "kernels", "model", "pipeline", "serve", "train"},
+    "micro": {"common", "config"},
+    "cli": {"config", "pipeline"},
+    "__main__": {"cli"},
+}
+# Doors of a package (`python -m micota_fast.PACKAGE`) lead to the command line, whatever their folder may import.
+DOORS = {"micota_fast.train.__main__": {"cli"}}
+# (importer, module of a verb): stages that hold another stage's object instead of starting its process.
+HOLDS = {
+    ("micota_fast.evaluation.evaluate", "micota_fast.generation.generate"),
+    ("micota_fast.evaluation.judge", "micota_fast.generation.generate"),
+    ("micota_fast.generation.servers", "micota_fast.serve.serve"),
+}
+KNOWN: set[tuple[str, str]] = set()  # (importer, imported), known and to be mended
+
+STAGE_FOLDERS = {"corpus", "serve", "generation", "train", "merge", "alignment", "evaluation", "length_sweep", "report"}
+VERB_MODULES = {row.function.partition(":")[0] for row in VERBS.values()}
+
+
+class Import(NamedTuple):
+    """One imported module of ours, or name of it."""
+
+    module: str
+    name: str | None  # None: the module itself
+    at_top: bool  # when the importer is imported, not when a function of it is called
+    line: int
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name."""
+    found = {}
+    for package, folder in (("micota_fast", ROOT / "micota_fast"), ("micota_fast.kernels", ROOT / "kernels")):
+        for file in sorted(folder.rglob("*.py")):
+            parts = file.relative_to(folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = file
+    return found
+
+
+MODULES = modules()
+TREES = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in MODULES.items()}
+
+
+def statements(node: ast.AST, at_top: bool = True) -> Iterator[tuple[ast.AST, bool]]:
+    """All nodes below, and whether each is executed on import; what only type checkers see is left out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child, at_top
+        yield from statements(child, at_top and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def imports(module: str) -> Iterator[Import]:
+    """What a module imports of ours."""
+    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    for node, at_top in statements(TREES[module]):
+        if isinstance(node, ast.Import):
+            names = [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names = [
+                (f"{base}.{a.name}", None) if f"{base}.{a.name}" in MODULES else (base, a.name) for a in node.names
+            ]
+        else:
+            continue
+        yield from (Import(name, part, at_top, node.lineno) for name, part in names if name in MODULES)
+
+
+IMPORTS = {module: list(imports(module)) for module in MODULES}
+
+
+def folder(module: str) -> str:
+    return [*module.split("."), ""][1]
+
+
+def where(module: str, line: int) -> str:
+    return f"{MODULES[module].relative_to(ROOT)}:{line}"
+
+
+def test_folders_import_only_what_stands_below_them() -> None:
+    assert {folder(module) for module in MODULES} - {""} == ALLOWED.keys(), "each folder has its line in ALLOWED"
+    wrong = {}
+    for module, imported in IMPORTS.items():
+        if not folder(module):
+            continue
+        allowed = ALLOWED[folder(module)] | DOORS.get(module, set()) | {folder(module), "errors", ""}
+        for found in imported:
+            if folder(found.module) not in allowed:
+                wrong[module, found.module] = f"{where(module, found.line)} imports {found.module}"
+    assert wrong.keys() == KNOWN, "\n".join(wrong.values())
+
+
+def test_the_table_itself_has_no_circle() -> None:
+    """So that "below" means something: the lines of ALLOWED are in an order."""
+    seen: set[str] = set()
+    open_ = {name: set(allowed) for name, allowed in ALLOWED.items()}
+    while ready := {name for name, allowed in open_.items() if allowed <= seen} - seen:
+        seen |= ready
+    assert seen == open_.keys()
+
+
+def test_no_stage_imports_the_module_of_another_stages_verb() -> None:
+    found = {
+        (module, each.module): where(module, each.line)
+        for module, imported in IMPORTS.items()
+        for each in imported
+        if each.module in VERB_MODULES and folder(module) in STAGE_FOLDERS - {folder(each.module)}
+    }
+    assert found.keys() == HOLDS, found
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    below = {m: {i.module for i in found if i.at_top and i.module != m} for m, found in IMPORTS.items()}
+    while leaves := {module for module, others in below.items() if not others}:
+        below = {module: others - leaves for module, others in below.items() if module not in leaves}
+    assert not below, f"among these is a circle: {below}"
+
+
+def test_no_private_name_is_used_across_modules() -> None:
+    """Neither imported, nor taken from a module, nor from an object whose class another module defines."""
+    defined = {module: set(private_names(TREES[module])) for module in MODULES}
+    everywhere = set().union(*defined.values())
+    wrong = [
+        f"{where(module, found.line)}: {found.module}.{found.name}"
+        for module, imported in IMPORTS.items()
+        for found in imported
+        if is_private(found.name or "")
+    ]
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and is_private(node.attr):
+                ours = node.attr in everywhere - defined[module]
+                if ours and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                    wrong.append(f"{where(module, node.lineno)}: {ast.unparse(node)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names(tree: ast.AST) -> Iterator[str]:
+    """What a module defines with a leading underscore: functions, classes, variables and attributes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names = [node.id if isinstance(node, ast.Name) else node.attr]
+        else:
+            continue
+        yield from filter(is_private, names)
+
+
+def test_options_and_common_need_neither_torch_nor_a_server() -> None:
+    heavy = {"torch", "triton", "numba", "transformers", "aiohttp", "matplotlib", "math_verify", "tokenizers"}
+    allowed = {"micota_fast.common.numba_cache": {"numba"}}
+    for module, tree in TREES.items():
+        if folder(module) not in ("config", "common", "statistics", "cli", "errors"):
+            continue
+        for node, _ in statements(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            loaded = {name.partition(".")[0] for name in names} & heavy - allowed.get(module, set())
+            assert not loaded, f"{where(module, node.lineno)} imports {loaded}"  # type: ignore[attr-defined]
+
+
+TORCH = {"torch", "triton", "transformers"}
+LIBRARIES = {"numba", "matplotlib", "math_verify", "aiohttp"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "absent"),
+    [
+        pytest.param(["--help"], 0, TORCH | LIBRARIES | {"numpy", "tokenizers"}, id="help"),
+        *(
+            pytest.param([verb, "--help"], 0, TORCH | LIBRARIES | {"numpy"}, id=f"{verb} --help")
+            for verb in ("train", "run")
+        ),
+        pytest.param(["run", "micro", "--dry-run"], 0, TORCH | LIBRARIES, id="dry run"),
+        # A mistake shows before anything slow is imported. A plan that is made needs torch: it counts parameters, FLOPs
+        # and memory on the trainer's own decoder, so that no second formula can drift from it.
+        pytest.param(["plan", "micro", "--set", "seedz=1"], 2, TORCH | LIBRARIES, id="plan, wrong option"),
+        pytest.param(["plan", "micro", "--gpu", "h1000"], 2, TORCH | LIBRARIES, id="plan, wrong GPU"),
+        pytest.param(["plan", "micro", "--assume", "mfu=1"], 2, TORCH | LIBRARIES, id="plan, wrong assumption"),
+        pytest.param(["plan", "micro"], 0, LIBRARIES, id="plan"),
+        # The doctor asks torch itself which GPUs and which attention it can use.
+        pytest.param(["doctor", "micro", "--set", "seedz=1"], 2, TORCH | LIBRARIES, id="doctor, wrong option"),
+        pytest.param(["generate", "--set", "model=m"], 2, TORCH | LIBRARIES, id="generate, missing option"),
+        pytest.param(["train", "--set", "lr=fast"], 2, TORCH | LIBRARIES, id="train, wrong option"),
+    ],
+)
+def test_the_command_line_loads_no_more_than_it_needs(
+    arguments: list[str], status: int, absent: set[str], tmp_path: Path
+) -> None:
+    code = (
+        "import sys\nfrom micota_fast.cli import main\n"
+        f"try:\n    status = main({arguments!r})\nexcept SystemExit as end:\n    status = end.code\n"
+        f"print('loaded:', *sorted({absent!r} & set(sys.modules)), file=sys.stderr)\nsys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.splitlines()[-1] == "loaded:"
