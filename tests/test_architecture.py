@@ -53,7 +53,10 @@ HOLDS = {
     ("micota_fast.evaluation.judge", "micota_fast.generation.generate"),
     ("micota_fast.generation.servers", "micota_fast.serve.serve"),
 }
-KNOWN: set[tuple[str, str]] = set()  # (importer, imported), known and to be mended
+# (importer, imported): known and to be mended.
+KNOWN = {
+    ("micota_fast.kernels.chunks", "micota_fast.kernels.triton_chunk"),  # a circle: what both need becomes rows.py
+}
 
 STAGE_FOLDERS = {"corpus", "serve", "generation", "train", "merge", "alignment", "evaluation", "length_sweep", "report"}
 VERB_MODULES = {row.function.partition(":")[0] for row in VERBS.values()}
@@ -64,7 +67,6 @@ class Import(NamedTuple):
 
     module: str
     name: str | None  # None: the module itself
-    at_top: bool  # when the importer is imported, not when a function of it is called
     line: int
 
 
@@ -82,19 +84,18 @@ MODULES = modules()
 TREES = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in MODULES.items()}
 
 
-def statements(node: ast.AST, at_top: bool = True) -> Iterator[tuple[ast.AST, bool]]:
-    """All nodes below, and whether each is executed on import; what only type checkers see is left out."""
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below, without what only type checkers see."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            continue
-        yield child, at_top
-        yield from statements(child, at_top and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+            yield child
+            yield from statements(child)
 
 
 def imports(module: str) -> Iterator[Import]:
     """What a module imports of ours."""
     package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
-    for node, at_top in statements(TREES[module]):
+    for node in statements(TREES[module]):
         if isinstance(node, ast.Import):
             names = [(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -105,7 +106,7 @@ def imports(module: str) -> Iterator[Import]:
             ]
         else:
             continue
-        yield from (Import(name, part, at_top, node.lineno) for name, part in names if name in MODULES)
+        yield from (Import(name, part, node.lineno) for name, part in names if name in MODULES)
 
 
 IMPORTS = {module: list(imports(module)) for module in MODULES}
@@ -129,7 +130,7 @@ def test_folders_import_only_what_stands_below_them() -> None:
         for found in imported:
             if folder(found.module) not in allowed:
                 wrong[module, found.module] = f"{where(module, found.line)} imports {found.module}"
-    assert wrong.keys() == KNOWN, "\n".join(wrong.values())
+    assert wrong.keys() <= KNOWN, "\n".join(wrong.values())
 
 
 def test_the_table_itself_has_no_circle() -> None:
@@ -152,10 +153,18 @@ def test_no_stage_imports_the_module_of_another_stages_verb() -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    below = {m: {i.module for i in found if i.at_top and i.module != m} for m, found in IMPORTS.items()}
-    while leaves := {module for module, others in below.items() if not others}:
-        below = {module: others - leaves for module, others in below.items() if module not in leaves}
-    assert not below, f"among these is a circle: {below}"
+    """Not even in functions, where Python would allow it."""
+    below = {
+        m: {i.module for i in found if i.module != m and (m, i.module) not in KNOWN} for m, found in IMPORTS.items()
+    }
+    while loose := {m for m in below if not below[m] or not any(m in others for others in below.values())}:
+        below = {module: others - loose for module, others in below.items() if module not in loose}
+    assert not below, f"in circles, or between them: {below}"
+
+
+def test_what_is_known_is_still_so() -> None:
+    """What has been mended leaves the list."""
+    assert {(module, found.module) for module, imported in IMPORTS.items() for found in imported} >= KNOWN
 
 
 def test_no_private_name_is_used_across_modules() -> None:
@@ -199,7 +208,7 @@ def test_options_and_common_need_neither_torch_nor_a_server() -> None:
     for module, tree in TREES.items():
         if folder(module) not in ("config", "common", "statistics", "cli", "errors"):
             continue
-        for node, _ in statements(tree):
+        for node in statements(tree):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             loaded = {name.partition(".")[0] for name in names} & heavy - allowed.get(module, set())
@@ -224,7 +233,7 @@ LIBRARIES = {"numba", "matplotlib", "math_verify", "aiohttp"}
         pytest.param(["plan", "micro", "--set", "seedz=1"], 2, TORCH | LIBRARIES, id="plan, wrong option"),
         pytest.param(["plan", "micro", "--gpu", "h1000"], 2, TORCH | LIBRARIES, id="plan, wrong GPU"),
         pytest.param(["plan", "micro", "--assume", "mfu=1"], 2, TORCH | LIBRARIES, id="plan, wrong assumption"),
-        pytest.param(["plan", "micro"], 0, LIBRARIES, id="plan"),
+        pytest.param(["plan", "micro"], 0, LIBRARIES, id="plan", marks=pytest.mark.slow),
         # The doctor asks torch itself which GPUs and which attention it can use.
         pytest.param(["doctor", "micro", "--set", "seedz=1"], 2, TORCH | LIBRARIES, id="doctor, wrong option"),
         pytest.param(["generate", "--set", "model=m"], 2, TORCH | LIBRARIES, id="generate, missing option"),

@@ -72,15 +72,6 @@ def test_a_folder_of_a_recipes_name_is_no_recipe(tmp_path: Path, monkeypatch: py
     assert main(["run", "micro", "--dry-run"]) == 0
 
 
-def test_the_command_line_starts_without_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom micota_fast.cli import main\n"
-        f"assert main(['run', 'micro', '--dry-run', '--out', {str(tmp_path)!r}]) == 0\n"
-        "assert not {'torch', 'matplotlib', 'math_verify', 'numba'} & set(sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
-
-
 def test_a_reader_that_goes_away_is_no_mistake(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "micota_fast", "run", "micro", "--dry-run", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(
