@@ -178,7 +178,7 @@ class TestSweep:
         ({"tokenizer": {"source": "base", "tokens": {}}}, ("tokenizer.tokens", "unknown key")),
         ({"dtype": "int8"}, ("dtype", "int8")),
         ({"base_model": None}, ("base_model", "ties")),
-        ({"parameters": {"epsilon": 0.1}}, ("parameters.epsilon", "unknown key")),
+        ({"parameters": {"denisty": 0.1}}, ("parameters.denisty", "unknown key")),
         ({"parameters": {"t": 0.1}}, ("parameters.t", "no meaning", "ties")),
         ({"parameters": {"normalize": 2}}, ("parameters.normalize", "true or false")),
         ({"parameters": {"density": []}}, ("parameters.density", "empty list")),
