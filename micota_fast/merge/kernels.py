@@ -32,7 +32,7 @@ ROW = 1024  # elements; a multiple of 4, as `random_words` makes them
 COARSE_BITS, FINE_BITS = 16, 15  # the 31 bits of a magnitude, as `histogram` and `histogram_within` take them
 F32, F16, BF16 = 0, 1, 2
 CODES = {"F32": F32, "F16": F16, "BF16": BF16}
-KEEP_ALL, AT_RANDOM, SMALLEST = 0, 1, 2
+KEEP_ALL, AT_RANDOM, SMALLEST, OUTSIDE = 0, 1, 2, 3
 WEIGHTED_SUM, TASK_VECTORS, AGREEING = 0, 1, 2
 DONE, OVERFLOW = -1, -2
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -51,13 +51,16 @@ class Drops(NamedTuple):
     """Which elements of each task vector are dropped from a chunk, [task vectors]; made by `keep_all`, then filled in.
 
     AT_RANDOM: those whose random word (of the stream `keys`) is not below `limits`. SMALLEST: those whose magnitude's
-    bits are not above `limits`, except the first `spares` of the chunk that equal it. What stays is multiplied by
-    `scales`.
+    bits are not above `limits`, except the first `spares` of the chunk that equal it. OUTSIDE: those whose magnitude's
+    bits are below `limits`, the first `skips` that equal it, and those not below `uppers`, except `spares` that equal
+    it. What stays is multiplied by `scales`.
     """
 
     kinds: Ints
     keys: NDArray[np.uint32]  # [task vectors, 2]
     limits: NDArray[np.uint32]
+    uppers: NDArray[np.uint32]
+    skips: Ints
     spares: Ints
     scales: Floats
 
@@ -68,6 +71,8 @@ def keep_all(count: int) -> Drops:
         np.full(count, KEEP_ALL),
         np.zeros((count, 2), np.uint32),
         np.zeros(count, np.uint32),
+        np.zeros(count, np.uint32),
+        np.zeros(count, np.int64),
         np.zeros(count, np.int64),
         np.ones(count, np.float32),
     )
@@ -264,6 +269,31 @@ def drop_smallest(delta: Floats, threshold: np.uint32, spare: int, scale: np.flo
 
 
 @compiled
+def drop_outside(delta: Floats, low: np.uint32, high: np.uint32, skips: Ints, spares: Ints, scale: np.float32) -> None:
+    """Scale magnitudes whose bits are from `low` to below `high`; zero the others.
+
+    Of those that equal `low` the first `skips[0]` are zeroed, too; of those that equal `high` the first `spares[0]`
+    are scaled. Both are counted down.
+    """
+    bits = delta.view(np.uint32)
+    if skips[0] == 0 and spares[0] == 0:
+        for i in range(delta.size):
+            word = bits[i] & _MAGNITUDE
+            delta[i] = (delta[i] if (word >= low) & (word < high) else np.float32(0)) * scale
+        return
+    for i in range(delta.size):
+        word = bits[i] & _MAGNITUDE
+        stays = low <= word < high
+        if word == low and skips[0] > 0:
+            skips[0] -= 1
+            stays = False
+        elif word == high and spares[0] > 0:
+            spares[0] -= 1
+            stays = True
+        delta[i] = (delta[i] if stays else np.float32(0)) * scale
+
+
+@compiled
 def add_products(a: Floats, b: Floats, aa: Doubles, bb: Doubles, ab: Doubles) -> None:
     """Add the products of the elements."""
     for i in range(a.size):
@@ -404,11 +434,13 @@ def products(tensors: Tensors, start: int, stop: int, sums: Doubles) -> int:
 
 
 @compiled
-def _drop(delta: Floats, drops: Drops, k: int, low: int, spares: Ints, words: Words, scale: np.float32) -> None:
+def _drop(
+    delta: Floats, drops: Drops, k: int, low: int, skips: Ints, spares: Ints, words: Words, scale: np.float32
+) -> None:
     """Drop from a row of task vector k, which starts at element `low` of the tensor; multiply what stays by `scale`.
 
     Args:
-        spares: what is left of `drops.spares` in the chunk.
+        skips, spares: what is left of those of `drops` in the chunk.
         words: room for a row.
     """
     if drops.kinds[k] == AT_RANDOM:
@@ -416,6 +448,8 @@ def _drop(delta: Floats, drops: Drops, k: int, low: int, spares: Ints, words: Wo
         drop_at_random(delta, words, drops.limits[k], scale)
     elif drops.kinds[k] == SMALLEST:
         spares[k] = drop_smallest(delta, drops.limits[k], spares[k], scale)
+    elif drops.kinds[k] == OUTSIDE:
+        drop_outside(delta, drops.limits[k], drops.uppers[k], skips[k : k + 1], spares[k : k + 1], scale)
 
 
 @compiled
@@ -423,7 +457,7 @@ def magnitudes(tensors: Tensors, start: int, stop: int, drops: Drops, sums: Doub
     """Write into `sums` [task vectors, 2] the sum of magnitudes of each task vector, and of what stays of it."""
     count = tensors.codes.size - 1
     rows, places, words = np.empty((count + 1, ROW), np.float32), np.zeros((count, 2, ROW)), np.empty(ROW, np.uint32)
-    spares = drops.spares.copy()
+    skips, spares = drops.skips.copy(), drops.spares.copy()
     for low in range(start, stop, ROW):
         n = min(ROW, stop - low)
         bad = _load(tensors, low, rows, n)
@@ -433,7 +467,7 @@ def magnitudes(tensors: Tensors, start: int, stop: int, drops: Drops, sums: Doub
         for k in range(count):
             delta = rows[k + 1, :n]
             add_magnitudes(delta, places[k, 0])
-            _drop(delta, drops, k, low, spares, words, np.float32(1))
+            _drop(delta, drops, k, low, skips, spares, words, np.float32(1))
             add_magnitudes(delta, places[k, 1])
     for k in range(count):
         for i in range(2):
@@ -482,6 +516,25 @@ def count_within(tensors: Tensors, start: int, stop: int, bins: Ints, counts: ND
 
 
 @compiled
+def count_equal(tensors: Tensors, start: int, stop: int, magnitudes_KN: Words, counts_KN: Ints) -> int:
+    """Count the elements of each task vector whose magnitude has these bits."""
+    count = tensors.codes.size - 1
+    rows = np.empty((count + 1, ROW), np.float32)
+    for low in range(start, stop, ROW):
+        n = min(ROW, stop - low)
+        bad = _load(tensors, low, rows, n)
+        if bad >= 0:
+            return bad
+        _subtract_base(rows, n)
+        for k in range(count):
+            bits = rows[k + 1, :n].view(np.uint32)
+            for j in range(magnitudes_KN.shape[1]):
+                for i in range(n):
+                    counts_KN[k, j] += (bits[i] & _MAGNITUDE) == magnitudes_KN[k, j]
+    return DONE
+
+
+@compiled
 def merge(
     tensors: Tensors,
     start: int,
@@ -503,7 +556,7 @@ def merge(
     models = tensors.codes.size
     rows, words = np.empty((models, ROW), np.float32), np.empty(ROW, np.uint32)
     result, total, kept = np.empty(ROW, np.float32), np.empty(ROW, np.float32), np.empty(ROW, np.float32)
-    spares = drops.spares.copy()
+    skips, spares = drops.skips.copy(), drops.spares.copy()
     for low in range(start, stop, ROW):
         n = min(ROW, stop - low)
         bad = _load(tensors, low, rows, n)
@@ -513,7 +566,7 @@ def merge(
         if how != WEIGHTED_SUM:
             _subtract_base(rows, n)
         for k in range(drops.kinds.size):
-            _drop(rows[k + 1, :n], drops, k, low, spares, words, drops.scales[k])
+            _drop(rows[k + 1, :n], drops, k, low, skips, spares, words, drops.scales[k])
         for v in range(weights_VK.shape[0]):
             out = result[:n]
             if how == WEIGHTED_SUM:

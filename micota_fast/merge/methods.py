@@ -279,6 +279,84 @@ def _histograms(tensor: TensorInPasses) -> Generator[Pass, list[Any], NDArray[np
     return total
 
 
+# -- Model Breadcrumbs: the smallest and the largest
+
+
+def _drop_outliers(tensor: TensorInPasses) -> Generator[Pass, list[Any], DropsOf]:
+    """Drop the largest magnitudes, a share `gamma`, and as many of the smallest as leave the share `density`.
+
+    If the density leaves fewer than gamma to drop, all that are dropped are the largest. Of equal magnitudes the first
+    counts as the smallest.
+    """
+    from micota_fast.merge import kernels
+
+    shared, size = tensor.scalars[0], tensor.size
+    count = len(shared.densities)
+    keep = [int(density * size) for density in shared.densities]
+    first = [max(0, size - n - int(gamma * size)) for n, gamma in zip(keep, shared.of_models["gamma"], strict=True)]
+    # Places in the order by magnitude: of the smallest that stays, and of the first that is dropped beyond.
+    places_K2 = np.array([(low, low + n) for low, n in zip(first, keep, strict=True)])
+    coarse = yield from _histograms(tensor)
+    bins_K2, places_K2 = _bins(coarse, places_K2)
+    fine = np.zeros((2, count, 1 << kernels.FINE_BITS), np.int64)
+    lock = threading.Lock()
+
+    def count_within(start: int, stop: int) -> None:
+        for i in range(2):
+            counts = np.zeros(fine[i].shape, np.uint32)
+            tensor.run(start, stop, kernels.count_within, bins_K2[:, i].copy(), counts, np.empty((0, 2)))
+            with lock:
+                np.add(fine[i], counts, out=fine[i])
+
+    yield tensor.size, count_within
+    edges_K2 = np.zeros((count, 2), np.uint32)  # magnitudes at the two places
+    equal_K2 = np.zeros((count, 2), np.int64)  # how many that equal them come before
+    for k in range(count):
+        for i in range(2):
+            bin_, place = int(bins_K2[k, i]), int(places_K2[k, i])
+            if bin_ == len(coarse[k]):  # beyond the largest
+                edges_K2[k, i] = 1 << (kernels.COARSE_BITS + kernels.FINE_BITS)
+                continue
+            place -= int(coarse[k, bin_] - fine[i, k].sum())  # zeros, which the histogram leaves out, come first
+            within, places = _bins(fine[i, k : k + 1], np.array([[place]]))
+            edges_K2[k, i] = (bin_ << kernels.FINE_BITS) + int(within[0, 0]) if place >= 0 else 0
+            equal_K2[k, i] = int(places[0, 0]) if place >= 0 else 0
+
+    def count_equal(start: int, stop: int) -> tuple[int, NDArray[np.int64]]:
+        counts = np.zeros((count, 2), np.int64)
+        tensor.run(start, stop, kernels.count_equal, edges_K2, counts)
+        return start, counts
+
+    chunks: list[tuple[int, NDArray[np.int64]]] = yield tensor.size, count_equal
+    drops = {}
+    for start, counts_K2 in chunks:
+        drops[start] = here = kernels.keep_all(count)
+        before_K2 = equal_K2.clip(0, counts_K2)
+        equal_K2 -= before_K2
+        for k, density in enumerate(shared.densities):
+            if density < 1:
+                here.kinds[k] = kernels.OUTSIDE
+                here.limits[k], here.uppers[k] = edges_K2[k]
+                here.skips[k], here.spares[k] = before_K2[k]
+                if edges_K2[k, 0] == edges_K2[k, 1]:
+                    here.spares[k] -= here.skips[k]
+    scales = yield from _scales(tensor, lambda start, stop: drops[start])
+    for here in drops.values():
+        here.scales[:] = scales
+    return lambda start, stop: drops[start]
+
+
+def _bins(counts_KB: NDArray[np.int64], places_KN: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """In which bin of a histogram an element lies whose place in ascending order is known, and its place in there.
+
+    Beyond the last element the bin is the number of bins.
+    """
+    up_to = counts_KB.cumsum(axis=1)
+    bins = np.array([np.searchsorted(row, places, "right") for row, places in zip(up_to, places_KN, strict=True)])
+    below = np.pad(up_to, ((0, 0), (1, 0)))
+    return bins, places_KN - np.take_along_axis(below, bins, axis=1)
+
+
 def _rescale(key: str, value: Any) -> Scalar:
     if value in (True, False):
         return "l1" if value else "none"
@@ -290,6 +368,7 @@ def _rescale(key: str, value: Any) -> Scalar:
 PARAMETERS = {
     "weight": Parameter(number()),
     "density": Parameter(number(0, 1), 1.0),
+    "gamma": Parameter(number(0, 1), 0.01),
     "t": Parameter(number()),
     "normalize": Parameter(truth),
     "rescale": Parameter(_rescale),
@@ -347,5 +426,21 @@ METHODS: dict[str, MethodSpec] = {
         _OF_FILE,
         rescale="l1",
         sparsify=_drop_at_random,
+    ),
+    "breadcrumbs": MethodSpec(
+        "Model Breadcrumbs",
+        "https://arxiv.org/abs/2312.06795",
+        "task vectors",
+        (*_SPARSE, "gamma"),
+        _OF_FILE,
+        sparsify=_drop_outliers,
+    ),
+    "breadcrumbs_ties": MethodSpec(
+        "Model Breadcrumbs with TIES",
+        "https://arxiv.org/abs/2312.06795",
+        "agreeing task vectors",
+        (*_SPARSE, "gamma"),
+        _OF_FILE,
+        sparsify=_drop_outliers,
     ),
 }
