@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .rows import LossInputs, kept_rows
 from .torch_chunk import torch_chunk
 
 # Bytes of logits held at a time: large enough that a product reads the weight seldom (5,300 rows of 151,936 in bfloat16
@@ -64,34 +65,25 @@ class Plan:
         return cls(math.ceil(n_rows / (n_chunks * unit)) * unit, hidden.dtype, stride, exact)
 
 
-def run(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    ignore_index: int,
-    n_supervised: int | None,
-    threshold: float,
-    want_hidden: bool,
-    want_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `linear_cross_entropy._by_chunks`, of which this is the body."""
+def run(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute what `linear_cross_entropy._by_chunks` returns, of which this is the body."""
+    hidden, weight, targets, scale = inputs[:4]
     (n, h), v = hidden.shape, weight.shape[0]
     rows_S = None  # indices of the rows to compute; None: all
     n_rows = n
     valid = torch.ones((), dtype=scale.dtype, device=hidden.device)
-    if n_supervised is not None:
-        kept_N = targets != ignore_index
-        valid.masked_fill_(kept_N.sum() != n_supervised, math.nan)
-        if n_supervised < n:
-            rows_S, n_rows = kept_rows(kept_N, n_supervised), n_supervised
+    if inputs.n_supervised is not None:
+        kept_N = targets != inputs.ignore_index
+        valid.masked_fill_(kept_N.sum() != inputs.n_supervised, math.nan)
+        if inputs.n_supervised < n:
+            rows_S, n_rows = kept_rows(kept_N, inputs.n_supervised), inputs.n_supervised
 
-    plan = Plan.of(hidden, weight, n_rows, want_weight)
+    plan = Plan.of(hidden, weight, n_rows, inputs.want_weight)
     chunk = _triton_chunk() if takes_triton(hidden) else torch_chunk
     nll_N = torch.zeros(n, dtype=scale.dtype, device=hidden.device)
     # Zeros are what a chunk leaves unwritten: rows that are ignored, and rows below the threshold.
-    grad_hidden = hidden.new_zeros((n, h) if want_hidden else 0)
-    grad_weight = weight.new_empty((v, h) if want_weight else 0, dtype=plan.grad_weight_dtype)
+    grad_hidden = hidden.new_zeros((n, h) if inputs.want_hidden else 0)
+    grad_weight = weight.new_empty((v, h) if inputs.want_weight else 0, dtype=plan.grad_weight_dtype)
     if n_rows == 0:
         grad_weight.zero_()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
@@ -102,7 +94,7 @@ def run(
         at = slice(start, stop) if rows_S is None else rows_S[start:stop]
         hidden_CH, target_C = hidden[at].contiguous(), targets[at].contiguous()
         grad_CH = None
-        if want_hidden:  # in place, or gathered as its rows were
+        if inputs.want_hidden:  # in place, or gathered as its rows were
             grad_CH = grad_hidden[at] if rows_S is None else torch.zeros_like(hidden_CH)
         nll_C = torch.empty(stop - start, dtype=scale.dtype, device=hidden.device)
         chunk(
@@ -111,11 +103,11 @@ def run(
             target_C,
             scale[at].contiguous() if scale.ndim else scale,
             buffer[: stop - start, :v],
-            ignore_index=ignore_index,
-            threshold=threshold,
+            ignore_index=inputs.ignore_index,
+            threshold=inputs.threshold,
             nll_C=nll_C,
             grad_CH=grad_CH,
-            grad_VH=grad_weight if want_weight else None,
+            grad_VH=grad_weight if inputs.want_weight else None,
             first=start == 0,
         )
         nll_N[at] = nll_C
@@ -123,17 +115,6 @@ def run(
             grad_hidden[at] = grad_CH
     del buffer
     return nll_N, valid, grad_hidden, grad_weight.to(weight.dtype)
-
-
-def kept_rows(kept_N: Tensor, size: int) -> Tensor:
-    """Indices where `kept_N` is true, in order, int64 [size], without waiting for the device.
-
-    Where there are more, the last are left out; where there are fewer, zeros follow.
-    """
-    # All others share one slot more, which is then dropped.
-    slot_N = (kept_N.cumsum(0) - 1).where(kept_N, size).clamp(max=size)
-    rows = kept_N.new_zeros(size + 1, dtype=torch.int64)
-    return rows.scatter_(0, slot_N, torch.arange(len(kept_N), device=kept_N.device))[:size]
 
 
 def _triton_chunk() -> Callable[..., None]:

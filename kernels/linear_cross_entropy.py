@@ -5,8 +5,10 @@ Where gradients are wanted, each chunk of logits is turned into its own gradient
 chunks, the memory they take and what happens in each.
 """
 
+import inspect
 import math
 import os
+import typing
 from typing import Any, Literal
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import chunks
+from .rows import LossInputs
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -89,41 +92,30 @@ def linear_cross_entropy(
     if not 0 <= row_filter < 1:
         raise ValueError(f"row_filter {row_filter} is not in [0, 1)")
 
-    options = (ignore_index, n_supervised, -math.log1p(-row_filter))
-    if reduction == "none":
-        return _TokenLoss.apply(hidden, weight, targets, *options)
+    threshold = -math.log1p(-row_filter)
     exact = torch.promote_types(hidden.dtype, torch.float32)
     scale = torch.ones((), dtype=exact, device=hidden.device) if token_weights is None else token_weights.to(exact)
+    if reduction == "none":
+        inputs = LossInputs(hidden, weight, targets, scale, ignore_index, n_supervised, threshold, False, False)
+        return _TokenLoss.apply(*inputs)
     if reduction == "mean":
         scale = scale / ((targets != ignore_index).sum().clamp(min=1) if normalizer is None else normalizer)
+    scale = scale.detach().to(exact)  # a normalizer of another type must not change that of the loss
     recording = torch.is_grad_enabled()
     wants = (recording and hidden.requires_grad, recording and weight.requires_grad)
-    # A normalizer of another type must not change that of the loss.
-    return _SummedLoss.apply(hidden, weight, targets, scale.detach().to(exact), *options, *wants)
+    return _SummedLoss.apply(*LossInputs(hidden, weight, targets, scale, ignore_index, n_supervised, threshold, *wants))
 
 
 class _SummedLoss(torch.autograd.Function):
     """Sum over rows of scale * nll; the gradients are made in the forward pass and passed on in the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        scale: Tensor,
-        ignore_index: int,
-        n_supervised: int | None,
-        threshold: float,
-        want_hidden: bool,
-        want_weight: bool,
-    ) -> Tensor:
-        nll_N, valid, grad_hidden, grad_weight = _by_chunks(
-            hidden, weight, targets, scale, ignore_index, n_supervised, threshold, want_hidden, want_weight
-        )
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        inputs = LossInputs(*arguments)
+        nll_N, valid, grad_hidden, grad_weight = _by_chunks(*inputs)
         ctx.save_for_backward(valid, grad_hidden, grad_weight)
-        ctx.wants = want_hidden, want_weight
-        return (nll_N * scale).sum() * valid
+        ctx.wants = inputs.want_hidden, inputs.want_weight
+        return (nll_N * inputs.scale).sum() * valid
 
     @staticmethod
     @once_differentiable
@@ -131,96 +123,73 @@ class _SummedLoss(torch.autograd.Function):
         valid, *gradients = ctx.saved_tensors
         factor = grad_loss * valid
         on_cpu = factor.device.type == "cpu"
-        # One on CUDA, where looking would wait for the device, is 2-d, as a 0-d one would be rounded to the gradients'
-        # type. Not in place: another backward pass may follow.
+        # On CUDA, looking would wait for the device. There the factor is 2-d, as a 0-d one would be rounded to the
+        # gradients' type. Not in place: another backward pass may follow.
         as_it_is = on_cpu and not torch.compiler.is_compiling() and bool(factor == 1)
         factor = factor if on_cpu else factor.reshape(1, 1)
-        return *(
+        passed = (
             None if not want else g if as_it_is else torch.mul(g, factor, out=torch.empty_like(g))
             for g, want in zip(gradients, ctx.wants, strict=True)
-        ), *[None] * 7
+        )
+        return *passed, *_NO_MORE
 
 
 class _TokenLoss(torch.autograd.Function):
     """Loss of each row; the backward pass computes the logits again, as rows are weighted by the incoming gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        ignore_index: int,
-        n_supervised: int | None,
-        threshold: float,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.options = ignore_index, n_supervised, threshold
-        one = torch.ones((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        nll_N, valid, _, _ = _by_chunks(hidden, weight, targets, one, *ctx.options, False, False)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        inputs = LossInputs(*arguments)
+        ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.targets)
+        ctx.options = inputs.ignore_index, inputs.n_supervised, inputs.threshold
+        nll_N, valid, _, _ = _by_chunks(*inputs)
         return nll_N * valid
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_nll_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets = ctx.saved_tensors
         wants = ctx.needs_input_grad[:2]
-        _, valid, *gradients = _by_chunks(hidden, weight, targets, grad_nll_N, *ctx.options, *wants)
-        return *(g.mul_(valid) if want else None for g, want in zip(gradients, wants, strict=True)), *[None] * 4
+        _, valid, *gradients = _by_chunks(*LossInputs(*ctx.saved_tensors, grad_nll_N, *ctx.options, *wants))
+        return *(g.mul_(valid) if want else None for g, want in zip(gradients, wants, strict=True)), *_NO_MORE
 
 
-@torch.library.custom_op("micota::linear_cross_entropy", mutates_args=())
-def _by_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    ignore_index: int,
-    n_supervised: int | None,
-    threshold: float,
-    want_hidden: bool,
-    want_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss of each row [N], and the gradients of sum(scale * loss); one operator, which a compiler leaves whole.
+_NO_MORE = [None] * (len(LossInputs._fields) - 2)  # gradients of all inputs but `hidden` and `weight`
+
+
+def _operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the loss of each row [N] and the gradients of sum(scale * loss), as one operator for compilers.
 
     Args:
-        hidden, weight, targets, ignore_index, n_supervised: as in `linear_cross_entropy`.
-        scale: float32 (float64), 0-d or [N].
-        threshold: rows of at most this loss stay out of the gradients; 0: none does.
-        want_hidden, want_weight: which gradients to make; the others are returned empty.
+        arguments: the fields of `LossInputs`.
 
     Returns:
-        nll_N (0 where ignored); 1, or NaN where the targets belie `n_supervised` (0-d, of the type of `scale`); the
-        gradients of `hidden` and of `weight`, of their types and contiguous.
+        nll_N (0 where ignored); 1, or NaN if the targets contradict `n_supervised` (0-d, of the type of `scale`); the
+        gradients of `hidden` and of `weight`, of their types and contiguous, and empty if not wanted.
     """
-    on_cpu = targets.device.type == "cpu"
+    inputs = LossInputs(*arguments)
+    on_cpu = inputs.targets.device.type == "cpu"
     if on_cpu or os.environ.get("MICOTA_DEBUG") == "1":
-        count = _checked(targets, weight.shape[0], ignore_index, n_supervised)
-        n_supervised = count if on_cpu else n_supervised
+        count = _checked(inputs.targets, inputs.weight.shape[0], inputs.ignore_index, inputs.n_supervised)
+        inputs = inputs._replace(n_supervised=count) if on_cpu else inputs
     # Triton launches on the current device, which need not be that of the inputs; autocast would change some products.
-    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
-        return chunks.run(
-            hidden, weight, targets, scale, ignore_index, n_supervised, threshold, want_hidden, want_weight
-        )
+    with torch.cuda.device_of(inputs.hidden), torch.autocast(inputs.hidden.device.type, enabled=False):
+        return chunks.run(inputs)
+
+
+# torch takes an operator's schema from the annotations of its function: those of LossInputs.
+_signature = inspect.signature(LossInputs).replace(return_annotation=typing.get_type_hints(_operator)["return"])
+_operator.__signature__ = _signature  # type: ignore[attr-defined]
+_by_chunks = torch.library.custom_op("micota::linear_cross_entropy", _operator, mutates_args=())
 
 
 @_by_chunks.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    ignore_index: int,
-    n_supervised: int | None,
-    threshold: float,
-    want_hidden: bool,
-    want_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = LossInputs(*arguments)
     return (
-        scale.new_empty(targets.shape),
-        scale.new_empty(()),
-        hidden.new_empty(hidden.shape if want_hidden else 0),
-        weight.new_empty(weight.shape if want_weight else 0),
+        inputs.scale.new_empty(inputs.targets.shape),
+        inputs.scale.new_empty(()),
+        inputs.hidden.new_empty(inputs.hidden.shape if inputs.want_hidden else 0),
+        inputs.weight.new_empty(inputs.weight.shape if inputs.want_weight else 0),
     )
 
 

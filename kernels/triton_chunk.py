@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunks import kept_rows
 from .kept_products import grad_hidden_of_kept, grad_weight_of_kept
+from .rows import kept_rows
 
 # 16 logits of a thread at a time, loaded 16 bytes at once; 512 threads, so that few rows are in flight and the second
 # pass finds much of its row in the L2 cache.

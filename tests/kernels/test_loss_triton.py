@@ -23,6 +23,7 @@ from triton.runtime import interpreter
 
 from micota_fast.kernels import chunks, kept_products, linear_cross_entropy, triton_chunk
 from micota_fast.kernels.reference import dense_linear_cross_entropy
+from micota_fast.kernels.rows import LossInputs, kept_rows
 
 implementation = sys.modules[linear_cross_entropy.__module__]
 
@@ -228,7 +229,7 @@ def test_a_target_out_of_range_makes_its_row_nan(bad: int, threshold: float) -> 
 def test_kept_rows(size: int, n: int, share: float, seed: int) -> None:
     kept = torch.rand(n, generator=seeded(seed)) < share
     expected = kept.nonzero().flatten().tolist()[:size]
-    got = chunks.kept_rows(kept.to(DEVICE), size)
+    got = kept_rows(kept.to(DEVICE), size)
     assert got.dtype == torch.int64
     assert got.tolist() == expected + [0] * (size - len(expected))
 
@@ -259,7 +260,7 @@ def test_products_of_kept_rows(
     buffer[~kept], hidden[~kept] = NAN, NAN
 
     buffer, weight, hidden, kept = (t.to(DEVICE) for t in (buffer, weight, hidden, kept))
-    args = chunks.kept_rows(kept, c), kept.sum()
+    args = kept_rows(kept, c), kept.sum()
     out = torch.full((c, h), 7.0, dtype=dtype, device=DEVICE)
     kept_products.grad_hidden_of_kept(buffer[:, :v], weight, *args, out)
     total = torch.full((v, h), NAN, dtype=total_dtype or dtype, device=DEVICE)
@@ -514,7 +515,8 @@ def test_nothing_waits_for_the_device(
 ) -> None:
     """On tensors without a value: what depends on one, as item(), nonzero() or a boolean index do, raises an error."""
     monkeypatch.setattr(chunks, "takes_triton", lambda hidden: True)
-    monkeypatch.setattr(implementation, "_by_chunks", chunks.run)  # an operator's body is not run on such tensors
+    # An operator's body is not run on such tensors.
+    monkeypatch.setattr(implementation, "_by_chunks", lambda *arguments: chunks.run(LossInputs(*arguments)))
     for kernels, name in (
         (triton_chunk, "softmax_rows"),
         (kept_products, "grad_hidden_kernel"),
