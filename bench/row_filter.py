@@ -61,8 +61,7 @@ def head_inputs(checkpoint: Path, rows: Path, limit: int, device: str, dtype: to
     hidden, targets = [], []
     for doc_ids in np.split(order, pack_offsets[1:-1]):
         batch = packed_batch(documents, doc_ids)
-        cu_seqlens = batch.cu_seqlens if backend == "sdpa" else batch.cu_seqlens.to(device)
-        attend = PackedAttention(cu_seqlens, batch.max_seqlen, backend, torch.device(device))
+        attend = PackedAttention(batch.cu_seqlens, batch.lengths, backend, torch.device(device))
         hidden_TH = model(batch.input_ids.to(device), batch.position_ids.to(device), attend)
         supervised_T = batch.targets != IGNORE_INDEX
         hidden.append(hidden_TH[supervised_T.to(device)])

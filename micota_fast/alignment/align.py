@@ -124,8 +124,7 @@ def token_likelihood(
     order, pack_offsets = pack(documents.lengths, pack_tokens)
     for doc_ids in np.split(order, pack_offsets[1:-1]):
         batch = packed_batch(documents, doc_ids)
-        cu_seqlens = batch.cu_seqlens if backend == "sdpa" else batch.cu_seqlens.to(device)
-        attend = PackedAttention(cu_seqlens, batch.max_seqlen, backend, device)
+        attend = PackedAttention(batch.cu_seqlens, batch.lengths, backend, device)
         hidden_TH = model(batch.input_ids.to(device), batch.position_ids.to(device), attend)
         targets_T = batch.targets.to(device)
         nll_T = linear_cross_entropy(

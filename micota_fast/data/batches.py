@@ -26,13 +26,13 @@ IGNORE_INDEX = -100  # target of a position without loss; the default of linear_
 class PackedBatch:
     """B documents, end to end, T tokens in all; tokens of different documents must not see each other.
 
-    All tensors are on the CPU; the rest are host integers, so nothing here makes a device wait.
+    All tensors are on the CPU and the rest are Python integers, so reading a batch never waits for a device.
     """
 
     input_ids: torch.Tensor  # int64 [T]
     position_ids: torch.Tensor  # int64 [T], from 0 in each document
     cu_seqlens: torch.Tensor  # int32 [B+1], where each document begins, and T
-    max_seqlen: int  # longest document, tokens
+    lengths: tuple[int, ...]  # tokens of each document, [B]
     targets: torch.Tensor  # int64 [T]: the next token where it is supervised and of the same document, else -100
     token_weights: torch.Tensor | None  # float32 [T], factor of each target's loss; None: Documents has no weights
     n_supervised: int  # targets that are not -100
@@ -54,7 +54,7 @@ def packed_batch(documents: Documents, doc_ids: NDArray[np.int64]) -> PackedBatc
         input_ids=torch.from_numpy(input_ids_T),
         position_ids=torch.from_numpy(position_T),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-        max_seqlen=int(lengths_B.max()),
+        lengths=tuple(lengths_B.tolist()),
         targets=torch.from_numpy(targets_T),
         token_weights=None if weights_D is None else torch.from_numpy(np.repeat(weights_D[doc_ids], lengths_B)),
         n_supervised=int(documents.n_targets[doc_ids].sum()),

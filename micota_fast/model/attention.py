@@ -2,7 +2,7 @@
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -105,27 +105,30 @@ def _varlen_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 class PackedAttention:
-    """`attend` for whole packed documents. One object a batch: what depends on lengths alone is worked out once.
+    """`attend` for whole packed documents. One object per batch: what depends only on lengths is worked out once.
 
     Args:
-        cu_seqlens: int32 `[B+1]`: where each document starts, and the end. "sdpa" reads it on the host: pass a CPU
-            tensor there, or it waits for the device. The other backends copy it to `device` if it is not there yet.
-        max_seqlen: tokens of the longest document, a host integer.
+        cu_seqlens: int32 `[B+1]`: where each document starts, and the end; copied to `device` if it is not there yet.
+        lengths: tokens of each document, `[B]`. Python integers, so that nothing asks the device for them.
         backend: as chosen by `choose_backend`.
         device: of the queries; by default that of `cu_seqlens`.
     """
 
     def __init__(
-        self, cu_seqlens: Tensor, max_seqlen: int, backend: Backend = "sdpa", device: torch.device | str | None = None
+        self,
+        cu_seqlens: Tensor,
+        lengths: Sequence[int],
+        backend: Backend = "sdpa",
+        device: torch.device | str | None = None,
     ) -> None:
         device = cu_seqlens.device if device is None else torch.device(device)
         self._attend: AttendLayer
         if backend == "sdpa":
-            self._attend = _on_cpu(cu_seqlens) if device.type == "cpu" else _sdpa_per_document(cu_seqlens)
+            self._attend = _on_cpu(cu_seqlens) if device.type == "cpu" else _sdpa_per_document(lengths)
         elif backend == "varlen":
-            self._attend = _torch_varlen(cu_seqlens.to(device), max_seqlen)
+            self._attend = _torch_varlen(cu_seqlens.to(device), max(lengths))
         elif backend == "flash":
-            self._attend = _flash_varlen(cu_seqlens.to(device), max_seqlen)
+            self._attend = _flash_varlen(cu_seqlens.to(device), max(lengths))
         else:
             raise ValueError(f"unknown attention backend {backend!r}")
 
@@ -158,9 +161,9 @@ def _torch_varlen(cu_seqlens: Tensor, max_seqlen: int) -> AttendLayer:
     return attend
 
 
-def _sdpa_per_document(cu_seqlens: Tensor) -> AttendLayer:
-    """One call of torch's SDPA a document: for GPUs in types that FlashAttention does not take."""
-    lengths = [length for length in cu_seqlens.diff().tolist() if length]
+def _sdpa_per_document(lengths: Sequence[int]) -> AttendLayer:
+    """Call torch's SDPA once per document: for GPUs, in types that FlashAttention does not take."""
+    lengths = [length for length in lengths if length]
 
     def attend(q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
         gqa = q_TNd.shape[1] != k_TKd.shape[1]

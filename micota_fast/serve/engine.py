@@ -247,10 +247,7 @@ class Engine:
         position_ids_T = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
         slots_T = torch.from_numpy(np.repeat(np.arange(first, first + len(batch)), lengths)).to(device)
         input_ids_T = torch.tensor([i for p in prompts for i in p], device=device)
-        cu = torch.from_numpy(cu_seqlens.astype(np.int32))
-        if self._prefill_backend != "sdpa":
-            cu = cu.to(device)
-        packed = PackedAttention(cu, max(lengths), self._prefill_backend)
+        packed = PackedAttention(torch.from_numpy(cu_seqlens.astype(np.int32)), lengths, self._prefill_backend, device)
         attend = self._cache.prefill(slots_T, position_ids_T, packed)
         hidden_TH = self.model(input_ids_T, position_ids_T, attend)
         for request, start in zip(batch, cu_seqlens, strict=False):

@@ -102,7 +102,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
         for number, batch in enumerate(batches, start=1):
             last_micro_step(model, number == len(batches))
             watch.lap("forward")
-            batch_loss = model(**on_device(batch, model, world), normalizer=normalizer)
+            batch_loss = model(**on_device(batch, world), normalizer=normalizer)
             watch.lap("backward")
             batch_loss.backward()
             loss += batch_loss.detach()

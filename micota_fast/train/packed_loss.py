@@ -1,23 +1,35 @@
-"""The decoder and its loss on one pack of documents: the one place where a loss is chosen."""
+"""The decoder and its loss on one pack of documents: the one place where a training loss is chosen."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from micota_fast.config.train import TrainSettings
 from micota_fast.data.batches import IGNORE_INDEX, PackedBatch
 from micota_fast.kernels import linear_cross_entropy
 from micota_fast.model.attention import Backend, PackedAttention
 from micota_fast.model.decoder import Decoder
 from micota_fast.train.world import World
 
+# Takes hidden states [T, H], the output projection [V, H] and targets [T], and by name `normalizer`, `n_supervised` and
+# `token_weights`, as `linear_cross_entropy` does; returns a float32 scalar.
+Loss = Callable[..., Tensor]
+
+
+def choose_loss(settings: TrainSettings) -> Loss:
+    """Return the loss that `settings` ask for."""
+    return partial(linear_cross_entropy, row_filter=settings.row_filter)
+
 
 class PackedLoss(nn.Module):
     """The decoder and its loss as one module: under FSDP the output projection is gathered once for both."""
 
-    def __init__(self, decoder: Decoder, backend: Backend, row_filter: float = 0.0) -> None:
+    def __init__(self, decoder: Decoder, backend: Backend, loss: Loss = linear_cross_entropy) -> None:
         super().__init__()
-        self.decoder, self.backend, self.row_filter = decoder, backend, row_filter
+        self.decoder, self.backend, self.loss = decoder, backend, loss
 
     def forward(
         self,
@@ -26,31 +38,36 @@ class PackedLoss(nn.Module):
         targets_T: Tensor,
         token_weights_T: Tensor | None,
         cu_seqlens: Tensor,
-        max_seqlen: int,
+        lengths: Sequence[int],
         n_supervised: int,
         normalizer: float,
     ) -> Tensor:
-        """Sum of the losses of these tokens, of which `n_supervised` have one, over `normalizer`; a float32 scalar."""
-        attend = PackedAttention(cu_seqlens, max_seqlen, self.backend, input_ids_T.device)
+        """Return the sum of these tokens' losses divided by `normalizer`, a float32 scalar.
+
+        Args:
+            input_ids_T, position_ids_T, targets_T, token_weights_T, cu_seqlens, lengths, n_supervised: the fields of a
+                `PackedBatch`, with tensors on the model's device.
+            normalizer: divisor of the sum, the same on all ranks and in all micro-steps of a step.
+        """
+        attend = PackedAttention(cu_seqlens, lengths, self.backend, input_ids_T.device)
         hidden_TH = self.decoder(input_ids_T, position_ids_T, attend)
-        return linear_cross_entropy(
+        return self.loss(
             hidden_TH,
             self.decoder.lm_head_weight,
             targets_T,
             normalizer=normalizer,
             n_supervised=n_supervised,
             token_weights=token_weights_T,
-            row_filter=self.row_filter,
         )
 
 
 # For a rank that has run out of packs, as all must join in the collectives: tokens without a target, so a loss and
-# gradients of zero. Two, as every document has at least: of one, torch.compile makes a graph of its own.
+# gradients of zero. Two tokens, as every document has at least: torch.compile would make a graph of its own for one.
 DUMMY_BATCH = PackedBatch(
     input_ids=torch.zeros(2, dtype=torch.int64),
     position_ids=torch.arange(2),
     cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
-    max_seqlen=2,
+    lengths=(2,),
     targets=torch.full((2,), IGNORE_INDEX),
     token_weights=None,
     n_supervised=0,
@@ -58,8 +75,8 @@ DUMMY_BATCH = PackedBatch(
 )
 
 
-def on_device(pack: PackedBatch, model: PackedLoss, world: World) -> dict[str, Any]:
-    """The arguments of `PackedLoss.forward` but the normalizer, on their way to the device."""
+def on_device(pack: PackedBatch, world: World) -> dict[str, Any]:
+    """Start copying a batch to the device; returns the arguments of `PackedLoss.forward` except the normalizer."""
 
     def copied(tensor: Tensor) -> Tensor:
         # Only from pinned memory does a copy not wait for the device.
@@ -70,8 +87,7 @@ def on_device(pack: PackedBatch, model: PackedLoss, world: World) -> dict[str, A
         "position_ids_T": copied(pack.position_ids),
         "targets_T": copied(pack.targets),
         "token_weights_T": None if pack.token_weights is None else copied(pack.token_weights),
-        # SDPA takes documents apart on the host and wants their lengths there.
-        "cu_seqlens": pack.cu_seqlens if model.backend == "sdpa" else copied(pack.cu_seqlens),
-        "max_seqlen": pack.max_seqlen,
+        "cu_seqlens": copied(pack.cu_seqlens),
+        "lengths": pack.lengths,
         "n_supervised": pack.n_supervised,
     }

@@ -28,7 +28,7 @@ from micota_fast.model.pointwise import choose_pointwise
 from micota_fast.train.checkpoint import describe_differences
 from micota_fast.train.memory import estimate, longest_pack
 from micota_fast.train.optim import freeze
-from micota_fast.train.packed_loss import PackedLoss
+from micota_fast.train.packed_loss import PackedLoss, choose_loss
 from micota_fast.train.storage import sha256
 from micota_fast.train.world import World
 
@@ -115,7 +115,7 @@ def build_model(config: TrainConfig, source: Path, world: World) -> PackedLoss:
     world.say(f"attention: {backend} ({reason}); norms, rotation and SwiGLU: {whose}")
     if frozen := freeze(decoder, config.freeze):
         world.say(f"frozen: {frozen:,} of {decoder.num_params():,} parameters")
-    return PackedLoss(decoder, backend, config.row_filter)
+    return PackedLoss(decoder, backend, choose_loss(config))
 
 
 def load_initial_weights(model: PackedLoss, config: TrainConfig, source: Path, world: World) -> None:

@@ -44,7 +44,7 @@ class Validation:
         """Mean loss over the held-out supervised tokens after `step` steps. Waits for the device."""
         total = torch.zeros((), device=self._world.device)
         for batch in self._batches:
-            total += model(**on_device(batch, model, self._world), normalizer=self._n_targets)
+            total += model(**on_device(batch, self._world), normalizer=self._n_targets)
         if isinstance(model, FSDPModule):
             model.reshard()  # no backward pass does it
         dist.all_reduce(total)

@@ -58,11 +58,11 @@ def check_batch(batch: PackedBatch, documents: Documents) -> None:
         assert batch.token_weights.dtype == torch.float32
         assert batch.token_weights.tolist() == weights
     assert batch.cu_seqlens.tolist() == bounds
-    assert batch.max_seqlen == max(np.diff(bounds))
+    assert batch.lengths == tuple(np.diff(bounds))
     assert batch.n_supervised == sum(t != -100 for t in targets)
     assert batch.input_ids.dtype == batch.position_ids.dtype == batch.targets.dtype == torch.int64
     assert batch.cu_seqlens.dtype == torch.int32
-    assert type(batch.max_seqlen) is type(batch.n_supervised) is int
+    assert {type(length) for length in (*batch.lengths, batch.n_supervised)} == {int}
 
 
 LENGTHS = st.lists(st.integers(2, 24), min_size=1, max_size=60)

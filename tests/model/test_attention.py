@@ -59,11 +59,19 @@ def test_outputs_and_gradients_equal_the_dense_reference(
     lengths: list[int], heads: tuple[int, int], dtype: torch.dtype, tolerance: float
 ) -> None:
     tensors = inputs(lengths, *heads)
-    packed = PackedAttention(cu_seqlens(lengths), max(lengths), "sdpa")
+    packed = PackedAttention(cu_seqlens(lengths), lengths, "sdpa")
     expected = results(lambda q, k, v: reference(q, k, v, lengths), tensors, torch.float64)
     found = results(lambda q, k, v: packed(0)(q, k, v), tensors, dtype)
     for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_sdpa_reads_nothing_from_the_device() -> None:
+    """Meta tensors have no values, so that whatever asks for one fails. FSDP moves every tensor to the device."""
+    lengths = LENGTHS["mixed"]
+    q, k, v, _ = (x.to("meta") for x in inputs(lengths, 4, 2))
+    packed = PackedAttention(cu_seqlens(lengths).to("meta"), lengths, "sdpa", "meta")
+    assert packed(0)(q, k, v).shape == q.shape
 
 
 @pytest.mark.gpu
@@ -76,7 +84,7 @@ def test_backends_on_a_gpu_equal_the_dense_reference(backend: str, lengths: list
     except InputError as error:
         pytest.skip(str(error))
     tensors = inputs(lengths, 8, 2, head_dim=64)
-    packed = PackedAttention(cu_seqlens(lengths), max(lengths), chosen, "cuda")
+    packed = PackedAttention(cu_seqlens(lengths), lengths, chosen, "cuda")
     expected = results(lambda q, k, v: reference(q, k, v, lengths), tensors, torch.float64)
     for a, b in zip(
         results(lambda q, k, v: packed(0)(q, k, v), tensors, torch.bfloat16, "cuda"), expected, strict=True

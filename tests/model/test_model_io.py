@@ -28,7 +28,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
 def logits(model: Decoder, ids: Tensor) -> Tensor:
-    attend = PackedAttention(torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+    attend = PackedAttention(torch.tensor([0, len(ids)], dtype=torch.int32), [len(ids)])
     with torch.no_grad():
         return model(ids, torch.arange(len(ids)), attend) @ model.lm_head_weight.T
 

@@ -50,7 +50,7 @@ def packed_logits(model: Decoder, documents: list[Tensor]) -> list[Tensor]:
     lengths = [len(document) for document in documents]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     position_ids = torch.cat([torch.arange(length) for length in lengths])
-    hidden_TH = model(torch.cat(documents), position_ids, PackedAttention(cu_seqlens, max(lengths)))
+    hidden_TH = model(torch.cat(documents), position_ids, PackedAttention(cu_seqlens, lengths))
     return list((hidden_TH @ model.lm_head_weight.T).split(lengths))
 
 
@@ -169,7 +169,7 @@ def test_positions_decide_not_places(qwen2_checkpoint: Path) -> None:
     """Only differences of positions matter, and a wrong position changes the result."""
     model = load_model(qwen2_checkpoint, torch.float64)
     ids, positions = token_ids(12), torch.arange(12)
-    attend = PackedAttention(torch.tensor([0, 12], dtype=torch.int32), 12)
+    attend = PackedAttention(torch.tensor([0, 12], dtype=torch.int32), [12])
     with torch.no_grad():
         hidden = model(ids, positions, attend)
         torch.testing.assert_close(model(ids, positions + 100, attend), hidden, atol=1e-4, rtol=0)

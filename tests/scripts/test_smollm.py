@@ -201,7 +201,7 @@ def test_logits_are_those_of_the_model_before_the_gguf(converted: Path, model: P
     ours = load_model(converted)
     with torch.no_grad():
         wanted = model(ids[None]).logits[0]
-        hidden = ours(ids, torch.arange(40), PackedAttention(torch.tensor([0, 40], dtype=torch.int32), 40))
+        hidden = ours(ids, torch.arange(40), PackedAttention(torch.tensor([0, 40], dtype=torch.int32), [40]))
         reopened = AutoModelForCausalLM.from_pretrained(converted)(ids[None]).logits[0]
     torch.testing.assert_close(hidden @ ours.lm_head_weight.T, wanted, rtol=0, atol=1e-4)
     torch.testing.assert_close(reopened, wanted, rtol=0, atol=1e-4)
@@ -388,7 +388,7 @@ def test_the_real_checkpoint_gives_transformers_logits() -> None:
     ids = torch.tensor(tokenizer.encode(" ".join(TEXTS), add_special_tokens=False).ids)
     ours, theirs = load_model(CHECKPOINT, torch.float32), AutoModelForCausalLM.from_pretrained(CHECKPOINT)
     assert ours.num_params() == 134_515_008
-    attend = PackedAttention(torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+    attend = PackedAttention(torch.tensor([0, len(ids)], dtype=torch.int32), [len(ids)])
     with torch.no_grad():
         logits = ours(ids, torch.arange(len(ids)), attend) @ ours.lm_head_weight.T
         torch.testing.assert_close(logits, theirs(ids[None]).logits[0], rtol=0, atol=1e-4)

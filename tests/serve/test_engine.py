@@ -369,5 +369,5 @@ def test_prefill_of_several_prompts_equals_each_alone(running: Running) -> None:
 
         T = len(prompt)
         with torch.inference_mode():
-            hidden = model(torch.tensor(prompt), torch.arange(T), PackedAttention(torch.tensor([0, T]).int(), T))
+            hidden = model(torch.tensor(prompt), torch.arange(T), PackedAttention(torch.tensor([0, T]).int(), [T]))
             assert F.linear(hidden[-1], model.lm_head_weight).argmax().item() == got.output_ids[0]

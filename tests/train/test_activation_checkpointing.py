@@ -40,7 +40,7 @@ def loss_of(model: PackedLoss) -> Tensor:
     ids_T = torch.randint(model.decoder.config.vocab_size, (TOKENS,), generator=generator)
     positions_T = torch.cat([torch.arange(length) for length in LENGTHS])
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
-    loss: Tensor = model(ids_T, positions_T, ids_T.roll(-1), None, cu_seqlens, max(LENGTHS), TOKENS, float(TOKENS))
+    loss: Tensor = model(ids_T, positions_T, ids_T.roll(-1), None, cu_seqlens, LENGTHS, TOKENS, float(TOKENS))
     return loss
 
 

@@ -57,7 +57,7 @@ def loss_of(model: PackedLoss, lengths: list[int]) -> Tensor:
     ids_T = torch.randint(320, (total,), generator=torch.Generator().manual_seed(total))
     positions_T = torch.cat([torch.arange(length) for length in lengths])
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    loss: Tensor = model(ids_T, positions_T, ids_T.roll(-1), None, cu_seqlens, max(lengths), total, float(total))
+    loss: Tensor = model(ids_T, positions_T, ids_T.roll(-1), None, cu_seqlens, lengths, total, float(total))
     return loss
 
 
@@ -113,7 +113,7 @@ def train_steps(model: PackedLoss, world: World) -> tuple[list[float], dict[str,
     losses = []
     for first in range(0, len(PACKS), 2):
         mine = PACKS[first : first + 2][world.rank :: world.size]
-        dummy = model(**on_device(DUMMY_BATCH, model, world), normalizer=1.0) if not mine else None
+        dummy = model(**on_device(DUMMY_BATCH, world), normalizer=1.0) if not mine else None
         parts = [dummy] if dummy is not None else [loss_of(model, lengths) for lengths in mine]
         loss = torch.stack(parts).sum()
         loss.backward()

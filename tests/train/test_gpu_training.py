@@ -97,7 +97,7 @@ def test_a_step_never_waits_for_the_device(options: dict[str, object], exact: Tr
             batches, normalizer, _, _ = steps.step(number)
             loss = torch.zeros((), device=world.device)
             for batch in batches:
-                batch_loss = model(**on_device(batch, model, world), normalizer=normalizer)
+                batch_loss = model(**on_device(batch, world), normalizer=normalizer)
                 batch_loss.backward()
                 loss += batch_loss.detach()
             step_if_finite(optimizer, loss, clip_gradients(model, config.max_grad_norm))

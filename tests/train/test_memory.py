@@ -68,7 +68,7 @@ def test_what_a_block_keeps(family: str, how: Checkpointing, dtype: torch.dtype,
             block.forward = checkpoint_activations(block.forward, how)
     cu_seqlens = torch.tensor([0, 200, TOKENS], dtype=torch.int32)
     ids, positions = torch.arange(TOKENS) % 300, torch.arange(TOKENS)
-    attend = PackedAttention(cu_seqlens, 312)
+    attend = PackedAttention(cu_seqlens, [200, 312])
     model(ids, positions, attend)  # what is made once
     gc.collect()  # what an earlier test left must not be freed in between
     with torch.profiler.profile(profile_memory=True) as profile:

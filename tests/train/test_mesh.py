@@ -146,7 +146,7 @@ def _count(world: World, checkpoint: Path, path: Path) -> None:
     for number in range(3):
         last_micro_step(model, number == 2)
         with Collectives() as collectives:
-            model(**on_device(DUMMY_BATCH, model, world), normalizer=1.0).backward()
+            model(**on_device(DUMMY_BATCH, world), normalizer=1.0).backward()
         counts.append(collectives.count)
     if world.is_main:
         path.write_text(json.dumps(counts))

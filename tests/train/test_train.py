@@ -98,7 +98,7 @@ def gradients(checkpoint: Path, config: TrainConfig, batches: list[list[int]]) -
     loss = 0.0
     for ids in batches:
         b = packed_batch(documents, torch.tensor(ids).numpy())
-        part = model(b.input_ids, b.position_ids, b.targets, None, b.cu_seqlens, b.max_seqlen, b.n_supervised, total)
+        part = model(b.input_ids, b.position_ids, b.targets, None, b.cu_seqlens, b.lengths, b.n_supervised, total)
         part.backward()
         loss += part.item()
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
