@@ -148,8 +148,10 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_nll_N: Tensor) -> tuple[Tensor | None, ...]:
-        wants = ctx.needs_input_grad[:2]
-        _, valid, *gradients = _by_chunks(*LossInputs(*ctx.saved_tensors, grad_nll_N, *ctx.options, *wants))
+        hidden, weight, targets = ctx.saved_tensors
+        want_hidden, want_weight = wants = ctx.needs_input_grad[:2]
+        inputs = LossInputs(hidden, weight, targets, grad_nll_N, *ctx.options, want_hidden, want_weight)
+        _, valid, *gradients = _by_chunks(*inputs)
         return *(g.mul_(valid) if want else None for g, want in zip(gradients, wants, strict=True)), *_NO_MORE
 
 
