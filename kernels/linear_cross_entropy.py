@@ -150,7 +150,10 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_nll_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         want_hidden, want_weight = wants = ctx.needs_input_grad[:2]
-        inputs = LossInputs(hidden, weight, targets, grad_nll_N, *ctx.options, want_hidden, want_weight)
+        ignore_index, n_supervised, threshold = ctx.options
+        inputs = LossInputs(
+            hidden, weight, targets, grad_nll_N, ignore_index, n_supervised, threshold, want_hidden, want_weight
+        )
         _, valid, *gradients = _by_chunks(*inputs)
         return *(g.mul_(valid) if want else None for g, want in zip(gradients, wants, strict=True)), *_NO_MORE
 
