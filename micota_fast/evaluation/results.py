@@ -135,11 +135,11 @@ class GradedAnswer(Completion):
     protocols: dict[str, ProtocolVerdict] = field(default_factory=dict)
 
 
-def read_graded(path: Path) -> Iterator[GradedAnswer]:
-    """Yield the rows of rows/NAME.jsonl.
+def read_graded(path: Path) -> Iterator[tuple[str, GradedAnswer]]:
+    """Yield "path:line" and the row of every row in rows/NAME.jsonl.
 
     Raises:
         InputError: the file cannot be read or a row is bad (file:line).
     """
     for where, line in read_lines(path):
-        yield from_json(GradedAnswer, parse_line(line, where), where)
+        yield where, from_json(GradedAnswer, parse_line(line, where), where)

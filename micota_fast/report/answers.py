@@ -10,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -18,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from micota_fast.common.records import Completion, benchmark_file, parse_line, parse_row, read_lines
+from micota_fast.common.records import benchmark_file
 from micota_fast.config.report import ReportConfig
 from micota_fast.errors import InputError
+from micota_fast.evaluation.results import GradedAnswer, Outcome, read_graded
 from micota_fast.report.drawing import THEME, theme_variables
-from micota_fast.report.inputs import Inputs, Results
+from micota_fast.report.inputs import EvaluatedModel, Inputs
 from micota_fast.report.summary import BASE
 
-OUTCOMES = {
-    # as graded: (sign, name), "correct" first
+OUTCOMES: dict[Outcome, tuple[str, str]] = {
+    # (sign, name), "correct" first
     "correct": ("✓", "right"),
     "wrong": ("✗", "wrong"),
     "no_answer": ("○", "no final answer"),
@@ -43,15 +43,6 @@ _LONGEST_READ = 300  # characters of an answer as it was read for grading
 
 Cut = str | list[str | int]
 """A text, or [its start, number of characters left out, its end]."""
-
-
-@dataclass(frozen=True)
-class _Row:
-    answer: Completion
-    outcome: str
-    extracted: str | None
-    others: dict[str, bool | None]
-    """What the protocols say that see it otherwise than the one that counts."""
 
 
 def render_answers(config: ReportConfig, inputs: Inputs, colours: Mapping[str, str]) -> bytes:
@@ -109,31 +100,15 @@ def render_answers(config: ReportConfig, inputs: Inputs, colours: Mapping[str, s
     return "".join(parts).encode("utf-8", "replace")  # JSON can hold half a surrogate pair, UTF-8 cannot
 
 
-def _rows(file: Path) -> Iterator[_Row]:
-    for where, line in read_lines(file):
-        value = parse_line(line, where)
-        answer = parse_row(Completion, value, where)
-        outcome, extracted = str(value.get("outcome")), value.get("extracted")
-        for key, found, known in (("outcome", outcome, OUTCOMES), ("finish_reason", answer.finish_reason, FINISHES)):
-            if found not in known:
-                raise InputError(f"{where}: key {key!r} must be one of {', '.join(known)}, found {found!r}")
-        if not isinstance(extracted, str | None):
-            raise InputError(f"{where}: key 'extracted' must be str or null, found {extracted!r:.60}")
-        yield _Row(answer, outcome, extracted, _others(value.get("protocols"), answer.correct, where))
+def _rows(file: Path) -> Iterator[GradedAnswer]:
+    for where, row in read_graded(file):
+        if row.finish_reason not in FINISHES:
+            known = ", ".join(FINISHES)
+            raise InputError(f"{where}: key 'finish_reason' must be one of {known}, found {row.finish_reason!r}")
+        yield row
 
 
-def _others(protocols: Any, counts: bool | None, where: str) -> dict[str, bool | None]:
-    if protocols is None:
-        return {}
-    try:
-        return {name: of["correct"] for name, of in protocols.items() if of["correct"] is not counts}
-    except (AttributeError, KeyError, TypeError):
-        raise InputError(
-            f"{where}: key 'protocols' must hold {{NAME: {{correct: ...}}}}, found {protocols!r:.80}"
-        ) from None
-
-
-def _graded_files(runs: Sequence[Results]) -> list[list[tuple[str, Path]]]:
+def _graded_files(runs: Sequence[EvaluatedModel]) -> list[list[tuple[str, Path]]]:
     """Of each run whose rows are there, its benchmarks and their files."""
     return [
         [(name, run.path.parent / "rows" / benchmark_file(name)) for name in run.benchmarks]
@@ -142,19 +117,18 @@ def _graded_files(runs: Sequence[Results]) -> list[list[tuple[str, Path]]]:
     ]
 
 
-def _kept_characters(arms: Mapping[str, Sequence[Results]]) -> int:
+def _kept_characters(arms: Mapping[str, Sequence[EvaluatedModel]]) -> int:
     """How many characters of an answer's start, and as many of its end, the page has room for; at least 100."""
     characters, encoded, seen, taken = [], [], set(), 0
     for runs in arms.values():
         for of_run in _graded_files(runs):
             for benchmark, file in of_run:
                 for row in _rows(file):
-                    text = row.answer.completion
-                    characters.append(len(text))
-                    encoded.append(_size(text))
-                    if (benchmark, row.answer.id) not in seen:
-                        seen.add((benchmark, row.answer.id))
-                        taken += _size(row.answer.problem) + _size(row.answer.answer)
+                    characters.append(len(row.completion))
+                    encoded.append(_size(row.completion))
+                    if (benchmark, row.id) not in seen:
+                        seen.add((benchmark, row.id))
+                        taken += _size(row.problem) + _size(row.answer)
     lengths, sizes = np.array(characters), np.array(encoded)
     room = ROOM - taken - _AROUND * len(lengths)
     for kept in (digit * 10**power for power in range(6, 1, -1) for digit in range(9, 0, -1)):
@@ -169,7 +143,7 @@ def _size(text: str) -> int:
     return len(_json(text).encode("utf-8", "replace")) + 5 * text.count("<")
 
 
-def _problems(arms: Mapping[str, Sequence[Results]], kept: int) -> list[list[Any]]:
+def _problems(arms: Mapping[str, Sequence[EvaluatedModel]], kept: int) -> list[list[Any]]:
     """[benchmark, id, problem, gold answer, answers by arm] of each, benchmarks in their order, ids in natural order.
 
     An answer is [run, sample, outcome, extracted, tokens, finish reason, text, other protocols' verdicts or null]; what
@@ -181,22 +155,23 @@ def _problems(arms: Mapping[str, Sequence[Results]], kept: int) -> list[list[Any
         for run, of_run in enumerate(_graded_files(runs)):
             for benchmark, (_, file) in enumerate(_in_order(of_run, arms)):
                 for row in _rows(file):
-                    answer = row.answer
-                    text = [answer.problem, answer.answer]
-                    new = [benchmark, answer.id, *text, [[] for _ in arms]]
-                    problem = found.setdefault((benchmark, answer.id), new)
+                    text = [row.problem, row.answer]
+                    new = [benchmark, row.id, *text, [[] for _ in arms]]
+                    problem = found.setdefault((benchmark, row.id), new)
                     if problem[2:4] != text:
-                        raise InputError(f"{file}: problem {answer.id!r} or its gold answer differs from other runs'")
+                        raise InputError(f"{file}: problem {row.id!r} or its gold answer differs from other runs'")
+                    verdicts = {name: verdict.correct for name, verdict in row.protocols.items()}
+                    others = {name: correct for name, correct in verdicts.items() if correct is not row.correct}
                     problem[4][arm].append(
                         [
                             run,
-                            answer.sample,
+                            row.sample,
                             outcomes.index(row.outcome),
                             None if row.extracted is None else _shortened(row.extracted),
-                            answer.completion_tokens,
-                            finishes.index(answer.finish_reason),
-                            _cut(answer.completion, kept),
-                            row.others or None,
+                            row.completion_tokens,
+                            finishes.index(row.finish_reason),
+                            _cut(row.completion, kept),
+                            others or None,
                         ]
                     )
     for problem in found.values():
@@ -205,7 +180,7 @@ def _problems(arms: Mapping[str, Sequence[Results]], kept: int) -> list[list[Any
     return [found[key] for key in sorted(found, key=lambda key: (key[0], _natural(key[1])))]
 
 
-def _in_order(of_run: list[tuple[str, Path]], arms: Mapping[str, Sequence[Results]]) -> list[tuple[str, Path]]:
+def _in_order(of_run: list[tuple[str, Path]], arms: Mapping[str, Sequence[EvaluatedModel]]) -> list[tuple[str, Path]]:
     """A run's benchmarks in the order of the base's."""
     order = list(arms[BASE][0].benchmarks)
     return sorted(of_run, key=lambda named: order.index(named[0]))
@@ -224,7 +199,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST_READ else f"{text[:_LONGEST_READ]} … ({len(text):,} characters)"
 
 
-def _samples(runs: Sequence[Results]) -> int:
+def _samples(runs: Sequence[EvaluatedModel]) -> int:
     """Most answers to a problem in a run of this arm."""
     return max((of.samples for run in runs for of in (run.graded or {}).values()), default=0)
 
@@ -257,7 +232,10 @@ def _style(colours: Sequence[str]) -> str:
 
 
 def _form(
-    arms: Mapping[str, Sequence[Results]], problems: Sequence[list[Any]], benchmarks: Sequence[str], kept: int | None
+    arms: Mapping[str, Sequence[EvaluatedModel]],
+    problems: Sequence[list[Any]],
+    benchmarks: Sequence[str],
+    kept: int | None,
 ) -> str:
     counts = [sum(problem[0] == benchmark for problem in problems) for benchmark in range(len(benchmarks))]
     sets = "".join(
@@ -312,7 +290,10 @@ def _pager(label: str) -> str:
 
 
 def _files(
-    arms: Mapping[str, Sequence[Results]], folders: Mapping[str, Sequence[str]], benchmarks: Sequence[str], out: str
+    arms: Mapping[str, Sequence[EvaluatedModel]],
+    folders: Mapping[str, Sequence[str]],
+    benchmarks: Sequence[str],
+    out: str,
 ) -> str:
     named = ", ".join(f"<code>{escape(benchmark_file(name))}</code>" for name in benchmarks)
     there = "".join(

@@ -1,38 +1,22 @@
-"""What the report reads: the files of the other stages, checked key by key before anything is drawn."""
+"""What the report reads: the files of the other stages, checked before anything is drawn."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from micota_fast.common.records import benchmark_file, parse_line, read_lines
+from micota_fast.common.schema import Count, from_json, load
 from micota_fast.config.report import ReportConfig
+from micota_fast.corpus.results import BenchmarkOverlap, Contamination
 from micota_fast.errors import InputError
+from micota_fast.evaluation.results import BenchmarkResult, EvaluationResults, read_graded
 from micota_fast.report.corpora import Corpus, load_corpus
-from micota_fast.report.node import Node, parse, read
-
-
-@dataclass(frozen=True)
-class BenchmarkResult:
-    """One benchmark of one model: `n` answers to `problems` problems, more than one each where answers were sampled.
-
-    `accuracy` is a fraction of the answers; the optional counts, of answers too, are None where the file has none.
-    `protocols` has the accuracy by each protocol that graded them.
-    """
-
-    problems: int
-    n: int
-    accuracy: float
-    truncated: int | None
-    no_answer: int | None
-    timeout: int | None
-    mean_tokens: float | None
-    protocols: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Graded:
-    """Of each problem, by id in sorted order, how many of its `samples` answers are right."""
+    """How many of a problem's `samples` answers are correct, by the problems' ids in sorted order."""
 
     ids: tuple[str, ...]
     correct: tuple[int, ...]
@@ -40,9 +24,12 @@ class Graded:
 
 
 @dataclass(frozen=True)
-class Results:
-    """One evaluated model. `graded` is None where a benchmark's rows/NAME.jsonl is not beside results.json; `protocol`,
-    by which it was graded, where the file does not say."""
+class EvaluatedModel:
+    """One results.json, and the rows next to it.
+
+    `protocol` is the one whose verdicts count, None if the file does not say. `graded` is None if the rows/NAME.jsonl
+    of a benchmark is missing.
+    """
 
     path: Path
     model: str
@@ -60,48 +47,37 @@ class LossCurve:
 
 
 @dataclass(frozen=True)
-class Overlap:
-    """One corpus and one benchmark: of its `problems`, how many a row holds word for word (`exact`) and with how many a
-    row shares 13 words in a run (`shared`); and how many `rows` of the corpus do either."""
-
-    problems: int
-    exact: int
-    shared: int
-    rows: int
-
-
-@dataclass(frozen=True)
 class Inputs:
     """Everything the report shows, in the order of the config."""
 
-    base: Results
-    arms: dict[str, list[Results]]
+    base: EvaluatedModel
+    arms: dict[str, list[EvaluatedModel]]
     corpora: dict[str, Corpus]
     training: dict[str, list[LossCurve]]
-    overlaps: dict[str, dict[str, Overlap]]
-    """Corpus -> benchmark -> what they share; empty where the config names no contamination.json."""
+    overlaps: dict[str, dict[str, BenchmarkOverlap]]
+    """Corpus -> benchmark -> what they share; empty if the config names no contamination.json."""
 
 
-def load(config: ReportConfig) -> Inputs:
+def load_inputs(config: ReportConfig) -> Inputs:
     """Read and check every file the config names.
 
     Raises:
-        InputError: a file is absent or malformed, a required key is missing or has the wrong type, an accuracy
+        InputError: a file is missing or malformed, a required key is missing or has the wrong type, an accuracy
             contradicts its counts or its rows, or an arm was not evaluated on the same problems as the base (averages
             over different benchmarks cannot be compared). Names the file and the key.
     """
     if "base" in config.arms:
         raise InputError("report config: arms.base: this name belongs to the untouched student; rename the arm")
-    base = _results(Path(config.base))
-    arms: dict[str, list[Results]] = {}
+    base = _load_model(Path(config.base))
+    arms: dict[str, list[EvaluatedModel]] = {}
     for name, paths in config.arms.items():
         if not paths:
             raise InputError(f"report config: arms.{name}: no results.json given; leave the arm out or add a path")
-        arms[name] = [_results(Path(path)) for path in paths]
-        for results in arms[name]:
-            _same_benchmarks(results, base)
-            _same_protocol(results, base)
-    _same_problems([base, *(results for runs in arms.values() for results in runs)])
+        arms[name] = [_load_model(Path(path)) for path in paths]
+        for model in arms[name]:
+            _check_same_benchmarks(model, base)
+            _check_same_protocol(model, base)
+    _check_same_problems([base, *(model for models in arms.values() for model in models)])
     corpora = {name: load_corpus(name, files) for name, files in config.corpora.items()}
     training = {name: [_loss_curve(Path(path)) for path in paths] for name, paths in config.training.items() if paths}
     overlaps = {} if config.contamination is None else _overlaps(Path(config.contamination), list(base.benchmarks))
@@ -111,76 +87,46 @@ def load(config: ReportConfig) -> Inputs:
     return Inputs(base, arms, corpora, training, overlaps)
 
 
-def _results(path: Path) -> Results:
-    node = parse(read(path), str(path))
-    listed = node.child("benchmarks")
-    if not listed.data:
+def _load_model(path: Path) -> EvaluatedModel:
+    results = load(EvaluationResults, path)
+    benchmarks = results.benchmarks
+    if not benchmarks:
         raise InputError(f"{path}: key 'benchmarks' is empty; evaluate at least one benchmark")
-    benchmarks, counting = {}, set()
-    for name in listed.data:
-        entry = listed.child(name)
-        protocols = entry.optional_child("protocols")
-        if protocols is not None:
-            counting.add(entry.text("protocol"))
-        n, accuracy = entry.count("n", low=1), entry.number("accuracy", 0.0, 1.0)
-        problems = entry.optional_count("problems", low=1) or n
-        if problems > n:
-            raise InputError(f"{path}: key 'benchmarks.{name}.problems' is {problems}, more than 'n', {n} answers")
-        correct = entry.optional_count("correct")
-        if correct is not None and abs(correct / n - accuracy) > 1e-6:
-            raise InputError(
-                f"{path}: key 'benchmarks.{name}.accuracy' is {accuracy}, but {correct} correct of {n} is "
-                f"{correct / n:.6f}"
-            )
-        benchmarks[name] = BenchmarkResult(
-            problems=problems,
-            n=n,
-            accuracy=accuracy,
-            truncated=entry.optional_count("truncated"),
-            no_answer=entry.optional_count("no_answer"),
-            timeout=entry.optional_count("timeout"),
-            mean_tokens=entry.optional_number("mean_tokens", 0.0),
-            protocols={of: protocols.child(of).number("accuracy", 0.0, 1.0) for of in protocols.data}
-            if protocols
-            else {},
-        )
+    counting = sorted({result.protocol for result in benchmarks.values() if result.protocol is not None})
     if len(counting) > 1:
-        raise InputError(
-            f"{path}: benchmarks are graded by {' and '.join(sorted(counting))}; grade all by one protocol"
-        )
-    rows = {name: path.parent / "rows" / benchmark_file(name) for name in benchmarks}
+        raise InputError(f"{path}: benchmarks are graded by {' and '.join(counting)}; grade all by one protocol")
+    files = {name: path.parent / "rows" / benchmark_file(name) for name in benchmarks}
     graded = None
-    if all(file.exists() for file in rows.values()):
-        graded = {name: _graded(file, path, benchmarks[name]) for name, file in rows.items()}
-    return Results(path, str(node.data.get("model") or ""), next(iter(counting), None), benchmarks, graded)
+    if all(file.exists() for file in files.values()):
+        graded = {name: _count_correct(file, path, benchmarks[name]) for name, file in files.items()}
+    return EvaluatedModel(path, results.model, counting[0] if counting else None, benchmarks, graded)
 
 
-def _graded(file: Path, results: Path, expected: BenchmarkResult) -> Graded:
-    right: dict[str, dict[int, bool]] = {}
-    for where, line in read_lines(file):
-        row = Node(parse_line(line, where), where)
-        problem, sample = right.setdefault(row.text("id"), {}), row.count("sample")
-        if sample in problem:
-            raise InputError(f"{where}: sample {sample} of problem {row.text('id')!r} occurs a second time")
-        problem[sample] = row.text("outcome") == "correct"
-    ids = sorted(right)
-    counts = tuple(sum(right[problem].values()) for problem in ids)
-    answers = sum(map(len, right.values()))
+def _count_correct(file: Path, results: Path, expected: BenchmarkResult) -> Graded:
+    correct: dict[str, dict[int, bool]] = {}
+    for where, row in read_graded(file):
+        of_problem = correct.setdefault(row.id, {})
+        if row.sample in of_problem:
+            raise InputError(f"{where}: sample {row.sample} of problem {row.id!r} occurs a second time")
+        of_problem[row.sample] = row.outcome == "correct"
+    ids = sorted(correct)
+    counts = tuple(sum(correct[problem].values()) for problem in ids)
+    answers = sum(map(len, correct.values()))
     found = (len(ids), answers, sum(counts))
-    named = (expected.problems, expected.n, round(expected.accuracy * expected.n))
+    named = (expected.size, expected.n, round(expected.accuracy * expected.n))
     if found != named:
         of = "{} problems with {} answers, {} of them correct".format
         raise InputError(f"{file} holds {of(*found)}, but {results} says {of(*named)}; evaluate again")
     samples = answers // len(ids)
-    uneven = next((problem for problem in ids if len(right[problem]) != samples), None)
+    uneven = next((problem for problem in ids if len(correct[problem]) != samples), None)
     if uneven is not None:
         raise InputError(
-            f"{file}: problem {uneven!r} has {len(right[uneven])} answers, others another number; evaluate again"
+            f"{file}: problem {uneven!r} has {len(correct[uneven])} answers, others another number; evaluate again"
         )
     return Graded(tuple(ids), counts, samples)
 
 
-def _same_problems(every: Sequence[Results]) -> None:
+def _check_same_problems(every: Sequence[EvaluatedModel]) -> None:
     first, *others = [(of.path, of.graded) for of in every if of.graded is not None] or [(Path(), {})]
     for path, graded in others:
         for name, of_name in graded.items():
@@ -192,53 +138,55 @@ def _same_problems(every: Sequence[Results]) -> None:
                 )
 
 
-def _same_benchmarks(results: Results, base: Results) -> None:
-    mine = {name: result.problems for name, result in results.benchmarks.items()}
-    theirs = {name: result.problems for name, result in base.benchmarks.items()}
+def _check_same_benchmarks(model: EvaluatedModel, base: EvaluatedModel) -> None:
+    mine = {name: result.size for name, result in model.benchmarks.items()}
+    theirs = {name: result.size for name, result in base.benchmarks.items()}
     if mine != theirs:
         raise InputError(
-            f"{results.path}: key 'benchmarks' holds {mine} (problems each) but the base, {base.path}, holds {theirs}; "
+            f"{model.path}: key 'benchmarks' holds {mine} (problems each) but the base, {base.path}, holds {theirs}; "
             "evaluate both on the same problems"
         )
 
 
-def _same_protocol(results: Results, base: Results) -> None:
-    if results.protocol != base.protocol:
+def _check_same_protocol(model: EvaluatedModel, base: EvaluatedModel) -> None:
+    if model.protocol != base.protocol:
         raise InputError(
-            f"{results.path} is graded by the protocol {results.protocol or 'of an earlier version'} and the base, "
+            f"{model.path} is graded by the protocol {model.protocol or 'of an earlier version'} and the base, "
             f"{base.path}, by {base.protocol or 'that of an earlier version'}; grade both by the same"
         )
 
 
-def _overlaps(path: Path, benchmarks: Sequence[str]) -> dict[str, dict[str, Overlap]]:
-    node = parse(read(path), str(path))
-    overlaps: dict[str, dict[str, Overlap]] = {}
-    for corpus in node.data:
-        named = node.child(corpus).child("benchmarks")
-        entries = {name: named.child(name) for name in benchmarks}
-        overlaps[corpus] = {
-            name: Overlap(
-                entry.count("problems", low=1), entry.length("exact"), entry.length("gram13"), entry.count("rows")
-            )
-            for name, entry in entries.items()
-        }
+def _overlaps(path: Path, benchmarks: Sequence[str]) -> dict[str, dict[str, BenchmarkOverlap]]:
+    overlaps: dict[str, dict[str, BenchmarkOverlap]] = {}
+    for corpus, found in load(Contamination, path).items():
+        for name in benchmarks:
+            if name not in found.benchmarks:
+                raise InputError(
+                    f"{path}: key '{corpus}.benchmarks.{name}' is missing: the corpus was not compared with this "
+                    "benchmark; run `micota contamination` with every benchmark of the report"
+                )
+        overlaps[corpus] = {name: found.benchmarks[name] for name in benchmarks}
     return overlaps
 
 
-def _rows(path: Path) -> Iterator[Node]:
-    for number, line in enumerate(read(path).splitlines(), start=1):
-        if line.strip():
-            yield parse(line, f"{path}:{number}")
+@dataclass(frozen=True)
+class _LoggedStep:
+    """A row of metrics.jsonl. `loss` is None if the step was skipped because its loss was not finite."""
+
+    step: Count
+    loss: float | None
 
 
 def _loss_curve(path: Path) -> LossCurve:
     by_step: dict[int, float] = {}
-    for row in _rows(path):
-        loss = row.data.get("loss")
-        # A loss that is not finite (null: a step that was skipped for it) is a result to show, not a malformed file;
-        # after a resume the later row of a step holds.
-        diverged = ("loss" in row.data and loss is None) or (isinstance(loss, float) and not math.isfinite(loss))
-        by_step[row.count("step")] = math.nan if diverged else row.number("loss")
+    for where, line in read_lines(path):
+        row = parse_line(line, where)
+        # A loss that is not finite is a result to show, not a malformed file.
+        if isinstance(row.get("loss"), float) and not math.isfinite(row["loss"]):
+            row["loss"] = None
+        logged = from_json(_LoggedStep, row, where)
+        # After a resume the later row of a step holds.
+        by_step[logged.step] = math.nan if logged.loss is None else logged.loss
     if not by_step:
         raise InputError(f"{path}: no rows; rerun the training that writes it")
     steps = tuple(sorted(by_step))

@@ -1,4 +1,4 @@
-"""Whether the learnability score of a corpus foretold how well the arm that was trained on it does."""
+"""Whether the learnability score of a corpus predicted the accuracy of the arm that was trained on it."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,39 +9,45 @@ from micota_fast.report.summary import Arm, Summary, percent
 from micota_fast.report.tables import ABSENT, Cell, Table, significant
 from micota_fast.statistics.ranks import spearman
 
-FEWEST = 3  # arms; of two either order is a correlation of 1 or -1
-FEW = 10  # arms below which the table warns of their number
+FEWEST = 3  # arms; the correlation of two is always 1 or -1
+FEW = 10  # arms; with fewer the table warns
 OTHERS: dict[str, Callable[[Corpus], float | None]] = {
     "perplexity": lambda corpus: corpus.perplexity,
     "length": lambda corpus: corpus.mean_tokens,
     "rank-surprisal ratio": lambda corpus: corpus.rank_surprisal_ratio,
 }
-PARTS_BELOW = ("0.1", "0.01")  # of the probabilities that the alignment counts tokens below
+PARTS_BELOW = ("0.1", "0.01")  # the probabilities of `Alignment.unlikely` that are shown
 
 
 @dataclass(frozen=True)
-class Learnability:
+class LearnabilityRanking:
     """The corpora that the student was aligned with, the easiest to learn first; those without a score last.
 
-    `trained` has the arm that was trained on each corpus, where there is one; `rho` is Spearman's rank correlation of
-    ease (the score, turned) and average accuracy over `compared`, the corpora that have both; None: they are too few,
-    or all alike in one of them.
+    `trained` has the arm that was trained on each corpus, if there is one. `rho` is Spearman's rank correlation of ease
+    (the score, negated) and average accuracy over `compared`, the corpora that have both; None: they are too few, or
+    all alike in one of them.
     """
 
     order: tuple[str, ...]
     trained: dict[str, Arm]
     compared: tuple[str, ...]
     rho: float | None
-    others: dict[str, float | None]  # the same of what else is known before training, less taken for easier
+    others: dict[str, float | None]
+    """The same correlation for other measures that are known before training; less is taken for easier."""
 
 
-def learnability(corpora: Mapping[str, Corpus], trained_on: Mapping[str, str], summary: Summary) -> Learnability | None:
-    """None where no alignment tells more than perplexity and length, as those of earlier versions do.
+def rank_by_learnability(
+    corpora: Mapping[str, Corpus], trained_on: Mapping[str, str], summary: Summary
+) -> LearnabilityRanking | None:
+    """Rank the corpora by their score and correlate it with the accuracy of their arms.
 
     Args:
         corpora: by name.
-        trained_on: arm -> corpus, where that has another name.
+        trained_on: arm -> corpus, if it has another name than the arm.
         summary: of the arms.
+
+    Returns:
+        None if no alignment has more than perplexity and length, as those of earlier versions.
     """
     aligned = {name: corpus for name, corpus in corpora.items() if corpus.nats_per_answer or corpus.unlikely}
     if not aligned:
@@ -60,17 +66,17 @@ def learnability(corpora: Mapping[str, Corpus], trained_on: Mapping[str, str], s
             known = [-found for name in compared if (found := value(aligned[name])) is not None]
             if len(known) == len(compared):
                 others[measure] = spearman(known, accuracies)
-    return Learnability(order, trained, compared, rho, others)
+    return LearnabilityRanking(order, trained, compared, rho, others)
 
 
-def learnability_table(found: Learnability, corpora: Mapping[str, Corpus]) -> Table:
-    """What the untrained student makes of each corpus, beside what training on it brought."""
-    measured = {name: corpora[name] for name in found.order}
+def learnability_table(ranking: LearnabilityRanking, corpora: Mapping[str, Corpus]) -> Table:
+    """Tabulate how the untrained student finds each corpus, next to the accuracy of the arm trained on it."""
+    measured = {name: corpora[name] for name in ranking.order}
     nats = [corpus.nats_per_answer for corpus in measured.values()]
     departures = [corpus.departures_per_answer for corpus in measured.values()]
     columns = [
         (Cell("Nats", "an answer"), [_figure(of.mean if of else None) for of in nats]),
-        (Cell("Accuracy of its arm", "average, %"), [_accuracy(found.trained.get(name)) for name in found.order]),
+        (Cell("Accuracy of its arm", "average, %"), [_accuracy(ranking.trained.get(name)) for name in ranking.order]),
         (
             Cell("Departures", "tokens an answer"),
             [_figure(of.mean if of else None) for of in departures],
@@ -86,34 +92,34 @@ def learnability_table(found: Learnability, corpora: Mapping[str, Corpus]) -> Ta
         (Cell("In own answers", "% of 4-word runs"), [_share(c.own_overlap) for c in measured.values()]),
     ]
     there = [(head, cells) for head, cells in columns if any(cell.text != ABSENT for cell in cells)]
-    rows = zip(map(Cell, found.order), *(cells for _, cells in there), strict=True)
+    rows = zip(map(Cell, ranking.order), *(cells for _, cells in there), strict=True)
     notes = (
         "Under the student before training. Nats: negative log-likelihood of a whole answer, mean over answers, this "
         "project's learnability score: less is easier to learn, and the easiest stands first. Corpora may hold answers "
         "to different problems. Departures: tokens that were not the "
         "student's first choice. Rank-surprisal ratio: arXiv 2601.14249, less is better. p: what the student gave the "
         "token. Its arm: the one trained on it.",
-        agreement(found),
+        agreement(ranking),
     )
     heads = (Cell("Corpus"), *(head for head, _ in there))
     return Table("How easy the corpora are to learn, by the student's own likelihood", heads, tuple(rows), notes)
 
 
-def agreement(found: Learnability) -> str:
-    """The correlation in a sentence, and how little of it means something."""
-    arms = len(found.compared)
+def agreement(ranking: LearnabilityRanking) -> str:
+    """Say how well the score predicts accuracy, and how little so few arms prove."""
+    arms = len(ranking.compared)
     what = "ease by the score with the accuracy of the arms"
     if arms < FEWEST:
         had = f"{arms} arm{' has' if arms == 1 else 's have'} both" if arms else "no arm has both"
         return f"No rank correlation of {what}: {had}, {FEWEST} are needed."
-    if found.rho is None:
+    if ranking.rho is None:
         return f"No rank correlation of {what}: over {arms} arms one of them is the same for all."
     told = (
-        f"Spearman's rank correlation of {what}: {_signed(found.rho)} over {arms} arms "
-        f"({', '.join(found.compared)}), where {_signed(1.0)} would mean that the easier a corpus is to learn, "
+        f"Spearman's rank correlation of {what}: {_signed(ranking.rho)} over {arms} arms "
+        f"({', '.join(ranking.compared)}), where {_signed(1.0)} would mean that the easier a corpus is to learn, "
         "the more accurate is its arm."
     )
-    same = [f"{measure} {_signed(rho)}" for measure, rho in found.others.items() if rho is not None]
+    same = [f"{measure} {_signed(rho)}" for measure, rho in ranking.others.items() if rho is not None]
     if same:
         told += f" The same by other measures, less taken for easier: {', '.join(same)}."
     if arms < FEW:

@@ -1,4 +1,4 @@
-"""The report as one HTML file: no scripts, nothing loaded from elsewhere, fit for a phone, the dark and paper."""
+"""The report as one HTML file: no scripts, nothing loaded from elsewhere, fit for phones, dark themes and print."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -6,13 +6,11 @@ from html import escape
 from micota_fast.alignment.results import STEPS
 from micota_fast.config.report import ReportConfig
 from micota_fast.report.drawing import Plot, css_colour, figure_html, theme_variables
+from micota_fast.report.formats import to_html
 from micota_fast.report.inputs import Inputs
-from micota_fast.report.learnability import Learnability, learnability_table
-from micota_fast.report.overlap import contamination_table, found_text
 from micota_fast.report.plots import Plots
-from micota_fast.report.protocols import protocols_table
-from micota_fast.report.summary import INTERVAL_METHOD, Summary, headline
-from micota_fast.report.tables import accuracy_table, answers_table, corpora_table, deltas_table, samples_table, to_html
+from micota_fast.report.summary import INTERVAL_METHOD, Summary, contamination_finding, headline
+from micota_fast.report.tables import Table
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --wash: #f3f4f4; LIGHT }
@@ -95,27 +93,25 @@ def render(
     config: ReportConfig,
     inputs: Inputs,
     summary: Summary,
-    found: Learnability | None,
+    tables: Mapping[str, Table],
     plots: Plots,
     colours: Mapping[str, str],
 ) -> str:
-    """The whole page; the same inputs give the same bytes. `colours`: arm or corpus -> colour as drawn."""
+    """Render the whole page; the same inputs give the same bytes. `colours`: arm or corpus -> colour as drawn."""
     dots = {name: css_colour(colour) for name, colour in colours.items()}
+    html = {name: to_html(table, dots) for name, table in tables.items()}
     finding, qualified = headline(summary)
     body = [
         f'<header>\n<h1>{escape(config.title)}</h1>\n<p class="finding">{escape(finding)}</p>\n',
         f"<p>{escape(qualified)}</p>\n" if qualified else "",
         "</header>\n<main>\n",
-        to_html(accuracy_table(summary, config.claims), dots),
-        to_html(deltas_table(summary), dots) if summary.trained else "",
-        to_html(by_protocol, dots) if (by_protocol := protocols_table(inputs)) else "",
-        to_html(of_samples, dots) if (of_samples := samples_table(summary)) else "",
+        *(html.get(name, "") for name in ("accuracy", "deltas", "protocols", "samples")),
         _accuracy_figures(summary, plots),
-        _corpora(found, inputs, plots, dots),
-        _contamination(inputs, dots),
+        _corpora(inputs, plots, html),
+        _contamination(inputs, html),
         _training(plots.losses),
         "<h2>Answers</h2>\n",
-        to_html(answers_table(summary.arms), dots),
+        html["answers"],
         '<p><a href="answers.html">Every problem with the answers of all arms side by side</a></p>\n',
         _making(config),
         "</main>\n",
@@ -157,7 +153,7 @@ def _accuracy_figures(summary: Summary, plots: Plots) -> str:
     return figures
 
 
-def _corpora(found: Learnability | None, inputs: Inputs, plots: Plots, dots: dict[str, str]) -> str:
+def _corpora(inputs: Inputs, plots: Plots, html: Mapping[str, str]) -> str:
     if not inputs.corpora:
         return ""
     figures = ""
@@ -176,12 +172,11 @@ def _corpora(found: Learnability | None, inputs: Inputs, plots: Plots, dots: dic
             "How familiar they are to the student before training.",
             "Dot: perplexity over all tokens" + ("; bar: 10th to 90th percentile of documents." if spread else "."),
         )
-    body = f'<h2>Corpora</h2>\n{to_html(corpora_table(inputs.corpora), dots)}<div class="pair">\n{figures}</div>\n'
-    return body + _learnability(found, inputs, plots, dots)
+    body = f'<h2>Corpora</h2>\n{html["corpora"]}<div class="pair">\n{figures}</div>\n'
+    return body + html.get("learnability", "") + _learnability_figures(plots)
 
 
-def _learnability(found: Learnability | None, inputs: Inputs, plots: Plots, dots: dict[str, str]) -> str:
-    table = to_html(learnability_table(found, inputs.corpora), dots) if found else ""
+def _learnability_figures(plots: Plots) -> str:
     figures = ""
     if plots.by_position:
         figures += _figure(
@@ -198,15 +193,14 @@ def _learnability(found: Learnability | None, inputs: Inputs, plots: Plots, dots
             f"Empty lines do not count; those from line {STEPS} on are left out. Only longer answers have the later "
             "lines, so the right end speaks of fewer answers.",
         )
-    figures = f'<div class="pair">\n{figures}</div>\n' if figures else ""
-    return f"{table}{figures}"
+    return f'<div class="pair">\n{figures}</div>\n' if figures else ""
 
 
-def _contamination(inputs: Inputs, dots: dict[str, str]) -> str:
+def _contamination(inputs: Inputs, html: Mapping[str, str]) -> str:
     if not inputs.overlaps:
         return ""
-    table = to_html(contamination_table(inputs.overlaps), dots)
-    return f"<h2>Contamination</h2>\n<p>{escape(found_text(inputs.overlaps))}</p>\n{table}"
+    finding = escape(contamination_finding(inputs.overlaps))
+    return f"<h2>Contamination</h2>\n<p>{finding}</p>\n{html['contamination']}"
 
 
 def _training(plots: Sequence[Plot]) -> str:

@@ -188,7 +188,7 @@ def perplexity_plot(corpora: Mapping[str, Corpus], colours: Mapping[str, str]) -
         assert perplexity is not None
         extent.append(perplexity)
         if corpus.document_nll is not None:
-            low, _, high = (math.exp(value) for value in corpus.document_nll)
+            low, high = math.exp(corpus.document_nll.p10), math.exp(corpus.document_nll.p90)
             axes.plot([low, high], [index, index], color=colours[name], linewidth=5, alpha=0.3, solid_capstyle="butt")
             extent += [low, high]
         axes.plot(perplexity, index, "o", color=colours[name], markersize=7)

@@ -1,13 +1,16 @@
 """From the inputs to the numbers of the report, and to the sentences that say which way they fell."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from micota_fast.corpus.results import BenchmarkOverlap
+from micota_fast.evaluation.results import BenchmarkResult
 from micota_fast.report.comparison import Comparison, compare
-from micota_fast.report.inputs import BenchmarkResult, Inputs, LossCurve, Results
-from micota_fast.report.samples import Sampled, sampled
-from micota_fast.statistics.intervals import Estimate, macro_average, mean_and_sd
+from micota_fast.report.inputs import EvaluatedModel, Inputs, LossCurve
+from micota_fast.statistics.intervals import Estimate, clustered_se, macro_average, mean_and_sd, mean_pass_at
 from micota_fast.statistics.paired import RESAMPLES
 
 BASE = "base"
@@ -45,6 +48,20 @@ class Answers:
     truncated: float | None
     no_answer: float | None
     timeout: float | None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One benchmark with several answers per problem, of one arm, mean over seeds.
+
+    `accuracy` is the mean over all answers, `standard_error` covers the sample of problems but not training; None for a
+    single problem. `pass_at` holds pass@k for k = 1, 2, 4, ... and `samples`, that of the seed with the fewest.
+    """
+
+    samples: int
+    accuracy: float
+    standard_error: float | None
+    pass_at: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -93,11 +110,11 @@ class Summary:
 
 
 def summarise(inputs: Inputs) -> Summary:
-    """Compute every arm's row from checked inputs."""
-    problems = {name: result.problems for name, result in inputs.base.benchmarks.items()}
-    runs = {BASE: [inputs.base], **inputs.arms}
-    estimates = {name: _estimates(of_arm, problems) for name, of_arm in runs.items()}
-    comparisons = compare(runs, estimates)
+    """Compute the numbers of every arm from checked inputs."""
+    problems = {name: result.size for name, result in inputs.base.benchmarks.items()}
+    models = {BASE: [inputs.base], **inputs.arms}
+    estimates = {name: _estimates(of_arm, problems) for name, of_arm in models.items()}
+    comparisons = compare(models, estimates)
     arms = []
     for name, (*benchmarks, average) in estimates.items():
         deltas = comparisons.get((name, BASE), [])
@@ -107,17 +124,17 @@ def summarise(inputs: Inputs) -> Summary:
                 benchmarks=dict(zip(problems, benchmarks, strict=True)),
                 average=average,
                 delta=deltas[-1] if deltas else None,
-                deltas=dict(zip(problems, deltas, strict=False)),  # the average's stands behind them
-                sampled=sampled(runs[name]),
-                answers=_answers(runs[name]),
+                deltas=dict(zip(problems, deltas, strict=False)),  # the average's comes last
+                sampled=_sampled(models[name]),
+                answers=_answers(models[name]),
             )
         )
     return Summary(problems, tuple(arms), {pair: of_pair[-1] for pair, of_pair in comparisons.items()})
 
 
-def _estimates(runs: Sequence[Results], problems: dict[str, int]) -> list[Estimate]:
-    """Of one arm, on each benchmark and, last, on average."""
-    accuracies = [[run.benchmarks[benchmark].accuracy for benchmark in problems] for run in runs]
+def _estimates(models: Sequence[EvaluatedModel], problems: dict[str, int]) -> list[Estimate]:
+    """The accuracy of one arm on each benchmark and, last, on average."""
+    accuracies = [[model.benchmarks[benchmark].accuracy for benchmark in problems] for model in models]
     columns = zip(zip(*accuracies, strict=True), problems.values(), strict=True)
     return [
         *(macro_average([[accuracy] for accuracy in column], [n]) for column, n in columns),
@@ -125,15 +142,34 @@ def _estimates(runs: Sequence[Results], problems: dict[str, int]) -> list[Estima
     ]
 
 
-def _answers(runs: Sequence[Results]) -> Answers:
-    every = [result for run in runs for result in run.benchmarks.values()]
+def _sampled(models: Sequence[EvaluatedModel]) -> dict[str, Sampled]:
+    """The benchmarks of one arm that have several answers per problem; none if graded rows are missing."""
+    every = [model.graded for model in models if model.graded is not None]
+    if len(every) < len(models):
+        return {}
+    found = {}
+    for name in models[0].benchmarks:
+        graded = [of_seed[name] for of_seed in every]
+        samples = min(of_seed.samples for of_seed in graded)
+        if samples == 1:
+            continue
+        score_PS = np.stack([np.array(of_seed.correct) / of_seed.samples for of_seed in graded], axis=1)
+        passed = [mean_pass_at(of_seed.correct, of_seed.samples, samples) for of_seed in graded]
+        pass_at = {k: math.fsum(of_seed[k] for of_seed in passed) / len(passed) for k in passed[0]}
+        standard_error = clustered_se(score_PS) if len(score_PS) > 1 else None
+        found[name] = Sampled(samples, float(score_PS.mean()), standard_error, pass_at)
+    return found
+
+
+def _answers(models: Sequence[EvaluatedModel]) -> Answers:
+    every = [result for model in models for result in model.benchmarks.values()]
     total = sum(result.n for result in every)
 
     def share(counts: list[int | None]) -> float | None:
         known = [count for count in counts if count is not None]
         return sum(known) / total if len(known) == len(counts) else None
 
-    tokens = [_mean_tokens(list(run.benchmarks.values())) for run in runs]
+    tokens = [_mean_tokens(list(model.benchmarks.values())) for model in models]
     known = [value for value in tokens if value is not None]
     mean, sd = mean_and_sd(known) if len(known) == len(tokens) else (None, None)
     return Answers(
@@ -146,36 +182,36 @@ def _answers(runs: Sequence[Results]) -> Answers:
 
 
 def _mean_tokens(results: Sequence[BenchmarkResult]) -> float | None:
-    """Mean over all answers of a run, so each benchmark weighs by its size."""
+    """The mean over all answers of a model, so that each benchmark weighs by its size."""
     known = [result.mean_tokens * result.n for result in results if result.mean_tokens is not None]
     return math.fsum(known) / sum(result.n for result in results) if len(known) == len(results) else None
 
 
 def mean_curve(curves: Sequence[LossCurve]) -> LossCurve:
-    """The mean over seeds at the steps that every seed logged."""
+    """Average the seeds at the steps that every seed logged."""
     by_step = [dict(zip(curve.steps, curve.losses, strict=True)) for curve in curves]
     steps = tuple(step for step in curves[0].steps if all(step in seed for seed in by_step))
     return LossCurve(steps, tuple(math.fsum(seed[step] for seed in by_step) / len(by_step) for step in steps))
 
 
 def percent(fraction: float) -> str:
-    """43.21% -> '43.2'."""
+    """Format a fraction: 0.4321 -> '43.2'."""
     return f"{100 * fraction:.1f}"
 
 
 def points(fraction: float) -> str:
-    """A signed difference in percentage points, with a true minus sign: '+3.4', '−0.2'. Zero carries no sign."""
+    """Format a difference in percentage points, with a true minus sign: '+3.4', '−0.2'. Zero has no sign."""
     text = f"{100 * fraction:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
 def p_value(p: float) -> str:
-    """'p = 0.012', 'p < 0.001'."""
+    """Format a p-value: 'p = 0.012', 'p < 0.001'."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def headline(summary: Summary) -> tuple[str, str]:
-    """The finding in one sentence, and what qualifies it, whichever way the numbers fall."""
+    """State the finding in one sentence, and what qualifies it, whichever way the numbers fall."""
     count = len(summary.problems)
     over = f"over {count} benchmark{'s' if count > 1 else ''}"
     base = summary.arms[0]
@@ -242,3 +278,14 @@ def _list(items: Sequence[str], separator: str = "") -> str:
     if separator or len(items) < 2:
         return separator.join(items)
     return f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def contamination_finding(overlaps: Mapping[str, Mapping[str, BenchmarkOverlap]]) -> str:
+    """State in one sentence whether the training corpora hold benchmark problems."""
+    held = {
+        corpus: [name for name, overlap in of_corpus.items() if overlap.rows] for corpus, of_corpus in overlaps.items()
+    }
+    named = [f"{corpus} ({', '.join(names)})" for corpus, names in held.items() if names]
+    if not named:
+        return "No text of a benchmark was found in the training corpora."
+    return f"Text of benchmarks was found in {', '.join(named)}: accuracy there may be memory."

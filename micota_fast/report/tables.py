@@ -1,15 +1,15 @@
-"""The report's tables, built once and written as Markdown and as HTML."""
+"""The report's tables: captions, cells and notes, whatever they are written as (see `formats`)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 
 from micota_fast.config.report import ClaimsConfig
+from micota_fast.corpus.results import BenchmarkOverlap
 from micota_fast.report.comparison import LEVEL, Comparison
 from micota_fast.report.corpora import Corpus
-from micota_fast.report.samples import Sampled
-from micota_fast.report.summary import BASE, Arm, Summary, p_value, percent, points
+from micota_fast.report.inputs import EvaluatedModel, Inputs
+from micota_fast.report.summary import BASE, Arm, Sampled, Summary, p_value, percent, points
 from micota_fast.statistics.intervals import Estimate
 from micota_fast.statistics.paired import RESAMPLES
 
@@ -21,6 +21,11 @@ CORRECTED_MEANING = (
     f"is above {LEVEL:g}: not distinguishable from the untouched student."
 )
 ABSENT = "–"
+PROTOCOLS = {
+    "strict": "strict: math-verify on the answer's box, mathematically equal answers count",
+    "paper": "paper: the string rules of the authors' evaluation",
+    "judge": "judge: as paper, and a model is asked about what those reject",
+}
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,10 @@ class Table:
 
 
 def accuracy_table(summary: Summary, claims: ClaimsConfig | None) -> Table:
-    """Arms by benchmarks, their average, Δ to the base and what is claimed of it. Only an arm apart from all others is
-    set in bold."""
+    """Tabulate arms by benchmarks, their average, Δ to the base and what is claimed of it.
+
+    An arm is in bold only if it is distinguishable from all others.
+    """
     columns = (
         Cell("Arm"),
         *(Cell(name, f"n = {n}") for name, n in summary.problems.items()),
@@ -112,7 +119,7 @@ def _unpaired(summary: Summary) -> list[str]:
 
 
 def deltas_table(summary: Summary) -> Table:
-    """Every trained arm's difference to the base, by benchmark and on average, with interval and p-value."""
+    """Tabulate every trained arm's difference to the base, by benchmark and on average, with interval and p-value."""
     benchmarks = list(summary.problems) if len(summary.problems) > 1 else []
     rows, every = [], []
     for arm in summary.trained:
@@ -145,7 +152,7 @@ def deltas_table(summary: Summary) -> Table:
 
 
 def samples_table(summary: Summary) -> Table | None:
-    """avg@k and pass@k of the benchmarks with several answers to each problem; None where there are none."""
+    """Tabulate avg@k and pass@k of the benchmarks with several answers per problem; None if there are none."""
     names = [name for name in summary.problems if any(name in arm.sampled for arm in summary.arms)]
     if not names:
         return None
@@ -177,7 +184,7 @@ def _accuracy(estimate: Estimate) -> Cell:
 
 
 def corpora_table(corpora: dict[str, Corpus]) -> Table:
-    """What filtering kept of each corpus, how long it is and how likely the untrained student finds it."""
+    """Tabulate what filtering kept of each corpus, how long it is and how likely the untrained student finds it."""
     columns = (
         Cell("Corpus"),
         Cell("Completions"),
@@ -224,7 +231,7 @@ def corpora_table(corpora: dict[str, Corpus]) -> Table:
 
 
 def answers_table(arms: Sequence[Arm]) -> Table:
-    """How long each arm's answers are and how many never reached one."""
+    """Tabulate how long each arm's answers are and how many have no final answer."""
     columns = (
         Cell("Arm"),
         Cell("Mean answer length", "tokens"),
@@ -258,71 +265,67 @@ def _known(value: float | None, form: str) -> Cell:
 
 
 def _thousands(value: float) -> str:
-    """Whole numbers as they are, others to one decimal: 12,000 and 613.5."""
+    """Format whole numbers as they are and others to one decimal: 12,000 and 613.5."""
     return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
 def significant(value: float) -> str:
-    """Three significant digits in plain notation, of whole numbers all: 0.0123, 1.23, 45.6, 1,235."""
+    """Format three significant digits in plain notation, and all digits before the point: 0.0123, 45.6, 1,235."""
     if value >= 100 or value <= 0:
         return f"{value:,.0f}"
     return f"{value:.{2 - math.floor(math.log10(value))}f}"
 
 
-def to_markdown(table: Table) -> str:
-    """A GitHub-flavoured table under its caption."""
-    lines = [f"**{markdown_text(table.caption)}**", ""]
-    lines.append("| " + " | ".join(_markdown_cell(cell, heading=True) for cell in table.columns) + " |")
-    lines.append("|" + "|".join([" :-- ", *[" --: "] * (len(table.columns) - 1)]) + "|")
-    lines += ["| " + " | ".join(_markdown_cell(cell) for cell in row) + " |" for row in table.rows]
-    for note in table.notes:
-        lines += ["", markdown_text(note)]
-    return "\n".join(lines) + "\n"
-
-
-def _markdown_cell(cell: Cell, heading: bool = False) -> str:
-    text = markdown_text(cell.text)
-    text = f"**{text}**" if cell.strong else text
-    if not cell.qualifier:
-        return text
-    qualifier = markdown_text(", ".join(filter(None, (cell.qualifier, cell.second))))
-    plain = cell.qualifier.startswith(("±", "[")) and not heading
-    return f"{text} {qualifier}" if plain else f"{text} ({qualifier})"
-
-
-def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it stands: no emphasis, markup, entity or formula, and no link."""
-    for special in "\\|*_<`&$~":
-        text = text.replace(special, f"\\{special}")
-    return " ".join(text.replace("](", "]\\(").split())
-
-
-def to_html(table: Table, colours: dict[str, str]) -> str:
-    """A table that scrolls sideways on its own where the page is narrow.
-
-    Args:
-        table: what to set.
-        colours: name of a row -> CSS colour of the dot beside it, the same as in the plots.
-    """
-    head = "".join(f'<th scope="col">{_html_cell(cell)}</th>' for cell in table.columns)
-    body = ""
-    for row in table.rows:
-        dot = f'<i class="dot" style="background:{colours[row[0].text]}"></i>' if row[0].text in colours else ""
-        body += f'<tr><th scope="row"><span class="name">{dot}{_html_cell(row[0])}</span></th>'
-        body += "".join(f"<td{' class=muted' if cell.muted else ''}>{_html_cell(cell)}</td>" for cell in row[1:])
-        body += "</tr>\n"
-    label = escape(table.caption)
-    notes = "".join(f"<p>{escape(note)}</p>" for note in table.notes)
-    return (
-        f'<div class="table"><p class="caption">{label}</p>\n'
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">\n'
-        f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>\n"
-        f'<div class="notes">{notes}</div></div>\n'
+def contamination_table(overlaps: Mapping[str, Mapping[str, BenchmarkOverlap]]) -> Table:
+    """Tabulate which benchmark problems the training corpora hold, corpora by benchmarks."""
+    sizes = {name: overlap.problems for of_corpus in overlaps.values() for name, overlap in of_corpus.items()}
+    columns = (Cell("Corpus"), *(Cell(name, f"n = {n}") for name, n in sizes.items()))
+    rows = tuple(
+        (Cell(corpus), *(_overlap(of_corpus[name]) for name in sizes)) for corpus, of_corpus in overlaps.items()
     )
+    notes = (
+        "Problems of the benchmark that some row of the corpus holds word for word / shares 13 words in a row with "
+        "(letters, digits and the signs before numbers count, case and punctuation do not), and how many rows of the "
+        "corpus do either.",
+        "A hit is no proof, as problems share phrases; no hit is none either: a paraphrase shares no 13 words, and "
+        "problems of fewer words are looked for whole only.",
+    )
+    return Table("Benchmark problems in the training corpora", columns, rows, notes)
 
 
-def _html_cell(cell: Cell) -> str:
-    text = escape(cell.text)
-    text = f"<b>{text}</b>" if cell.strong else text
-    qualifiers = "".join(f"<small>{escape(one)}</small>" for one in (cell.qualifier, cell.second) if one)
-    return f"<span>{text}{qualifiers}</span>"
+def _overlap(overlap: BenchmarkOverlap) -> Cell:
+    if not overlap.rows:
+        return Cell("0 / 0", muted=True)
+    found = f"{len(overlap.exact):,} / {len(overlap.gram13):,}"
+    return Cell(found, f"{overlap.rows:,} row{'s' if overlap.rows > 1 else ''}")
+
+
+def protocols_table(inputs: Inputs) -> Table | None:
+    """Tabulate the average accuracy of each arm by every protocol; None if the results name no protocol."""
+    protocol = inputs.base.protocol
+    if protocol is None:
+        return None
+    arms = {BASE: [inputs.base], **inputs.arms}
+    others = [name for name in PROTOCOLS if name != protocol]
+    there = [
+        protocol,
+        *(name for name in others if any(_average(models, name) is not None for models in arms.values())),
+    ]
+    rows = tuple((Cell(arm), *(_share(_average(models, name)) for name in there)) for arm, models in arms.items())
+    columns = (Cell("Arm"), *(Cell(name, "counts in all other tables" if name == protocol else "") for name in there))
+    notes = (
+        "Average accuracy (%), mean over seeds, of the same answers. "
+        + "; ".join(PROTOCOLS[name] for name in there)
+        + ".",
+    )
+    return Table("The answers by each protocol", columns, rows, notes)
+
+
+def _average(models: Sequence[EvaluatedModel], protocol: str) -> float | None:
+    scores = [result.protocols.get(protocol) for model in models for result in model.benchmarks.values()]
+    known = [score.accuracy for score in scores if score is not None]
+    return sum(known) / len(known) if len(known) == len(scores) else None
+
+
+def _share(accuracy: float | None) -> Cell:
+    return Cell(ABSENT, muted=True) if accuracy is None else Cell(percent(accuracy))

@@ -2,10 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from micota_fast.alignment.learnability import distribution
+from micota_fast.alignment.results import Alignment
+from micota_fast.common.schema import to_json
 from micota_fast.config.report import ReportConfig
+from micota_fast.corpus.results import AcceptedTokens, CorpusCounts
 from micota_fast.report.report import run
 
 Made = tuple[str, dict[str, Any], str]
@@ -40,21 +47,20 @@ def written(tmp_path: Path) -> ReportConfig:
         training[arm] = [str(path), str(path)]
     corpora = {}
     for name, length, perplexity in (("long", 900, 5.0), ("mid", 300, 2.5)):
-        lengths = [length + 7 * i for i in range(40)]
-        counts = {
-            "total": 50,
-            "accepted": 40,
-            "rejected": {"wrong": 9, "too_long": 1},
-            "tokens": {"mean": 1.0, "p50": 1.0},
-        }
-        alignment = {
-            "perplexity": perplexity,
-            "document_nll": {"p10": 0.5, "p50": 0.9, "p90": 1.9},
-            "tokens": {"total": 1, "mean": float(length), "p50": length + 0.5},
-            "lengths": lengths,
-        }
-        (tmp_path / f"{name}.counts.json").write_text(json.dumps(counts))
-        (tmp_path / f"{name}.alignment.json").write_text(json.dumps(alignment))
+        counts = CorpusCounts(
+            total=50,
+            accepted=40,
+            rejected={"wrong": 9, "too_long": 1},
+            tokens=AcceptedTokens(mean=1.0, min=1, max=1, p1=1.0, p10=1.0, p25=1.0, p50=1.0, p75=1.0, p90=1.0, p99=1.0),
+        )
+        alignment = Alignment(
+            perplexity=perplexity,
+            document_nll=replace(distribution(np.linspace(0.4, 2.0, 9)), p10=0.5, p50=0.9, p90=1.9),
+            tokens=replace(distribution(np.full(40, length), total=40 * length), p50=length + 0.5),
+            lengths=tuple(length + 7 * i for i in range(40)),
+        )
+        (tmp_path / f"{name}.counts.json").write_text(json.dumps(to_json(counts)))
+        (tmp_path / f"{name}.alignment.json").write_text(json.dumps(to_json(alignment)))
         corpora[name] = {kind: str(tmp_path / f"{name}.{kind}.json") for kind in ("counts", "alignment")}
     return ReportConfig(
         title="A <test> & more",

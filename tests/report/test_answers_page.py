@@ -191,9 +191,9 @@ class TestData:
                 "finish_reason' must be one of stop, length, abort, found",
             ),
             ({"outcome": "fine"}, "key 'outcome' must be one of correct, wrong,"),
-            ({"extracted": 7}, "key 'extracted' must be str or null, found 7"),
-            ({"protocols": {"paper": True}}, "key 'protocols' must hold"),
-            ({"completion": None}, "key 'completion' must be str, got NoneType"),
+            ({"extracted": 7}, "key 'extracted' must be a string, found 7"),
+            ({"protocols": {"paper": True}}, "key 'protocols.paper' must be an object, found true"),
+            ({"completion": None}, "key 'completion' (a string) is missing"),
             ({"answer": "else"}, "problem 'gsm/8k-7' or its gold answer differs"),
         ],
     )
