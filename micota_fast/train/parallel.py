@@ -34,7 +34,10 @@ def parallelize(model: PackedLoss, config: TrainSettings, world: World) -> None:
     else:
         shape = (world.replicas, world.size // world.replicas)
         mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)
+    # Inputs are not cast: the embedding gives the compute type, and documents' weights must stay float32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     modules = [fully_shard(module, mesh=mesh, mp_policy=policy) for module in (*blocks, model)]
     for module in modules:
         # The loss is divided by the count over all ranks already, so gradients are summed, not averaged.
