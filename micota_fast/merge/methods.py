@@ -64,6 +64,7 @@ class TensorInPasses(Protocol):
     seed: int
     scalars: Sequence[Scalars]  # one for each result; all but the weights is the same in all
     size: int  # elements that all models have
+    row_length: int  # of a matrix, its inputs; of a vector, all of it
 
     def run(self, start: int, stop: int, kernel: Callable[..., int], *arguments: Any) -> None:
         """Run a pass of `kernels` over the chunk. Raises InputError naming the model that is not finite."""

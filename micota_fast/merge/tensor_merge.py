@@ -52,6 +52,7 @@ class TensorMerge:
         self.sources, self.donor, self.code, self.write = sources, sources[donor], code, write
         self._donor_index = donor
         self.size = min(source.elements.size for source in sources)
+        self.row_length = self.donor.shape[-1] if self.donor.shape else 1
         self._tensors = _tensors(sources)
         nothing = kernels.keep_all(len(sources) - 1 if method.combine != "weighted sum" else 0)
         self._drops_of: DropsOf = lambda start, stop: nothing
