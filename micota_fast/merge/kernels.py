@@ -26,13 +26,14 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Words = NDArray[np.uint32]
 Ints = NDArray[np.int64]
+Places = NDArray[np.int32]
 Digests = NDArray[np.uint64]
 
 ROW = 1024  # elements; a multiple of 4, as `random_words` makes them
 COARSE_BITS, FINE_BITS = 16, 15  # the 31 bits of a magnitude, as `histogram` and `histogram_within` take them
 F32, F16, BF16 = 0, 1, 2
 CODES = {"F32": F32, "F16": F16, "BF16": BF16}
-KEEP_ALL, AT_RANDOM, SMALLEST, OUTSIDE = 0, 1, 2, 3
+KEEP_ALL, AT_RANDOM, SMALLEST, OUTSIDE, CHOSEN = 0, 1, 2, 3, 4
 WEIGHTED_SUM, TASK_VECTORS, AGREEING = 0, 1, 2
 DONE, OVERFLOW = -1, -2
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -53,7 +54,7 @@ class Drops(NamedTuple):
     AT_RANDOM: those whose random word (of the stream `keys`) is not below `limits`. SMALLEST: those whose magnitude's
     bits are not above `limits`, except the first `spares` of the chunk that equal it. OUTSIDE: those whose magnitude's
     bits are below `limits`, the first `skips` that equal it, and those not below `uppers`, except `spares` that equal
-    it. What stays is multiplied by `scales`.
+    it. CHOSEN: those that `stays` does not mark. What stays is multiplied by `scales`.
     """
 
     kinds: Ints
@@ -63,6 +64,7 @@ class Drops(NamedTuple):
     skips: Ints
     spares: Ints
     scales: Floats
+    stays: NDArray[np.uint8]  # [task vectors, elements of the chunk]
 
 
 def keep_all(count: int) -> Drops:
@@ -75,6 +77,7 @@ def keep_all(count: int) -> Drops:
         np.zeros(count, np.int64),
         np.zeros(count, np.int64),
         np.ones(count, np.float32),
+        np.empty((count, 0), np.uint8),
     )
 
 
@@ -294,6 +297,41 @@ def drop_outside(delta: Floats, low: np.uint32, high: np.uint32, skips: Ints, sp
 
 
 @compiled
+def drop_unmarked(delta: Floats, stays: NDArray[np.uint8], scale: np.float32) -> None:
+    """Zero the elements that are not marked, and scale the others."""
+    for i in range(delta.size):
+        delta[i] = (delta[i] if stays[i] != 0 else np.float32(0)) * scale
+
+
+@compiled
+def sort_by_magnitude(delta: Floats, order: Places, room: Places) -> None:
+    """Write the places of the elements into `order`, the smallest magnitude first, and of equals the first first.
+
+    A radix sort by digits of 11 bits; `room` is of the size of `order`.
+    """
+    bits = delta.view(np.uint32)
+    starts = np.empty(1 << 11, np.int64)
+    for i in range(delta.size):
+        room[i] = i
+    source, target = room, order
+    for digit in range(3):
+        shift = np.uint32(11 * digit)
+        starts[:] = 0
+        for i in range(delta.size):
+            starts[((bits[i] & _MAGNITUDE) >> shift) & np.uint32(2047)] += 1
+        total = 0
+        for value in range(starts.size):
+            here = starts[value]
+            starts[value] = total
+            total += here
+        for i in range(delta.size):
+            value = ((bits[source[i]] & _MAGNITUDE) >> shift) & np.uint32(2047)
+            target[starts[value]] = source[i]
+            starts[value] += 1
+        source, target = target, source
+
+
+@compiled
 def add_products(a: Floats, b: Floats, aa: Doubles, bb: Doubles, ab: Doubles) -> None:
     """Add the products of the elements."""
     for i in range(a.size):
@@ -435,11 +473,20 @@ def products(tensors: Tensors, start: int, stop: int, sums: Doubles) -> int:
 
 @compiled
 def _drop(
-    delta: Floats, drops: Drops, k: int, low: int, skips: Ints, spares: Ints, words: Words, scale: np.float32
+    delta: Floats,
+    drops: Drops,
+    k: int,
+    start: int,
+    low: int,
+    skips: Ints,
+    spares: Ints,
+    words: Words,
+    scale: np.float32,
 ) -> None:
-    """Drop from a row of task vector k, which starts at element `low` of the tensor; multiply what stays by `scale`.
+    """Drop from a row of task vector k, and multiply what stays by `scale`.
 
     Args:
+        start, low: first element in the tensor of the chunk and of the row.
         skips, spares: what is left of those of `drops` in the chunk.
         words: room for a row.
     """
@@ -450,6 +497,8 @@ def _drop(
         spares[k] = drop_smallest(delta, drops.limits[k], spares[k], scale)
     elif drops.kinds[k] == OUTSIDE:
         drop_outside(delta, drops.limits[k], drops.uppers[k], skips[k : k + 1], spares[k : k + 1], scale)
+    elif drops.kinds[k] == CHOSEN:
+        drop_unmarked(delta, drops.stays[k, low - start :], scale)
 
 
 @compiled
@@ -467,7 +516,7 @@ def magnitudes(tensors: Tensors, start: int, stop: int, drops: Drops, sums: Doub
         for k in range(count):
             delta = rows[k + 1, :n]
             add_magnitudes(delta, places[k, 0])
-            _drop(delta, drops, k, low, skips, spares, words, np.float32(1))
+            _drop(delta, drops, k, start, low, skips, spares, words, np.float32(1))
             add_magnitudes(delta, places[k, 1])
     for k in range(count):
         for i in range(2):
@@ -535,6 +584,39 @@ def count_equal(tensors: Tensors, start: int, stop: int, magnitudes_KN: Words, c
 
 
 @compiled
+def choose_by_rank(
+    tensors: Tensors, start: int, stop: int, row: int, drops: Drops, densities_K: Doubles, epsilons_K: Doubles
+) -> int:
+    """Mark in `drops.stays` what stays of the task vectors of kind CHOSEN, the larger in its tensor's row the likelier.
+
+    The probability rises linearly with the rank of an element's magnitude in its row, from density - epsilon for the
+    smallest to density + epsilon for the largest. Of equals the first counts as the smallest.
+
+    Args:
+        row: elements of a row of the tensor; the first and last row of a chunk may lie in its neighbours, too.
+    """
+    count = tensors.codes.size - 1
+    rows, words = np.empty((count + 1, row), np.float32), np.empty((row + 3) // 4 * 4 + 4, np.uint32)
+    order, room = np.empty(row, np.int32), np.empty(row, np.int32)
+    for low in range(start // row * row, stop, row):
+        bad = _load(tensors, low, rows, row)
+        if bad >= 0:
+            return bad
+        _subtract_base(rows, row)
+        for k in range(count):
+            if drops.kinds[k] != CHOSEN:
+                continue
+            sort_by_magnitude(rows[k + 1], order, room)
+            random_words(drops.keys[k], low - low % 4, words)
+            for rank in range(row):
+                i = low + order[rank]
+                if start <= i < stop:
+                    share = densities_K[k] - epsilons_K[k] + 2 * epsilons_K[k] * rank / max(row - 1, 1)
+                    drops.stays[k, i - start] = np.float64(words[i - low + low % 4]) < share * 2.0**32
+    return DONE
+
+
+@compiled
 def merge(
     tensors: Tensors,
     start: int,
@@ -566,7 +648,7 @@ def merge(
         if how != WEIGHTED_SUM:
             _subtract_base(rows, n)
         for k in range(drops.kinds.size):
-            _drop(rows[k + 1, :n], drops, k, low, skips, spares, words, drops.scales[k])
+            _drop(rows[k + 1, :n], drops, k, start, low, skips, spares, words, drops.scales[k])
         for v in range(weights_VK.shape[0]):
             out = result[:n]
             if how == WEIGHTED_SUM:

@@ -358,6 +358,43 @@ def _bins(counts_KB: NDArray[np.int64], places_KN: NDArray[np.int64]) -> tuple[N
     return bins, places_KN - np.take_along_axis(below, bins, axis=1)
 
 
+# -- DELLA: at random, the larger the likelier to stay
+
+
+def _drop_by_rank(tensor: TensorInPasses) -> Generator[Pass, list[Any], DropsOf]:
+    """Drop at random; within each row of a matrix the probability to stay rises with the magnitude's rank.
+
+    It rises from density - epsilon to density + epsilon. As ranks need whole rows, each pass sorts them again.
+    """
+    from micota_fast.merge import kernels
+
+    shared = tensor.scalars[0]
+    drops = kernels.keep_all(len(shared.densities))
+    for k, density in enumerate(shared.densities):
+        if density < 1:  # a density of 0 drops all, at random words below 0
+            drops.kinds[k] = kernels.CHOSEN if density > 0 else kernels.AT_RANDOM
+            drops.keys[k] = mask_key(tensor.seed, tensor.name, k)
+    densities_K, epsilons_K = np.array(shared.densities), np.array(shared.of_models["epsilon"])
+
+    def drops_of(start: int, stop: int) -> "Drops":
+        here = drops._replace(stays=np.empty((len(densities_K), stop - start), np.uint8))
+        tensor.run(start, stop, kernels.choose_by_rank, tensor.row_length, here, densities_K, epsilons_K)
+        return here
+
+    drops.scales[:] = yield from _scales(tensor, drops_of)
+    return drops_of
+
+
+def _share_out_of_bounds(scalars: Scalars) -> str | None:
+    for density, epsilon in zip(scalars.densities, scalars.of_models["epsilon"], strict=True):
+        if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+            return (
+                f"`density` {density:g} with `epsilon` {epsilon:g}: density - epsilon and density + epsilon must lie "
+                "between 0 and 1"
+            )
+    return None
+
+
 def _rescale(key: str, value: Any) -> Scalar:
     if value in (True, False):
         return "l1" if value else "none"
@@ -370,6 +407,7 @@ PARAMETERS = {
     "weight": Parameter(number()),
     "density": Parameter(number(0, 1), 1.0),
     "gamma": Parameter(number(0, 1), 0.01),
+    "epsilon": Parameter(number(0, 1), 0.15),
     "t": Parameter(number()),
     "normalize": Parameter(truth),
     "rescale": Parameter(_rescale),
@@ -443,5 +481,26 @@ METHODS: dict[str, MethodSpec] = {
         (*_SPARSE, "gamma"),
         _OF_FILE,
         sparsify=_drop_outliers,
+    ),
+    "della": MethodSpec(
+        "DELLA",
+        "https://arxiv.org/abs/2406.11617",
+        "agreeing task vectors",
+        (*_SPARSE, "epsilon"),
+        _OF_FILE,
+        normalize=True,
+        rescale="l1",
+        sparsify=_drop_by_rank,
+        mistake=_share_out_of_bounds,
+    ),
+    "della_linear": MethodSpec(
+        "Linear DELLA",
+        "https://arxiv.org/abs/2406.11617",
+        "task vectors",
+        (*_SPARSE, "epsilon"),
+        _OF_FILE,
+        rescale="l1",
+        sparsify=_drop_by_rank,
+        mistake=_share_out_of_bounds,
     ),
 }
