@@ -1,19 +1,24 @@
-"""How a plot is finished: as SVG inside the page, where its colours follow the theme, and as SVG and PNG files.
+"""How plots look and how they are finished: as SVG inside the page, where colours follow the theme, and as files.
 
 matplotlib draws with the colours of the light theme; in the page each is replaced by `var(--name, #colour)`, so that
 one drawing serves light, dark and print. Text stays text (searchable, read aloud, in the page's own font).
 """
 
 import io
+import itertools
+import math
 import re
+import textwrap
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from micota_fast.errors import InputError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK, MUTED, RULE = "#1c2126", "#667079", "#d3d8dd"
@@ -35,14 +40,15 @@ THEME = {
 }
 
 _PNG_DPI = 2 * 96  # twice the pixels of a plain screen
+_LABEL_SHARE = 0.13
+"""Room for a tick's label (up to five digits) on the shortest horizontal axis, as a share of its length."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing with what it shows in words for those who do not see it. `title` heads it where several stand together.
+    """A drawing with what it shows in words for those who do not see it. `title` is its heading if there are several.
 
-    `name` is its files' name without suffix, `svg` stands in the page; `svg_file` and `png_file` are files' contents,
-    on white.
+    `name` begins its files' names, `svg` is for the page; `svg_file` and `png_file` are the files' contents, on white.
     """
 
     name: str
@@ -54,7 +60,7 @@ class Plot:
 
 
 def require_matplotlib() -> None:
-    """Raise InputError where the optional extra `report` is not installed."""
+    """Raise InputError if the optional extra `report` is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -64,7 +70,7 @@ def require_matplotlib() -> None:
 
 
 def drawing_style() -> AbstractContextManager[None]:
-    """matplotlib's defaults and our few changes, whatever the user's own settings: the same bytes for everyone."""
+    """Apply matplotlib's defaults and our few changes, whatever the user's settings: the same bytes for everyone."""
     from matplotlib import RcParams, rc_context, rcParamsDefault
 
     changes: Any = {
@@ -79,19 +85,100 @@ def drawing_style() -> AbstractContextManager[None]:
 
 
 def theme_variables() -> tuple[str, str]:
-    """CSS that gives the theme's variables their colours: light, dark."""
+    """Return the CSS that gives the theme's variables their colours: light, dark."""
     light = " ".join(f"{variable}: {colour};" for colour, (variable, _) in THEME.items())
     dark = " ".join(f"{variable}: {colour};" for variable, colour in THEME.values())
     return light, dark
 
 
 def css_colour(colour: str) -> str:
-    """The colour as the page's CSS refers to it."""
+    """Return the colour as the page's CSS refers to it."""
     return f"var({THEME[colour][0]}, {colour})"
 
 
+def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    """Make a figure of this size in points, with one bare pair of axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(RULE)
+    axes.tick_params(colors=MUTED, labelsize=9, length=3, width=0.8)
+    axes.xaxis.label.set(color=MUTED, fontsize=9)
+    axes.yaxis.label.set(color=MUTED, fontsize=9)
+    axes.locator_params(axis="x", nbins=6)
+    return figure, axes
+
+
+def name_rows(axes: "Axes", names: Sequence[str], offset: float = 0.0) -> None:
+    """Put names in place of a vertical axis, first on top, long ones broken into lines."""
+    labels = [wrapped(name) for name in names]
+    axes.set_yticks([index + offset for index in range(len(names))], labels, color=INK, fontsize=10)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="x", color=RULE, linewidth=0.5, zorder=-1)
+    axes.set_axisbelow(True)
+
+
+def wrapped(name: str) -> str:
+    """Break a name into lines of 18 characters, and shorten a long one in the middle: names often differ at the end."""
+    return textwrap.fill(name if len(name) <= 32 else f"{name[:17]}…{name[-14:]}", 18)
+
+
+def label_right(axes: "Axes", row: float, text: str) -> None:
+    """Write a number at the right edge, where it is clear of every interval and reads like a table's column."""
+    axes.text(1.03, row, text, transform=axes.get_yaxis_transform(), va="center", color=INK, fontsize=10)
+
+
+def set_log_axis(axes: "Axes", which: Literal["x", "y"], low: float, high: float) -> None:
+    """Make an axis logarithmic, with plain numbers at round values."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
+    axis.set_major_locator(FixedLocator(log_ticks(low, high)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"))
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Choose round values from `low` to `high`: the densest of several scales whose labels fit next to each other.
+
+    1, 2, 5 (or fewer, or more) per decade, or whole decades if there are many; evenly spaced values if the range is so
+    narrow that the axis is nearly linear.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    scales = [[10.0**decade for decade in decades if decade % every == 0] for every in (1, 2, 3, 5, 10)]
+    per_decade = ((1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+    scales += [[step * 10.0**decade for decade in decades for step in steps] for steps in per_decade]
+    scales += [list(map(float, MaxNLocator(bins, steps=[1, 2, 5, 10]).tick_values(low, high))) for bins in (6, 5, 4, 3)]
+    inside = [[tick for tick in scale if low <= tick <= high] for scale in scales]
+    room = _LABEL_SHARE * math.log(high / low)
+    fitting = [s for s in inside if all(math.log(b / a) >= room for a, b in itertools.pairwise(s))]
+    return max(fitting, key=len)
+
+
+def spread_labels(heights: Mapping[str, float]) -> dict[str, float]:
+    """Move heights (shares of an axis) as little as is needed for a label of one or two lines at each."""
+    order = sorted(heights, key=lambda name: heights[name])
+    room = min(0.13, 1 / len(order))
+    placed: dict[str, float] = {}
+    for name in order:  # upwards, each clear of the one below
+        placed[name] = max(heights[name], max(placed.values(), default=-1.0) + room)
+    ceiling = 1.0
+    for name in reversed(order):  # and down again from the top
+        placed[name] = min(placed[name], ceiling)
+        ceiling = placed[name] - room
+    return placed
+
+
 def finish(figure: "Figure", name: str, description: str, title: str = "") -> Plot:
-    """Turn a figure into a plot; the figure is of no use after."""
+    """Turn a figure into a plot; the figure cannot be used afterwards."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -128,7 +215,7 @@ def _for_page(svg: str, name: str) -> str:
 
 
 def figure_html(plot: Plot) -> str:
-    """The plot as an image with its description, headed by its title if it has one."""
+    """Format the plot as an image with its description, under its title if it has one."""
     svg = plot.svg.replace("<svg ", f'<svg role="img" aria-label="{escape(plot.description)}" ', 1)
     head = f'<p class="title">{escape(plot.title)}</p>\n' if plot.title else ""
     return f'<div class="plot">{head}{svg}</div>\n'

@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from micota_fast.alignment.results import STEPS
 from micota_fast.config.report import ReportConfig
-from micota_fast.report.drawing import Plot, css_colour, figure_html, theme_variables
+from micota_fast.report.drawing import css_colour, figure_html, theme_variables
 from micota_fast.report.formats import to_html
 from micota_fast.report.inputs import Inputs
-from micota_fast.report.plots import Plots
+from micota_fast.report.plots import Drawn, Section
 from micota_fast.report.summary import INTERVAL_METHOD, Summary, contamination_finding, headline
 from micota_fast.report.tables import Table
 
@@ -94,7 +93,7 @@ def render(
     inputs: Inputs,
     summary: Summary,
     tables: Mapping[str, Table],
-    plots: Plots,
+    figures: Sequence[Drawn],
     colours: Mapping[str, str],
 ) -> str:
     """Render the whole page; the same inputs give the same bytes. `colours`: arm or corpus -> colour as drawn."""
@@ -106,10 +105,10 @@ def render(
         f"<p>{escape(qualified)}</p>\n" if qualified else "",
         "</header>\n<main>\n",
         *(html.get(name, "") for name in ("accuracy", "deltas", "protocols", "samples")),
-        _accuracy_figures(summary, plots),
-        _corpora(inputs, plots, html),
+        _figures(figures, "accuracy"),
+        _corpora(inputs, figures, html),
         _contamination(inputs, html),
-        _training(plots.losses),
+        _training(figures),
         "<h2>Answers</h2>\n",
         html["answers"],
         '<p><a href="answers.html">Every problem with the answers of all arms side by side</a></p>\n',
@@ -127,73 +126,27 @@ def render(
     )
 
 
-def _figure(plots: Sequence[Plot], layout: str, title: str, caption: str) -> str:
-    drawn = "".join(figure_html(plot) for plot in plots)
-    text = f"<b>{escape(title)}</b> {escape(caption)}".rstrip()
-    # Four stand better as two by two than as three and one.
-    columns = f' style="--columns: {2 if len(plots) in (2, 4) else 3}"' if layout == "grid" else ""
+def _figures(figures: Sequence[Drawn], section: Section) -> str:
+    return "".join(_figure(figure) for figure in figures if figure.entry.section == section)
+
+
+def _figure(figure: Drawn) -> str:
+    drawn = "".join(figure_html(plot) for plot in figure.plots)
+    text = f"<b>{escape(figure.title)}</b> {escape(figure.caption)}".rstrip()
+    layout = "grid" if figure.entry.several else ""
+    # Four look better as two by two than as three and one.
+    columns = f' style="--columns: {2 if len(figure.plots) in (2, 4) else 3}"' if layout else ""
     return f'<figure>\n<div class="{layout}"{columns}>\n{drawn}</div>\n<figcaption>{text}</figcaption>\n</figure>\n'
 
 
-def _accuracy_figures(summary: Summary, plots: Plots) -> str:
-    seeds = "small dots: seeds; " if any(len(arm.average.seeds) > 1 for arm in summary.arms) else ""
-    figures = _figure(
-        [plots.average],
-        "",
-        "Average accuracy by arm.",
-        f"Large dot and line: mean and 95% interval; {seeds}dashed: the untouched student.",
-    )
-    if plots.benchmarks:
-        figures += _figure(
-            plots.benchmarks,
-            "grid",
-            "Accuracy by benchmark.",
-            "Read as above; each has its own scale.",
-        )
-    return figures
-
-
-def _corpora(inputs: Inputs, plots: Plots, html: Mapping[str, str]) -> str:
+def _corpora(inputs: Inputs, figures: Sequence[Drawn], html: Mapping[str, str]) -> str:
     if not inputs.corpora:
         return ""
-    figures = ""
-    if plots.lengths:
-        figures += _figure(
-            [plots.lengths],
-            "",
-            "How long the completions are.",
-            "Density over the documents of each corpus; dashed: the median.",
-        )
-    if plots.perplexity:
-        spread = any(corpus.document_nll for corpus in inputs.corpora.values())
-        figures += _figure(
-            [plots.perplexity],
-            "",
-            "How familiar they are to the student before training.",
-            "Dot: perplexity over all tokens" + ("; bar: 10th to 90th percentile of documents." if spread else "."),
-        )
-    body = f'<h2>Corpora</h2>\n{html["corpora"]}<div class="pair">\n{figures}</div>\n'
-    return body + html.get("learnability", "") + _learnability_figures(plots)
-
-
-def _learnability_figures(plots: Plots) -> str:
-    figures = ""
-    if plots.by_position:
-        figures += _figure(
-            [plots.by_position],
-            "",
-            "Where in the answer they are unlike the student.",
-            "Mean negative log-likelihood of each tenth of the answers, every token counted once.",
-        )
-    if plots.by_step:
-        figures += _figure(
-            [plots.by_step],
-            "",
-            "In which of its lines.",
-            f"Empty lines do not count; those from line {STEPS} on are left out. Only longer answers have the later "
-            "lines, so the right end speaks of fewer answers.",
-        )
-    return f'<div class="pair">\n{figures}</div>\n' if figures else ""
+    of_corpora, of_learnability = _figures(figures, "corpora"), _figures(figures, "learnability")
+    return (
+        f'<h2>Corpora</h2>\n{html["corpora"]}<div class="pair">\n{of_corpora}</div>\n{html.get("learnability", "")}'
+        + (f'<div class="pair">\n{of_learnability}</div>\n' if of_learnability else "")
+    )
 
 
 def _contamination(inputs: Inputs, html: Mapping[str, str]) -> str:
@@ -203,13 +156,9 @@ def _contamination(inputs: Inputs, html: Mapping[str, str]) -> str:
     return f"<h2>Contamination</h2>\n<p>{finding}</p>\n{html['contamination']}"
 
 
-def _training(plots: Sequence[Plot]) -> str:
-    if not plots:
-        return ""
-    caption = "Thin: seeds; bold: their mean over short windows of steps"
-    if len(plots) > 1:
-        caption += "; grey: the other arms. Losses on different corpora are not comparable as scores"
-    return "<h2>Training</h2>\n" + _figure(plots, "grid", "Training loss by arm.", f"{caption}.")
+def _training(figures: Sequence[Drawn]) -> str:
+    of_training = _figures(figures, "training")
+    return f"<h2>Training</h2>\n{of_training}" if of_training else ""
 
 
 def _making(config: ReportConfig) -> str:

@@ -1,4 +1,7 @@
-"""The report's plots.
+"""The report's figures: what each shows and how it is drawn.
+
+To add one, put its data into `summary` (or `corpora`), write a function here that draws it, add a row to FIGURES, and
+test it. The page, the files in plots/ and the removal of former ones follow from the row.
 
 Every plot is small and made for one column: the page sets several in a grid that becomes one column on a phone, where
 the type keeps its size.
@@ -6,16 +9,28 @@ the type keeps its size.
 
 import itertools
 import math
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from micota_fast.alignment.results import STEPS
-from micota_fast.report.corpora import Corpus
-from micota_fast.report.drawing import INK, MUTED, RULE, THEME, Plot, finish
+from micota_fast.report.drawing import (
+    INK,
+    MUTED,
+    RULE,
+    THEME,
+    Plot,
+    finish,
+    label_right,
+    name_rows,
+    new_figure,
+    set_log_axis,
+    spread_labels,
+    wrapped,
+)
 from micota_fast.report.inputs import Inputs, LossCurve
 from micota_fast.report.summary import BASE, Summary, mean_curve, percent
 from micota_fast.report.tables import significant
@@ -23,7 +38,7 @@ from micota_fast.statistics.intervals import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as MplFigure
 
 _SERIES = [colour for colour, (variable, _) in THEME.items() if variable.startswith("--series")]
 _KNOWN = dict(zip((BASE, "short", "long", "mix", "mid"), _SERIES, strict=False))
@@ -32,12 +47,8 @@ _COLUMN = 360.0
 """Width of a plot in points; the page shows it at 330 to 510 CSS pixels, so 10 points read as 9 to 14."""
 
 
-_LABEL_SHARE = 0.13
-"""Room for a tick's label (up to five digits) on the shortest horizontal axis, as a share of its length."""
-
-
 def series_colours(names: Iterable[str]) -> dict[str, str]:
-    """One colour a name: the usual arms and corpora always get the same, others the next free one."""
+    """Assign one colour per name: the usual arms and corpora always get the same, others the next free one."""
     names = list(dict.fromkeys(names))
     colours = {name: _KNOWN[name] for name in names if name in _KNOWN}
     free = [colour for colour in _SERIES[1:] if colour not in colours.values()] or _SERIES[1:]
@@ -45,53 +56,42 @@ def series_colours(names: Iterable[str]) -> dict[str, str]:
     return colours | {name: free[index % len(free)] for index, name in enumerate(others)}
 
 
+class Drawing(NamedTuple):
+    """One plot as drawn: what it shows in words, and its heading if the figure has several."""
+
+    figure: "MplFigure"
+    description: str
+    title: str = ""
+
+
 @dataclass(frozen=True)
-class Plots:
-    """All plots of a report; what there is no data for is None or empty."""
+class Figure:
+    """One or several plots under one caption, `title` in bold."""
 
-    average: Plot
-    benchmarks: list[Plot]
-    lengths: Plot | None
-    perplexity: Plot | None
-    by_position: Plot | None
-    by_step: Plot | None
-    losses: list[Plot]
-
-    @property
-    def every(self) -> list[Plot]:
-        several = [self.average, *self.benchmarks, self.lengths, self.perplexity]
-        several += [self.by_position, self.by_step, *self.losses]
-        return [plot for plot in several if plot is not None]
+    title: str
+    caption: str
+    drawings: list[Drawing]
 
 
-def draw(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Plots:
-    """Draw everything; to be called within `drawing_style`. Of one benchmark the average is the same plot."""
-    return Plots(
-        average_plot(summary, colours),
-        benchmark_plots(summary, colours) if len(summary.problems) > 1 else [],
-        length_plot(inputs.corpora, colours),
-        perplexity_plot(inputs.corpora, colours),
-        position_plot(inputs.corpora, colours),
-        step_plot(inputs.corpora, colours),
-        loss_plots(inputs.training, colours),
-    )
-
-
-def average_plot(summary: Summary, colours: Mapping[str, str]) -> Plot:
-    """Average accuracy of each arm: the mean, its interval, and the seeds."""
+def average_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Figure:
+    """Draw the average accuracy of each arm: the mean, its interval, and the seeds."""
     rows = [(arm.name, arm.average) for arm in summary.arms]
-    figure = _dots(rows, colours, "average accuracy, %")
-    return finish(figure, "average", _accuracies("Average accuracy", rows))
+    drawing = Drawing(_dots(rows, colours, "average accuracy, %"), _accuracies("Average accuracy", rows))
+    seeds = "small dots: seeds; " if any(len(arm.average.seeds) > 1 for arm in summary.arms) else ""
+    caption = f"Large dot and line: mean and 95% interval; {seeds}dashed: the untouched student."
+    return Figure("Average accuracy by arm.", caption, [drawing])
 
 
-def benchmark_plots(summary: Summary, colours: Mapping[str, str]) -> list[Plot]:
-    """The same for each benchmark."""
-    plots = []
-    for index, (benchmark, n) in enumerate(summary.problems.items()):
+def benchmark_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Figure | None:
+    """Draw the accuracy on each benchmark. None if there is one, whose plot is that of the average."""
+    if len(summary.problems) == 1:
+        return None
+    drawings = []
+    for benchmark, n in summary.problems.items():
         rows = [(arm.name, arm.benchmarks[benchmark]) for arm in summary.arms]
         figure = _dots(rows, colours, f"accuracy, % of {n} problems", width=300)
-        plots.append(finish(figure, f"benchmark{index}", _accuracies(f"Accuracy on {benchmark}", rows), benchmark))
-    return plots
+        drawings.append(Drawing(figure, _accuracies(f"Accuracy on {benchmark}", rows), benchmark))
+    return Figure("Accuracy by benchmark.", "Read as above; each has its own scale.", drawings)
 
 
 def _accuracies(what: str, rows: Sequence[tuple[str, Estimate]]) -> str:
@@ -101,8 +101,8 @@ def _accuracies(what: str, rows: Sequence[tuple[str, Estimate]]) -> str:
 
 def _dots(
     rows: Sequence[tuple[str, Estimate]], colours: Mapping[str, str], xlabel: str, width: float = _COLUMN
-) -> "Figure":
-    figure, axes = _figure(width, 62 + 25 * len(rows))
+) -> "MplFigure":
+    figure, axes = new_figure(width, 62 + 25 * len(rows))
     axes.axvline(100 * rows[0][1].mean, color=MUTED, linewidth=0.8, dashes=(3, 3), zorder=0)
     for index, (series, estimate) in enumerate(rows):
         colour = colours[series]
@@ -113,17 +113,8 @@ def _dots(
             axes.plot(
                 seeds, [index + 0.3] * len(seeds), "o", markersize=3.4, color=colour, alpha=0.55, markeredgewidth=0
             )
-        # A column of numbers at the right edge: read like a table, and clear of every interval.
-        axes.text(
-            1.03,
-            index,
-            percent(estimate.mean),
-            transform=axes.get_yaxis_transform(),
-            va="center",
-            color=INK,
-            fontsize=10,
-        )
-    _name_rows(axes, [series for series, _ in rows])
+        label_right(axes, index, percent(estimate.mean))
+    name_rows(axes, [series for series, _ in rows])
     low, high = min(row.low for _, row in rows), max(row.high for _, row in rows)
     pad = max(0.06 * (high - low), 0.001)
     axes.set_xlim(100 * max(low - pad, -pad / 2), 100 * min(high + pad, 1 + pad / 2))
@@ -131,12 +122,12 @@ def _dots(
     return figure
 
 
-def length_plot(corpora: Mapping[str, Corpus], colours: Mapping[str, str]) -> Plot | None:
-    """Density of the accepted completions' lengths, one ridge a corpus, on a logarithmic axis. None without lengths."""
-    known = {name: corpus for name, corpus in corpora.items() if any(corpus.lengths)}
+def length_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Figure | None:
+    """Draw the density of the accepted completions' lengths, one ridge per corpus, on a logarithmic axis."""
+    known = {name: corpus for name, corpus in inputs.corpora.items() if any(corpus.lengths)}
     if not known:
         return None
-    figure, axes = _figure(_COLUMN, 62 + 58 * len(known))
+    figure, axes = new_figure(_COLUMN, 62 + 58 * len(known))
     logs = {name: np.log(np.maximum(np.asarray(corpus.lengths, dtype=float), 1.0)) for name, corpus in known.items()}
     low, high = min(float(x.min()) for x in logs.values()), max(float(x.max()) for x in logs.values())
     pad = 0.05 * (high - low) + 0.05
@@ -149,22 +140,16 @@ def length_plot(corpora: Mapping[str, Corpus], colours: Mapping[str, str]) -> Pl
         axes.plot(np.exp(grid), ridge, color=colours[name], linewidth=1.4)
         median = float(np.median(known[name].lengths))
         axes.plot([median, median], [index + 0.5, index - 0.36], color=colours[name], linewidth=1.4, dashes=(2, 1.5))
-        axes.text(
-            1.03,
-            index + 0.32,
-            f"{median:,.0f}",
-            transform=axes.get_yaxis_transform(),
-            va="center",
-            color=INK,
-            fontsize=10,
-        )
+        label_right(axes, index + 0.32, f"{median:,.0f}")
         words.append(f"{name} {median:,.0f}")
     axes.text(1.03, -0.55, "median", transform=axes.get_yaxis_transform(), va="center", color=MUTED, fontsize=9)
-    _name_rows(axes, list(known), offset=0.32)
+    name_rows(axes, list(known), offset=0.32)
     axes.set_ylim(len(known) - 0.4, -0.62)
-    _log_axis(axes, "x", math.exp(low - pad), math.exp(high + pad))
+    set_log_axis(axes, "x", math.exp(low - pad), math.exp(high + pad))
     axes.set_xlabel("tokens per completion, logarithmic")
-    return finish(figure, "lengths", f"Distribution of completion lengths; medians in tokens: {', '.join(words)}.")
+    description = f"Distribution of completion lengths; medians in tokens: {', '.join(words)}."
+    caption = "Density over the documents of each corpus; dashed: the median."
+    return Figure("How long the completions are.", caption, [Drawing(figure, description)])
 
 
 def _density(x: np.ndarray, grid: np.ndarray) -> np.ndarray:
@@ -176,12 +161,12 @@ def _density(x: np.ndarray, grid: np.ndarray) -> np.ndarray:
     return np.exp(-0.5 * ((grid[:, None] - values) / bandwidth) ** 2) @ counts
 
 
-def perplexity_plot(corpora: Mapping[str, Corpus], colours: Mapping[str, str]) -> Plot | None:
-    """Perplexity of each corpus under the untrained student and its p10 to p90 over documents. None without any."""
-    known = {name: corpus for name, corpus in corpora.items() if corpus.perplexity is not None}
+def perplexity_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Figure | None:
+    """Draw the perplexity of each corpus under the untrained student and its p10 to p90 over documents."""
+    known = {name: corpus for name, corpus in inputs.corpora.items() if corpus.perplexity is not None}
     if not known:
         return None
-    figure, axes = _figure(_COLUMN, 62 + 30 * len(known))
+    figure, axes = new_figure(_COLUMN, 62 + 30 * len(known))
     words, extent = [], []
     for index, (name, corpus) in enumerate(known.items()):
         perplexity = corpus.perplexity
@@ -192,58 +177,60 @@ def perplexity_plot(corpora: Mapping[str, Corpus], colours: Mapping[str, str]) -
             axes.plot([low, high], [index, index], color=colours[name], linewidth=5, alpha=0.3, solid_capstyle="butt")
             extent += [low, high]
         axes.plot(perplexity, index, "o", color=colours[name], markersize=7)
-        axes.text(
-            1.03,
-            index,
-            significant(perplexity),
-            transform=axes.get_yaxis_transform(),
-            va="center",
-            color=INK,
-            fontsize=10,
-        )
+        label_right(axes, index, significant(perplexity))
         words.append(f"{name} {significant(perplexity)}")
-    _name_rows(axes, list(known))
+    name_rows(axes, list(known))
     ratio = 1.08 * (max(extent) / min(extent)) ** 0.04
-    _log_axis(axes, "x", min(extent) / ratio, max(extent) * ratio)
+    set_log_axis(axes, "x", min(extent) / ratio, max(extent) * ratio)
     axes.set_xlabel("perplexity under the untrained student, logarithmic")
-    return finish(figure, "perplexity", f"Perplexity under the untrained student: {', '.join(words)}.")
+    spread = any(corpus.document_nll for corpus in inputs.corpora.values())
+    caption = "Dot: perplexity over all tokens" + ("; bar: 10th to 90th percentile of documents." if spread else ".")
+    description = f"Perplexity under the untrained student: {', '.join(words)}."
+    return Figure("How familiar they are to the student before training.", caption, [Drawing(figure, description)])
 
 
-def position_plot(corpora: Mapping[str, Corpus], colours: Mapping[str, str]) -> Plot | None:
-    """Negative log-likelihood by position in the answer, a line a corpus. None without any."""
-    known = {name: corpus.by_position for name, corpus in corpora.items() if any(corpus.by_position)}
+def position_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Figure | None:
+    """Draw the negative log-likelihood by position in the answer, one line per corpus."""
+    known = {name: corpus.by_position for name, corpus in inputs.corpora.items() if any(corpus.by_position)}
     if not known:
         return None
     # Each tenth at its middle.
     lines = {name: [(100 * (i + 0.5) / len(y), v) for i, v in enumerate(y)] for name, y in known.items()}
     figure, axes = _lines(lines, colours, "position in the answer, %")
     axes.set_xlim(0, 100)
-    return finish(figure, "position", _ends("By position in the answer, from its first tenth to its last", lines))
+    description = _ends("By position in the answer, from its first tenth to its last", lines)
+    caption = "Mean negative log-likelihood of each tenth of the answers, every token counted once."
+    return Figure("Where in the answer they are unlike the student.", caption, [Drawing(figure, description)])
 
 
-def step_plot(corpora: Mapping[str, Corpus], colours: Mapping[str, str]) -> Plot | None:
-    """Negative log-likelihood by line of the answer, a line a corpus. None where no corpus has two lines."""
-    known = {name: corpus.by_step[: STEPS - 1] for name, corpus in corpora.items() if corpus.by_step}
+def step_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Figure | None:
+    """Draw the negative log-likelihood by line of the answer, one line per corpus. None if no corpus has two lines."""
+    known = {name: corpus.by_step[: STEPS - 1] for name, corpus in inputs.corpora.items() if corpus.by_step}
     if max(map(len, known.values()), default=0) < 2:
         return None
     lines: _Lines = {name: list(enumerate(y, start=1)) for name, y in known.items()}
     figure, axes = _lines(lines, colours, "line of the answer")
     axes.locator_params(axis="x", integer=True)
-    return finish(figure, "step", _ends("By line of the answer, from the first to the last", lines))
+    description = _ends("By line of the answer, from the first to the last", lines)
+    caption = (
+        f"Empty lines do not count; those from line {STEPS} on are left out. Only longer answers have the later "
+        "lines, so the right end speaks of fewer answers."
+    )
+    return Figure("In which of its lines.", caption, [Drawing(figure, description)])
 
 
-def _lines(lines: "_Lines", colours: Mapping[str, str], xlabel: str) -> "tuple[Figure, Axes]":
-    """A line for each name, with its name at the right, at the height where it ends."""
-    figure, axes = _figure(_COLUMN, 215)
+def _lines(lines: "_Lines", colours: Mapping[str, str], xlabel: str) -> "tuple[MplFigure, Axes]":
+    """Draw a line for each name, and the name at its right end."""
+    figure, axes = new_figure(_COLUMN, 215)
     top = 1.06 * max(y for points in lines.values() for _, y in points if y is not None)
     ends = {}
     for name, points in lines.items():
         x, y = zip(*((x, math.nan if y is None else y) for x, y in points), strict=True)
         axes.plot(x, y, color=colours[name], linewidth=1.8, marker="o", markersize=3.4)
         ends[name] = next(value for value in reversed(y) if math.isfinite(value)) / top
-    for name, height in _apart(ends).items():
+    for name, height in spread_labels(ends).items():
         axes.plot([1.03, 1.075], [height] * 2, color=colours[name], lw=2.4, transform=axes.transAxes, clip_on=False)
-        label = textwrap.fill(_short(name), 18)
+        label = wrapped(name)
         axes.text(1.095, height, label, transform=axes.transAxes, va="center", color=INK, fontsize=10)
     axes.set_ylim(0, top)
     axes.grid(axis="y", color=RULE, linewidth=0.5)
@@ -256,39 +243,28 @@ _Lines = Mapping[str, Sequence[tuple[float, float | None]]]
 """Points (x, y) of the line of each name."""
 
 
-def _apart(heights: Mapping[str, float]) -> dict[str, float]:
-    """Heights (shares of an axis) moved as little as need be for a label of one or two lines at each."""
-    order = sorted(heights, key=lambda name: heights[name])
-    room = min(0.13, 1 / len(order))
-    placed: dict[str, float] = {}
-    for name in order:  # upwards, each clear of the one below
-        placed[name] = max(heights[name], max(placed.values(), default=-1.0) + room)
-    ceiling = 1.0
-    for name in reversed(order):  # and down again from the top
-        placed[name] = min(placed[name], ceiling)
-        ceiling = placed[name] - room
-    return placed
-
-
 def _ends(what: str, lines: "_Lines") -> str:
     told = {name: [y for _, y in points if y is not None] for name, points in lines.items()}
     listed = (f"{name} {significant(y[0])} to {significant(y[-1])}" for name, y in told.items())
     return f"Negative log-likelihood under the untrained student, nats per token. {what}: {'; '.join(listed)}."
 
 
-def loss_plots(training: Mapping[str, Sequence[LossCurve]], colours: Mapping[str, str]) -> list[Plot]:
-    """Training loss, one panel an arm on common axes: seeds thin, their mean bold and smoother, the
-    other arms' means in grey."""
-    seeds = {name: [_thinned(curve) for curve in curves] for name, curves in training.items()}
-    means = {name: _thinned(mean_curve(curves), limit=60) for name, curves in training.items()}
+def loss_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Figure | None:
+    """Draw the training loss, one panel per arm on common axes.
+
+    Seeds are thin, their mean is bold and smoother, the other arms' means are grey.
+    """
+    training = inputs.training
+    seeds = {name: [thinned(curve) for curve in curves] for name, curves in training.items()}
+    means = {name: thinned(mean_curve(curves), limit=60) for name, curves in training.items()}
     finite = [loss for curves in seeds.values() for curve in curves for loss in curve.losses if math.isfinite(loss)]
     if not finite:
-        return []
+        return None
     last = max(curve.steps[-1] for curves in training.values() for curve in curves)
-    plots = []
-    for index, (name, mean) in enumerate(means.items()):
+    drawings = []
+    for name, mean in means.items():
         end = mean.losses[-1] if mean.losses else math.nan
-        figure, axes = _figure(300, 190)
+        figure, axes = new_figure(300, 190)
         for other, curve in means.items():
             if other != name:
                 axes.plot(curve.steps, curve.losses, color=RULE, linewidth=1.0)
@@ -297,7 +273,7 @@ def loss_plots(training: Mapping[str, Sequence[LossCurve]], colours: Mapping[str
         axes.plot(mean.steps, mean.losses, color=colours[name], linewidth=1.9)
         positive = min(finite) > 0
         if positive and max(finite) / min(finite) > 8:
-            _log_axis(axes, "y", min(finite) / 1.12, max(finite) * 1.12)
+            set_log_axis(axes, "y", min(finite) / 1.12, max(finite) * 1.12)
         else:
             pad = 0.05 * (max(finite) - min(finite)) or 0.1
             axes.set_ylim(min(finite) - pad, max(finite) + pad)
@@ -306,12 +282,15 @@ def loss_plots(training: Mapping[str, Sequence[LossCurve]], colours: Mapping[str
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss, nats per token")
         words = f"ends at {end:.3f}" if math.isfinite(end) else "diverged"
-        plots.append(finish(figure, f"loss{index}", f"Training loss of the {name} arm: {words}.", name))
-    return plots
+        drawings.append(Drawing(figure, f"Training loss of the {name} arm: {words}.", name))
+    caption = "Thin: seeds; bold: their mean over short windows of steps"
+    if len(drawings) > 1:
+        caption += "; grey: the other arms. Losses on different corpora are not comparable as scores"
+    return Figure("Training loss by arm.", f"{caption}.", drawings)
 
 
-def _thinned(curve: LossCurve, limit: int = 240) -> LossCurve:
-    """At most about `limit` points, each the mean of as many consecutive steps: a line has no room for more."""
+def thinned(curve: LossCurve, limit: int = 240) -> LossCurve:
+    """Reduce a curve to about `limit` points, each the mean of consecutive steps: a line has no room for more."""
     width = -(-len(curve.steps) // limit)
     if width <= 1:
         return curve
@@ -325,63 +304,69 @@ def _thinned(curve: LossCurve, limit: int = 240) -> LossCurve:
     return LossCurve(tuple(curve.steps[end - 1] for _, end in windows), losses)
 
 
-def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
-    """A figure of this size in points, with one bare pair of axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(RULE)
-    axes.tick_params(colors=MUTED, labelsize=9, length=3, width=0.8)
-    axes.xaxis.label.set(color=MUTED, fontsize=9)
-    axes.yaxis.label.set(color=MUTED, fontsize=9)
-    axes.locator_params(axis="x", nbins=6)
-    return figure, axes
+Section = Literal["accuracy", "corpora", "learnability", "training"]
 
 
-def _name_rows(axes: "Axes", names: Sequence[str], offset: float = 0.0) -> None:
-    """Names in place of a vertical axis, first on top, long ones broken into lines."""
-    labels = [textwrap.fill(_short(name), 18) for name in names]
-    axes.set_yticks([index + offset for index in range(len(names))], labels, color=INK, fontsize=10)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.grid(axis="x", color=RULE, linewidth=0.5, zorder=-1)
-    axes.set_axisbelow(True)
+class Entry(NamedTuple):
+    """A row of FIGURES. `draw` gets the colour of each arm and corpus; it returns None if there is no data."""
+
+    name: str
+    """Begins the names of its files, and of the ids in the page."""
+    section: Section
+    """Where the page shows it."""
+    draw: Callable[[Inputs, Summary, Mapping[str, str]], Figure | None]
+    several: bool = False
+    """Whether it is a grid of plots, whose files are numbered."""
 
 
-def _short(name: str) -> str:
-    """What tells two long names apart is often their end, so an ellipsis goes in the middle."""
-    return name if len(name) <= 32 else f"{name[:17]}…{name[-14:]}"
+FIGURES = (
+    Entry("average", "accuracy", average_figure),
+    Entry("benchmark", "accuracy", benchmark_figure, several=True),
+    Entry("lengths", "corpora", length_figure),
+    Entry("perplexity", "corpora", perplexity_figure),
+    Entry("position", "learnability", position_figure),
+    Entry("step", "learnability", step_figure),
+    Entry("loss", "training", loss_figure, several=True),
+)
+"""All figures, in the order of the page."""
 
 
-def _log_axis(axes: "Axes", which: str, low: float, high: float) -> None:
-    """A logarithmic axis with plain numbers at round values."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+@dataclass(frozen=True)
+class Drawn:
+    """A figure that is ready for the page."""
 
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
-    axis.set_major_locator(FixedLocator(log_ticks(low, high)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"))
+    entry: Entry
+    title: str
+    caption: str
+    plots: list[Plot]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Round values from `low` to `high`: of several scales of them the densest whose labels have room side by side.
+def draw(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> list[Drawn]:
+    """Draw every figure that there is data for; call it within `drawing_style`."""
+    drawn = []
+    for entry in FIGURES:
+        figure = entry.draw(inputs, summary, colours)
+        if figure is not None:
+            plots = [
+                finish(
+                    drawing.figure, f"{entry.name}{index if entry.several else ''}", drawing.description, drawing.title
+                )
+                for index, drawing in enumerate(figure.drawings)
+            ]
+            drawn.append(Drawn(entry, figure.title, figure.caption, plots))
+    return drawn
 
-    1, 2, 5 (or fewer, or more) a decade, or whole decades where there are many; in a range so narrow that the axis is
-    nearly linear, evenly spaced values.
-    """
-    from matplotlib.ticker import MaxNLocator
 
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    scales = [[10.0**decade for decade in decades if decade % every == 0] for every in (1, 2, 3, 5, 10)]
-    a_decade = ((1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
-    scales += [[step * 10.0**decade for decade in decades for step in steps] for steps in a_decade]
-    scales += [list(map(float, MaxNLocator(bins, steps=[1, 2, 5, 10]).tick_values(low, high))) for bins in (6, 5, 4, 3)]
-    inside = [[tick for tick in scale if low <= tick <= high] for scale in scales]
-    room = _LABEL_SHARE * math.log(high / low)
-    fitting = [s for s in inside if all(math.log(b / a) >= room for a, b in itertools.pairwise(s))]
-    return max(fitting, key=len)
+def plot_files(figures: Iterable[Drawn]) -> dict[str, bytes]:
+    """Return the files of all plots, name -> content: NAME-TITLE.svg and .png, without a title NAME.svg and .png."""
+    files: dict[str, bytes] = {}
+    for plot in (plot for figure in figures for plot in figure.plots):
+        stem = "-".join(filter(None, (plot.name, re.sub(r"[^\w.-]", "_", plot.title)[:60])))
+        files |= {f"{stem}.svg": plot.svg_file, f"{stem}.png": plot.png_file}
+    return files
+
+
+def is_plot_file(name: str) -> bool:
+    """Whether a file of this name can be from `plot_files`."""
+    names = "|".join(entry.name + r"\d+" * entry.several for entry in FIGURES)
+    return re.fullmatch(rf"({names})(-.*)?\.(svg|png)", name) is not None

@@ -1,14 +1,13 @@
 """Write the report: pages, tables, numbers and plots in the directory that the config names."""
 
 import json
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from micota_fast.common.files import write_atomic
 from micota_fast.config.report import ReportConfig
 from micota_fast.report.answers import render_answers
-from micota_fast.report.drawing import Plot, drawing_style, require_matplotlib
+from micota_fast.report.drawing import drawing_style, require_matplotlib
 from micota_fast.report.formats import (
     accuracy_csv,
     answers_csv,
@@ -22,7 +21,7 @@ from micota_fast.report.formats import (
 from micota_fast.report.inputs import Inputs, load_inputs
 from micota_fast.report.learnability import LearnabilityRanking, learnability_table, rank_by_learnability
 from micota_fast.report.page import render
-from micota_fast.report.plots import draw, series_colours
+from micota_fast.report.plots import draw, is_plot_file, plot_files, series_colours
 from micota_fast.report.summary import INTERVAL_METHOD, Summary, contamination_finding, headline, summarise
 from micota_fast.report.tables import (
     Table,
@@ -36,7 +35,6 @@ from micota_fast.report.tables import (
 )
 
 _OPTIONAL = ("corpora.csv", "contamination.csv")  # written if there is something to put in them
-_PLOT_FILE = re.compile(r"(average|benchmark\d+|lengths|perplexity|position|step|loss\d+)(-.*)?\.(svg|png)")
 
 
 def run(config: ReportConfig) -> None:
@@ -52,7 +50,7 @@ def run(config: ReportConfig) -> None:
     colours = series_colours([*(arm.name for arm in summary.arms), *inputs.corpora, *inputs.training])
     numbers = report_json(config, inputs, summary, ranking)
     with drawing_style():
-        plots = draw(inputs, summary, colours)
+        figures = draw(inputs, summary, colours)
     tables = _tables(config, inputs, summary, ranking)
     claims = config.claims.deltas if config.claims is not None else {}
     texts = {
@@ -67,10 +65,9 @@ def run(config: ReportConfig) -> None:
     if inputs.overlaps:
         texts["contamination.csv"] = contamination_csv(inputs.overlaps)
     files = {name: text.encode() for name, text in texts.items()}
-    for plot in plots.every:
-        files |= {f"plots/{_stem(plot)}.svg": plot.svg_file, f"plots/{_stem(plot)}.png": plot.png_file}
+    files |= {f"plots/{name}": content for name, content in plot_files(figures).items()}
     files["answers.html"] = render_answers(config, inputs, colours)
-    page = render(config, inputs, summary, tables, plots, colours)
+    page = render(config, inputs, summary, tables, figures, colours)
     files["report.html"] = page.encode()  # last: when it is there, so are the others
     _remove_former(Path(config.out), files)
     for name, content in files.items():
@@ -79,15 +76,10 @@ def run(config: ReportConfig) -> None:
 
 def _remove_former(out: Path, files: Collection[str]) -> None:
     """Delete what a former report wrote here and this one does not, such as plots of arms that are gone."""
-    ours = [path for path in (out / "plots").glob("*") if _PLOT_FILE.fullmatch(path.name)]
+    ours = [path for path in (out / "plots").glob("*") if is_plot_file(path.name)]
     for path in [*ours, *(out / name for name in _OPTIONAL)]:
         if path.relative_to(out).as_posix() not in files:
             path.unlink(missing_ok=True)
-
-
-def _stem(plot: Plot) -> str:
-    """The name of a plot's files, which ends with what it shows."""
-    return "-".join(filter(None, (plot.name, re.sub(r"[^\w.-]", "_", plot.title)[:60])))
 
 
 def _tables(

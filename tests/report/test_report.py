@@ -18,8 +18,9 @@ import pytest
 from helpers.report_runs import Made, contents, made, results, rows_of, written
 from micota_fast.config.report import ReportConfig
 from micota_fast.errors import InputError
+from micota_fast.report.drawing import log_ticks
 from micota_fast.report.inputs import LossCurve
-from micota_fast.report.plots import _thinned, log_ticks
+from micota_fast.report.plots import thinned
 from micota_fast.report.report import run
 from micota_fast.report.tables import CORRECTED_MARK, MARK
 from micota_fast.statistics.intervals import difference, macro_average, student_t95, wilson95
@@ -203,7 +204,7 @@ class TestNumbers:
 
     def test_thinning_keeps_the_mean_and_the_last_step(self) -> None:
         curve = LossCurve(tuple(range(1, 1001)), tuple(float(i) for i in range(1000)))
-        thin = _thinned(curve, limit=60)
+        thin = thinned(curve, limit=60)
         assert len(thin.steps) <= 60
         assert thin.steps[-1] == 1000
         assert thin.losses[0] == pytest.approx(8.0)  # mean of 0 to 16

@@ -8,6 +8,7 @@ import json
 import re
 import struct
 import xml.etree.ElementTree as ET
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.paths import RECIPES
-from helpers.report_runs import made, rows_of, tabulars, written
+from helpers.report_runs import contents, made, rows_of, tabulars, written
 from micota_fast.config import loader
 from micota_fast.config.recipe import Recipe
 from micota_fast.config.report import ClaimsConfig, ReportConfig
 from micota_fast.errors import InputError
+from micota_fast.report import plots
+from micota_fast.report.drawing import name_rows, new_figure
 from micota_fast.report.formats import latex_text, to_latex
+from micota_fast.report.inputs import Inputs
 from micota_fast.report.report import run
+from micota_fast.report.summary import Summary
 from micota_fast.report.tables import Cell, Table
 
 
@@ -95,8 +100,7 @@ class TestCsv:
 class TestPlots:
     def test_files_stand_alone(self, config: ReportConfig) -> None:
         run(config)
-        plots = Path(config.out) / "plots"
-        for svg in plots.glob("*.svg"):
+        for svg in (Path(config.out) / "plots").glob("*.svg"):
             root = ET.fromstring(svg.read_bytes())
             assert root.tag == "{http://www.w3.org/2000/svg}svg"
             assert "var(--" not in svg.read_text(), "no page gives variables here"
@@ -107,6 +111,29 @@ class TestPlots:
             # Twice 96 pixels to the inch of 72 points.
             assert struct.unpack(">II", png[16:24]) == pytest.approx([side * 192 / 72 for side in points], abs=1)
             assert b"Software" not in png
+
+
+class TestFigures:
+    def test_a_row_of_figures_is_all_that_a_new_figure_needs(
+        self, config: ReportConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def truncated_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> plots.Figure:
+            figure, axes = new_figure(300, 100)
+            for row, arm in enumerate(summary.arms):
+                axes.plot(arm.answers.truncated, row, "o", color=colours[arm.name])
+            name_rows(axes, [arm.name for arm in summary.arms])
+            return plots.Figure("How many are cut off.", "Dot: share.", [plots.Drawing(figure, "Cut off: few.")])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(plots, "FIGURES", (plots.Entry("truncated", "accuracy", truncated_figure), *plots.FIGURES))
+            _, _, html = made(config)
+            assert "<b>How many are cut off.</b> Dot: share.</figcaption>" in html
+            assert 'aria-label="Cut off: few."' in html
+            assert "plots/truncated.svg" in contents(config.out)
+            assert "plots/truncated.png" in contents(config.out)
+            patch.setattr(plots, "FIGURES", (plots.Entry("truncated", "accuracy", lambda *_: None), *plots.FIGURES[1:]))
+            made(config)
+            assert "plots/truncated.svg" not in contents(config.out), "without data it is not drawn, and the file goes"
 
 
 class TestFormerFiles:

@@ -24,8 +24,8 @@ from micota_fast.alignment.results import STEPS, Alignment, Learnability, Marker
 from micota_fast.common.schema import to_json
 from micota_fast.config.report import ReportConfig
 from micota_fast.errors import InputError
+from micota_fast.report.drawing import spread_labels
 from micota_fast.report.learnability import LearnabilityRanking, agreement
-from micota_fast.report.plots import _apart
 from micota_fast.report.report import run
 from micota_fast.statistics.ranks import spearman
 
@@ -258,7 +258,7 @@ class TestPlots:
     @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=9))
     def test_labels_stand_apart_in_the_order_of_the_lines(self, heights: list[float]) -> None:
         named = {f"name{i}": height for i, height in enumerate(heights)}
-        placed = _apart(named)
+        placed = spread_labels(named)
         order = sorted(named, key=lambda name: named[name])
         gaps = np.diff([placed[name] for name in order])
         assert (gaps > 0.99 * min(0.13, 1 / len(order))).all()
