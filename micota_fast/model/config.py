@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 
 from micota_fast.errors import InputError
 
-Architecture = Literal["Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"]
 RopeType = Literal["default", "linear", "llama3", "yarn"]
 
 
@@ -36,10 +35,40 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class Family:
+    """In what a family of decoders differs from Llama's shape. Another one is an entry of `FAMILIES` and a parity test.
+
+    Args:
+        max_position_embeddings: default, as of the family's configuration class in transformers.
+        attention_bias: which projections of the attention have a bias: q, k and v; or none; or as the key
+            `attention_bias` says, then also the output's.
+        kv_heads_stated: config.json has to state `num_key_value_heads`; otherwise there are as many as query heads.
+        head_dim: default; None: hidden_size / num_attention_heads.
+        mlp_bias: the key `mlp_bias` is known.
+        qk_norm: heads of queries and keys are normalised.
+    """
+
+    max_position_embeddings: int
+    attention_bias: Literal["qkv", "none", "as stated"] = "as stated"
+    kv_heads_stated: bool = True
+    head_dim: int | None = None
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+
+FAMILIES = {
+    "Qwen2ForCausalLM": Family(max_position_embeddings=32768, attention_bias="qkv"),
+    "Qwen3ForCausalLM": Family(max_position_embeddings=32768, head_dim=128, qk_norm=True),
+    "LlamaForCausalLM": Family(max_position_embeddings=2048, kv_heads_stated=False, mlp_bias=True),
+}
+"""The families that the decoder computes, by their name under `architectures` in config.json."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of a decoder. Field names are those of config.json; `raw` is that file as it was read, for saving."""
 
-    architecture: Architecture
+    architecture: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -76,25 +105,24 @@ class ModelConfig:
         if not isinstance(d, Mapping):
             raise InputError(f"{where}: expected a JSON object, found {type(d).__name__}")
         keys = _Keys(d, where)
-        architecture = _architecture(d, where)
+        architecture = _architecture(keys)
+        family = FAMILIES[architecture]
         _refuse_unsupported(keys)
-        llama, qwen3 = architecture == "LlamaForCausalLM", architecture == "Qwen3ForCausalLM"
         hidden_size, heads = keys.positive_int("hidden_size"), keys.positive_int("num_attention_heads")
-        # Where a key may be missing, the default is that of the family's configuration class in transformers.
-        if d.get("num_key_value_heads") is None and not llama:
+        if d.get("num_key_value_heads") is None and family.kv_heads_stated:
             raise InputError(
                 f"{where}: num_key_value_heads is missing; state it ({heads} for plain multi-head attention)"
             )
         kv_heads = keys.positive_int("num_key_value_heads", heads)
         if heads % kv_heads:
             raise InputError(f"{where}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
-        if d.get("head_dim") is None and not qwen3 and hidden_size % heads:
+        if d.get("head_dim") is None and family.head_dim is None and hidden_size % heads:
             raise InputError(f"{where}: hidden_size={hidden_size} is no multiple of num_attention_heads={heads}")
-        head_dim = keys.positive_int("head_dim", 128 if qwen3 else hidden_size // heads)
+        head_dim = keys.positive_int("head_dim", family.head_dim or hidden_size // heads)
         if head_dim % 2:
             raise InputError(f"{where}: head_dim={head_dim} is odd; rotary position embedding needs pairs")
-        max_positions = keys.positive_int("max_position_embeddings", 2048 if llama else 32768)
-        attention_bias = (not llama and not qwen3) or keys.boolean("attention_bias", False)
+        max_positions = keys.positive_int("max_position_embeddings", family.max_position_embeddings)
+        stated_bias = family.attention_bias == "as stated" and keys.boolean("attention_bias", False)
         return cls(
             architecture=architecture,
             vocab_size=keys.positive_int("vocab_size"),
@@ -108,10 +136,10 @@ class ModelConfig:
             rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
             tie_word_embeddings=keys.boolean("tie_word_embeddings", False),
             initializer_range=keys.number("initializer_range", 0.02),
-            qkv_bias=attention_bias,
-            o_bias=attention_bias and architecture != "Qwen2ForCausalLM",
-            mlp_bias=llama and keys.boolean("mlp_bias", False),
-            qk_norm=qwen3,
+            qkv_bias=stated_bias or family.attention_bias == "qkv",
+            o_bias=stated_bias,
+            mlp_bias=family.mlp_bias and keys.boolean("mlp_bias", False),
+            qk_norm=family.qk_norm,
             rope=_rope_config(keys, max_positions),
             raw=dict(d),
         )
@@ -175,13 +203,12 @@ class _Keys:
         return value
 
 
-def _architecture(d: Mapping[str, Any], where: str) -> Architecture:
-    named = d.get("architectures")
-    for architecture in get_args(Architecture):
+def _architecture(keys: _Keys) -> str:
+    named = keys.d.get("architectures")
+    for architecture in FAMILIES:
         if named == [architecture]:
             return architecture
-    supported = ", ".join(get_args(Architecture))
-    raise InputError(f"{where}: architectures: {named!r} is not supported; supported are {supported}")
+    raise keys.refuse("architectures", f"{named!r} is not supported; supported are {', '.join(FAMILIES)}")
 
 
 def _refuse_unsupported(keys: _Keys) -> None:

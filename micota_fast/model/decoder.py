@@ -1,4 +1,4 @@
-"""The decoder: Qwen2, Qwen3 and Llama on packed tokens. Parameter names are those of the Hugging Face checkpoints."""
+"""The decoder of all families (`config.FAMILIES`), on packed tokens. Parameters are named as in the checkpoints."""
 
 import torch
 from torch import Tensor, nn

@@ -9,17 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 # As Qwen2.5-Instruct has them: documents end with the first, turns with the third.
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -34,11 +24,10 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
 
-_FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel], dict[str, Any]]] = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
-    # head_dim is not hidden_size / heads, as in Qwen3-0.6B.
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True, "head_dim": 24}),
-    "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": False}),
+# Settings by transformers' `model_type`, where the common ones do not do.
+_OF_FAMILY: dict[str, dict[str, Any]] = {
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": True, "head_dim": 24},  # not hidden_size / heads, as in Qwen3-0.6B
 }
 
 
@@ -47,7 +36,7 @@ def make_checkpoint(directory: Path | str, family: str = "qwen2", *, seed: int =
 
     Args:
         directory: made if need be.
-        family: "qwen2", "qwen3" or "llama".
+        family: of the model, as transformers names it under `model_type`: "qwen2", "llama".
         seed: of the weights. All are random, biases and norms too, so that leaving one out changes the logits.
         overrides: for the configuration class of the family, such as `num_hidden_layers=1`.
     """
@@ -62,7 +51,6 @@ def make_checkpoint(directory: Path | str, family: str = "qwen2", *, seed: int =
 
 def make_hf_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """The transformers model that `make_checkpoint` saves."""
-    config_class, model_class, own = _FAMILIES[family]
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -74,11 +62,11 @@ def make_hf_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrained
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "bos_token_id": None,
         "eos_token_id": 2,
-        **own,
+        **_OF_FAMILY.get(family, {}),
         **overrides,
     }
     torch.manual_seed(seed)
-    model = model_class(config_class(**settings)).float().eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):

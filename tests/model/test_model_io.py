@@ -371,7 +371,7 @@ def test_pickled_weights_are_not_read(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, r"architectures: \['MistralForCausalLM'\] is not supported"),
+        ({"architectures": ["GPT2LMHeadModel"]}, r"architectures: \['GPT2LMHeadModel'\] is not supported"),
         ({"architectures": "REMOVE"}, "architectures: None is not supported"),
         ({"hidden_size": "REMOVE"}, "hidden_size: missing"),
         ({"hidden_size": -4}, "hidden_size: expected a positive integer, found -4"),

@@ -9,15 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from helpers.checkpoints import VOCAB_SIZE, make_checkpoint
+from micota_fast.model import config
 from micota_fast.model.attention import PackedAttention
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder
 from micota_fast.model.rope import RotaryEmbedding
 from micota_fast.model.safetensors_io import init_random, load_model
 
-FAMILIES = ["qwen2", "qwen3", "llama"]
+# Families by their `model_type` in transformers, with settings that the decoder needs; and options that are theirs.
+FAMILIES: dict[str, dict[str, Any]] = {"qwen2": {}, "qwen3": {}, "llama": {}}
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2", {"tie_word_embeddings": False}),
+    ("qwen2", {"num_key_value_heads": 4}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),  # of 2: never reached
+    ("qwen3", {"attention_bias": True}),
+    ("qwen3", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+    ("llama", {"attention_bias": True}),
+    ("llama", {"mlp_bias": True}),
+    ("llama", {"tie_word_embeddings": True, "head_dim": 32}),
+    ("llama", {"rms_norm_eps": 0.1}),
+]
 THETA = {"rope_theta": 500.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **THETA}
 ROPES: dict[str, dict[str, Any]] = {
@@ -39,6 +53,12 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 # Beyond the 64 tokens of the original context, where the scalings differ from the default.
 LENGTH = 160
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of each family. Do not write to it."""
+    return make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, **FAMILIES[request.param])
 
 
 def token_ids(length: int, seed: int = 1) -> Tensor:
@@ -67,34 +87,22 @@ def assert_same_logits(checkpoint: Path) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+def test_every_family_is_compared() -> None:
+    assert {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family] for family in FAMILIES} == set(config.FAMILIES)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rope", ROPES)
 def test_logits_equal_transformers(tmp_path: Path, family: str, rope: str) -> None:
-    assert_same_logits(make_checkpoint(tmp_path, family, rope_parameters=ROPES[rope]))
+    assert_same_logits(make_checkpoint(tmp_path, family, rope_parameters=ROPES[rope], **FAMILIES[family]))
 
 
-@pytest.mark.parametrize(
-    ("family", "overrides"),
-    [
-        ("qwen2", {"tie_word_embeddings": False}),
-        ("qwen2", {"num_key_value_heads": 4}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),  # of 2: never reached
-        ("qwen3", {"attention_bias": True}),
-        ("qwen3", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
-        ("llama", {"attention_bias": True}),
-        ("llama", {"mlp_bias": True}),
-        ("llama", {"tie_word_embeddings": True, "head_dim": 32}),
-        ("llama", {"rms_norm_eps": 0.1}),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("family", "overrides"), OPTIONS, ids=str)
 def test_logits_equal_transformers_with_options(tmp_path: Path, family: str, overrides: dict[str, Any]) -> None:
-    assert_same_logits(make_checkpoint(tmp_path, family, **overrides))
+    assert_same_logits(make_checkpoint(tmp_path, family, **FAMILIES[family], **overrides))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_equal_transformers(request: pytest.FixtureRequest, family: str) -> None:
-    checkpoint = request.getfixturevalue(f"{family}_checkpoint")
+def test_gradients_equal_transformers(checkpoint: Path) -> None:
     ids = token_ids(48)
     ours, theirs = load_model(checkpoint), hf_model(checkpoint)
     F.cross_entropy(packed_logits(ours, [ids])[0][:-1], ids[1:]).backward()
@@ -107,9 +115,8 @@ def test_gradients_equal_transformers(request: pytest.FixtureRequest, family: st
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_documents_have_the_logits_they_have_alone(request: pytest.FixtureRequest, family: str) -> None:
-    model = load_model(request.getfixturevalue(f"{family}_checkpoint"), torch.float64)
+def test_packed_documents_have_the_logits_they_have_alone(checkpoint: Path) -> None:
+    model = load_model(checkpoint, torch.float64)
     documents = [token_ids(length, seed) for seed, length in enumerate([7, 1, 33, 12, 33, 2])]
     with torch.no_grad():
         packed = packed_logits(model, documents)
@@ -121,9 +128,7 @@ def test_packed_documents_have_the_logits_they_have_alone(request: pytest.Fixtur
     assert same == [True, True, False, True, True, True]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_float64_equals_transformers_in_float64(request: pytest.FixtureRequest, family: str) -> None:
-    checkpoint = request.getfixturevalue(f"{family}_checkpoint")
+def test_float64_equals_transformers_in_float64(checkpoint: Path) -> None:
     ids = token_ids(40)
     with torch.no_grad():
         ours = packed_logits(load_model(checkpoint, torch.float64), [ids])[0]
@@ -132,9 +137,7 @@ def test_float64_equals_transformers_in_float64(request: pytest.FixtureRequest, 
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)  # their norms are computed in fp32
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_is_as_near_to_float32_as_transformers_is(request: pytest.FixtureRequest, family: str) -> None:
-    checkpoint = request.getfixturevalue(f"{family}_checkpoint")
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(checkpoint: Path) -> None:
     ids = token_ids(64)
     with torch.no_grad():
         exact = packed_logits(load_model(checkpoint, torch.float32), [ids])[0]
@@ -177,27 +180,25 @@ def test_positions_decide_not_places(qwen2_checkpoint: Path) -> None:
 
 
 def test_frequencies_survive_a_change_of_dtype_and_the_meta_device(llama_checkpoint: Path) -> None:
-    config = ModelConfig.from_checkpoint(llama_checkpoint)
-    expected = RotaryEmbedding(config.rope, config.head_dim).inv_freq.clone()
+    shape = ModelConfig.from_checkpoint(llama_checkpoint)
+    expected = RotaryEmbedding(shape.rope, shape.head_dim).inv_freq.clone()
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Decoder(shape)
     model = model.to("meta").to_empty(device="cpu").to(torch.bfloat16)
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(model.model.rotary_emb.inv_freq, expected)
     assert not [name for name in model.state_dict() if "inv_freq" in name]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_counts(request: pytest.FixtureRequest, family: str) -> None:
-    checkpoint = request.getfixturevalue(f"{family}_checkpoint")
+def test_counts(checkpoint: Path) -> None:
     model, theirs = load_model(checkpoint), hf_model(checkpoint)
     assert model.num_params() == theirs.num_parameters()
     assert model.lm_head_weight.shape == (VOCAB_SIZE, 64)
-    assert (model.lm_head_weight is model.model.embed_tokens.weight) == (family != "llama")
+    assert (model.lm_head_weight is model.model.embed_tokens.weight) == theirs.config.tie_word_embeddings
     # A matrix of n weights costs 2n FLOPs forward and 4n backward. An untied embedding is looked up.
     products = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     others = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    if family == "llama":
+    if not theirs.config.tie_word_embeddings:
         products -= VOCAB_SIZE * 64
     assert model.flops_per_token(0) == 6 * (products + others)
     c = model.config
@@ -208,8 +209,8 @@ def test_counts(request: pytest.FixtureRequest, family: str) -> None:
 
 
 def test_random_initialisation(qwen2_checkpoint: Path) -> None:
-    config = ModelConfig.from_checkpoint(qwen2_checkpoint)
-    model, again, other = init_random(config, 3), init_random(config, 3), init_random(config, 4)
+    shape = ModelConfig.from_checkpoint(qwen2_checkpoint)
+    model, again, other = init_random(shape, 3), init_random(shape, 3), init_random(shape, 4)
     same = [torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)]
     assert all(same)
     assert not torch.equal(model.lm_head_weight, other.lm_head_weight)
@@ -220,8 +221,8 @@ def test_random_initialisation(qwen2_checkpoint: Path) -> None:
             assert torch.equal(parameter, torch.zeros_like(parameter)), name
         else:
             assert parameter.mean().abs() < 0.002, name
-            assert parameter.std().item() == pytest.approx(config.initializer_range, rel=0.05), name
-    rounded = init_random(config, 3, "bfloat16")
+            assert parameter.std().item() == pytest.approx(shape.initializer_range, rel=0.05), name
+    rounded = init_random(shape, 3, "bfloat16")
     assert torch.equal(rounded.lm_head_weight, model.lm_head_weight.bfloat16())
 
 
