@@ -31,7 +31,9 @@ import numpy as np
 import yaml
 from machine import ROOT, provenance
 
+from micota_fast.alignment.results import Alignment
 from micota_fast.common.records import read_problems, write_rows
+from micota_fast.common.schema import load
 from micota_fast.micro import build
 from micota_fast.statistics.intervals import mean_and_sd, student_t95
 from micota_fast.statistics.ranks import spearman
@@ -129,17 +131,18 @@ def run(folder: Path, recipe: Path) -> list[dict[str, Any]]:
     for name, arm in report["arms"].items():
         if name == "base":
             continue
-        aligned = json.loads((folder / "run" / "align" / f"{name}.json").read_text(encoding="utf-8"))
-        learnability = aligned["learnability"]
+        aligned = load(Alignment, folder / "run" / "align" / f"{name}.json")
+        learnability = aligned.learnability
+        assert learnability is not None  # only earlier versions wrote none
         rows.append(
             {
                 "corpus": name,
-                "documents": aligned["documents"],
-                "nats_per_answer": learnability["nats_per_answer"]["mean"],
-                "perplexity": aligned["perplexity"],
-                "tokens": aligned["tokens"]["mean"],
-                "departures_per_answer": learnability["departures_per_answer"]["mean"],
-                "rank_surprisal_ratio": learnability["rank_surprisal_ratio"],
+                "documents": aligned.documents,
+                "nats_per_answer": learnability.nats_per_answer.mean,
+                "perplexity": aligned.perplexity,
+                "tokens": aligned.tokens.mean,
+                "departures_per_answer": learnability.departures_per_answer.mean,
+                "rank_surprisal_ratio": learnability.rank_surprisal_ratio,
                 "accuracy": 100 * arm["average"]["mean"],
                 "base": 100 * report["arms"]["base"]["average"]["mean"],
             }

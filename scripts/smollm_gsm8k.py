@@ -12,8 +12,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from micota_fast.alignment.results import Alignment
 from micota_fast.common.files import write_atomic
 from micota_fast.common.records import Problem, read_problems, write_rows
+from micota_fast.common.schema import load
 from micota_fast.errors import InputError
 
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")  # GSM8K's annotation of what a calculator would return (arXiv 2110.14168)
@@ -67,18 +69,13 @@ def compare_heldout(before: Path, after: Path, out: Path) -> bool:
     Raises:
         InputError: a file cannot be read, or the two were not measured on the same tokens.
     """
-    measured = []
-    for path in (before, after):
-        try:
-            measured.append(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot read this alignment: {error}") from None
-    losses = [float(entry["nll"]) for entry in measured]
-    if measured[0]["documents_fingerprint"] != measured[1]["documents_fingerprint"]:
+    first, second = (load(Alignment, path) for path in (before, after))
+    losses = [first.nll, second.nll]
+    if first.documents_fingerprint != second.documents_fingerprint:
         raise InputError(f"{before} and {after} were measured on different documents")
     result = {
-        "documents": measured[0]["documents"],
-        "tokens": measured[0]["tokens"]["total"],
+        "documents": first.documents,
+        "tokens": first.tokens.total,
         "nll_before": losses[0],
         "nll_after": losses[1],
         "fall": losses[0] - losses[1],
@@ -87,7 +84,7 @@ def compare_heldout(before: Path, after: Path, out: Path) -> bool:
     }
     write_atomic(out, [json.dumps(result, indent=1).encode() + b"\n"])
     print(
-        f"held-out loss (nats a token, {result['documents']} test solutions, {result['tokens']} tokens): "
+        f"held-out loss (nats per token, {result['documents']} test solutions, {result['tokens']} tokens): "
         f"{losses[0]:.4f} before, {losses[1]:.4f} after, {result['fall']:.4f} less; "
         f"perplexity {result['perplexity_before']:.3f} -> {result['perplexity_after']:.3f}"
     )

@@ -1,6 +1,6 @@
 """What `micota align` writes of each corpus: NAME.json.
 
-A default is the value of a key that files of earlier versions lack.
+A default is the value of a key that a file may lack, because an earlier version wrote it or it was made by hand.
 """
 
 from dataclasses import dataclass, field
@@ -76,7 +76,7 @@ class Alignment:
     """Documents above the limit of tokens, which are not measured."""
     perplexity: Annotated[float, Bounds(1)]
     """exp(`nll`)."""
-    nll: NonNegative | None = None
+    nll: NonNegative
     """Mean negative log-likelihood over all tokens, nats."""
     document_nll: Distribution | None = None
     """The mean of each document, nats per token."""

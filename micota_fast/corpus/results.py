@@ -1,6 +1,6 @@
 """What filtering and the contamination test write: OUT.counts.json and contamination.json.
 
-A default is the value of a key that a file may lack.
+A default is the value of a key that a file may lack, because an earlier version wrote it or it was made by hand.
 """
 
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
 """What an evaluation writes: results.json, and the graded answers in rows/NAME.jsonl.
 
-A default is the value of a key that files of earlier versions lack.
+A default is the value of a key that a file may lack, because an earlier version wrote it or it was made by hand.
 """
 
 from collections.abc import Iterator

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 from micota_fast.common.gpu_specs import GPU
+from micota_fast.common.schema import load
 from micota_fast.config.generation import SamplingSettings
 from micota_fast.config.merge import REFINEMENTS
 from micota_fast.corpus.mix import apportion
+from micota_fast.evaluation.results import EvaluationResults
 from micota_fast.kernels.chunks import LOGITS_BYTES
 from micota_fast.pipeline.graph import BASE, Stage
 from micota_fast.planning.assumptions import FITS, Assumptions
@@ -173,12 +175,14 @@ def evaluate(planner: Planner, stage: Stage) -> Cost:
     sets = []
     results = {}
     if stage.name in planner.done:
-        results = json.loads((Path(s.out) / "results.json").read_bytes())["benchmarks"]
+        results = load(EvaluationResults, Path(s.out) / "results.json").benchmarks
     for benchmark in s.benchmarks:
         known = max(benchmark.problems, default=None)
         problems, prompt = planner.problems(benchmark.path, benchmark.limit, model, s.chat, known)
         own = s.of(benchmark)
-        mean = results[benchmark.name]["mean_tokens"] if results else min(answer, own.max_new_tokens)
+        mean = results[benchmark.name].mean_tokens if results else None
+        if mean is None:
+            mean = min(answer, own.max_new_tokens)
         sets.append(planner.answers(problems * own.samples, prompt, mean))
         sets[-1].counted = bool(results)
     cost = Cost(stage.name, stage.verb)

@@ -1,6 +1,7 @@
 """A report made of handmade results, and ways to look at it."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,7 @@ def written(tmp_path: Path) -> ReportConfig:
         )
         alignment = Alignment(
             perplexity=perplexity,
+            nll=math.log(perplexity),
             document_nll=replace(distribution(np.linspace(0.4, 2.0, 9)), p10=0.5, p50=0.9, p90=1.9),
             tokens=replace(distribution(np.full(40, length), total=40 * length), p50=length + 0.5),
             lengths=tuple(length + 7 * i for i in range(40)),

@@ -39,6 +39,7 @@ def alignment(path: Path, nats: float, own: float | None = None, **more: Any) ->
     scores_D = np.linspace(0.5 * nats, 1.5 * nats, 10)
     found = Alignment(
         perplexity=2.5,
+        nll=math.log(2.5),
         document_nll=distribution(np.linspace(0.5, 1.9, 10)),
         tokens=distribution(counts_D, total=300),
         lengths=tuple(counts_D.tolist()),

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,8 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from helpers.checkpoints import CHAT_TEMPLATE, SPECIAL_TOKENS, make_hf_model
 from helpers.paths import ROOT
+from micota_fast.alignment.learnability import distribution
+from micota_fast.alignment.results import Alignment
 from micota_fast.chat.encoding import Chat
 from micota_fast.common.records import Problem, read_problems, write_rows
+from micota_fast.common.schema import to_json
 from micota_fast.config import loader
 from micota_fast.config.generation import ChatConfig
 from micota_fast.config.recipe import Recipe
@@ -356,8 +360,11 @@ def test_missing_data_names_the_file_and_the_schema(tmp_path: Path, gsm8k: Modul
 @pytest.mark.parametrize(("after", "fell"), [(1.5, True), (2.5, False)])
 def test_heldout_losses_are_compared(tmp_path: Path, gsm8k: ModuleType, after: float, fell: bool) -> None:
     def alignment(name: str, nll: float, fingerprint: str = "same") -> Path:
-        content = {"nll": nll, "documents": 3, "tokens": {"total": 9}, "documents_fingerprint": fingerprint}
-        (tmp_path / name).write_text(json.dumps(content))
+        tokens = distribution(np.array([2, 3, 4]), total=9)
+        found = Alignment(
+            perplexity=math.exp(nll), nll=nll, documents=3, tokens=tokens, documents_fingerprint=fingerprint
+        )
+        (tmp_path / name).write_text(json.dumps(to_json(found)))
         return tmp_path / name
 
     before = alignment("before.json", 2.0)
