@@ -179,8 +179,9 @@ def main() -> None:
         return
     if arguments.data is None:
         parser.error("--data DIR is needed")
-    from micota_fast.grading.answers import extract_boxed, normalise
+    from micota_fast.grading.answers import extract_boxed
     from micota_fast.grading.exact import settle
+    from micota_fast.grading.spelling import normalise
 
     number, runs = (200, 1) if arguments.quick else (3000, 3)
     pairs = mix(arguments.data, number)

@@ -1,9 +1,10 @@
-"""The final answer in a text: which box holds it, and one spelling for what only looks different."""
+"""The final answer in a text: which box or boxes hold it."""
 
 import re
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BARE = re.compile(r"[^\s$]+")
+MOST_BOXES = 20  # of one list
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
@@ -35,43 +36,69 @@ def extract_boxed(text: str) -> str | None:
     return None
 
 
-# Unicode that models write where LaTeX has a command; math-verify would not parse it.
-_UNICODE = str.maketrans(
-    {"−": "-", "–": "-", "π": "\\pi ", "∞": "\\infty ", "×": "\\times ", "·": "\\cdot ", "°": "^\\circ ", "％": "\\%"}
-    | {"≤": "\\le ", "≥": "\\ge ", "√": "\\sqrt ", "\u00a0": " ", "\u2009": " ", "\u202f": " "}
-    | {chr(0xFF10 + digit): str(digit) for digit in range(10)}
+# Between two boxes of which each is a part of the answer: `x = \boxed{1}$, $y = \boxed{2}`, `\boxed{1} and \boxed{2}`.
+_NAME = r"(?:\(?[A-Za-z](?:_\{?\w\}?|\([A-Za-z]\))?(?:,[A-Za-z])?\)?\s*&?=\s*&?)"
+_BETWEEN = re.compile(
+    rf"[\s$*.]*(?:\\[)\]])?\s*(?:,|;|,?\s*(?:and|or|\\text\{{\s*(?:and|or)\s*\}}))\s*(?:\\q?quad)?(?:\\text\{{\s*(?:and|or)\s*\}}|and\b)?"
+    rf"[\s$*]*(?:\\[(\[])?\s*(?P<name>{_NAME})?\s*-?"
 )
-_TIDY = (
-    (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
-    (re.compile(r"\\(?:left|right)(?![a-zA-Z.])"), ""),
-    (re.compile(r"\\!"), ""),
-    (re.compile(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3}(?!\d))"), ""),  # 1{,}000 and 1\,000
-    (re.compile(r"\s+"), " "),
-    (re.compile(r"(?<![\w\\]) | (?!\w)"), ""),  # a space matters only between two word characters and after a \
-)
-_PLAIN = re.compile(r"-?\d+")
+_NAMED = re.compile(rf"(?P<name>{_NAME})\s*$")
+_SEVERAL = re.compile(r"[,;]|\\pm|\band\b|\bor\b")
+_MINUS = re.compile(r"(?:(?:[$=]|\\\(|\\\[)\s*-\s*|(?<!\S)-)$")  # not the one of a list, which a space follows
 
 
-def normalise(answer: str) -> str:
-    r"""One spelling for what only looks different: white space, dollar signs around, `\dfrac`, `\left`, a full stop."""
-    if answer.isascii():
-        if _PLAIN.fullmatch(answer):
-            return answer
-    else:
-        answer = answer.translate(_UNICODE)
-    answer = _without_dollars(answer.strip())
-    for pattern, replacement in _TIDY:
-        answer = pattern.sub(replacement, answer)
-    return answer.strip().removesuffix(".")
+def final_answer(text: str, gold: str) -> str | None:
+    r"""The answer that a text gives to a question whose gold answer this is; None if there is no complete box.
+
+    That is what the last box holds, with a minus sign that stands before it in the formula. Boxes joined by a comma,
+    "and" or "or" are one list (`x=\boxed{1}, y=\boxed{2}` is "x=1,y=2"): if the gold answer has one value, the last
+    of them counts only if they have names or all hold the same, as two answers to one question are none.
+    """
+    last = extract_boxed(text)
+    starts = text.count("\\boxed") + text.count("\\fbox")
+    if not last or (starts == 1 and "-\\" not in text):
+        return last
+    boxes = _last_boxes(text)
+    if not boxes:
+        return last
+    (_, last), *before = reversed(boxes)
+    if all(content == last for _, content in before) or _SEVERAL.search(last):
+        return last
+    named = all(name or "=" in content for name, content in boxes)
+    if named and not _SEVERAL.search(gold):
+        return last
+    return ",".join(name + content for name, content in boxes)
 
 
-def _without_dollars(answer: str) -> str:
-    """Without the pairs of dollar signs around it; linear also for a million of them."""
-    start, end = 0, len(answer)
-    while end - start > 1 and answer[start] == "$" == answer[end - 1] and answer[end - 2] != "\\":
-        start, end = start + 1, end - 1
-        while start < end and answer[start].isspace():
-            start += 1
-        while start < end and answer[end - 1].isspace():
-            end -= 1
-    return answer[start:end]
+def _last_boxes(text: str) -> list[tuple[str, str]]:
+    """Name and content of the last box and of those joined to it, in order; nothing if the last is not complete."""
+    found: list[tuple[str, str]] = []
+    end_of_text = len(text)
+    while (start := max(text.rfind("\\boxed{", 0, end_of_text), text.rfind("\\fbox{", 0, end_of_text))) >= 0:
+        content = extract_boxed(text[start:end_of_text])
+        if content is None:
+            break
+        before = text[max(0, start - 40) : start]
+        if found:
+            opened = text.index("{", start)
+            after = text[_closing(text, opened) + 1 : end_of_text]
+            joined = len(after) <= 80 and _BETWEEN.fullmatch(after)
+            if not joined:
+                break
+        name = match["name"] if (match := _NAMED.search(before.removesuffix("-"))) else ""
+        sign = "-" if _MINUS.search(before) else ""
+        found.append(("".join(name.replace("&", "").split()), sign + content))
+        end_of_text = start
+        if len(found) == MOST_BOXES:
+            break
+    return found[::-1]
+
+
+def _closing(text: str, opened: int) -> int:
+    """Where the brace opened there is closed, which it is."""
+    depth = 0
+    for token in _BRACE.finditer(text, opened):
+        depth += {"{": 1, "}": -1}.get(token.group(), 0)
+        if depth == 0:
+            return token.start()
+    return len(text)

@@ -32,19 +32,20 @@ from micota_fast.grading.sums import (
 )
 
 LONGEST = 200  # characters; a longer answer is left to math-verify
-LARGEST, SMALLEST = 1e12, 1e-9  # outside, 15 digits may not tell two irrational numbers apart
-ROUNDING = Fraction(2, 10**6)  # two decimals nearer than this may or may not round to the same six places
+LARGEST, SMALLEST = 1e12, 1e-9  # outside, floats may not tell two irrational numbers apart
+NEAR = Fraction(1, 10**6)  # relative, of a decimal to what it stands for
 
 
 @dataclass(frozen=True)
 class _Number:
     """How it is written matters: math-verify rounds what has a decimal point, and takes 50% for 50 (digits) and 1/2.
 
-    The value of a `percent` is the number before the sign.
+    The value of a `percent` is the number before the sign. `places`: digits after the decimal point.
     """
 
     value: Sum
     kind: Literal["exact", "digits", "decimal", "percent"] = "exact"
+    places: int = 0
 
 
 @dataclass(frozen=True)
@@ -177,15 +178,15 @@ def _same_number(a: _Number, b: _Number) -> bool | None:
     if not (is_constant(a.value) and is_constant(b.value)):
         return None
     if a.kind == b.kind == "percent":
-        return _same_decimal(a.value, b.value)
+        return _same_decimal(a, b)
     if "percent" in (a.kind, b.kind):  # 50% equals 50 and 1/2; it certainly differs from what is neither
         percent, plain = (a, b) if a.kind == "percent" else (b, a)
         if percent.value == plain.value and plain.kind == "digits" and rational(percent.value) >= 0:
             return True
-        hundredth = {ONE: rational(percent.value) / 100}
-        apart = _same_decimal(percent.value, plain.value) is False and _same_decimal(hundredth, plain.value) is False
+        hundredth = _Number({ONE: rational(percent.value) / 100}, "percent", percent.places + 2)
+        apart = _same_decimal(percent, plain) is False and _same_decimal(hundredth, plain) is False
         return False if apart else None
-    return _same_decimal(a.value, b.value)
+    return _same_decimal(a, b)
 
 
 def _same_sum(a: Sum, b: Sum) -> bool | None:
@@ -195,7 +196,7 @@ def _same_sum(a: Sum, b: Sum) -> bool | None:
     if a == b:
         return True
     if is_rational(a) and is_rational(b):
-        return None if abs(rational(a) - rational(b)) < SMALLEST else False  # 2^{-98} and -2^{-98} are equal to it
+        return False
     if is_constant(a) and is_constant(b):
         x, y = to_float(a), to_float(b)
         size = max(1.0, abs(x), abs(y))
@@ -206,13 +207,22 @@ def _same_sum(a: Sum, b: Sum) -> bool | None:
     return False if max(sizes) < LARGEST and min(sizes) > SMALLEST else None
 
 
-def _same_decimal(a: Sum, b: Sum) -> bool | None:
-    if a == b:
+def _same_decimal(a: _Number, b: _Number) -> bool | None:
+    """Equality of two numbers of which one is a decimal.
+
+    It may stand for another number if it is that number rounded or cut off, to six figures or to six places.
+    """
+    if a.value == b.value:
         return True
-    if is_rational(a) and is_rational(b):
-        return False if abs(rational(a) - rational(b)) > ROUNDING else None
-    x, y = to_float(a), to_float(b)
-    return False if max(abs(x), abs(y)) < 1e6 and abs(x - y) > ROUNDING else None
+    if not (is_rational(a.value) and is_rational(b.value)):
+        u, v = to_float(a.value), to_float(b.value)
+        return False if abs(u - v) > 2e-6 * max(1.0, abs(u), abs(v)) else None
+    x, y = rational(a.value), rational(b.value)
+    size, distance = max(abs(x), abs(y)), abs(x - y)
+    ends = [Fraction(1, 10**number.places) for number in (a, b) if number.kind != "exact" and number.places]
+    if not ends or distance >= max(ends):
+        return False
+    return distance <= NEAR * size or (distance <= 100 * NEAR * size and round(x * 10**6) == round(y * 10**6))
 
 
 def _all_same(a: Sequence[Sum | None], b: Sequence[Sum | None]) -> bool | None:
@@ -352,11 +362,11 @@ def _read_answer(answer: str) -> _Answer:
         sign = (-1 if match["sign"] else 1) * (-1 if match["late"] else 1)
         if match["int"] is not None:
             return _Number(number(sign * int(match["int"].replace(",", ""))), "digits")
-        return _Number(number(sign * Fraction(match["dec"])), "decimal")
+        return _Number(number(sign * Fraction(match["dec"])), "decimal", _places(match["dec"]))
     if match := _PERCENT.fullmatch(answer):
-        return _Number(number(Fraction(match[1])), "percent")
+        return _Number(number(Fraction(match[1])), "percent", _places(match[1]))
     if match := _DEGREES.fullmatch(answer):
-        return _Number(number(Fraction(match[1])), "decimal" if "." in match[1] else "exact")
+        return _Number(number(Fraction(match[1])), "decimal" if "." in match[1] else "exact", _places(match[1]))
     if match := _BASE.fullmatch(answer):
         return _Number(number(int(match[1])))
     if match := _MIXED.fullmatch(answer):
@@ -387,6 +397,10 @@ def _read_answer(answer: str) -> _Answer:
     if "," in answer:
         return _read_list(answer, mark)
     return _Number(read_sum(answer, mark))
+
+
+def _places(digits: str) -> int:
+    return len(digits.partition(".")[2])
 
 
 def _word(text: str, bare: bool) -> _Word:

@@ -24,8 +24,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from micota_fast.grading.answers import extract_boxed, normalise
+from micota_fast.grading.answers import extract_boxed, final_answer
 from micota_fast.grading.exact import settle
+from micota_fast.grading.forms import judge
+from micota_fast.grading.spelling import normalise
 
 __all__ = ["Grader", "Status", "Verdict", "extract_boxed"]
 
@@ -102,10 +104,10 @@ class Grader:
         Raises:
             RuntimeError: a worker could not be started, or the grader was closed meanwhile.
         """
-        extracted = [extract_boxed(text) for text, _ in pairs]
+        extracted = [final_answer(text, gold) for text, gold in pairs]
         keys: list[tuple[str, str] | None] = []
         settled: dict[tuple[str, str], Status] = {}
-        open_: dict[tuple[str, str], None] = {}
+        open_: dict[tuple[str, str], list[tuple[str, str]]] = {}  # and the comparisons that decide each
         for answer, (_, gold) in zip(extracted, pairs, strict=True):
             if answer is None or not answer:
                 keys.append(None)
@@ -114,14 +116,18 @@ class Grader:
             keys.append(key)
             if key in settled or key in open_:
                 continue
-            status = settle(*key)
+            status, undecided = _without_sympy(*key)
             if status is None:
-                open_[key] = None
+                open_[key] = undecided
             else:
                 settled[key] = status
         if open_:
             with self._grading:
-                settled.update(self._compare(list(open_)))
+                compared = self._compare(
+                    list(dict.fromkeys(pair for undecided in open_.values() for pair in undecided))
+                )
+            for key, undecided in open_.items():
+                settled[key] = min((compared[pair] for pair in undecided), key=_WEIGHT.index)
         return [
             Verdict("no_answer" if key is None else settled[key], answer)
             for key, answer in zip(keys, extracted, strict=True)
@@ -170,6 +176,24 @@ class Grader:
             self._kill_workers()  # an interrupted comparison must not answer for a later pair
             raise
         return verdicts
+
+
+_WEIGHT: list[Status] = ["correct", "timeout", "crashed", "wrong"]  # of several comparisons, the first of these counts
+
+
+def _without_sympy(answer: str, gold: str) -> tuple[Status | None, list[tuple[str, str]]]:
+    """The verdict on a pair, or the comparisons that decide it."""
+    judged = judge(answer, gold)
+    if isinstance(judged, str):
+        return judged, []
+    undecided = []
+    for pair in judged:
+        status = settle(*pair)
+        if status == "correct":
+            return status, []
+        if status is None:
+            undecided.append(pair)
+    return (None, undecided) if undecided else ("wrong", [])
 
 
 class _Worker:

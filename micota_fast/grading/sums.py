@@ -38,8 +38,8 @@ def read_sum(text: str, mark: str = "") -> Sum:
         raise NotReadable  # something between the tokens
     parser = _Parser(tokens, mark)
     value = parser.sum()
-    if parser.peek():
-        raise NotReadable
+    if parser.peek() or any(symbol[0] == "i" and power != 1 for _, powers in value for symbol, power in powers):
+        raise NotReadable  # a power of i may be the number -1
     return value
 
 

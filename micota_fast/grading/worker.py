@@ -6,7 +6,6 @@ import resource
 import signal
 import sys
 from functools import lru_cache
-from typing import Any
 
 CACHED = 1000  # characters; what is longer is parsed each time, so that the cache stays small
 
@@ -34,9 +33,7 @@ def _serve(timeout_s: float, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     import logging
 
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
-    from micota_fast.grading.refute import certainly_differ
+    from micota_fast.grading.comparison import equal, read
 
     logging.disable(logging.CRITICAL)
     # Nothing but our answers may reach the pipe; what the parsers print about hostile input helps nobody.
@@ -44,21 +41,12 @@ def _serve(timeout_s: float, memory_bytes: int) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-
-    def read(answer: str) -> list[Any]:
-        return parse(f"\\boxed{{{answer}}}", targets, parsing_timeout=None)
-
     read_cached = lru_cache(maxsize=1024)(read)  # gold answers recur over samples, and so do wrong ones
 
-    def equal(answer: str, gold: str) -> bool:
-        parsed = [read(text) if len(text) > CACHED else read_cached(text) for text in (gold, answer)]
-        if certainly_differ(*parsed):
-            return False
-        # the option makes 1 < x < 2 and (1, 2) equal whichever of them is the gold answer
-        return bool(verify(*parsed, timeout_seconds=None, allow_set_relation_comp=True))
+    def equal_texts(answer: str, gold: str) -> bool:
+        return equal(*(read(text) if len(text) > CACHED else read_cached(text) for text in (gold, answer)))
 
-    parse("\\boxed{\\frac{x}{2}}", targets, parsing_timeout=None)  # builds the parser's tables
+    read("\\frac{x}{2}")  # builds the parser's tables
     space, at_start = _own_memory()
     resource.setrlimit(resource.RLIMIT_AS, (space + memory_bytes, space + memory_bytes))
     answers.write(b"ready\n")
@@ -68,7 +56,7 @@ def _serve(timeout_s: float, memory_bytes: int) -> None:
         before = _own_memory()[1]
         signal.setitimer(signal.ITIMER_PROF, timeout_s)
         try:
-            status = "correct" if equal(answer, gold) else "wrong"
+            status = "correct" if equal_texts(answer, gold) else "wrong"
         except MemoryError:
             status = "crashed"
         except Exception:  # math-verify found no way to compare: not equal, as in its own rule

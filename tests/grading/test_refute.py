@@ -12,8 +12,8 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 from helpers.paths import DATA
 from helpers.spellings import Spellings
 from helpers.unaided import math_verify_verdicts
-from micota_fast.grading.answers import normalise
 from micota_fast.grading.refute import certainly_differ
+from micota_fast.grading.spelling import normalise
 
 TARGETS = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 

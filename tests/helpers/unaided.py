@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from micota_fast.grading.answers import normalise
+from micota_fast.grading.spelling import normalise
 
 _CODE = r"""
 import functools, json, logging, sys

@@ -1,0 +1,287 @@
+r"""Answers of special forms, judged as a person would: choices, words, times, ratios, percentages, angles, units.
+
+What is left is mathematics, and handed on in the spelling in which both sides may be compared.
+"""
+
+import math
+import re
+from decimal import Decimal
+from fractions import Fraction
+from typing import Literal
+
+from micota_fast.grading.units import without_units
+
+Pair = tuple[str, str]  # answer, gold answer
+Settled = Literal["correct", "wrong"]
+
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d*)\.?\d*")
+
+
+def judge(answer: str, gold: str) -> Settled | list[Pair]:
+    """Return a verdict on answers spelled as by `spelling.normalise`, or pairs to compare.
+
+    The answer is right if one of the pairs is equal.
+    """
+    if answer == gold:
+        return "correct"
+    if _NUMBER.fullmatch(answer) and _NUMBER.fullmatch(gold):
+        return [(answer, gold)]
+    for rule in (_letters, _choices, _words, _times, _ratios, _bases, _lists):
+        settled = rule(answer, gold)
+        if settled is not None:
+            return settled
+    pair = without_units(answer, gold)
+    if pair is None:
+        return "wrong"
+    answer, gold = (_in_words_to_digits(_radians(text)) for text in pair)
+    answer, gold = _one_kind_of_angle(answer, gold)
+    answer, gold = _one_kind_of_vector(_solved(answer), _solved(gold))
+    return _percentages(answer, gold)
+
+
+# Choices.
+
+_LETTER = re.compile(r"[A-Za-z]")
+_COMMAND = r"\\(?:text|textbf|textit|textrm|mathrm|mbox)"
+_CHOICE = re.compile(
+    rf"(?:(?:{_COMMAND}\{{)?(?:\\text\{{)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer:?)? ?)"
+    rf"(?:[(\[](?P<a>[A-Za-z])[)\]]|(?P<b>[A-Z])[).]?)[ .:]*\}}{{0,2}}"
+)
+_CHOICE_AND_VALUE = re.compile(
+    rf"(?:{_COMMAND}\{{(?:\((?P<a>[A-Z])\)|(?P<b>[A-Z])[.:)])[ .:]*\}}"
+    r"|\((?P<c>[A-Z])\)|(?P<d>[A-Z])[.:)]) ?(?P<value>.+)"
+)
+_CHOICE_AND_TEXT = re.compile(rf"{_COMMAND}\{{(?:\((?P<a>[A-Z])\)|(?P<b>[A-Z])[.:)]) ?(?P<value>[^{{}}]+)\}}")
+_SEVERAL = re.compile(r"(?:\\text\{)?([A-H](?:(?:, ?| and |\\text\{ and \}|, and )?[A-H])+)\}?")
+
+
+def _letters(answer: str, gold: str) -> Settled | None:
+    """Single letters are symbols, and their case matters."""
+    both = _LETTER.fullmatch(answer) and _LETTER.fullmatch(gold)
+    return "wrong" if both else None  # they are not the same, or `judge` would know
+
+
+def _choices(answer: str, gold: str) -> Settled | list[Pair] | None:
+    a, b = _choice(answer), _choice(gold)
+    if a is not None and b is not None:
+        return "correct" if a[0].upper() == b[0].upper() else "wrong"
+    if a is not None and a[1]:  # the gold answer is no letter
+        return judge(a[1], gold)
+    if b is not None and b[1]:
+        return judge(answer, b[1])
+    letters = [_SEVERAL.fullmatch(text) for text in (answer, gold)]
+    if letters[0] and letters[1] and any("," in text for text in (answer, gold)):
+        x, y = (sorted(re.findall(r"\b[A-H]+\b", match[1])) for match in letters if match)
+        return "correct" if sorted("".join(x)) == sorted("".join(y)) else "wrong"
+    return None
+
+
+def _choice(text: str) -> tuple[str, str] | None:
+    """The letter, and what it stands for if that is written with it."""
+    if match := _CHOICE.fullmatch(text):
+        return match["a"] or match["b"], ""
+    if match := _CHOICE_AND_TEXT.fullmatch(text):
+        return match["a"] or match["b"], f"\\text{{{match['value']}}}" if not match["value"][0].isdigit() else match[
+            "value"
+        ]
+    if (match := _CHOICE_AND_VALUE.fullmatch(text)) and "," not in text[:4]:
+        return next(filter(None, match.group("a", "b", "c", "d"))), match["value"]
+    return None
+
+
+# Words.
+
+_WORDS = re.compile(rf"(?:{_COMMAND}\{{)?(?P<words>[A-Za-z][A-Za-z' ,.-]+)\}}?")
+_ARTICLE = re.compile(r"^(?:the|an|a) ")
+_SYNONYMS = {"dne": "does not exist", "none": "no solution", "no real solution": "no solution"}
+_NUMERALS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+
+
+def _words(answer: str, gold: str) -> Settled | None:
+    """Words are equal whatever their case, article, hyphens and plural."""
+    a, b = _bare_words(answer), _bare_words(gold)
+    if a is None or b is None or not ("\\" in answer + gold or " " in answer + gold or (len(a) > 3 < len(b))):
+        return None  # short ones may be products of symbols
+    return "correct" if a == b else None
+
+
+def _bare_words(text: str) -> str | None:
+    match = _WORDS.fullmatch(text)
+    if match is None or ("{" in text) != text.endswith("}"):
+        return None
+    words = " ".join(re.sub(r"[^a-z ]", " ", match["words"].lower().replace("'", "")).split())
+    words = _ARTICLE.sub("", words)
+    words = _SYNONYMS.get(words.removesuffix("s"), words)
+    return words.removesuffix("s") if len(words) > 4 else words
+
+
+def _in_words_to_digits(text: str) -> str:
+    if "\\" not in text and not text.isalpha():
+        return text
+    words = _bare_words(text)
+    if words in _NUMERALS:
+        return str(_NUMERALS.index(words))
+    return {"infinity": "\\infty", "positive infinity": "\\infty", "negative infinity": "-\\infty"}.get(
+        words or "", text
+    )
+
+
+# Times of day and ratios.
+
+_TIME = re.compile(r"(\d{1,2}):(\d{2})(?: ?(?:\\(?:text|mathrm)\{)? ?([AaPp])\.?[Mm]\.?\}?)?")
+_RATIO = re.compile(r"(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})(?::(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}))+")
+
+
+def _times(answer: str, gold: str) -> Settled | None:
+    a, b = _TIME.fullmatch(answer), _TIME.fullmatch(gold)
+    if not any(match and (match[3] or match[2][0] == "0") for match in (a, b)) and not (b and _is_time(b)):
+        return None  # 3:4, or 3:10, which may be a ratio
+    if a is None or b is None:
+        return "wrong"
+    halves = {match[3].lower() for match in (a, b) if match[3]}
+    times = [(int(match[1]), int(match[2])) for match in (a, b)]
+    if times[0] == times[1]:
+        return "wrong" if len(halves) == 2 else "correct"
+    if len(halves) == 1:  # 3:00 PM is 15:00
+        times = [
+            ((hour % 12) + 12 * (match[3].lower() == "p") if match[3] else hour, minute)
+            for match, (hour, minute) in zip((a, b), times, strict=True)
+        ]
+        return "correct" if times[0] == times[1] else "wrong"
+    return "wrong"
+
+
+def _is_time(match: re.Match[str]) -> bool:
+    """Certainly no ratio in lowest terms."""
+    hour, minute = int(match[1]), int(match[2])
+    return hour < 24 and minute < 60 and math.gcd(hour, minute) > 1
+
+
+def _ratios(answer: str, gold: str) -> Settled | None:
+    if not (_RATIO.fullmatch(answer) and _RATIO.fullmatch(gold)):
+        return None
+    a, b = ([_fraction(part) for part in text.split(":")] for text in (answer, gold))
+    if len(a) != len(b):
+        return "wrong"
+    return "correct" if all(x * b[0] == y * a[0] for x, y in zip(a, b, strict=True)) and any(a) == any(b) else "wrong"
+
+
+def _fraction(text: str) -> Fraction:
+    if text.startswith("\\frac"):
+        above, below = map(int, re.findall(r"\d+", text))
+        return Fraction(above, below) if below else Fraction(0)
+    return Fraction(text)
+
+
+_BASE = re.compile(r"(-?)([0-9A-F]{1,50})_(?:(\d)|\{(\d{1,2})\})")
+
+
+def _bases(answer: str, gold: str) -> Settled | None:
+    """Numbers to a base; on one side only it is as the question says, and dropped."""
+    matches = [_BASE.fullmatch(answer), _BASE.fullmatch(gold)]
+    if not all(matches):
+        return None
+    try:
+        x, y = (int(match[1] + match[2], int(match[3] or match[4])) for match in matches if match)
+    except ValueError:  # no such base or digit
+        return None
+    return "correct" if x == y else "wrong"
+
+
+def _lists(answer: str, gold: str) -> Settled | None:
+    """A list in which another item is repeated is another list; math-verify takes both for sets."""
+    if "," not in answer or "," not in gold or re.search(r"[()\[\]{}]", answer + gold):
+        return None
+    a, b = (sorted(text.split(",")) for text in (answer, gold))
+    return "wrong" if len(a) == len(b) and set(a) == set(b) and a != b else None
+
+
+# What is compared as mathematics, in one spelling.
+
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis|operatorname\{cis\})")
+_ANGLE = re.compile(r"(?<![\d.])(\d{1,6}(?:\.\d{1,6})?)\^\\circ")
+_CIS = re.compile(r"\\(?:cis|operatorname\{cis\}) ?(?:\(([^()]+)\)|(\\frac\{[^{}]+\}\{[^{}]+\}|\d*\\pi))")
+
+
+def _radians(text: str) -> str:
+    """Angles in degrees under a trigonometric function."""
+    if _TRIGONOMETRIC.search(text):
+        text = _ANGLE.sub(_as_radians, text)
+        text = _CIS.sub(lambda match: "(\\cos({0})+i\\sin({0}))".format(match[1] or match[2]), text)
+    return text
+
+
+def _as_radians(match: re.Match[str]) -> str:
+    return f"\\frac{{{match[1]}\\pi}}{{180}}"
+
+
+def _one_kind_of_angle(answer: str, gold: str) -> Pair:
+    """90 degrees are pi/2, if one of them is written in degrees and the other in multiples of pi."""
+    in_degrees = ["^\\circ" in text for text in (answer, gold)]
+    of_pi = ["\\pi" in text for text in (answer, gold)]
+    if in_degrees != of_pi and any(in_degrees) and any(of_pi) and not any(map(_TRIGONOMETRIC.search, (answer, gold))):
+        return _ANGLE.sub(_as_radians, answer), _ANGLE.sub(_as_radians, gold)
+    return answer, gold
+
+
+_VECTOR = re.compile(r"\\begin\{([pb])matrix\}(.+?)(?:\\\\)?\\end\{\1matrix\}")
+
+
+def _one_kind_of_vector(answer: str, gold: str) -> Pair:
+    """A column or row beside a tuple is written as a tuple."""
+    matrices = [_VECTOR.fullmatch(text) for text in (answer, gold)]
+    if bool(matrices[0]) == bool(matrices[1]):
+        return answer, gold
+    match = matrices[0] or matrices[1]
+    other = gold if matrices[0] else answer
+    if match is None or other[:1] != "(" or ("&" in match[2] and "\\\\" in match[2]) or "begin" in match[2]:
+        return answer, gold
+    vector = "(" + match[2].replace("\\\\", "&").replace("&", ",") + ")"
+    return (vector, gold) if matrices[0] else (answer, vector)
+
+
+_SIDE = r"(-?[^<>=,]+?)"
+_OR = r"(?:\\text\{ ?or ?\}| or |\\lor ?|\\vee ?)"
+_LOW_HIGH = re.compile(rf"([a-z])(<|\\leq? ?){_SIDE}{_OR}\1(>|\\geq? ?){_SIDE}")
+_HIGH_LOW = re.compile(rf"([a-z])(>|\\geq? ?){_SIDE}{_OR}\1(<|\\leq? ?){_SIDE}")
+_NUMBER_FIRST = re.compile(r"(-?[\d.]+)=([a-z])")
+_FACTORIAL = re.compile(r"(\d+)!=(-?[\d.,]+)")
+_POINT = re.compile(r"[A-Z](\(.+,.+\))")
+
+
+def _solved(text: str) -> str:
+    """Inequalities joined by "or" as a union, 5 = x as x = 5, 5! = 120 as 120, P(1, 2) as (1, 2)."""
+    if match := _NUMBER_FIRST.fullmatch(text):
+        return f"{match[2]}={match[1]}"
+    if match := _FACTORIAL.fullmatch(text):
+        return match[2]
+    if match := _POINT.fullmatch(text):
+        return match[1]
+    match = _LOW_HIGH.fullmatch(text)
+    if match:
+        low, high, ends = match[3], match[5], (match[2], match[4])
+    elif match := _HIGH_LOW.fullmatch(text):
+        low, high, ends = match[5], match[3], (match[4], match[2])
+    else:
+        return text
+    return f"(-\\infty,{low}{')' if ends[0] == '<' else ']'}\\cup{'(' if ends[1] == '>' else '['}{high},\\infty)"
+
+
+_DECIMAL = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?")
+_PERCENT = re.compile(r"(.+?) ?(?:\\?%|\\text\{ ?(?:percent|%|\\%) ?\}|percent)")
+
+
+def _percentages(answer: str, gold: str) -> list[Pair]:
+    """50% answers 50, if the question asks for per cent, and one half."""
+    a, b = _PERCENT.fullmatch(answer), _PERCENT.fullmatch(gold)
+    if bool(a) == bool(b):
+        return [(a[1], b[1])] if a and b else [(answer, gold)]
+    percent, other = (a[1], gold) if a else (b[1], answer) if b else ("", "")
+    pairs = [(percent, other), (_hundredth(percent), other)]
+    return pairs if a else [(other, percent) for percent, other in pairs]
+
+
+def _hundredth(text: str) -> str:
+    if _DECIMAL.fullmatch(text):
+        return f"{Decimal(text).scaleb(-2):f}"
+    return f"\\frac{{{text}}}{{100}}"
