@@ -4,4 +4,4 @@
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment report
 cd "$ROOT"
-.venv/bin/python -m micota_fast.micro.build "$@" || fail "the build stopped; the same command goes on from there"
+.venv/bin/python -m micota_fast.micro.build "$@" || fail "the build stopped; run the same command to resume"

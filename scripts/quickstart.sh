@@ -3,4 +3,4 @@
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment report
 "$VENV/bin/micota" run micro --out "$ROOT/runs/micro" "$@" ||
-    fail "the run stopped; the message is above. The same command goes on from there"
+    fail "the run stopped; the message is above. Run the same command to resume"

@@ -6,7 +6,7 @@
 #
 # DIR holds gsm8k_train.jsonl and gsm8k_test.jsonl: one JSON object a line with the string keys id, problem, answer and
 # solution. Took 10 min 34 s on 2 cores of an AMD EPYC (an earlier version, download included). The recipe is
-# micota_fast/recipes/smollm-gsm8k.yaml. Called again, it goes on from where it stopped.
+# micota_fast/recipes/smollm-gsm8k.yaml. Run it again to resume.
 usage="usage: bash scripts/reproduce_smollm_gsm8k.sh --data-dir DIR"
 case "${1:-}" in
     --data-dir) data_dir="${2:-}"; shift $(($# < 2 ? $# : 2)) ;;
@@ -52,7 +52,7 @@ fi
 "$python" scripts/smollm_gsm8k.py rows --data-dir "$data_dir" --out "$rows" || fail "no rows; see above"
 
 .venv/bin/micota run smollm-gsm8k --out "$run" --set "data_dir=$rows" --set "models.smollm2.checkpoint=$checkpoint" ||
-    fail "the run stopped; the message is above. The same command goes on from there"
+    fail "the run stopped; the message is above. Run the same command to resume"
 
 # The run has measured the held-out solutions under the base; the same measurement for the trained model.
 OMP_NUM_THREADS=2 .venv/bin/micota align "$run/align/config.yaml" --set "model=$run/student/gsm8k-seed0/model" \

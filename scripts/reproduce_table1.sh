@@ -6,7 +6,7 @@
 #   bash scripts/reproduce_table1.sh --model-size 7b --data-dir DIR [--gpus 8]
 #   bash scripts/reproduce_table1.sh --micro
 #
-# Called again, it goes on from where it stopped. The table is in RUN/report/table.md, all numbers in report.json.
+# Run it again to resume. The table is in RUN/report/table.md, all numbers in report.json.
 #
 # Needs, 3b and 7b: one machine with 8 GPUs of 80 GB, an interpreter with SGLang in $SGLANG_PYTHON; `micota doctor RECIPE`
 # looks whether they are there. Estimates of `micota plan` for 8 H100, under the assumptions that it prints; not

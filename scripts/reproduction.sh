@@ -77,5 +77,5 @@ run_recipe() {
         fi
         return
     fi
-    "${command[@]}" || fail "the run stopped; the message is above. The same command goes on from there"
+    "${command[@]}" || fail "the run stopped; the message is above. Run the same command to resume"
 }

@@ -9,7 +9,7 @@
 #
 # Ends with status 0 when the run is finished, also where it was finished before, and where SIGTERM or SIGUSR1 ended it
 # early with a checkpoint (OUT/summary.json is there only once it is finished); 130 after Ctrl-C, with a checkpoint, too.
-# The same command goes on from the last checkpoint, whatever ended the run.
+# The same command resumes from the last checkpoint, whatever ended the run.
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 . "$ROOT/scripts/torchrun.sh"
 [ $# -gt 0 ] || { sed -n '2,/^\./s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "alignment": {"chat", "common", "config", "data", "kernels", "model", "statistics"},
     "evaluation": {"common", "config", "generation", "grading", "model", "statistics"},
     "length_sweep": {"common", "config", "generation", "grading", "merge", "report", "statistics"},
-    "report": {"alignment", "common", "config", "evaluation", "statistics"},
+    "report": {"alignment", "common", "config", "corpus", "evaluation", "statistics"},
     # What knows the stages.
     "pipeline": {"common", "config", "merge"},
     "planning": {"chat", "common", "config", "corpus", "kernels", "model", "pipeline", "serve", "train"},
@@ -150,6 +150,12 @@ def test_no_stage_imports_the_module_of_another_stages_verb() -> None:
         if each.module in VERB_MODULES and folder(module) in STAGE_FOLDERS - {folder(each.module)}
     }
     assert found.keys() == HOLDS, found
+
+
+def test_the_report_knows_of_the_stages_only_what_their_results_are() -> None:
+    found = {i.module: where(m, i.line) for m, imported in IMPORTS.items() if folder(m) == "report" for i in imported}
+    of_stages = {module for module in found if folder(module) in STAGE_FOLDERS - {"report"}}
+    assert of_stages <= {f"micota_fast.{name}.results" for name in STAGE_FOLDERS}, found
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:

@@ -2,11 +2,7 @@
 
 import copy
 import dataclasses
-import importlib.metadata
 import importlib.util
-import os
-import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +20,7 @@ from micota_fast.config.report import ReportConfig
 from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.merge.mergekit import parse_mergekit
+from micota_fast.pipeline.versions import versions
 
 Config = TypeVar("Config")
 BASE = "base"  # the arm that is not trained
@@ -31,13 +28,14 @@ BASE = "base"  # the arm that is not trained
 
 @dataclass(frozen=True)
 class Artefact:
-    """A file or folder that stages read: made by `stage`, or there from the beginning (stage None), or a hub name."""
+    """A file or folder that stages read: made by `stage`; or, with None, there from the beginning or a hub name."""
 
     location: str
     stage: str | None = None
 
     @property
     def on_hub(self) -> bool:
+        """Whether it is a hub name, or a file that is missing."""
         return self.stage is None and not Path(self.location).exists()
 
 
@@ -47,34 +45,39 @@ class Stage:
 
     name: str
     verb: str
-    settings: Any  # a dataclass of recipe.py
+    settings: Any  # the options of its verb (`stages.Verb.options`)
     inputs: tuple[Artefact, ...]
     outputs: tuple[str, ...]  # relative to the stage's folder; it is done when all are there
     files: dict[str, str] = dataclasses.field(default_factory=dict)  # written into its folder before it starts
-    # Folder that it makes -> options (a.b: `b` of `a`, or of each of its items) on which its contents do not hang.
+    # Folder that it makes -> options that its contents do not depend on (a.b: `b` of `a`, or of each of its items).
     lasting: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def needs(self) -> tuple[str, ...]:
+        """The names of the stages that make its inputs."""
         return tuple(dict.fromkeys(artefact.stage for artefact in self.inputs if artefact.stage is not None))
 
 
-def plan(recipe: Recipe, recipe_path: Path, run_dir: Path, absent: list[str] | None = None) -> list[Stage]:
-    """All stages that the recipe's arms, alignment and report need, each after those it depends on.
+def build_stages(recipe: Recipe, recipe_path: Path, run_dir: Path, absent: list[str] | None = None) -> list[Stage]:
+    """Return all stages that the recipe's arms, alignment and report need, each after those it depends on.
 
-    Where `absent` is given, what is not there (a file, a checkpoint, matplotlib) is told in it and is no error.
+    Args:
+        recipe: loaded from `recipe_path`.
+        recipe_path: of the recipe; relative checkpoints start from its folder.
+        run_dir: folder of the run.
+        absent: takes up what is missing (a file, a checkpoint, matplotlib); None: that is an error.
 
     Raises:
-        InputError: a file or checkpoint that the recipe names is not there, an override is bad, or models and corpora
+        InputError: a file or checkpoint that the recipe names is missing, an override is bad, or models and corpora
             are made of each other in a circle.
     """
-    planner = _Planner(recipe, recipe_path, run_dir, absent)
+    graph = _Graph(recipe, recipe_path, run_dir, absent)
     if importlib.util.find_spec("matplotlib") is None:
-        planner.miss("the report at the end needs matplotlib: pip install 'micota-fast[report]'")
-    return planner.stages()
+        graph.miss("the report at the end needs matplotlib: pip install 'micota-fast[report]'")
+    return graph.stages()
 
 
-class _Planner:
+class _Graph:
     def __init__(self, recipe: Recipe, recipe_path: Path, run_dir: Path, absent: list[str] | None) -> None:
         self.recipe, self.path, self.run_dir, self.absent = recipe, recipe_path, run_dir, absent
         self.data_dir = Path(recipe.data_dir).resolve() if recipe.data_dir else recipe_path.parent
@@ -118,7 +121,7 @@ class _Planner:
             return
         if stage in self.open:
             circle = " -> ".join([*self.open[self.open.index(stage) :], stage])
-            raise InputError(f"{self.path}: these are made of each other: {circle}")
+            raise InputError(f"{self.path}: these are made from each other: {circle}")
         self.open.append(stage)
         make()
         self.open.pop()
@@ -141,7 +144,7 @@ class _Planner:
         if folder.is_dir():
             return Artefact(str(folder.resolve()))
         if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-            return Artefact(name)  # a hub name; the stage that opens it says if it cannot be had
+            return Artefact(name)  # a hub name; the stage that opens it says if it cannot be fetched
         self.miss(f"{self.path}, `{where}`: no such folder: {folder} (a hub name has the form organisation/model)")
         return Artefact(str(folder))
 
@@ -167,7 +170,7 @@ class _Planner:
         assert spec is not None
         content = copy.deepcopy(spec.mergekit)
         where = f"{self.path}, `models.{name}.merge.mergekit`"
-        merge = parse_mergekit(content, where)  # a mistake is told now, not when the models to merge have been trained
+        merge = parse_mergekit(content, where)  # a mistake shows now, not after the models to merge have been trained
         inputs: list[Artefact] = []
         for holder, key in _model_names(content):
             if holder[key] not in self.recipe.models:
@@ -234,7 +237,7 @@ class _Planner:
         )
 
     def _answers(self, name: str) -> Artefact:
-        """All answers that a generated corpus is filtered from."""
+        """Return all answers that a generated corpus is filtered from."""
         stage = f"answers/{name}"
         completions = self._artefact(stage, "completions.jsonl")
         self._once(stage, lambda: self._generate(stage, name, completions))
@@ -272,13 +275,13 @@ class _Planner:
         self._add(Stage(stage, "mix", settings, tuple(parts.values()), ("corpus.jsonl",)))
 
     def _served(self, defaults: Any, model: str) -> Any:
-        """Settings with the server of this model in them."""
+        """Return settings with the server of this model in them."""
         spec = self.recipe.models[model]
         serve = self._settings(ServeConfig, defaults.serve, spec.serve, f"models.{model}.serve")
         return dataclasses.replace(defaults, serve=serve, url=spec.url)
 
     def _benchmarks(self) -> tuple[list[BenchmarkConfig], list[Artefact]]:
-        """The benchmarks with the places of their files, and the files."""
+        """Return the benchmarks with the paths of their files, and the files."""
         named = self.recipe.evaluate.benchmarks
         files = [self._file(benchmark.path, f"evaluate.benchmarks.{i}.path") for i, benchmark in enumerate(named)]
         placed = [dataclasses.replace(b, path=file.location) for b, file in zip(named, files, strict=True)]
@@ -287,12 +290,12 @@ class _Planner:
     def _evaluate(self, stage: str, model: Artefact, served_as: str) -> None:
         settings = self._served(self.recipe.evaluate, served_as)
         if model.stage is not None:
-            settings.url = None  # a server that runs already serves another model than this one
+            settings.url = None  # a server that already runs serves another model than this one
         settings.benchmarks, files = self._benchmarks()
         built = self._settings(
             EvaluateConfig, settings, {}, "evaluate", model=model.location, out=str(self.run_dir / stage)
         )
-        # Answers are given once, and graded as often as somebody changes his mind about that.
+        # Answers are sampled once, and graded again whenever somebody changes an option of grading.
         grading = ("protocol", "timeout_s")
         lasting = {"completions": (*grading, "judge", "benchmarks.rule"), "judge": grading}
         inputs = [model, *files]
@@ -320,7 +323,7 @@ class _Planner:
         corpora = self._align(student)
         contamination = self._contamination()
         inputs = [*_flat(results.values()), *_flat(metrics.values()), *_flat(c.values() for c in corpora.values())]
-        # The report reads the rows that lie beside each results.json.
+        # The report also reads the rows next to each results.json.
         inputs += [self._artefact(artefact.stage or "", "rows") for artefact in _flat(results.values())]
         inputs += [contamination] if contamination is not None else []
         settings = ReportConfig(
@@ -340,7 +343,7 @@ class _Planner:
         self._add(Stage("report", "report", settings, tuple(inputs), outputs))
 
     def _contamination(self) -> Artefact | None:
-        """Whether what is trained on holds what is asked in the end; None where nothing is trained."""
+        """Add the search for benchmark problems in what is trained on; None if nothing is trained."""
         names = list(self.recipe.arms.values())
         names += [m.train.corpus for name, m in self.recipe.models.items() if m.train and f"model/{name}" in self.made]
         if not names:
@@ -382,32 +385,6 @@ class _Planner:
         return files
 
 
-def versions() -> dict[str, str]:
-    """What a stage is made with: packages and machine, without times, so that equal runs give equal records."""
-    packages = ("micota-fast", "torch", "numba", "tokenizers", "safetensors", "math-verify")
-    found = {package: _version(package) for package in packages}
-    return {
-        "python": platform.python_version(),
-        **{package: version for package, version in found.items() if version},
-        "platform": f"{sys.platform} {platform.machine()}, {os.cpu_count()} cores, {_cpu_model()}",
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown CPU"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-
-
 def _flat(groups: Any) -> Iterator[Artefact]:
     for group in groups:
         yield from group
@@ -425,7 +402,7 @@ def _merge(hint: Any, defaults: dict[str, Any], overrides: dict[str, Any]) -> di
 
 
 def _model_names(content: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Places in a mergekit configuration that hold a model's name."""
+    """Yield the places in a mergekit configuration that hold a model's name."""
     if content.get("base_model") is not None:
         yield content, "base_model"
     for entry in content["models"]:

@@ -1,9 +1,9 @@
-"""Run a recipe's stages: what is done stays, what is stale is set aside and made anew, what was cut off goes on.
+"""`micota run`: runs the stages that are missing or stale, and resumes after being killed at any point.
 
-A stage is done when its folder holds `done.json`, whose identity (options, inputs' contents) equals the one wanted now
-and whose outputs still have the recorded contents. Folders made for another identity are moved to NAME~FINGERPRINT,
-never deleted, and come back when a recipe wants them again; parts of them that do not hang on what has changed
-(`Stage.lasting`) are copied to the new folder.
+A stage is done if its folder contains a `done.json` whose identity (options and contents of inputs, not timestamps) is
+the one wanted now, and its outputs still have the contents recorded there. A folder made for another identity is
+renamed to NAME~FINGERPRINT, never deleted, and comes back when a recipe wants it again. Parts of it that do not depend
+on what has changed (`Stage.lasting`) are copied to the new folder.
 """
 
 import glob
@@ -23,9 +23,10 @@ from micota_fast.common.lock import RUN_ENDS_S, locked
 from micota_fast.config import loader
 from micota_fast.config.recipe import LaunchConfig, Recipe
 from micota_fast.errors import InputError
-from micota_fast.pipeline.graph import Artefact, Stage, plan, versions
+from micota_fast.pipeline.graph import Artefact, Stage, build_stages
 from micota_fast.pipeline.process import StageProcess
 from micota_fast.pipeline.stages import VERBS
+from micota_fast.pipeline.versions import versions
 
 DONE, MAKING = "done.json", "making.json"
 POLL_S = 0.05
@@ -33,7 +34,7 @@ POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Status:
-    """What there is to do for a stage, and why."""
+    """What is left to do for a stage, and why."""
 
     state: Literal["done", "stale", "partial", "to do", "waits"]
     why: str = ""
@@ -53,7 +54,7 @@ def run_recipe(recipe: Recipe, path: Path, folder: Path, dry_run: bool = False) 
         InputError: the recipe is wrong, a stage failed, or another run uses the folder.
     """
     absent: list[str] | None = [] if dry_run else None  # a dry run shows the stages all the same
-    run = Run(plan(recipe, path, folder, absent), recipe.launch, folder)
+    run = Run(build_stages(recipe, path, folder, absent), recipe.launch, folder)
     statuses = run.statuses()
     open_stages = [name for name, status in statuses.items() if status.state != "done"]
     if dry_run:
@@ -78,9 +79,9 @@ class Run:
     """Stages in one folder.
 
     Args:
-        stages: each after those it needs (`graph.plan`).
-        launch: how many at once, with how many processes and threads.
-        folder: where the artefacts go, one sub-folder a stage.
+        stages: each after those it needs (`graph.build_stages`).
+        launch: how many run at once, with how many processes and threads.
+        folder: of the artefacts, one sub-folder per stage.
     """
 
     def __init__(self, stages: Sequence[Stage], launch: LaunchConfig, folder: Path) -> None:
@@ -88,7 +89,7 @@ class Run:
         self.fingerprints = Fingerprints(folder / "fingerprints.json")
 
     def statuses(self) -> dict[str, Status]:
-        """The state of every stage, in order; nothing is changed."""
+        """Return the state of every stage, in order; changes nothing."""
         found: dict[str, Status] = {}
         for stage in self.stages:
             found[stage.name] = self._status(stage, {name: found[name].state for name in stage.needs})
@@ -97,7 +98,7 @@ class Run:
         return found
 
     def run(self, say: Callable[[str], None]) -> None:
-        """Make all that is not done. Can be killed at any moment and called again.
+        """Run all stages that are not done. Can be killed at any moment and called again.
 
         Raises:
             InputError: a stage failed (its log's end is in the message), or another run uses the folder.
@@ -124,10 +125,9 @@ class Run:
             making = _read_json(folder / MAKING)
             if making is None:
                 return Status("to do", identity=identity)
-            ours = making.get("identity") == identity
-            return Status(
-                "partial" if ours else "stale", "goes on" if ours else _difference(making, identity), identity
-            )
+            if making.get("identity") == identity:
+                return Status("partial", "resumes", identity)
+            return Status("stale", _difference(making, identity), identity)
         if record.get("identity") != identity:
             return Status("stale", _difference(record, identity), identity)
         for name, digest in record["outputs"].items():
@@ -138,7 +138,7 @@ class Run:
         return Status("done", f"{record['seconds']:.0f} s", identity)
 
     def _identity(self, stage: Stage) -> dict[str, Any]:
-        """What the stage's result depends on, free of where things lie."""
+        """Return what the stage's result depends on, without the paths of anything."""
         contents = {artefact.location: self._content(artefact) for artefact in stage.inputs}
         places = contents | {str(self.folder): "RUN"}
         # A place ends where its name ends: /models/qwen is not the beginning of /models/qwen-long.
@@ -167,7 +167,7 @@ class Run:
             return f"hub:{artefact.location}"
         return f"sha256:{self.fingerprints.of(Path(artefact.location))}"
 
-    # --- making the rest ---
+    # --- running the rest ---
 
     def _run_all(self, lock: int, say: Callable[[str], None]) -> None:
         depth = _depths(self.stages)
@@ -186,7 +186,7 @@ class Run:
                     if restored:
                         status = self._status(stage, {})
                         if status.state == "done":
-                            say(f"{stage.name}: taken up again as it was made before")
+                            say(f"{stage.name}: restored, as an earlier run made it")
                         else:  # what came back is damaged, or was never finished
                             self._prepare(stage, status)
                     if status.state == "done":
@@ -219,16 +219,17 @@ class Run:
     def _prepare(self, stage: Stage, status: Status) -> bool:
         """Make the stage's folder ready: keep what was begun for this identity, set aside anything else.
 
-        Returns whether a folder that had been set aside for this identity is back, to be looked at again.
+        Returns:
+            Whether a folder that had been set aside for this identity is back, so that its status must be read again.
 
         Raises:
-            InputError: the folder holds files that are not ours.
+            InputError: the folder contains files that are not ours.
         """
         folder, identity = self.folder / stage.name, status.identity
         assert identity is not None
         there = _read_json(folder / DONE) or _read_json(folder / MAKING)
         if there is None and folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
-            raise InputError(f"{folder} holds files that no run has made; choose another --out, or move them away")
+            raise InputError(f"{folder} contains files that no run has made; choose another --out, or move them away")
         if there is not None and there["identity"] != identity:
             aside = _aside(folder, there["identity"])
             remove_whole(aside)
@@ -248,7 +249,7 @@ class Run:
         return False
 
     def _clear(self, stage: Stage, folder: Path, identity: dict[str, Any]) -> None:
-        """Remove what the stage has made, but for that which lasts, which the stage looks at itself."""
+        """Remove what the stage has made, except the parts that last, which the stage checks itself."""
         if not stage.lasting:
             remove_whole(folder)
             return
@@ -259,7 +260,7 @@ class Run:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     def _take_over(self, stage: Stage, folder: Path, identity: dict[str, Any]) -> None:
-        """Copy to the stage's folder what lasts of a former one. Killed, it begins again when the stage goes on."""
+        """Copy to the stage's folder the parts that last of former ones; starts over if it was killed."""
         formers = folder.parent.glob(f"{glob.escape(folder.name)}~*")
         for former in sorted(formers, key=lambda path: (not (path / DONE).exists(), path)):
             record = _read_json(former / DONE) or _read_json(former / MAKING)
@@ -276,8 +277,8 @@ class Run:
         missing = [name for name in stage.outputs if not (folder / name).exists()]
         if missing:
             raise InputError(
-                f"{stage.name} ended before it was finished and left no {', '.join(missing)}; its log: {process.log}. "
-                f"The same command goes on from there"
+                f"stage {stage.name} ended before it was finished, without {', '.join(missing)}; its log: "
+                f"{process.log}. Run the same command to resume"
             )
         making = _read_json(folder / MAKING)
         assert making is not None
@@ -295,7 +296,7 @@ class Run:
 
 
 def _depths(stages: Sequence[Stage]) -> dict[str, int]:
-    """Stages from each one to the last that needs it: the longest chain is started first."""
+    """Return the number of stages from each one to the last that needs it: the longest chain is started first."""
     depth = {stage.name: 0 for stage in stages}
     for stage in reversed(stages):
         for name in stage.needs:
@@ -308,9 +309,9 @@ def _aside(folder: Path, identity: dict[str, Any]) -> Path:
 
 
 def _without(identity: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
-    """The verb and options of an identity, without these (see `Stage.lasting`).
+    """Return the verb and the options of an identity, without these options (see `Stage.lasting`).
 
-    Contents of inputs stand in the options where their places were, so they count where their option does.
+    The contents of inputs stand in the options in place of their paths, so they count if their option does.
     """
 
     def removed(value: Any, path: list[str]) -> Any:
@@ -329,11 +330,11 @@ def _without(identity: dict[str, Any], options: Sequence[str]) -> dict[str, Any]
 
 
 def _reason(status: Status) -> str:
-    return {"to do": "starts", "partial": "goes on"}.get(status.state, f"again ({status.why})")
+    return {"to do": "starts", "partial": "resumes"}.get(status.state, f"runs again ({status.why})")
 
 
 def _difference(record: dict[str, Any], identity: dict[str, Any]) -> str:
-    """Names the options that differ between how a stage was made and how it is wanted."""
+    """Name the options that differ between how a stage was made and how it is wanted."""
     differing = list(_differing("", record.get("identity"), identity))
     return f"{', '.join(differing[:3])}{' and more' if len(differing) > 3 else ''} changed"
 
@@ -352,5 +353,5 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete it to make its stage again") from None
+        raise InputError(f"{path} cannot be read ({error}); delete it to run its stage again") from None
     return dict(value)

@@ -24,9 +24,9 @@ class Assumptions:
         doc="FLOP utilisation of training, what activation checkpointing computes again counted as well",
         source="Llama 3 405B on H100: 0.38 to 0.43, arXiv 2407.21783 t. 4",
     )
-    prefill_mfu: float = option(0.5, doc="model-FLOP utilisation where prompts are read", source="assumed")
+    prefill_mfu: float = option(0.5, doc="model-FLOP utilisation when prompts are read", source="assumed")
     decode_bandwidth: float = option(
-        0.6, doc="share of the memory's bandwidth used where answers are written", source="assumed"
+        0.6, doc="share of the memory's bandwidth used when answers are written", source="assumed"
     )
     serve_memory: float = option(0.85, doc="share of a GPU's memory for weights and KV cache", source="assumed")
     long_tokens: int = option(4000, doc="mean answer of a model called R1, QwQ or reasoning", source="assumed")
@@ -37,12 +37,12 @@ class Assumptions:
         doc="share of answers that the filter accepts",
         source="assumed; R1-Distill-Qwen-32B solves 0.943 of MATH-500, arXiv 2501.12948",
     )
-    problem_chars: int = option(200, doc="characters of a problem whose file is not there", source="assumed")
-    chars_per_token: float = option(3.0, doc="of problems whose tokenizer is not there", source="assumed")
-    template_tokens: int = option(60, doc="of a prompt, beside the problem", source="assumed")
+    problem_chars: int = option(200, doc="characters of a problem whose file is missing", source="assumed")
+    chars_per_token: float = option(3.0, doc="characters per token, if the tokenizer is missing", source="assumed")
+    template_tokens: int = option(60, doc="tokens of a prompt besides the problem", source="assumed")
     pack_fill: float = option(0.98, doc="share of a pack that documents fill", source="a micro run's summary.json")
-    text_bytes: float = option(4.0, doc="bytes on disk of a token in a JSONL row", source="assumed")
-    disk_rate: float = option(1e9, doc="bytes a second that a merge reads and writes", source="assumed")
+    text_bytes: float = option(4.0, doc="bytes on disk per token in a JSONL row", source="assumed")
+    disk_rate: float = option(1e9, doc="bytes per second that a merge reads and writes", source="assumed")
     startup_s: float = option(120.0, doc="seconds until a server is ready", source="assumed")
 
     def __post_init__(self) -> None:

@@ -25,14 +25,14 @@ from micota_fast.planning.planner import Cost
 PROCESS_BYTES = 0.6e9  # resident of an interpreter with torch: 0.61 GB in the metrics.jsonl of a micro training
 LEAST_CAPABILITY = 8.0  # bfloat16 products, and FlashAttention 2, begin with Ampere
 SHM_BYTES = 1e9  # NCCL's and SGLang's segments; Docker's default of 64 MB is too small
-OTHER_FILES = 200  # open in the client beside its connections
+OTHER_FILES = 200  # open in the client besides its connections
 
 
 def gpus(needs: Needs) -> Iterator[Finding]:
-    """How many there are, with how much memory, and whether our torch can use them."""
+    """Check how many there are, with how much memory, and whether our torch can use them."""
     if not needs.on_gpus:
         if needs.plan is not None:
-            yield Finding("ok", "GPUs", "none is needed")
+            yield Finding("ok", "GPUs", "none needed")
         return
     number = max(cost.gpus for _, cost in needs.on_gpus)
     for_most = next(stage.name for stage, cost in needs.on_gpus if cost.gpus == number)
@@ -42,16 +42,16 @@ def gpus(needs: Needs) -> Iterator[Finding]:
     try:
         devices = machine.devices()
     except InputError as error:
-        yield Finding("error", "GPUs", str(error), "mend the driver: `nvidia-smi` must list the GPUs")
+        yield Finding("error", "GPUs", str(error), "repair the driver: `nvidia-smi` must list the GPUs")
         return
     if len(devices) < number:
-        found = f"{len(devices) or 'none'} visible, {number} are needed ({for_most})"
+        found = f"{len(devices) or 'none'} visible, {number} needed ({for_most})"
         todo = f"run on a machine with {number} GPUs of {least}; fewer (`launch.nproc`) take more memory on each, "
         todo += "and answers can come from servers elsewhere (`models.NAME.url`)"
         yield Finding("error", "GPUs", found, todo)
     else:
         kinds = ", ".join(dict.fromkeys(device.name for device in devices))
-        yield Finding("ok", "GPUs", f"{len(devices)} ({kinds}), {number} are needed")
+        yield Finding("ok", "GPUs", f"{len(devices)} ({kinds}), {number} needed")
     memory = min((device.memory for device in devices), default=GPUS[DEFAULT_GPU].memory)
     too_big: dict[str, list[Stage]] = {}  # arms and seeds need the same: one line for all
     for stage, cost in needs.on_gpus:
@@ -65,7 +65,7 @@ def gpus(needs: Needs) -> Iterator[Finding]:
     if not devices:
         return
     if not too_big:
-        yield Finding("ok", "GPU memory", f"{size(memory)} each, {least} are needed at most")
+        yield Finding("ok", "GPU memory", f"{size(memory)} each, at most {least} needed")
     if (weakest := min(device.capability for device in devices)) < LEAST_CAPABILITY:
         found = f"compute capability {weakest} is below {LEAST_CAPABILITY}"
         yield Finding("error", "GPU kind", found, "use GPUs with bfloat16 (A100, L4, H100 ...)")
@@ -75,7 +75,7 @@ def gpus(needs: Needs) -> Iterator[Finding]:
 
 
 def attention(needs: Needs) -> Iterator[Finding]:
-    """Which implementation of attention would be taken."""
+    """Check which implementation of attention would be used."""
     asked: dict[tuple[str, str, str], None] = {}
     for settings in (stage.settings for stage in needs.pending if stage.verb in ("train", "align")):
         device = "cuda" if needs.cuda and settings.device != "cpu" else "cpu"
@@ -87,26 +87,26 @@ def attention(needs: Needs) -> Iterator[Finding]:
             yield Finding("error", "attention", str(error))
             continue
         if backend == "sdpa" and needs.on_gpus:
-            todo = "one call a document, which is slow"
-            todo = "run this again where there is a GPU" if device == "cpu" else f"{todo}: install flash-attn"
+            todo = "one call per document, which is slow"
+            todo = "run this again on a machine with a GPU" if device == "cpu" else f"{todo}: install flash-attn"
             yield Finding("warning", "attention", f"{backend} ({why})", todo)
         else:
             yield Finding("ok", "attention", f"{backend} for {dtype} on {device} ({why})")
 
 
 def ports(needs: Needs) -> Iterator[Finding]:
-    """Those that servers are to listen at."""
+    """Check the ports that servers will listen on."""
     wanted = {(c.host, c.port + i): s for s, c in needs.started if c.port for i in range(c.replicas)}
     for (host, port), stage in wanted.items():
         if (why := machine.port_obstacle(host, port)) is None:
             yield Finding("ok", "port", f"{host}:{port} is free")
         else:
             todo = "stop what listens there, or set `serve.port` to 0, which takes a free one"
-            yield Finding("error", "port", f"{host}:{port} cannot be had for {stage.name} ({why})", todo)
+            yield Finding("error", "port", f"{host}:{port} is not available to {stage.name} ({why})", todo)
 
 
 def host(needs: Needs) -> Iterator[Finding]:
-    """Cores, memory, shared memory, network interfaces, open files."""
+    """Check cores, memory, shared memory, network interfaces, open files."""
     launch = needs.recipe.launch
     cores = machine.cores()
     processes = launch.nproc if any(stage.verb == "train" for stage in needs.pending) else 1
@@ -122,7 +122,7 @@ def host(needs: Needs) -> Iterator[Finding]:
     ]
     if biggest:
         need, there = sum(n for n, _ in biggest), machine.available_memory()
-        found = f"{size(there)} available, {size(need)} are needed ({', '.join(name for _, name in biggest)})"
+        found = f"{size(there)} available, {size(need)} needed ({', '.join(name for _, name in biggest)})"
         todo = "use a machine with more (a training's checkpoint passes through it), or fewer `launch.jobs`"
         yield Finding("ok", "memory", found) if need <= there else Finding("error", "memory", found, todo)
 
@@ -135,7 +135,7 @@ def host(needs: Needs) -> Iterator[Finding]:
     if launch.nproc > 1:
         interfaces = ", ".join(name for _, name in socket.if_nameindex())
         for variable, names in machine.unknown_interfaces().items():
-            todo = f"unset it (one node needs none), or name one of {interfaces}"
+            todo = f"unset it (one node does not need it), or name one of {interfaces}"
             yield Finding("error", "network", f"{variable}={names} names no interface of this machine", todo)
 
     requests = max((sampling_of(s).concurrency * c.replicas for s, c in needs.started), default=0)
@@ -149,7 +149,7 @@ def host(needs: Needs) -> Iterator[Finding]:
 
 
 def _ram(needs: Needs, stage: Stage, cost: Cost) -> float:
-    """Bytes of the host's memory that a stage takes."""
+    """Return the bytes of the host's memory that a stage takes."""
     if stage.verb != "train":
         return PROCESS_BYTES + (0 if cost.gpus else cost.memory)
     if not cost.gpus:
@@ -160,7 +160,7 @@ def _ram(needs: Needs, stage: Stage, cost: Cost) -> float:
 
 
 def disk(needs: Needs) -> Iterator[Finding]:
-    """Room for what is written and fetched."""
+    """Check the room for what is written and downloaded."""
     place = next(parent for parent in (needs.folder, *needs.folder.parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=place):
@@ -181,7 +181,7 @@ def disk(needs: Needs) -> Iterator[Finding]:
         wanted.append(("disk of the hub's cache", cache, fetched))
     for what, where, need in wanted:
         free = float(shutil.disk_usage(where).free)
-        found = f"{size(free)} free at {where}, {size(need)} are needed"
+        found = f"{size(free)} free at {where}, {size(need)} needed"
         if what == "disk" and fetched and one_disk:
             found += f", {size(fetched)} of them for models from the hub"
         todo = "free some, or choose another --out (and $HF_HOME); a smaller `train.keep_checkpoints` needs less"
@@ -189,7 +189,7 @@ def disk(needs: Needs) -> Iterator[Finding]:
 
 
 def _usable(stage: Stage) -> float:
-    """Share of a GPU's memory that a stage can use: a server leaves some for what it computes, as in a plan."""
+    """Return the share of a GPU's memory that a stage can use: a server leaves some for what it computes."""
     return FITS if serve_of(stage) is None else Assumptions().serve_memory
 
 

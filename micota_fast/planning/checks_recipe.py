@@ -23,7 +23,7 @@ from micota_fast.serve import sglang
 
 
 def files(needs: Needs) -> Iterator[Finding]:
-    """The recipe's files and checkpoints: there, and whole."""
+    """Check that the recipe's files and checkpoints exist and are complete."""
     for what in needs.absent:
         yield Finding("error", "files", what)
     artefacts = {a.location: a for stage in needs.stages for a in stage.inputs if a.stage is None}
@@ -33,14 +33,14 @@ def files(needs: Needs) -> Iterator[Finding]:
             ModelConfig.from_checkpoint(folder)
             tensor_files(folder)
         except InputError as error:
-            yield Finding("error", "checkpoint", str(error), "fetch or copy it again")
+            yield Finding("error", "checkpoint", str(error), "download or copy it again")
     if there and not needs.absent:
         folders = sum(path.is_dir() for path in there)
-        yield Finding("ok", "files", f"{len(there) - folders} data files and {folders} checkpoints are there")
+        yield Finding("ok", "files", f"{len(there) - folders} data files and {folders} checkpoints exist")
 
 
 def packages(needs: Needs) -> Iterator[Finding]:
-    """Python packages and the compiler."""
+    """Check Python packages and the compiler."""
     wanted = [Requirement(text) for text in importlib.metadata.requires("micota-fast") or []]
     wanted = [requirement for requirement in wanted if requirement.marker is None or requirement.marker.evaluate()]
     bad = []
@@ -63,13 +63,13 @@ def packages(needs: Needs) -> Iterator[Finding]:
         ("wandb", any(settings.wandb for settings in trains)),
     ):
         if asked and importlib.util.find_spec(module) is None:
-            yield Finding("error", module, "the recipe asks for it, and it is not installed", f"pip install {module}")
+            yield Finding("error", module, "the recipe uses it, but it is not installed", f"pip install {module}")
     if needs.on_gpus:
         if torch.version.cuda is None:
             todo = "install torch's CUDA build: https://pytorch.org/get-started/locally"
-            yield Finding("error", "torch", "built without CUDA, and stages are to run on GPUs", todo)
+            yield Finding("error", "torch", "built without CUDA, but stages run on GPUs", todo)
         for module, package, loss in (
-            ("flash_attn", "flash-attn", "torch's own varlen attention is taken"),
+            ("flash_attn", "flash-attn", "torch's own varlen attention is used"),
             ("liger_kernel", "liger-kernel", "norms, rotation and SwiGLU are torch's: slower, and more memory"),
         ):
             if importlib.util.find_spec(module) is None:
@@ -77,21 +77,21 @@ def packages(needs: Needs) -> Iterator[Finding]:
     if any(settings.compile for settings in trains) or needs.on_gpus:
         compiler = next(filter(None, (shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++"))), None)
         if compiler is None:
-            why = "torch.compile and Triton build code with one, and none is on the PATH"
+            why = "torch.compile and Triton need one, and none is on the PATH"
             yield Finding("error", "C++ compiler", why, "install g++ (apt install build-essential), or set $CXX")
         else:
             yield Finding("ok", "C++ compiler", compiler)
 
 
 def engines(needs: Needs) -> Iterator[Finding]:
-    """SGLang's interpreter, and servers that are to run already."""
+    """Check SGLang's interpreter, and servers that the recipe expects to run already."""
     configs = {c.python: c for _, c in needs.started if c.engine == "sglang"}
     for serve in configs.values():
         named = serve.python or os.environ.get("SGLANG_PYTHON") or sys.executable  # as `sglang.find_python` looks
         python = shutil.which(named)
         if python is None:
             where = "`serve.python`" if serve.python else "$SGLANG_PYTHON"
-            found = f"{where} names {named}, which is no program that can be run"
+            found = f"{where} names {named}, which is not an executable program"
             yield Finding("error", "SGLang", found, sglang.INSTALL_HINT)
             continue
         probe = "import importlib.metadata as m; print(m.version('sglang'), 'with torch', m.version('torch'))"
@@ -110,12 +110,12 @@ def engines(needs: Needs) -> Iterator[Finding]:
 
 
 def hub(needs: Needs) -> Iterator[Finding]:
-    """Models that must be fetched."""
+    """Check that models can be downloaded."""
     names = dict.fromkeys(a.location for stage in needs.stages for a in stage.inputs if named_on_hub(a))
     missing = [name for name in names if not weights_cached(name)]
     if names and not missing:
         yield Finding("ok", "hub", f"{len(names)} models are in the local cache")
-    fetch = "fetch it elsewhere with `hf download NAME --local-dir DIR` and name that DIR as its `checkpoint`"
+    fetch = "download it elsewhere with `hf download NAME --local-dir DIR` and name that DIR as its `checkpoint`"
     for name in missing:
         if constants.HF_HUB_OFFLINE:
             yield Finding("error", "hub", f"{name} is not in the cache, and HF_HUB_OFFLINE is set", fetch)
@@ -125,7 +125,7 @@ def hub(needs: Needs) -> Iterator[Finding]:
             status = machine.http_status(where, "HEAD", token=get_token())
         except OSError as error:
             why = f"{', '.join(missing)}: not in the cache, and the hub cannot be reached ({error})"
-            yield Finding("error", "hub", why, f"mend the network or $HTTPS_PROXY, or {fetch}")
+            yield Finding("error", "hub", why, f"repair the network or $HTTPS_PROXY, or {fetch}")
             return
         if status in (401, 403):
             todo = "accept its terms on its page, and log in: hf auth login"
@@ -133,4 +133,4 @@ def hub(needs: Needs) -> Iterator[Finding]:
         elif status >= 400:
             yield Finding("error", "hub", f"{name}: the hub answers {status}", "check the name")
         else:
-            yield Finding("ok", "hub", f"{name} can be fetched")
+            yield Finding("ok", "hub", f"{name} can be downloaded")

@@ -54,7 +54,7 @@ def filter_(planner: Planner, stage: Stage) -> Cost:
         share = planner.assumed.accepted if s.require_correct else 1.0
         accepted = dataclasses.replace(answers, rows=round(answers.rows * share), counted=False)
     planner.corpora[s.out] = accepted
-    disk = answers.tokens * planner.assumed.text_bytes  # the rejects stand beside it
+    disk = answers.tokens * planner.assumed.text_bytes  # the rejects are written next to it
     return Cost(stage.name, stage.verb, disk=disk, how=f"{_rows(accepted)} of {answers.rows:,.0f} accepted")
 
 
@@ -114,7 +114,7 @@ def train(planner: Planner, stage: Stage) -> Cost:
         if cost.memory > FITS * planner.gpu.memory:
             full = estimate(model.config, s.pack_tokens, shards, "full", dtype, "cuda").total
             cost.too_big = (
-                f"{cost.memory / 1e9:.0f} GB on each of {processes}, where there are {planner.gpu.memory / 1e9:.0f} "
+                f"{cost.memory / 1e9:.0f} GB on each of {processes}, which have {planner.gpu.memory / 1e9:.0f} "
                 f"(`activation_checkpointing: full`: {full / 1e9:.0f})"
             )
     return cost
@@ -217,11 +217,11 @@ def align(planner: Planner, stage: Stage) -> Cost:
 def answering(
     cost: Cost, model: Model, s: SamplingSettings, sets: Sequence[Corpus], gpu: GPU | None, assumed: Assumptions
 ) -> None:
-    """Fill in what it takes to write the answers of `sets`, one set after the other, by one start of the servers.
+    """Fill in what it takes to write the answers of `sets`, one set after the other, with servers started once.
 
-    Decoding reads the weights and the KV cache of all running answers once a token (Pope et al., arXiv 2211.05102,
+    Decoding reads the weights and the KV cache of all running answers once per token (Pope et al., arXiv 2211.05102,
     section 2); the batch is what memory, concurrency and the set allow. At the end of a set one answer runs alone to
-    the limit, as greedy ones do that repeat themselves.
+    the limit, as greedy answers do that repeat themselves.
     """
     serve, config = s.serve, model.config
     width = model.width if serve.dtype == "auto" else BYTES[serve.dtype]
@@ -245,7 +245,7 @@ def answering(
     room = assumed.serve_memory * gpu.memory * serve.tp - weights
     if room < longest * kv:
         usable = assumed.serve_memory * gpu.memory / 1e9
-        cost.too_big = f"{cost.memory / 1e9:.0f} GB on each of {serve.tp}, where {usable:.0f} can be used (`serve.tp`)"
+        cost.too_big = f"{cost.memory / 1e9:.0f} GB on each of {serve.tp}, which can use {usable:.0f} (`serve.tp`)"
         return
     flops, read = gpu.flops * assumed.prefill_mfu * serve.tp, gpu.bandwidth * assumed.decode_bandwidth * serve.tp
     seconds, batches = assumed.startup_s, []

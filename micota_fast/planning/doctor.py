@@ -1,6 +1,6 @@
-"""`micota doctor`: is this machine fit for a recipe? A line a check, each with what to do; nothing is started or kept.
+"""`micota doctor`: checks this machine for a recipe. Starts nothing and leaves nothing behind.
 
-Every question to something that may not answer (a driver, an interpreter, the network) has a time limit.
+Everything that may not answer (a driver, an interpreter, the network) is asked under a time limit.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from micota_fast.planning.needs import Finding, Needs
 
 
 def check(recipe: Recipe, path: Path, folder: Path) -> int:
-    """Print a line a check; returns 1 where one is an error, else 0.
+    """Print one line per check, with a fix; returns the exit status: 1 if there are errors, else 0.
 
     Raises:
         InputError: the recipe itself is wrong.
@@ -23,15 +23,15 @@ def check(recipe: Recipe, path: Path, folder: Path) -> int:
         counts[finding.level] += 1
         print(finding, flush=True)
     words = [f"{n} {level}{'s' * (n != 1)}" for level, n in counts.items() if n and level != "ok"]
-    print(f"{recipe.name}: {', '.join(reversed(words)) or 'this machine will do'}")
+    print(f"{recipe.name}: {', '.join(reversed(words)) or 'ready to run on this machine'}")
     return int(counts["error"] > 0)
 
 
 def _findings(needs: Needs) -> Iterator[Finding]:
-    """All of them, in the report's order."""
+    """Yield all findings, in the report's order."""
     yield from checks_recipe.files(needs)
     if needs.unplanned:
-        yield Finding("warning", "needs", f"not known: {needs.unplanned}", "mend that, and run this again")
+        yield Finding("warning", "needs", f"not known: {needs.unplanned}", "fix that, and run this again")
     yield from checks_recipe.packages(needs)
     yield from checks_machine.gpus(needs)
     yield from checks_machine.attention(needs)

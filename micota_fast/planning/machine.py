@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, memory, ports, network. Every question that may find no answer has a time limit."""
+"""What this machine has: GPUs, memory, ports, network. Whatever may not answer is asked under a time limit."""
 
 import itertools
 import os
@@ -31,10 +31,10 @@ class Device(NamedTuple):
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
-    """What `function` returns, unless it takes longer: what it waits for (a resolver, a socket) may have no limit.
+    """Return what `function` returns, unless it takes longer: what it waits for (a resolver, a socket) may never come.
 
     Raises:
-        TimeoutError: it was not done in time; its thread is left to itself and ends with this process.
+        TimeoutError: it was not done in time; its thread is left alone and ends with this process.
         Exception: what `function` raises.
     """
     outcome: list[Any] = []
@@ -58,7 +58,7 @@ def within(seconds: float, function: Callable[[], T]) -> T:
 
 
 def devices() -> list[Device]:
-    """The GPUs that a process of ours would see; none where there is no nvidia-smi.
+    """Return the GPUs that a process of ours would see; none without nvidia-smi.
 
     Raises:
         InputError: nvidia-smi fails, or does not answer.
@@ -71,7 +71,7 @@ def devices() -> list[Device]:
         rows = [[cell.strip() for cell in line.split(",")] for line in out.splitlines() if line.strip()]
         found = [Device(name, float(mib) * 2**20, float(capability), driver) for name, mib, capability, driver in rows]
     except ValueError:
-        raise InputError(f"nvidia-smi does not tell what GPUs have: {out.strip()[:200]}") from None
+        raise InputError(f"nvidia-smi does not report GPUs in a known form: {out.strip()[:200]}") from None
     named = os.environ.get(VISIBLE)
     if named is None:
         return found
@@ -85,7 +85,7 @@ def devices() -> list[Device]:
 
 
 def output(command: list[str]) -> str:
-    """What a program prints.
+    """Return what a program prints.
 
     Raises:
         InputError: it cannot be run, fails, or takes longer than PROBE_S.
@@ -103,7 +103,7 @@ def output(command: list[str]) -> str:
 
 
 def available_memory() -> float:
-    """Bytes that can be had: of the machine, or of our control group where that has less left."""
+    """Return the bytes of memory that are available to us: of the machine, or of our control group if that has less."""
     text = Path("/proc/meminfo").read_text(encoding="utf-8") if Path("/proc/meminfo").exists() else ""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
     there = float(found[1]) * 1024 if found else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -121,7 +121,7 @@ def available_memory() -> float:
 
 
 def cores() -> int:
-    """Cores that this process may use: those it is bound to, or fewer by its control group's quota of time."""
+    """Return the number of cores that this process may use: those it is bound to, or fewer by its group's quota."""
     quota, _, period = _of_group("cpu.max").partition(" ")  # version 2 of control groups; below, version 1
     quota = quota or _of_group("cpu/cpu.cfs_quota_us")
     period = period or _of_group("cpu/cpu.cfs_period_us")
@@ -130,7 +130,7 @@ def cores() -> int:
 
 
 def _of_group(name: str) -> str:
-    """A file of our control group, as a container sees it; empty where there is none."""
+    """Return a file of our control group, as a container sees it; empty if there is none."""
     try:
         return (CGROUPS / name).read_text(encoding="utf-8").strip()
     except OSError:
@@ -138,7 +138,7 @@ def _of_group(name: str) -> str:
 
 
 def port_obstacle(host: str, port: int) -> str | None:
-    """Why a server cannot listen there; None: it can."""
+    """Return why a server cannot listen there; None if it can."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -149,10 +149,10 @@ def port_obstacle(host: str, port: int) -> str | None:
 
 
 def http_status(url: str, method: str = "GET", token: str | None = None, proxies: bool = True) -> int:
-    """HTTP status of a request.
+    """Return the HTTP status of a request.
 
     Raises:
-        OSError: there was no answer within NETWORK_S, or `url` is none.
+        OSError: there was no answer within NETWORK_S, or `url` is not a URL.
     """
 
     def ask() -> int:
@@ -174,7 +174,7 @@ def http_status(url: str, method: str = "GET", token: str | None = None, proxies
 
 
 def unknown_interfaces() -> dict[str, str]:
-    """Of $NCCL_SOCKET_IFNAME and $GLOO_SOCKET_IFNAME those that name no network interface, with what they name."""
+    """Return those of $NCCL_SOCKET_IFNAME and $GLOO_SOCKET_IFNAME that name no interface, with what they name."""
     there = [name for _, name in socket.if_nameindex()]
     matches: dict[str, Callable[[str, str], bool]] = {
         "NCCL_SOCKET_IFNAME": lambda interface, name: interface.startswith(name.lstrip("=")),

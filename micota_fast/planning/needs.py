@@ -1,4 +1,4 @@
-"""What a recipe needs of the machine that it is to run on, and what is found about it."""
+"""What a recipe needs of the machine that will run it, and what was found about the machine."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,12 +8,12 @@ from typing import Any, Literal
 from micota_fast.config.generation import ServeConfig
 from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
-from micota_fast.pipeline.graph import Stage, plan
+from micota_fast.pipeline.graph import Stage, build_stages
 from micota_fast.planning import machine
 from micota_fast.planning.plan import CPU, DEFAULT_GPU, Plan, make_plan
 from micota_fast.planning.planner import Cost
 
-SLOW_FLOPS = 1e15  # hours on a CPU: a stage above that which asks for no device is meant for a GPU
+SLOW_FLOPS = 1e15  # hours on a CPU: a stage that takes more and names no device is meant for a GPU
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Needs:
     def __init__(self, recipe: Recipe, path: Path, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
         absent: list[str] = []
-        self.stages = plan(recipe, path, folder, absent)
+        self.stages = build_stages(recipe, path, folder, absent)
         self.absent = [what.removeprefix(f"{path}, ") for what in absent]
         self.plan: Plan | None = None
         self.unplanned = ""
@@ -64,7 +64,7 @@ class Needs:
 
     @cached_property
     def on_gpus(self) -> list[tuple[Stage, Cost]]:
-        """Those that are to run on GPUs: told to, served by SGLang, or too much for a CPU."""
+        """Those that will run on GPUs: told to, served by SGLang, or too much for a CPU."""
 
         def asks(stage: Stage, cost: Cost) -> bool:
             serve = serve_of(stage)
@@ -75,7 +75,7 @@ class Needs:
 
     @cached_property
     def pending(self) -> list[Stage]:
-        """Stages that are not done; all, where that is not known."""
+        """Stages that are not done; all of them if that is not known."""
         return self.stages if self.plan is None else [stage for stage, _ in self.to_do]
 
     @cached_property
@@ -96,16 +96,18 @@ class Needs:
 
 
 def sampling_of(stage: Stage) -> Any:
-    """How the answers of a stage are sampled; None: it writes none."""
+    """Return how the answers of a stage are sampled; None if it writes none."""
     settings = getattr(stage.settings, "generate", stage.settings)
     return settings if hasattr(settings, "serve") else None
 
 
 def serve_of(stage: Stage) -> ServeConfig | None:
+    """Return what serves the model of a stage; None if it writes no answers."""
     sampling = sampling_of(stage)
     return None if sampling is None else sampling.serve
 
 
 def urls_of(stage: Stage) -> list[str]:
+    """Return the servers of a stage that already run."""
     url = getattr(sampling_of(stage), "url", None)
     return [url] if isinstance(url, str) else url or []

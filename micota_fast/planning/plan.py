@@ -12,7 +12,7 @@ from micota_fast.common.gpu_specs import GPUS
 from micota_fast.config import loader
 from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
-from micota_fast.pipeline.graph import BASE, Artefact, Stage, plan
+from micota_fast.pipeline.graph import BASE, Artefact, Stage, build_stages
 from micota_fast.pipeline.run import Run
 from micota_fast.planning.assumptions import Assumptions
 from micota_fast.planning.figures import size, two
@@ -67,7 +67,8 @@ class Plan:
         gpu: of `gpu_specs.GPUS`, or "cpu".
         gpus: in the machine, held from the first stage to the last.
         jobs: stages that run at once.
-        absent: files and folders that the recipe names and that are not there.
+        absent: files and folders that the recipe names and that are missing.
+        dollars: price of one GPU per hour; None: not known.
     """
 
     stages: list[Stage]
@@ -81,17 +82,17 @@ class Plan:
 
     @property
     def to_do(self) -> list[Cost]:
-        """Of the stages that are not done."""
+        """The costs of the stages that are not done."""
         return [cost for cost in self.costs if not cost.done]
 
     @property
     def disk(self) -> float:
-        """Bytes at the worst moment of what is still to be written, hub downloads not counted."""
+        """Bytes at the worst moment of what is still to be written, without hub downloads."""
         passing = sorted((cost.passing for cost in self.to_do), reverse=True)
         return sum(cost.disk for cost in self.to_do) + sum(passing[: self.jobs])
 
     def gpu_hours(self, cost: Cost) -> float:
-        """GPU-hours that are paid: the whole machine is held for as long as the stage runs."""
+        """Return the GPU-hours that are paid for: the whole machine is held while the stage runs."""
         return self.gpus * (cost.hours or 0)
 
 
@@ -110,15 +111,15 @@ def make_plan(
     Args:
         recipe: loaded from `path`.
         path: of the recipe.
-        folder: of the run; what is done there is counted instead of assumed.
-        gpu: a name of `gpu_specs.GPUS`, or "cpu"; None: "cpu" where the recipe trains on one, else an H100.
-        gpus: in the machine; None: as many as the stage takes that takes most.
+        folder: of the run; stages done there are counted instead of assumed.
+        gpu: a name of `gpu_specs.GPUS`, or "cpu"; None: "cpu" if the recipe trains on one, else an H100.
+        gpus: in the machine; None: as many as the stage that takes most.
         assumed: what shapes do not say; None: the defaults.
         answer_tokens: NAME=N, mean tokens of the answers in a corpus, or of the student's own ("base").
-        dollars: an hour of one GPU.
+        dollars: price of one GPU per hour.
 
     Raises:
-        InputError: the recipe or an option is wrong, a stage takes more GPUs than `gpus`, or shapes or sizes cannot be
+        InputError: the recipe or an option is wrong, a stage takes more GPUs than `gpus`, or shapes or sizes are not
             known.
     """
     if gpu not in (None, CPU, *GPUS):
@@ -128,7 +129,7 @@ def make_plan(
     if dollars is not None and not dollars > 0:
         raise InputError(f"--dollars-per-gpu-hour must be above 0, not {dollars}")
     absent: list[str] = []
-    stages = plan(recipe, path, folder, absent)
+    stages = build_stages(recipe, path, folder, absent)
     gpu = gpu or (CPU if recipe.train.device == "cpu" else DEFAULT_GPU)
     done: dict[str, float] = {}
     if folder.is_dir():
@@ -141,7 +142,7 @@ def make_plan(
     most = max((cost for cost in costs if not cost.done), key=lambda cost: cost.gpus, default=None)
     if gpus is not None and most is not None and most.gpus > gpus:
         which = "`launch.nproc`" if most.verb == "train" else "`serve.tp`, `serve.dp` and `serve.replicas`"
-        raise InputError(f"--gpus {gpus}: {most.stage} takes {most.gpus} ({which}); set what it takes, or name more")
+        raise InputError(f"--gpus {gpus}: {most.stage} takes {most.gpus} ({which}); change that, or give more GPUs")
     gpus = gpus or max((cost.gpus for cost in costs), default=0)
     absent = [what.removeprefix(f"{path}, ") for what in absent]
     return Plan(stages, costs, downloads(stages), gpu, gpus, recipe.launch.jobs, absent, dollars)
@@ -159,19 +160,19 @@ def _lengths(given: Sequence[str], recipe: Recipe) -> dict[str, float]:
 
 
 def downloads(stages: Sequence[Stage]) -> dict[str, float]:
-    """Bytes of the hub models that are not in the local cache yet, by name."""
+    """Return the bytes of the hub models that are not in the local cache yet, by name."""
     names = dict.fromkeys(a.location for stage in stages for a in stage.inputs if named_on_hub(a))
     models = {name: Model(shapes_of(name), 0, name) for name in names if not weights_cached(name)}
     return {name: float(parameters(model.config) * model.width) for name, model in models.items()}
 
 
 def named_on_hub(artefact: Artefact) -> bool:
-    """Whether it is a hub's name, and not a file that is missing."""
+    """Return whether it is a hub name, not a missing file."""
     return artefact.on_hub and not Path(artefact.location).is_absolute()
 
 
 def table(made: Plan, assumed: Assumptions) -> str:
-    """The plan as text, figures with two significant digits."""
+    """Return the plan as text, with two significant digits."""
     head = ["stage", "tokens", "FLOPs", "hours", "GPU-hours", "memory", "disk", *(["cost"] if made.dollars else []), ""]
     rows = [head, *(_row(cost, made) for cost in made.costs)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
@@ -224,7 +225,7 @@ def _totals(made: Plan) -> list[str]:
         if idle > 0.1 * paid:
             parts[-1] += f", {two(idle)} of them idle (more `serve.replicas` would use them)"
         if made.dollars:
-            parts += [f"${two(paid * made.dollars)} at ${made.dollars:g} a GPU-hour"]
+            parts += [f"${two(paid * made.dollars)} at ${made.dollars:g} per GPU-hour"]
     lines = [f"{what}: {'; '.join(parts)}."]
     if big := [cost.stage for cost in made.to_do if cost.too_big]:
         lines.append(f"DOES NOT FIT on {made.gpu.upper()}: {', '.join(big)}.")
@@ -233,30 +234,30 @@ def _totals(made: Plan) -> list[str]:
         total = sum(made.downloads.values())
         lines[-1] += f", and {size(total)} of {len(made.downloads)} models from the hub ({', '.join(made.downloads)})"
     lines[-1] += "."
-    lines += [f"Not there: {what}" for what in made.absent]
+    lines += [f"Missing: {what}" for what in made.absent]
     return lines
 
 
 def _legend(made: Plan, assumed: Assumptions) -> list[str]:
     lines = [
-        "This is a plan, not a measurement. Shapes are exact; lengths, efficiencies and so hours are assumed, except",
-        "those of stages that are done. Tokens: read and written, in training over all epochs. GPU-hours: of the whole",
-        "machine for as long as a stage runs. Memory: the least that each GPU (or process) needs, without the",
-        "allocator's gaps; of a server, weights and one longest answer. Disk: what stays + what is there while the",
-        "stage runs. –: none, or not estimated, as time on a CPU. Each set of answers ends with one that runs alone to",
-        "`max_new_tokens`, as greedy ones do that repeat themselves. A merged model's answers are assumed to have the",
-        "geometric mean of its parents' length, and none to be above a quarter of the longest `max_new_tokens`.",
-        "Assumed (change: --assume KEY=VALUE; the length of answers by corpus: --answer-tokens NAME=TOKENS):",
+        "This is a plan, not a measurement. Shapes are exact. Lengths and efficiencies, and so hours, are assumed,",
+        "except those of stages that are done. Tokens: read and written, in training over all epochs. GPU-hours: of",
+        "the whole machine while a stage runs. Memory: the least that each GPU (or process) needs, without the",
+        "allocator's gaps; for a server, weights and one longest answer. Disk: what stays + what exists only while the",
+        "stage runs. –: none, or not estimated, like time on a CPU. Each set of answers ends with one that runs alone",
+        "to `max_new_tokens`, as greedy answers do that repeat themselves. A merged model's answers are assumed to be",
+        "as long as the geometric mean of its parents', and none to exceed a quarter of the longest `max_new_tokens`.",
+        "Assumptions (to change them: --assume KEY=VALUE; lengths of answers by corpus: --answer-tokens NAME=TOKENS):",
     ]
     for field in dataclasses.fields(assumed):
         value, source = getattr(assumed, field.name), field.metadata["source"]
-        source = source if value == field.default else "as you say"
+        source = source if value == field.default else "as given"
         lines.append(f"  {field.name} = {value:g}: {field.metadata['doc']} [{source}]")
     return lines
 
 
 def write_json(file: str, made: Plan, assumed: Assumptions) -> None:
-    """All of it with all its digits: hours, bytes, FLOPs."""
+    """Write all of it with all digits: hours, bytes, FLOPs."""
     content: Mapping[str, Any] = {
         "stages": [dataclasses.asdict(cost) | {"gpu_hours": made.gpu_hours(cost)} for cost in made.costs],
         "downloads": made.downloads,

@@ -29,7 +29,7 @@ _KNOWN = re.compile(r"Qwen/Qwen2\.5-(?:Math-|Coder-)?([\d.]+B)(?:-Instruct)?|dee
 
 
 def known_shapes(name: str) -> ModelConfig | None:
-    """Of a Qwen2.5 or an R1-Distill-Qwen model of the hub; None for others.
+    """Return the shapes of a Qwen2.5 or an R1-Distill-Qwen model of the hub; None for others.
 
     The distilled ones are Qwen2.5 models trained further (arXiv 2501.12948, table 6); that of 1.5B has an output matrix
     of its own (its config.json).
@@ -57,7 +57,7 @@ def known_shapes(name: str) -> ModelConfig | None:
 
 @cache
 def shapes_of(location: str) -> ModelConfig:
-    """Of a checkpoint's folder, or of a name on the hub; never takes longer than `HUB_TIMEOUT_S`.
+    """Return the shapes of a checkpoint's folder, or of a name on the hub, within `HUB_TIMEOUT_S`.
 
     Raises:
         InputError: the folder or its config.json is missing or bad; or the hub did not give a model's config.json.
@@ -65,7 +65,7 @@ def shapes_of(location: str) -> ModelConfig:
     if Path(location).is_dir():
         return ModelConfig.from_checkpoint(location)
     if location.count("/") != 1 or location.startswith(("/", ".")):
-        raise InputError(f"{location}: no such folder, so the shapes of the model are not known")
+        raise InputError(f"{location}: no such folder, so the model's shapes are not known")
     if (file := cached_on_disk(location)) is not None:
         return ModelConfig.from_checkpoint(file.parent)
     if (known := known_shapes(location)) is not None:
@@ -80,7 +80,7 @@ def shapes_of(location: str) -> ModelConfig:
     except (OSError, ValueError, RuntimeError) as error:  # what the hub raises derives from one of these
         raise InputError(
             f"{location}: its config.json is not here, and the hub did not give it ({_first_line(error)}); name a "
-            f"folder that holds it, or run this where there is a network"
+            f"folder that contains it, or run this with a network"
         ) from None
     return ModelConfig.from_checkpoint(file.parent)
 
@@ -90,7 +90,7 @@ def _first_line(error: Exception) -> str:
 
 
 def cached_on_disk(name: str, file: str = "config.json") -> Path | None:
-    """A file of a hub model in the local cache; None: it is not there."""
+    """Return a file of a hub model in the local cache; None if it is not there."""
     import huggingface_hub
 
     found: Any = huggingface_hub.try_to_load_from_cache(name, file)
@@ -98,7 +98,7 @@ def cached_on_disk(name: str, file: str = "config.json") -> Path | None:
 
 
 def weights_cached(name: str) -> bool:
-    """Whether the local cache holds all of a hub model's weights, and not its config.json alone."""
+    """Return whether the local cache contains all of a hub model's weights, not only its config.json."""
     if cached_on_disk(name, "model.safetensors") is not None:
         return True
     index = cached_on_disk(name, "model.safetensors.index.json")

@@ -27,7 +27,7 @@ from micota_fast.config import loader
 from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
 from micota_fast.length_sweep.curve import Point, bend, isotonic, measure, weight_of
-from micota_fast.pipeline.graph import plan
+from micota_fast.pipeline.graph import build_stages
 from micota_fast.pipeline.run import Run
 from micota_fast.statistics.intervals import median95, wilson95
 
@@ -300,7 +300,7 @@ def test_a_merge_of_a_wanted_length_in_a_recipe(micro: Path, tmp_path: Path) -> 
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     recipe = loader.load(Recipe, tmp_path / "recipe.yaml")
-    stages = plan(recipe, tmp_path / "recipe.yaml", tmp_path / "run")
+    stages = build_stages(recipe, tmp_path / "recipe.yaml", tmp_path / "run")
     (sweep,) = (stage for stage in stages if stage.name == "model/mid")
     run = Run([sweep], recipe.launch, tmp_path / "run")
     run.run(lambda _: None)

@@ -63,7 +63,7 @@ def test_killed_in_each_kind_of_stage_gives_the_same_table(finished: Path, tmp_p
         assert process.stdout is not None
         for line in process.stdout:
             kind = line.partition("] ")[2].partition("/")[0].partition(":")[0]
-            if kind in KINDS and kind not in killed and line.rstrip().endswith((": starts", ": goes on")):
+            if kind in KINDS and kind not in killed and line.rstrip().endswith((": starts", ": resumes")):
                 time.sleep(0.2 if kind in ("corpus", "report") else 0.4 + 0.3 * len(killed))  # some in mid-work
                 if process.poll() is None:
                     os.kill(process.pid, signal.SIGKILL)

@@ -9,7 +9,7 @@ import yaml
 from micota_fast.config import loader
 from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
-from micota_fast.pipeline.graph import Stage, plan
+from micota_fast.pipeline.graph import Stage, build_stages
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -62,7 +62,7 @@ def folder(tmp_path: Path) -> Path:
 def planned(folder: Path, change: dict[str, Any] | None = None, overrides: tuple[str, ...] = ()) -> dict[str, Stage]:
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(RECIPE | (change or {})))
-    stages = plan(loader.load(Recipe, file, overrides), file, folder / "run")
+    stages = build_stages(loader.load(Recipe, file, overrides), file, folder / "run")
     return {stage.name: stage for stage in stages}
 
 
@@ -177,7 +177,7 @@ def test_a_recipe_of_the_version_before_makes_the_same_stages(folder: Path, caps
         ),
         (
             ("corpora.long.generate.model=assistant-mid",),
-            "made of each other: model/assistant-mid -> model/assistant-long -> corpus/long -> answers/long",
+            "made from each other: model/assistant-mid -> model/assistant-long -> corpus/long -> answers/long",
         ),
         (("arms={../../up: mid}",), r"`arms`: '../../up' is no name"),
         (("corpora.a/b={file: x}",), r"`corpora`: 'a/b' is no name"),
@@ -199,7 +199,7 @@ def test_a_recipe_of_the_version_before_makes_the_same_stages(folder: Path, caps
         (("generate.temperature=.nan",), "`temperature` must be at least 0"),
         (("filter.timeout_s=0",), "`timeout_s` must be at least"),
         (("seeds=[1,1]",), "`seeds` must be a list of different numbers"),
-        (("corpora.mix.mix={mix: 1}",), "made of each other: corpus/mix -> corpus/mix"),
+        (("corpora.mix.mix={mix: 1}",), "made from each other: corpus/mix -> corpus/mix"),
         (("models.assistant-mid.merge.mergekit.base_model=org/other",), "'org/other' is not a name under `models`"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The pipeline on cheap real stages (filter, mix): what is done, stale, set aside, taken up again, killed."""
+"""The pipeline on cheap real stages (filter, mix): what is done, stale, set aside, restored, killed."""
 
 import json
 import os
@@ -116,7 +116,7 @@ def test_changed_option_is_named_and_the_old_artefact_comes_back(sources: Path) 
     assert (sources / "run/corpus/mix/corpus.jsonl").read_bytes() != old
     said: list[str] = []
     Run(stages(sources, sources / "run"), ONE_JOB, sources / "run").run(said.append)
-    assert ["taken up again" in line for line in said] == [True]
+    assert [": restored" in line for line in said] == [True]
     assert (sources / "run/corpus/mix/corpus.jsonl").read_bytes() == old
 
 
@@ -150,7 +150,7 @@ def test_files_that_are_not_ours_are_left_alone(sources: Path) -> None:
     thesis = sources / "run" / "corpus" / "mix" / "thesis.tex"
     thesis.parent.mkdir(parents=True)
     thesis.write_text("years of work")
-    with pytest.raises(InputError, match=r"corpus/mix holds files that no run has made"):
+    with pytest.raises(InputError, match=r"corpus/mix contains files that no run has made"):
         make(sources)
     assert thesis.read_text() == "years of work"
 

@@ -141,7 +141,7 @@ def test_a_bare_machine_will_not_do_for_the_paper(
     assert status == 1
     assert said.levels("files") == ["ok"]
     assert said.levels("GPUs") == ["error"]
-    assert "none visible, 8 are needed" in said.text("GPUs")
+    assert "none visible, 8 needed" in said.text("GPUs")
     assert "run on a machine with 8 GPUs of" in said.text("GPUs")
     assert said.levels("SGLang") == ["error"]
     assert f"not installed for {sys.executable}" in said.text("SGLang")
@@ -150,7 +150,7 @@ def test_a_bare_machine_will_not_do_for_the_paper(
     assert "cannot be reached" in said.text("hub")
     assert "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B" in said.text("hub")
     assert said.levels("attention") == ["warning"]
-    assert said.levels("memory") == ["error"] or "available, 180 GB are needed" in said.text("memory")
+    assert said.levels("memory") == ["error"] or "available, 180 GB needed" in said.text("memory")
 
 
 def test_every_missing_file_and_a_damaged_checkpoint_are_named(
@@ -197,15 +197,15 @@ def test_gpus_are_counted_and_measured(
     smi(tmp_path, 8)
     _, said = doctor(capsys, *call)
     assert said.levels("GPUs") == ["ok"]
-    assert "8 (NVIDIA H100 80GB HBM3), 8 are needed" in said.text("GPUs")
+    assert "8 (NVIDIA H100 80GB HBM3), 8 needed" in said.text("GPUs")
     assert said.levels("GPU memory") == ["ok"]
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
     _, said = doctor(capsys, *call)
-    assert "2 visible, 8 are needed" in said.text("GPUs")
+    assert "2 visible, 8 needed" in said.text("GPUs")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     _, said = doctor(capsys, *call)
-    assert "none visible, 8 are needed" in said.text("GPUs")
+    assert "none visible, 8 needed" in said.text("GPUs")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
 
     smi(tmp_path, 8, mib=40960, capability="7.5")
@@ -337,7 +337,7 @@ def test_sglang_in_an_interpreter_of_its_own(
 @pytest.mark.parametrize(
     ("answer", "level", "text"),
     [
-        (200, "ok", "can be fetched"),
+        (200, "ok", "can be downloaded"),
         (401, "error", "no access (401)"),
         (404, "error", "the hub answers 404"),
     ],
@@ -394,7 +394,7 @@ def test_ports_and_servers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         status, said = doctor(capsys, *call, *(f"--set={option}" for option in options))
         assert status == 1
         assert sorted(said.levels("port")) == ["error", "ok"]
-        assert f"127.0.0.1:{port} cannot be had for answers/long" in said.text("port")
+        assert f"127.0.0.1:{port} is not available to answers/long" in said.text("port")
         assert f"127.0.0.1:{free} is free" in said.text("port")
         assert said.levels("server") == ["ok", "warning"]
         assert f"{dead} does not answer" in said.text("server")

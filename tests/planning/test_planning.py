@@ -23,7 +23,7 @@ from micota_fast.data.tokenise import Documents
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder
-from micota_fast.pipeline.graph import Artefact, Stage, plan
+from micota_fast.pipeline.graph import Artefact, Stage, build_stages
 from micota_fast.pipeline.run import Run
 from micota_fast.planning.assumptions import Assumptions
 from micota_fast.planning.costs import answering, train
@@ -133,7 +133,7 @@ def test_a_model_that_does_not_fit_is_said_not_to() -> None:
     answering(cost, model, settings, [Corpus(10, 100, 600, 700)], GPUS["h100"], Assumptions())
     assert cost.hours is None
     # 65.5 GB of weights and 16,484 tokens of 262,144 bytes.
-    assert cost.too_big == "70 GB on each of 1, where 68 can be used (`serve.tp`)"
+    assert cost.too_big == "70 GB on each of 1, which can use 68 (`serve.tp`)"
 
 
 def of_recipe(name: str, *overrides: str, folder: Path = Path("/nowhere/run"), **options: Any) -> Plan:
@@ -172,7 +172,7 @@ def test_the_paper_recipe_by_hand() -> None:
     assert costs["evaluate/mid-seed0"].tokens == pytest.approx(2564 * (prompt + math.sqrt(600 * 4000)))
     paid = sum(8 * (cost.hours or 0) for cost in made.costs)
     assert f"{two(paid)} GPU-hours" in table(made, Assumptions())
-    assert f"${two(2 * paid)} at $2 a GPU-hour" in table(made, Assumptions())
+    assert f"${two(2 * paid)} at $2 per GPU-hour" in table(made, Assumptions())
 
 
 def test_a_benchmark_that_is_asked_more_often_counts_so_often() -> None:
@@ -289,7 +289,7 @@ def test_assumptions_can_be_changed_and_are_checked(capsys: pytest.CaptureFixtur
     assert main([*common, "--assume", "train_mfu=0.2", "--answer-tokens", "long=1000", "--gpus=8"]) == 0
     printed = capsys.readouterr().out
     assert "train_mfu = 0.2: FLOP utilisation of training, what activation" in printed
-    assert "again counted as well [as you say]" in printed
+    assert "again counted as well [as given]" in printed
     assert "This is a plan, not a measurement" in printed
     written = json.loads(file.read_text())
     student = next(stage for stage in written["stages"] if stage["stage"] == "student/long-seed0")
@@ -327,7 +327,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small run, made by the pipeline's own stages, some of which are left to do."""
     folder = tmp_path_factory.mktemp("plan") / "run"
     recipe = loader.load(Recipe, MICRO, SMALL)
-    stages = [stage for stage in plan(recipe, MICRO, folder) if stage.verb in MODELS and stage.name not in LEFT]
+    stages = [stage for stage in build_stages(recipe, MICRO, folder) if stage.verb in MODELS and stage.name not in LEFT]
     Run(stages, LaunchConfig(jobs=2, threads=1), folder).run(lambda _: None)
     return folder
 

