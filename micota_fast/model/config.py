@@ -46,6 +46,7 @@ class Family:
         head_dim: default; None: hidden_size / num_attention_heads.
         mlp_bias: the key `mlp_bias` is known.
         qk_norm: heads of queries and keys are normalised.
+        windowed: `sliding_window`, unless null, holds in all layers; otherwise only with `use_sliding_window`.
     """
 
     max_position_embeddings: int
@@ -54,12 +55,14 @@ class Family:
     head_dim: int | None = None
     mlp_bias: bool = False
     qk_norm: bool = False
+    windowed: bool = False
 
 
 FAMILIES = {
     "Qwen2ForCausalLM": Family(max_position_embeddings=32768, attention_bias="qkv"),
     "Qwen3ForCausalLM": Family(max_position_embeddings=32768, head_dim=128, qk_norm=True),
     "LlamaForCausalLM": Family(max_position_embeddings=2048, kv_heads_stated=False, mlp_bias=True),
+    "MistralForCausalLM": Family(max_position_embeddings=131072, attention_bias="none", windowed=True),
 }
 """The families that the decoder computes, by their name under `architectures` in config.json."""
 
@@ -107,7 +110,7 @@ class ModelConfig:
         keys = _Keys(d, where)
         architecture = _architecture(keys)
         family = FAMILIES[architecture]
-        _refuse_unsupported(keys)
+        _refuse_unsupported(keys, family)
         hidden_size, heads = keys.positive_int("hidden_size"), keys.positive_int("num_attention_heads")
         if d.get("num_key_value_heads") is None and family.kv_heads_stated:
             raise InputError(
@@ -211,7 +214,7 @@ def _architecture(keys: _Keys) -> str:
     raise keys.refuse("architectures", f"{named!r} is not supported; supported are {', '.join(FAMILIES)}")
 
 
-def _refuse_unsupported(keys: _Keys) -> None:
+def _refuse_unsupported(keys: _Keys, family: Family) -> None:
     """Refuse what would change the result if it were ignored."""
     d = keys.d
     if d.get("hidden_act", "silu") != "silu":
@@ -229,6 +232,8 @@ def _refuse_unsupported(keys: _Keys) -> None:
     windowed_from = d.get("max_window_layers", 28) if d.get("sliding_window", 4096) is not None else float("inf")
     if d.get("use_sliding_window") and windowed_from < keys.positive_int("num_hidden_layers"):
         raise keys.refuse("use_sliding_window", "sliding-window attention is not supported; set it to false")
+    if family.windowed and (window := d.get("sliding_window", 4096)) is not None:
+        raise keys.refuse("sliding_window", f"sliding-window attention (here of {window} tokens) is not supported")
 
 
 def _rope_config(keys: _Keys, max_position_embeddings: int) -> RopeConfig:

@@ -1,5 +1,6 @@
 """The decoder computes what transformers computes: families, RoPE types, dtypes, gradients, packing, caching."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from helpers.checkpoints import VOCAB_SIZE, make_checkpoint
+from micota_fast.errors import InputError
 from micota_fast.model import config
 from micota_fast.model.attention import PackedAttention
 from micota_fast.model.config import ModelConfig
@@ -20,7 +22,12 @@ from micota_fast.model.rope import RotaryEmbedding
 from micota_fast.model.safetensors_io import init_random, load_model
 
 # Families by their `model_type` in transformers, with settings that the decoder needs; and options that are theirs.
-FAMILIES: dict[str, dict[str, Any]] = {"qwen2": {}, "qwen3": {}, "llama": {}}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {},
+    "llama": {},
+    "mistral": {"sliding_window": None},
+}
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"tie_word_embeddings": False}),
     ("qwen2", {"num_key_value_heads": 4}),
@@ -31,6 +38,8 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"mlp_bias": True}),
     ("llama", {"tie_word_embeddings": True, "head_dim": 32}),
     ("llama", {"rms_norm_eps": 0.1}),
+    ("mistral", {"head_dim": 32}),  # as Mistral-Nemo has it: not hidden_size / heads
+    ("mistral", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
 ]
 THETA = {"rope_theta": 500.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **THETA}
@@ -100,6 +109,17 @@ def test_logits_equal_transformers(tmp_path: Path, family: str, rope: str) -> No
 @pytest.mark.parametrize(("family", "overrides"), OPTIONS, ids=str)
 def test_logits_equal_transformers_with_options(tmp_path: Path, family: str, overrides: dict[str, Any]) -> None:
     assert_same_logits(make_checkpoint(tmp_path, family, **FAMILIES[family], **overrides))
+
+
+def test_a_sliding_window_of_mistral_is_refused(tmp_path: Path) -> None:
+    """Also the one of 4096 tokens that transformers takes where the key is missing."""
+    checkpoint = make_checkpoint(tmp_path, "mistral", sliding_window=8)
+    with pytest.raises(InputError, match=r"config\.json: sliding_window: .*of 8 tokens\) is not supported"):
+        load_model(checkpoint)
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "sliding_window"}))
+    with pytest.raises(InputError, match=r"sliding_window: .*of 4096 tokens"):
+        load_model(checkpoint)
 
 
 def test_gradients_equal_transformers(checkpoint: Path) -> None:
