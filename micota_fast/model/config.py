@@ -4,34 +4,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from micota_fast.errors import InputError
-
-RopeType = Literal["default", "linear", "llama3", "yarn"]
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864) and its scaling for longer contexts.
-
-    The fields carry the names and defaults of the `rope_parameters` of transformers 5 (`rope_scaling` before it).
-    `factor` belongs to all types but default; `low_freq_factor` and `high_freq_factor` to llama3;
-    `original_max_position_embeddings` (tokens) to llama3 and yarn; the rest to yarn.
-    """
-
-    rope_type: RopeType = "default"
-    rope_theta: float = 10000.0
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
+from micota_fast.model.json_keys import Keys
+from micota_fast.model.rope_config import RopeConfig, read_rope, written_rope
 
 
 @dataclass(frozen=True)
@@ -107,7 +84,7 @@ class ModelConfig:
         """Build from the content of a config.json; `where` names it in errors."""
         if not isinstance(d, Mapping):
             raise InputError(f"{where}: expected a JSON object, found {type(d).__name__}")
-        keys = _Keys(d, where)
+        keys = Keys(d, where)
         architecture = _architecture(keys)
         family = FAMILIES[architecture]
         _refuse_unsupported(keys, family)
@@ -143,7 +120,7 @@ class ModelConfig:
             o_bias=stated_bias,
             mlp_bias=family.mlp_bias and keys.boolean("mlp_bias", False),
             qk_norm=family.qk_norm,
-            rope=_rope_config(keys, max_positions),
+            rope=read_rope(keys, max_positions),
             raw=dict(d),
         )
 
@@ -156,57 +133,13 @@ class ModelConfig:
     def to_dict(self, dtype_name: str) -> dict[str, Any]:
         """The config.json to save: the one that was read, with the dtype of the saved tensors.
 
-        transformers 5 keeps RoPE in `rope_parameters` and the dtype in `dtype`; transformers 4 and the tools built on
-        it read `rope_theta`, `rope_scaling` and `torch_dtype`, and ignore the new keys in silence. Both are written.
+        transformers 5 keeps the dtype in `dtype` and RoPE in `rope_parameters`; transformers 4 and the tools built on
+        it read `torch_dtype`, `rope_theta` and `rope_scaling`. Both are written.
         """
-        d = {**self.raw, "dtype": dtype_name, "torch_dtype": dtype_name}
-        parameters = d.get("rope_parameters")
-        if isinstance(parameters, Mapping):
-            d["rope_theta"] = self.rope.rope_theta
-            if self.rope.rope_type != "default":
-                d["rope_scaling"] = dict(parameters)
-        return d
+        return {**self.raw, "dtype": dtype_name, "torch_dtype": dtype_name, **written_rope(self.rope, self.raw)}
 
 
-class _Keys:
-    """Typed look-ups in one JSON object whose errors name the file and the key."""
-
-    def __init__(self, d: Mapping[str, Any], where: str, prefix: str = "") -> None:
-        self.d, self.where, self.prefix = d, where, prefix
-
-    def refuse(self, key: str, why: str) -> InputError:
-        return InputError(f"{self.where}: {self.prefix}{key}: {why}")
-
-    def _value(self, key: str, default: Any) -> Any:
-        value = self.d.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise self.refuse(key, "missing; the architecture needs it")
-        return value
-
-    def positive_int(self, key: str, default: int | None = None) -> int:
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.refuse(key, f"expected a positive integer, found {value!r}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise self.refuse(key, f"expected a positive number, found {value!r}")
-        return float(value)
-
-    def optional_number(self, key: str) -> float | None:
-        return None if self.d.get(key) is None else self.number(key)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self._value(key, default)
-        if not isinstance(value, bool):
-            raise self.refuse(key, f"expected true or false, found {value!r}")
-        return value
-
-
-def _architecture(keys: _Keys) -> str:
+def _architecture(keys: Keys) -> str:
     named = keys.d.get("architectures")
     for architecture in FAMILIES:
         if named == [architecture]:
@@ -214,7 +147,7 @@ def _architecture(keys: _Keys) -> str:
     raise keys.refuse("architectures", f"{named!r} is not supported; supported are {', '.join(FAMILIES)}")
 
 
-def _refuse_unsupported(keys: _Keys, family: Family) -> None:
+def _refuse_unsupported(keys: Keys, family: Family) -> None:
     """Refuse what would change the result if it were ignored."""
     d = keys.d
     if d.get("hidden_act", "silu") != "silu":
@@ -223,8 +156,6 @@ def _refuse_unsupported(keys: _Keys, family: Family) -> None:
         raise keys.refuse("quantization_config", "quantised checkpoints are not supported; dequantise it first")
     if d.get("attention_dropout"):
         raise keys.refuse("attention_dropout", f"{d['attention_dropout']!r} is not supported, only 0.0")
-    if d.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise keys.refuse("partial_rotary_factor", f"{d['partial_rotary_factor']!r} is not supported, only 1.0")
     windowed = [kind for kind in d.get("layer_types") or [] if kind != "full_attention"]
     if windowed:
         raise keys.refuse("layer_types", f"{windowed[0]!r} is not supported, only 'full_attention'")
@@ -234,42 +165,3 @@ def _refuse_unsupported(keys: _Keys, family: Family) -> None:
         raise keys.refuse("use_sliding_window", "sliding-window attention is not supported; set it to false")
     if family.windowed and (window := d.get("sliding_window", 4096)) is not None:
         raise keys.refuse("sliding_window", f"sliding-window attention (here of {window} tokens) is not supported")
-
-
-def _rope_config(keys: _Keys, max_position_embeddings: int) -> RopeConfig:
-    """RoPE from `rope_scaling` + `rope_theta` (transformers 4) or `rope_parameters` (transformers 5)."""
-    name = "rope_scaling" if keys.d.get("rope_scaling") else "rope_parameters"
-    d = keys.d.get(name) or {}
-    if not isinstance(d, Mapping):
-        raise keys.refuse(name, f"expected an object, found {type(d).__name__}")
-    rope = _Keys(d, keys.where, f"{name}.")
-    rope_type = d.get("rope_type", d.get("type", "default"))
-    if rope_type not in get_args(RopeType):
-        raise rope.refuse("rope_type", f"{rope_type!r} is not supported; supported are {', '.join(get_args(RopeType))}")
-    if d.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise rope.refuse("partial_rotary_factor", f"{d['partial_rotary_factor']!r} is not supported, only 1.0")
-    theta = rope.optional_number("rope_theta") or keys.number("rope_theta", 10000.0)
-    if rope_type == "default":
-        return RopeConfig(rope_theta=theta)
-    if rope_type == "linear":
-        return RopeConfig(rope_type, theta, factor=rope.number("factor"))
-    # As in transformers, a top-level value goes before the one in the object.
-    original = rope.positive_int("original_max_position_embeddings", max_position_embeddings)
-    original = keys.positive_int("original_max_position_embeddings", original)
-    if rope_type == "llama3":
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        if not low < high:
-            raise rope.refuse("low_freq_factor", f"{low} is not below high_freq_factor {high}")
-        return RopeConfig(rope_type, theta, rope.number("factor"), original, low, high)
-    return RopeConfig(
-        rope_type,
-        theta,
-        rope.number("factor", max_position_embeddings / original),
-        original,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        attention_factor=rope.optional_number("attention_factor"),
-        mscale=rope.optional_number("mscale"),
-        mscale_all_dim=rope.optional_number("mscale_all_dim"),
-        truncate=rope.boolean("truncate", True),
-    )
