@@ -54,8 +54,8 @@ def head_inputs(checkpoint: Path, rows: Path, limit: int, device: str, dtype: to
     """What the loss sees of the first documents that together have `limit` supervised tokens (all, where fewer)."""
     chat = Chat.from_checkpoint(checkpoint, ChatConfig(system=None))
     documents = load_documents(rows, chat, PACK_TOKENS, "drop")
-    backend, _ = choose_backend("auto", device, dtype)
     model = load_model(checkpoint, dtype, device).eval()
+    backend, _ = choose_backend("auto", device, dtype, model.config.head_dim)
     first = int(np.searchsorted(np.cumsum(documents.n_targets), limit)) + 1
     order, pack_offsets = pack(documents.lengths[:first], PACK_TOKENS)
     hidden, targets = [], []

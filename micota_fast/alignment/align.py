@@ -28,6 +28,7 @@ from micota_fast.data.tokenise import Documents, load_documents
 from micota_fast.errors import InputError
 from micota_fast.kernels import linear_cross_entropy
 from micota_fast.model.attention import Backend, PackedAttention, choose_backend
+from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder
 from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.model.safetensors_io import load_model
@@ -46,7 +47,7 @@ def run(config: AlignConfig) -> None:
         raise InputError("`device`: cuda is asked for and torch sees no CUDA device; choose auto or cpu")
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.dtype)
-    backend, why = choose_backend(config.attention, device, dtype)
+    backend, why = choose_backend(config.attention, device, dtype, ModelConfig.from_checkpoint(folder).head_dim)
     print(f"align: {config.dtype} on {device}, attention {backend}: {why}")
     model = load_model(folder, dtype, device).eval()
     ends_line_V = np.array(["\n" in chat.decode([i], skip_special_tokens=False) for i in range(chat.vocab_size)])

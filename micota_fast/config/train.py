@@ -52,7 +52,7 @@ class TrainSettings:
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", doc="auto: CUDA where there is one")
     attention: Literal["auto", "flash", "varlen", "sdpa"] = option(
-        "auto", doc="auto: flash-attn 3 or 2, torch varlen, SDPA"
+        "auto", doc="auto: FlashAttention 4, 3 or 2 if installed, else torch's varlen attention, else SDPA"
     )
     mesh: MeshConfig = option(MeshConfig(), doc="how processes share the model", operational=True)
     compile: bool = option(False, doc="torch.compile each block")

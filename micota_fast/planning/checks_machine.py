@@ -25,6 +25,7 @@ from micota_fast.planning.planner import Cost
 PROCESS_BYTES = 0.6e9  # resident of an interpreter with torch: 0.61 GB in the metrics.jsonl of a micro training
 LEAST_CAPABILITY = 8.0  # bfloat16 products, and FlashAttention 2, begin with Ampere
 SHM_BYTES = 1e9  # NCCL's and SGLang's segments; Docker's default of 64 MB is too small
+TYPICAL_HEAD_DIM = 128  # of most models; a training or server checks its own model's
 OTHER_FILES = 200  # open in the client besides its connections
 
 
@@ -82,7 +83,7 @@ def attention(needs: Needs) -> Iterator[Finding]:
         asked[settings.attention, device, settings.dtype] = None
     for attention, device, dtype in asked:
         try:
-            backend, why = choose_backend(attention, device, getattr(torch, dtype))
+            backend, why = choose_backend(attention, device, getattr(torch, dtype), TYPICAL_HEAD_DIM)
         except InputError as error:
             yield Finding("error", "attention", str(error))
             continue

@@ -95,7 +95,7 @@ class Engine:
         weight = model.lm_head_weight
         self._device, self._dtype = weight.device, weight.dtype
         decode_backend, why_decode = choose_decode_backend(self._device, self._dtype)
-        self._prefill_backend, why_prefill = choose_backend("auto", self._device, self._dtype)
+        self._prefill_backend, why_prefill = choose_backend("auto", self._device, self._dtype, model.config.head_dim)
         log.info("decode attention: %s (%s)", decode_backend, why_decode)
         log.info("prefill attention: %s (%s)", self._prefill_backend, why_prefill)
         self._cache = KVCache(model.config, self._device, self._dtype, decode_backend)

@@ -6,7 +6,13 @@ from typing import Any, Literal
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 # The cost of attention grows with the square of a document's length, its result with the length: always kept.
-ATTENTION = ("aten::_scaled_dot_product", "flash_attn", "torch_attn::", "micota::cpu_attention")
+ATTENTION = (
+    "aten::_scaled_dot_product",
+    "flash_attn",
+    "torch_attn::",
+    "micota::cpu_attention",
+    "micota::flash_attention_4",
+)
 PRODUCTS = ("aten::mm", "aten::addmm")
 # Of a block's products, in the order of `decoder.Block`: q, k, v, o, and up. Gate is as large as up and computed again,
 # down is the block's last operation, whose result its backward pass never needs.

@@ -108,8 +108,9 @@ def is_finished(out: Path, identity: dict[str, Any], world: World) -> bool:
 
 def build_model(config: TrainConfig, source: Path, world: World) -> PackedLoss:
     """The decoder in float32 with its loss, and with its kernels chosen; without memory or weights yet."""
-    decoder = safetensors_io.shapes_only(ModelConfig.from_checkpoint(source), torch.float32)
-    backend, reason = choose_backend(config.attention, world.device, getattr(torch, config.dtype))
+    shape = ModelConfig.from_checkpoint(source)
+    backend, reason = choose_backend(config.attention, world.device, getattr(torch, config.dtype), shape.head_dim)
+    decoder = safetensors_io.shapes_only(shape, torch.float32)
     pointwise, whose = choose_pointwise(world.device, config.compile)
     decoder.use(pointwise)
     world.say(f"attention: {backend} ({reason}); norms, rotation and SwiGLU: {whose}")
