@@ -217,7 +217,7 @@ def _torch_varlen(cu_seqlens: Tensor, max_seqlen: int) -> AttendLayer:
     has_flag = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
     def attend(q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
-        gqa = {"enable_gqa": q_TNd.shape[1] != k_TKd.shape[1]} if has_flag else {}
+        gqa: dict[str, Any] = {"enable_gqa": q_TNd.shape[1] != k_TKd.shape[1]} if has_flag else {}
         out = varlen_attn(
             q_TNd, k_TKd, v_TKd, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **gqa
         )
