@@ -1,4 +1,4 @@
-"""A report made of handmade results, and ways to look at it."""
+"""Reports made of handmade results, what they are made of, and ways to look at them."""
 
 import json
 import math
@@ -10,17 +10,22 @@ from typing import Any
 import numpy as np
 
 from micota_fast.alignment.learnability import distribution
-from micota_fast.alignment.results import Alignment
+from micota_fast.alignment.likelihood_profile import profile
+from micota_fast.alignment.results import Alignment, Learnability, Markers, OwnOverlap
+from micota_fast.common.records import benchmark_file, write_rows
 from micota_fast.common.schema import to_json
 from micota_fast.config.report import ReportConfig
 from micota_fast.corpus.results import AcceptedTokens, CorpusCounts
+from micota_fast.evaluation.results import BenchmarkResult, EvaluationResults, GradedAnswer
 from micota_fast.report.report import run
 
 Made = tuple[str, dict[str, Any], str]
 N = {"gsm": 1000, "aime": 200}
+Answers = dict[str, np.ndarray]  # benchmark -> correct or not [problems, samples]
 
 
 def results(path: Path, correct: dict[str, int], n: dict[str, int] | None = None, **more: Any) -> str:
+    """Write a results.json: `correct` answers of `n` on each benchmark; `more` goes to every benchmark's entry."""
     n = n or N
     benchmarks = {
         name: {"n": n[name], "correct": correct[name], "accuracy": correct[name] / n[name]} | more for name in correct
@@ -31,7 +36,7 @@ def results(path: Path, correct: dict[str, int], n: dict[str, int] | None = None
 
 
 def written(tmp_path: Path) -> ReportConfig:
-    """Base 40% and 20%; short slightly better, over two seeds; mid far better, over three."""
+    """Write inputs of a report. Base 40% and 20%; short slightly better, over two seeds; mid far better, over three."""
     answers = {"truncated": 4, "no_answer": 2, "timeout": 0, "mean_tokens": 50.0}
     scores = {
         "short": [{"gsm": 410, "aime": 40}, {"gsm": 430, "aime": 44}],
@@ -77,6 +82,7 @@ def written(tmp_path: Path) -> ReportConfig:
 
 
 def made(config: ReportConfig) -> Made:
+    """Make the report; returns table.md, report.json and report.html."""
     run(config)
     out = Path(config.out)
     return (
@@ -87,6 +93,7 @@ def made(config: ReportConfig) -> Made:
 
 
 def contents(out: str) -> dict[str, bytes]:
+    """Read every file below a folder."""
     return {str(path.relative_to(out)): path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
 
 
@@ -130,3 +137,80 @@ def tabulars(tex: str) -> list[list[list[str]]]:
         assert {len(row) for row in rows} == {len(columns)}
         found.append([[cell.strip() for cell in row] for row in rows])
     return found
+
+
+def write_evaluation(folder: Path, rows: dict[str, list[GradedAnswer]]) -> str:
+    """Write what an evaluation leaves: results.json and rows/NAME.jsonl; benchmark -> its rows. Returns the former."""
+    benchmarks = {}
+    for name, answers in rows.items():
+        write_rows(folder / "rows" / benchmark_file(name), map(to_json, answers))
+        correct = sum(answer.outcome == "correct" for answer in answers)
+        problems = len({answer.id for answer in answers})
+        benchmarks[name] = BenchmarkResult(
+            problems=problems, n=len(answers), correct=correct, accuracy=correct / len(answers)
+        )
+    path = folder / "results.json"
+    path.write_text(json.dumps(to_json(EvaluationResults(model=folder.name, benchmarks=benchmarks))))
+    return str(path)
+
+
+def graded(folder: Path, answers: Answers) -> str:
+    """Write an evaluation whose answers are correct or wrong as these arrays say."""
+    asked: Any = {"problem": "?", "answer": "1", "completion": "…", "finish_reason": "stop"}
+    asked |= {"prompt_tokens": 1, "completion_tokens": 1, "seed": None}
+    rows = {
+        name: [
+            GradedAnswer(id=f"{name}-{p}", sample=s, outcome="correct" if correct_PS[p, s] else "wrong", **asked)
+            for p, s in np.ndindex(*correct_PS.shape)
+        ]
+        for name, correct_PS in answers.items()
+    }
+    return write_evaluation(folder, rows)
+
+
+def answered(seed: int, lift: float, samples: int = 1) -> Answers:
+    """Answers to the same problems, hard or easy for all; `lift` says how good the model is."""
+    ease = np.random.default_rng(0).normal(0.0, 2.0, 160)[:, None]
+    correct_PS = np.random.default_rng(seed + 1).logistic(size=(160, samples)) < ease + lift
+    return {"math": correct_PS[:120], "aime": correct_PS[120:]}
+
+
+def contamination(path: Path, **found: dict[str, Any]) -> str:
+    """What the contamination stage writes of two benchmarks."""
+    none = {"exact": [], "gram13": [], "rows": 0, "examples": []}
+    data = {
+        corpus: {
+            "rows": 40,
+            "benchmarks": {
+                name: none | {"problems": size} | of.get(name, {}) for name, size in (("gsm", 1000), ("aime", 200))
+            },
+        }
+        for corpus, of in found.items()
+    }
+    path.write_text(json.dumps(data))
+    return str(path)
+
+
+def alignment(path: Path, nats: float, own: float | None = None, **more: Any) -> str:
+    """What `micota align` writes of a corpus whose answers take `nats` on average."""
+    nll_N = np.tile(np.array([3.0, 0.5, 0.2, 0.1, 0.05], dtype=np.float32), 60)
+    counts_D = np.full(10, 30)
+    scores_D = np.linspace(0.5 * nats, 1.5 * nats, 10)
+    found = Alignment(
+        perplexity=2.5,
+        nll=math.log(2.5),
+        document_nll=distribution(np.linspace(0.5, 1.9, 10)),
+        tokens=distribution(counts_D, total=300),
+        lengths=tuple(counts_D.tolist()),
+        dropped=0,
+        learnability=Learnability(
+            nats_per_answer=distribution(scores_D),
+            departures_per_answer=distribution(np.full(10, 6)),
+            rank_surprisal_ratio=1.75,
+        ),
+        **profile(nll_N, counts_D, np.tile(np.array([False, False, False, False, True]), 60))._asdict(),
+        markers=Markers(total=12.5, by_phrase={"wait": 12.5}),
+        own_overlap=None if own is None else OwnOverlap(mean=own, answers=9),
+    )
+    path.write_text(json.dumps(to_json(found) | more))
+    return str(path)

@@ -29,27 +29,12 @@ from micota_fast.errors import InputError
 from micota_fast.length_sweep.curve import Point, bend, isotonic, measure, weight_of
 from micota_fast.pipeline.graph import build_stages
 from micota_fast.pipeline.run import Run
-from micota_fast.statistics.intervals import median95, wilson95
+from micota_fast.statistics.intervals import wilson95
 
 
 def curve(*medians: float, spread: float = 1.0, cut: int | None = None) -> list[Point]:
     """Points at weights 0, 0.1, ...; intervals of `spread` to either side."""
     return [Point(i / 10, m, (m - spread, m + spread), cut is not None and i >= cut) for i, m in enumerate(medians)]
-
-
-class TestMedian:
-    @pytest.mark.parametrize("n", [6, 7, 20, 101, 200, 1500])
-    def test_the_interval_has_the_greatest_rank_that_covers_95_percent(self, n: int) -> None:
-        interval = median95(range(1, n + 1), n)
-        assert interval is not None
-        rank = int(interval[0])
-        assert interval[1] == n + 1 - rank
-        below = [sum(math.comb(n, i) for i in range(r)) / 2**n for r in (rank, rank + 1)]
-        assert below[0] <= 0.025 < below[1]
-
-    def test_few_draws_and_copies(self) -> None:
-        assert median95([1, 2, 3, 4, 5], 5) is None
-        assert median95([x for x in range(1, 21) for _ in range(3)], 20) == median95(range(1, 21), 20) == (6, 15)
 
 
 class TestBend:

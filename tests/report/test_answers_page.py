@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from helpers.chromium import Tab, browsing
-from micota_fast.common.records import Completion
+from helpers.report_runs import write_evaluation
 from micota_fast.config.report import ReportConfig
 from micota_fast.errors import InputError
-from micota_fast.evaluation import evaluate
+from micota_fast.evaluation.results import OUTCOMES, GradedAnswer, ProtocolVerdict
 from micota_fast.report import answers
 from micota_fast.report.report import run
 
@@ -33,16 +33,16 @@ SIZES = {"AIME 2024": 6, "gsm/8k": 24}
 
 
 def evaluated(folder: Path, right: dict[tuple[str, int], bool], texts: list[str], samples: int = 1) -> str:
-    """What an evaluation leaves: results.json and rows. What is not in `right` is wrong, each ninth truncated."""
-    benchmarks = {}
+    """Write an evaluation in which what is not in `right` is wrong, each ninth truncated."""
+    rows: dict[str, list[GradedAnswer]] = {name: [] for name in SIZES}
     for name, size in SIZES.items():
-        rows = []
         for place in range(size):
             for sample in range(samples):
                 correct = right.get((name, place), False)
                 outcome = "correct" if correct else "truncated" if place % 9 == 8 else "wrong"
                 written = texts[(place + sample) % len(texts)]
-                row = Completion(
+                paper = correct if place else not correct  # on the first problem the rules differ
+                row = GradedAnswer(
                     id=f"{name}-{place}",
                     sample=sample,
                     problem=f"What is {place} + 1?\n{INJECTED[place % len(INJECTED)] if place < 6 else ''}".strip(),
@@ -53,20 +53,12 @@ def evaluated(folder: Path, right: dict[tuple[str, int], bool], texts: list[str]
                     completion_tokens=1000 + place,
                     seed=None,
                     correct=correct,
+                    outcome=outcome,
+                    extracted=None if outcome == "truncated" else str(place + 1 if correct else place),
+                    protocols={"strict": ProtocolVerdict(correct), "paper": ProtocolVerdict(paper)},
                 )
-                extracted = None if outcome == "truncated" else str(place + 1 if correct else place)
-                paper = correct if place else not correct  # on the first problem the rules differ
-                protocols = {"strict": {"correct": correct}, "paper": {"correct": paper}}
-                rows.append(
-                    dataclasses.asdict(row) | {"outcome": outcome, "extracted": extracted, "protocols": protocols}
-                )
-        file = folder / "rows" / f"{re.sub('[^A-Za-z0-9.-]', '_', name)}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        count = sum(row["correct"] for row in rows)
-        benchmarks[name] = {"problems": size, "n": len(rows), "correct": count, "accuracy": count / len(rows)}
-    (folder / "results.json").write_text(json.dumps({"model": folder.name, "benchmarks": benchmarks}))
-    return str(folder / "results.json")
+                rows[name].append(row)
+    return write_evaluation(folder, rows)
 
 
 def written(folder: Path) -> ReportConfig:
@@ -129,7 +121,7 @@ class TestData:
         assert data["problems"][6][4][0][0][7] == {"paper": True}, "where another protocol sees it otherwise"
 
     def test_every_outcome_of_an_evaluation_has_a_name(self) -> None:
-        assert tuple(answers.OUTCOMES) == evaluate.OUTCOMES
+        assert tuple(answers.OUTCOMES) == OUTCOMES
 
     def test_nothing_in_a_row_ends_the_data(self, page: str) -> None:
         assert page.count("</script>") == 2
@@ -173,7 +165,7 @@ class TestData:
     def test_same_bytes_from_rows_in_another_order(self, page: str, tmp_path: Path) -> None:
         again = written(tmp_path)
         for file in tmp_path.glob("*/rows/*.jsonl"):
-            file.write_text("".join(sorted(file.read_text().splitlines(keepends=True), reverse=True)))
+            file.write_bytes(b"".join(sorted(file.read_bytes().splitlines(keepends=True), reverse=True)))
         assert made(again) == page
 
     def test_without_rows_it_says_so(self, tmp_path: Path) -> None:
@@ -200,7 +192,7 @@ class TestData:
     def test_bad_rows_are_named(self, change: dict[str, Any], expected: str, tmp_path: Path) -> None:
         config = written(tmp_path)
         file = tmp_path / "mid0" / "rows" / "gsm_8k.jsonl"
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [json.loads(line) for line in file.read_bytes().splitlines()]
         changed = {"outcome": "wrong"} | change if "outcome" not in change else change
         rows[7] |= changed if changed["outcome"] != "correct" else changed | {"outcome": "wrong"}
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))

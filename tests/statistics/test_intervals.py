@@ -1,6 +1,7 @@
 """avg@k's clustered standard error against statsmodels, pass@k against enumeration, coverage by simulation."""
 
 import itertools
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -116,3 +117,66 @@ def test_wilson_covers_the_truth(accuracy: float) -> None:
     bounds = [wilson95(count / 30, 30) for count in rng.binomial(30, truths)]
     covered = np.mean([low <= truth <= high for (low, high), truth in zip(bounds, truths, strict=True)])
     assert 0.935 <= covered <= 0.985
+
+
+class TestByHand:
+    def test_wilson_by_hand(self) -> None:
+        # 8 of 10: centre (0.8 + z²/20) / (1 + z²/10), as in any textbook: 0.4902 to 0.9433.
+        assert wilson95(0.8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+        low, high = wilson95(0.0, 20)
+        assert low == 0.0
+        assert high == pytest.approx(1.959964**2 / (20 + 1.959964**2), abs=1e-7)
+
+    def test_one_seed_and_benchmark_is_wilson(self) -> None:
+        estimate = macro_average([[0.3]], [50])
+        assert (estimate.low, estimate.high) == pytest.approx(wilson95(0.3, 50))
+        assert estimate.sd is None
+
+    def test_student_t(self) -> None:
+        # Printed tables of the two-sided 95% point.
+        for degrees, expected in ((1, 12.706), (2, 4.303), (10, 2.228), (11, 2.201), (20, 2.086), (60, 2.000)):
+            assert student_t95(degrees) == pytest.approx(expected, abs=1.1e-3)
+
+    def test_seeds_widen_by_their_own_interval(self) -> None:
+        estimate = macro_average([[0.50], [0.52], [0.54]], [400])
+        low, high = wilson95(0.52, 400)
+        of_seeds = 4.30265 * 0.02 / math.sqrt(3)
+        assert estimate.sd == pytest.approx(0.02)
+        assert estimate.mean - estimate.low == pytest.approx(math.hypot(0.52 - low, of_seeds))
+        assert estimate.high - estimate.mean == pytest.approx(math.hypot(high - 0.52, of_seeds))
+
+    def test_average_weights_benchmarks_alike(self) -> None:
+        estimate = macro_average([[0.2, 0.6]], [30, 1000])
+        halves = [(0.2 - wilson95(0.2, 30)[0]) / 2, (0.6 - wilson95(0.6, 1000)[0]) / 2]
+        assert estimate.mean == pytest.approx(0.4)
+        assert estimate.below == pytest.approx(math.hypot(*halves))
+
+    def test_difference_is_newcombes(self) -> None:
+        # Newcombe 1998, Table II, method 10 for 56/70 - 48/80: 0.0524 to 0.3339.
+        gap = difference(macro_average([[56 / 70]], [70]), macro_average([[48 / 80]], [80]))
+        assert (gap.value, gap.low, gap.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
+        assert not gap.spans_zero
+
+
+def test_wilson_interval_against_its_definition() -> None:
+    # the bounds p are where |share - p| = z sqrt(p (1 - p) / n)
+    for share, n in ((0.1, 30), (0.5, 40), (0.884, 500), (1 / 3, 675)):
+        for p in wilson95(share, n):
+            assert abs(share - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), rel=1e-6)
+    assert wilson95(0, 30) == pytest.approx((0, 0.113513), abs=1e-6)  # z^2 / (n + z^2)
+    assert wilson95(1, 30) == pytest.approx((0.886487, 1), abs=1e-6)
+
+
+class TestMedian:
+    @pytest.mark.parametrize("n", [6, 7, 20, 101, 200, 1500])
+    def test_the_interval_has_the_greatest_rank_that_covers_95_percent(self, n: int) -> None:
+        interval = median95(range(1, n + 1), n)
+        assert interval is not None
+        rank = int(interval[0])
+        assert interval[1] == n + 1 - rank
+        below = [sum(math.comb(n, i) for i in range(r)) / 2**n for r in (rank, rank + 1)]
+        assert below[0] <= 0.025 < below[1]
+
+    def test_few_draws_and_copies(self) -> None:
+        assert median95([1, 2, 3, 4, 5], 5) is None
+        assert median95([x for x in range(1, 21) for _ in range(3)], 20) == median95(range(1, 21), 20) == (6, 15)
