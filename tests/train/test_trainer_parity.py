@@ -132,7 +132,8 @@ def test_equal_weights_change_nothing(qwen2_checkpoint: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("world", [1, 2])
 def test_weights_equal_a_plain_loop_in_float64(world: int, qwen2_checkpoint: Path, tmp_path: Path) -> None:
     """One document at a time, with transformers' model, whose norms alone are float32 inside."""
-    plain = train_config(qwen2_checkpoint, tmp_path, weight_decay=0.1)
+    # A larger epsilon than the default: with 1e-8, Adam turns the rounding of a gradient near zero into a whole step.
+    plain = train_config(qwen2_checkpoint, tmp_path, weight_decay=0.1, eps=1e-5)
     config = weighted(plain, [0.5, 1.0, 3.0])
     finish(start_training(config, world), config)
     documents, steps = plan_steps(config)
@@ -161,4 +162,4 @@ def test_weights_equal_a_plain_loop_in_float64(world: int, qwen2_checkpoint: Pat
         assert row["loss"] == pytest.approx(loss.item() / whole, abs=1e-5)
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
     for name, ours in weights_of(config).items():
-        torch.testing.assert_close(ours.double(), model.state_dict()[name], rtol=0, atol=2e-5)
+        torch.testing.assert_close(ours.double(), model.state_dict()[name], rtol=0, atol=1e-6)
