@@ -10,14 +10,14 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # names become folders
 
 
 def check_names(where: str, names: Iterable[str]) -> None:
-    """Refuse names that would not do as a folder's.
+    """Refuse names that cannot be a folder's.
 
     Raises:
         InputError: naming the first one.
     """
     for name in names:
         if not NAME.fullmatch(name):
-            raise InputError(f"`{where}`: {name!r} is no name; letters, digits and . _ + - will do")
+            raise InputError(f"`{where}`: {name!r} is not a name; use letters, digits and . _ + -")
 
 
 def at_least(options: object, **lows: float) -> None:

@@ -13,19 +13,19 @@ from micota_fast.errors import InputError
 
 @dataclass(kw_only=True)
 class FilterSettings:
-    """Which completions enter a corpus."""
+    """Rules that decide which completions enter a corpus."""
 
     max_tokens: int = option(16000, doc="an answer must be shorter than this, tokens", source="MiCoTA")
     require_correct: bool = option(True, doc="the final answer must equal the problem's", source="MiCoTA")
-    require_boxed: bool = option(True, doc="a final \\boxed{} must be there", source="MiCoTA")
+    require_boxed: bool = option(True, doc="the answer must contain a final \\boxed{}", source="MiCoTA")
     max_foreign: float | None = option(
         None,
-        doc="share of an answer's letters that may belong to scripts which its problem does not use; null: any",
+        doc="largest share of an answer's letters in scripts that its problem does not use; null: any",
         source="ours; MiCoTA has no such rule",
     )
     max_repeated: float | None = option(
         None,
-        doc="share of an answer's words that may lie in runs of 16 words which have occurred in it before; null: any",
+        doc="largest share of an answer's words in runs of 16 words that occurred in it before; null: any",
         source="ours, after Gopher's repetition filters (arXiv 2112.11446, table A1); MiCoTA has no such rule",
     )
     timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
@@ -44,12 +44,12 @@ class FilterConfig(FilterSettings):
     """`micota filter`: completions in; corpus, rejects and counts out."""
 
     completions: str = option(doc="JSONL of completions")
-    out: str = option(doc="JSONL of accepted rows; OUT.rejects.jsonl and OUT.counts.json are written beside it")
+    out: str = option(doc="JSONL of accepted rows; OUT.rejects.jsonl and OUT.counts.json are written next to it")
 
 
 @dataclass(kw_only=True)
 class MixConfig:
-    """`micota mix`: one corpus of several, in a stated ratio, at most one row a problem."""
+    """`micota mix`: one corpus of several, in a stated ratio, at most one row per problem."""
 
     parts: dict[str, int] = option(doc="corpus file -> its share, e.g. {long.jsonl: 1, short.jsonl: 4}")
     out: str = option(doc="JSONL of the mixed corpus")

@@ -18,7 +18,7 @@ from micota_fast.errors import InputError
 
 
 def shipped_benchmarks() -> dict[str, dict[str, Any]]:
-    """The definitions of benchmarks.yaml, by name."""
+    """Return the definitions of benchmarks.yaml, by name."""
     known: dict[str, dict[str, Any]] = yaml.safe_load(
         (Path(__file__).parent.parent / "evaluation" / "benchmarks.yaml").read_text(encoding="utf-8")
     )
@@ -26,10 +26,10 @@ def shipped_benchmarks() -> dict[str, dict[str, Any]]:
 
 
 def shipped_benchmark(name: str) -> dict[str, Any]:
-    """The keys of `BenchmarkConfig` that benchmarks.yaml gives for a benchmark.
+    """Return the keys of `BenchmarkConfig` that benchmarks.yaml gives for a benchmark.
 
     Raises:
-        InputError: it is none of those.
+        InputError: there is no benchmark of this name.
     """
     known = shipped_benchmarks()
     if name not in known:
@@ -39,7 +39,7 @@ def shipped_benchmark(name: str) -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class OwnSampling:
-    """Sampling of one evaluation set; what is null is as for all of them."""
+    """Sampling of one evaluation set; null: as for all sets."""
 
     samples: int | None = option(None, doc="answers per problem")
     temperature: float | None = option(None, doc="0: greedy")
@@ -54,20 +54,20 @@ class BenchmarkConfig:
 
     preset: str | None = option(
         None,
-        doc="a shipped definition (aime2024, amc2023, olympiad, math500, gsm8k): gives whatever is not given here",
+        doc="a shipped definition (aime2024, amc2023, olympiad, math500, gsm8k) of every option that is not given here",
         alias="like",
     )
-    name: str = option("", doc="as it stands in the table; required without `preset`")
+    name: str = option("", doc="its name in the table; required without `preset`")
     path: str = option("", doc="JSONL of problems; required without `preset`")
-    prompt: str | None = option(None, doc="user message with {problem}; null: that of chat.prompt")
-    stop: list[str] = option([], doc="strings that end an answer, beside those of `stop` for all")
+    prompt: str | None = option(None, doc="user message with {problem}; null: chat.prompt")
+    stop: list[str] = option([], doc="strings that end an answer, besides those in `stop` for all sets")
     rule: Literal["box", "box_zeros_trimmed", "last_number"] | None = option(
         None, doc="how the `paper` protocol reads and compares the final answer; null: box"
     )
-    problems: list[int] = option([], doc="numbers of problems that the file may hold; []: any")
-    limit: int | None = option(None, doc="only the first so many problems; null: all")
+    problems: list[int] = option([], doc="numbers of problems that the file may have; []: any")
+    limit: int | None = option(None, doc="only the first N problems; null: all")
     sampling: OwnSampling = option(
-        OwnSampling(), doc="of this set where it is another than the rest's, e.g. {samples: 16, temperature: 0.6}"
+        OwnSampling(), doc="sampling of this set if it differs, e.g. {samples: 16, temperature: 0.6}"
     )
 
     def __post_init__(self) -> None:
@@ -83,17 +83,19 @@ class BenchmarkConfig:
             at_least(self, limit=1)
 
     def check_number(self, number: int, where: str) -> None:
-        """Raises InputError where `where` holds another number of problems than this set has."""
+        """Raise InputError if `where` has another number of problems than this set."""
         if self.problems and number not in self.problems:
-            raise InputError(f"{where} holds {number} problems; {self.name} has {' or '.join(map(str, self.problems))}")
+            raise InputError(f"{where} has {number} problems; {self.name} has {' or '.join(map(str, self.problems))}")
 
 
 @dataclass(kw_only=True)
 class JudgeConfig:
-    """A model that is asked about answers which the paper's string rule rejects."""
+    """A model that judges answers that the paper's string rule rejects."""
 
     model: str = option(doc="checkpoint (folder or hub name); the paper's: Qwen/Qwen2.5-32B-Instruct", source="SMLG")
-    url: str | list[str] | None = option(None, doc="servers that already serve it; null: started", operational=True)
+    url: str | list[str] | None = option(
+        None, doc="servers that already serve it; null: one is started", operational=True
+    )
     serve: ServeConfig = option(ServeConfig(), doc="the server that is started for it")
 
 
@@ -103,11 +105,11 @@ class EvaluateSettings(SamplingSettings):
 
     protocol: Literal["strict", "paper"] = option(
         "strict",
-        doc="whose verdicts count in the table: math-verify's, or the string rules of the paper's evaluation; both are "
-        "in the results",
+        doc="whose verdicts the table shows: math-verify's, or the string rules of the paper's evaluation; "
+        "results.json has both",
     )
     judge: JudgeConfig | None = option(
-        None, doc="a model that judges what the `paper` rule rejects, as a third accuracy in the results; null: none"
+        None, doc="judges what the `paper` rule rejects, for a third accuracy in the results; null: no judge"
     )
     max_new_tokens: int = option(16000, doc="longest answer, tokens", source="MiCoTA")
     timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
@@ -121,10 +123,10 @@ class EvaluateSettings(SamplingSettings):
             self.of(benchmark)
 
     def of(self, benchmark: BenchmarkConfig) -> Self:
-        """The settings by which this one of the benchmarks is sampled.
+        """Return the settings that this benchmark is sampled with.
 
         Raises:
-            InputError: they are none.
+            InputError: they contradict each other.
         """
         own = {key: value for key, value in vars(benchmark.sampling).items() if value is not None}
         try:
@@ -143,12 +145,12 @@ class EvaluateConfig(EvaluateSettings):
 
 @dataclass(kw_only=True)
 class AlignSettings:
-    """How near a corpus lies to an untrained student."""
+    """How a corpus is measured under an untrained student."""
 
     pack_tokens: int = option(16384, doc="tokens in one forward pass")
-    max_doc_tokens: int | None = option(None, doc="documents above this are left out and counted; null: pack_tokens")
+    max_doc_tokens: int | None = option(None, doc="longer documents are left out and counted; null: pack_tokens")
     dtype: Literal["bfloat16", "float32"] = option("bfloat16", doc="compute type")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", doc="auto: CUDA where there is one")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", doc="auto: CUDA if there is a device")
     attention: Literal["auto", "flash", "varlen", "sdpa"] = option("auto", doc="as in training")
     chat: ChatConfig = option(ChatConfig(), doc="how problems are put to the model")
 
@@ -162,7 +164,7 @@ class AlignConfig(AlignSettings):
     student_answers: str | None = option(
         None, doc="JSONL of the model's own completions of these problems; null: there are none", alias="own"
     )
-    out: str = option(doc="folder: one NAME.json a corpus")
+    out: str = option(doc="folder: one NAME.json per corpus")
 
     def __post_init__(self) -> None:
         if not self.corpora:
@@ -172,10 +174,10 @@ class AlignConfig(AlignSettings):
 
 @dataclass(kw_only=True)
 class ContaminationConfig:
-    """`micota contamination`: which benchmark problems a training corpus holds."""
+    """`micota contamination`: which benchmark problems a training corpus contains."""
 
     corpora: dict[str, str] = option(doc="name -> JSONL corpus")
-    benchmarks: list[BenchmarkConfig] = option(doc="the sets; of each only name, path and limit count")
+    benchmarks: list[BenchmarkConfig] = option(doc="the sets; only name, path and limit of each are used")
     out: str = option(doc="folder: contamination.json")
 
     def __post_init__(self) -> None:

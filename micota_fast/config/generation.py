@@ -18,11 +18,9 @@ TEACHER_PROMPT = "{problem}\nPlease reason step by step, and put your final answ
 
 @dataclass(kw_only=True)
 class ChatConfig:
-    """How a problem becomes the text that a model sees, in generation and in training alike."""
+    """How a problem becomes the text that a model sees, in generation and in training."""
 
-    system: str | None = option(
-        "You are a helpful assistant.", doc="system message; null: none is sent", source="MiCoTA"
-    )
+    system: str | None = option("You are a helpful assistant.", doc="system message; null: none", source="MiCoTA")
     prompt: str = option(TEACHER_PROMPT, doc="user message; `{problem}` is replaced by the problem", source="MiCoTA")
     use_template: bool = option(
         True, doc="render through the checkpoint's chat template; false sends the prompt as bare text", source="ours"
@@ -30,7 +28,7 @@ class ChatConfig:
 
     def __post_init__(self) -> None:
         if "{problem}" not in self.prompt:
-            raise InputError("`prompt` must contain {problem}, where the problem's text goes")
+            raise InputError("`prompt` must contain {problem}, which the problem's text replaces")
 
 
 @dataclass(kw_only=True)
@@ -41,16 +39,16 @@ class ServeConfig:
     host: str = option(
         "127.0.0.1", doc="address to bind; anything but loopback opens the server to the network", operational=True
     )
-    port: int = option(0, doc="TCP port, of further servers the next ones; 0: free ones", operational=True)
+    port: int = option(0, doc="TCP port; further servers take the next ones; 0: free ports", operational=True)
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = option(
         "auto", doc="compute type; auto: the checkpoint's. float64 makes greedy text independent of the batch"
     )
     max_running: int = option(128, doc="sequences decoded at once (embedded engine)", operational=True)
     context_length: int | None = option(None, doc="tokens of prompt and answer together; null: the checkpoint's")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", doc="where it runs; auto: CUDA where there is one")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", doc="where it runs; auto: CUDA if there is a device")
     replicas: int = option(
         1,
-        doc="servers started for the model, which share the visible GPUs evenly; requests go to all",
+        doc="servers started for the model; they share the visible GPUs evenly, and requests go to all",
         operational=True,
     )
     tp: int = option(1, doc="GPUs over which SGLang splits the model (tensor parallel)", operational=True)
@@ -86,28 +84,31 @@ class SamplingSettings:
     seed: int = option(0, doc="seed of sampled answers; each (problem, sample) derives its own")
     thinking_budget: int | None = option(
         None,
-        doc="tokens after which an answer that has not ended its thought is made to: `thinking_end` is put there, and "
-        "the model goes on from it; null: no budget",
+        doc="tokens after which an unfinished thought is ended: `thinking_end` is inserted, and the model continues "
+        "from there; null: no budget",
         source="budget forcing: s1, arXiv 2501.19393, section 3.1",
     )
-    thinking_end: str = option("\n</think>\n\n", doc="what ends a thought; its text without white space is looked for")
+    thinking_end: str = option("\n</think>\n\n", doc="what ends a thought; it is recognised without its white space")
     top_logprobs: int = option(
-        0, doc="log-probabilities of so many likeliest tokens at each place, kept with the token ids (to distil from)"
+        0, doc="keep the log-probabilities of the N likeliest tokens at each position, with the token ids (to distil)"
     )
     concurrency: int = option(
-        1024, doc="most requests in flight a server; fewer while they only queue there", source="ours", operational=True
+        1024,
+        doc="most requests in flight per server; fewer while they only queue there",
+        source="ours",
+        operational=True,
     )
     request_timeout_s: float = option(
-        4 * 3600.0, doc="seconds one try of a request may take, its time in the queue included", operational=True
+        4 * 3600.0, doc="seconds that one try of a request may take, including time in the queue", operational=True
     )
     url: str | list[str] | None = option(
         None,
-        doc="SGLang-compatible servers that already run, one or a list; null: started for the model (see serve)",
+        doc="SGLang-compatible servers that already run, one or a list; null: servers are started (see serve)",
         operational=True,
     )
     chat: ChatConfig = option(ChatConfig(), doc="the prompt")
     serve: ServeConfig = option(
-        ServeConfig(), doc="the server that answers: started where url is null, described where one runs already"
+        ServeConfig(), doc="the server: started if url is null, else a description of the one that runs"
     )
 
     def __post_init__(self) -> None:
@@ -115,7 +116,7 @@ class SamplingSettings:
         if self.thinking_budget is not None:
             at_least(self, thinking_budget=1)
             if not self.thinking_end.strip():
-                raise InputError("`thinking_end` must hold the text that ends a thought")
+                raise InputError("`thinking_end` must contain the text that ends a thought")
         if not 0 < self.top_p <= 1:
             raise InputError(f"`top_p` must lie above 0 and at most at 1, not {self.top_p}")
         if self.top_k != -1:
@@ -123,7 +124,7 @@ class SamplingSettings:
         if self.samples > MOST_SAMPLES:
             raise InputError(f"`samples` must be at most {MOST_SAMPLES}, not {self.samples}")
         if "" in self.stop:
-            raise InputError("`stop` holds an empty string, which would end every answer at once")
+            raise InputError("`stop` contains an empty string, which would end every answer at once")
         if self.samples > 1 and self.temperature == 0:
             raise InputError("`samples` > 1 needs `temperature` > 0: greedy answers would all be the same")
         if self.url == []:
@@ -158,12 +159,11 @@ class GenerateConfig(GenerateSettings):
 
     model: str = option(doc="checkpoint (folder or hub name): its tokenizer and template, and what is served")
     problems: str = option(doc="JSONL of problems: id, problem, answer")
-    out: str = option(doc="JSONL of completions; an interrupted run leaves OUT.parts, from which the next one goes on")
-    limit: int | None = option(None, doc="only the first so many problems; null: all")
+    out: str = option(doc="JSONL of completions; an interrupted run leaves OUT.parts, from which the next run resumes")
+    limit: int | None = option(None, doc="only the first N problems; null: all")
     accept: FilterSettings | None = option(
         None,
-        doc="rules by which answers are judged as they come: the accepted share is shown, and `stop_after_accepted` "
-        "counts by them",
+        doc="rules that judge answers as they come, for the share of accepted ones and for `stop_after_accepted`",
     )
 
     def __post_init__(self) -> None:
@@ -175,5 +175,5 @@ class GenerateConfig(GenerateSettings):
 
     @property
     def operational(self) -> frozenset[str]:
-        """Returns the options that cannot change the answers: `accept` only counts them if nothing stops by it."""
+        """The options that cannot change the answers: `accept` only counts them unless sampling stops by it."""
         return frozenset() if self.stop_after_accepted is not None else frozenset({"accept"})

@@ -25,10 +25,10 @@ def option(
     """Declare a documented dataclass field.
 
     Args:
-        default: value where the file says nothing; a list, dict or dataclass is copied. Absent: the key is required.
+        default: value if the file does not set it; a list, dict or dataclass is copied. Absent: the key is required.
         doc: what the key does, with its unit.
-        source: where the default comes from (paper section, repository); "ours" where the sources leave it open.
-        operational: says where or how fast, not what: the result is the same, so a change makes nothing stale.
+        source: where the default comes from (paper section, repository); "ours" if the sources leave it open.
+        operational: says where or how fast, not what: a change leaves the result the same and makes no stage stale.
         alias: the option's name in the version before. It is still read, with a notice on stderr, and it stays the key
             in `identity`, so that stages which are done remain so.
     """
@@ -92,18 +92,18 @@ def load(cls: type[T], path: Path | str | None, overrides: typing.Sequence[str] 
 
 
 def build(cls: type[T], values: dict[str, Any], source: str) -> T:
-    """Make the dataclass `cls` of plain values; `source` is named in errors."""
+    """Make the dataclass `cls` from plain values; `source` is named in errors."""
     result: T = _build(cls, _compose(yaml.safe_dump(values), _Lineless(source)), _Where(source, ""))
     return result
 
 
 def dump(value: Any) -> str:
-    """YAML text of a dataclass, in field order; `load` of it gives an equal value."""
+    """Return the YAML text of a dataclass, in field order; `load` of it gives an equal value."""
     return yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True, width=120)
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, tuples and paths as dicts, lists and strings."""
+    """Turn dataclasses, tuples and paths into dicts, lists and strings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -114,7 +114,7 @@ def plain(value: Any) -> Any:
 
 
 def identity(value: Any) -> Any:
-    """As `plain`, without the operational options: what the result depends on.
+    """Return what the result depends on: `plain` without the operational options.
 
     A mapping becomes a list of pairs, since its order may matter (arms of a table, parts of a mix).
     """
@@ -153,7 +153,7 @@ def find_option(hint: Any, key: str) -> tuple[str, Any]:
 
 
 def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(dotted key, default, documentation) of every option of a dataclass, nested ones included."""
+    """Return (dotted key, default, documentation) of every option of a dataclass, including nested ones."""
     rows: list[tuple[str, str, str]] = []
     for field in dataclasses.fields(cls):
         key = prefix + field.name
@@ -177,7 +177,7 @@ def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
 
 
 def _nested(hint: Any) -> typing.Iterator[tuple[str, type]]:
-    """(how it is reached, dataclass) of those that a list, a mapping or an optional value holds."""
+    """Yield (path, dataclass) of the dataclasses that a list, a mapping or an optional value contains."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         yield "", typing.cast(type, hint)
@@ -362,7 +362,7 @@ def _pairs(node: yaml.MappingNode, where: _Where) -> list[tuple[str, yaml.Node]]
         if not isinstance(key, yaml.ScalarNode):
             raise where.error(key, "keys must be plain names")
         if key.value in seen:
-            raise where.child(key.value).error(key, "this key stands twice")
+            raise where.child(key.value).error(key, "this key is given twice")
         seen.add(key.value)
         pairs.append((key.value, child))
     return pairs

@@ -15,11 +15,11 @@ class MergeConfig:
     """`micota merge`: a mergekit configuration in, a checkpoint out."""
 
     config: str = option(doc="mergekit YAML file; its model names are folders (relative to it) or hub names")
-    out: str = option(doc="folder of the merged checkpoint; it appears whole or not at all")
+    out: str = option(doc="folder of the merged checkpoint; it appears complete or not at all")
     seed: int = option(0, doc="seed of DARE's mask")
     weights: list[float] = option(
         [],
-        doc="merge once for each of these weights (slerp: t) of the one model, into OUT/weight-W; []: as the file says",
+        doc="merge once for each of these weights (slerp: t) of the one model, into OUT/weight-W; []: as in the file",
     )
 
 
@@ -34,14 +34,14 @@ class LengthSweepSettings:
     )
     limit: int | None = option(
         200,
-        doc="only the first so many problems; null: all",
-        source="ours: the median's 95% interval is then from the 43rd percentile to the 58th",
+        doc="only the first N problems; null: all",
+        source="ours: the median's 95% interval then reaches from the 43rd to the 58th percentile",
     )
-    generate: SamplingSettings = option(SamplingSettings(), doc="how answers are sampled, and served")
+    generate: SamplingSettings = option(SamplingSettings(), doc="how answers are sampled and served")
     timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
     workers: int = option(2, doc="grading processes", operational=True)
     keep_models: bool = option(
-        False, doc="keep each weight's model; else it is deleted once its answers are there", operational=True
+        False, doc="keep each weight's model; else it is deleted once its answers exist", operational=True
     )
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class LengthSweepSettings:
         if len(self.weights) < 2 or len(set(self.weights)) < len(self.weights):
             raise InputError("`weights` must list at least two, all different")
         if self.generate.url is not None:
-            raise InputError("`generate.url`: a server that runs already serves one model, and a sweep makes many")
+            raise InputError("`generate.url`: a server that already runs serves one model, and a sweep makes many")
 
 
 @dataclass(kw_only=True)
@@ -60,10 +60,10 @@ class LengthSweepConfig(LengthSweepSettings):
 
     config: str = option(doc="mergekit YAML file of one model that is merged into its base")
     problems: str = option(doc="JSONL of problems: id, problem, answer")
-    out: str = option(doc="folder: sweep.json, sweep.md, sweep.svg, sweep.png, a folder for each weight")
+    out: str = option(doc="folder: sweep.json, sweep.md, sweep.svg, sweep.png, one folder per weight")
     seed: int = option(0, doc="seed of DARE's mask")
     target_median_tokens: int | None = option(
-        None, doc="make the merge whose answers have this median length, as OUT/model; null: none is made"
+        None, doc="make the merge whose answers have this median length, as OUT/model; null: no merge"
     )
 
     def __post_init__(self) -> None:

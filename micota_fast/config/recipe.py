@@ -18,7 +18,7 @@ class ProblemsSpec:
     """A file of training problems."""
 
     path: str = option(doc="JSONL: id, problem, answer")
-    limit: int | None = option(None, doc="only the first so many; null: all")
+    limit: int | None = option(None, doc="only the first N; null: all")
 
     def __post_init__(self) -> None:
         if self.limit is not None:
@@ -44,19 +44,19 @@ class MergedModel:
     seed: int = option(0, doc="seed of DARE's mask")
     median_tokens: int | None = option(
         None,
-        doc="choose the weight, in place of the configuration's own, so that answers have this median length: merge at "
-        "several weights, sample and interpolate (see `micota length-sweep`); null: merge as the configuration says",
+        doc="choose the weight so that answers have this median length: merge at several weights, sample and "
+        "interpolate (see `micota length-sweep`); null: use the configuration's weight",
     )
-    problems: str = option("train", doc="name under `problems`, of those answered for `median_tokens`")
+    problems: str = option("train", doc="name under `problems` of the set that is answered for `median_tokens`")
     sweep: dict[str, Any] = option(
-        {}, doc="options of the length sweep; sampling and grading are the recipe's where it says nothing"
+        {}, doc="options of the length sweep; the default of sampling and grading is the recipe's"
     )
 
     def __post_init__(self) -> None:
         if self.median_tokens is not None:
             at_least(self, median_tokens=1)
         elif self.sweep:
-            raise InputError("`sweep` says how the weight for `median_tokens` is found; give it, too")
+            raise InputError("`sweep` is only used with `median_tokens`; set that, too")
 
 
 @dataclass(kw_only=True)
@@ -73,7 +73,7 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         if sum(way is not None for way in (self.checkpoint, self.train, self.merge)) != 1:
-            raise InputError("exactly one of `checkpoint`, `train`, `merge` says where this model comes from")
+            raise InputError("set exactly one of `checkpoint`, `train`, `merge`: it says where this model comes from")
         if self.url is not None and self.checkpoint is None:
             raise InputError("`url` goes with `checkpoint`: a model made in the run is served in the run")
 
@@ -94,13 +94,13 @@ class GeneratedCorpus:
 class CorpusSpec:
     """Rows to train on, and where they come from."""
 
-    file: str | None = option(None, doc="JSONL that is there already")
+    file: str | None = option(None, doc="an existing JSONL file")
     generate: GeneratedCorpus | None = option(None, doc="answers of a model, filtered")
     mix: dict[str, int] | None = option(None, doc="names under `corpora` -> shares")
 
     def __post_init__(self) -> None:
         if sum(way is not None for way in (self.file, self.generate, self.mix)) != 1:
-            raise InputError("exactly one of `file`, `generate`, `mix` says where this corpus comes from")
+            raise InputError("set exactly one of `file`, `generate`, `mix`: it says where this corpus comes from")
 
 
 @dataclass(kw_only=True)
@@ -109,7 +109,7 @@ class LaunchConfig:
 
     jobs: int = option(1, doc="stages run at once")
     nproc: int = option(1, doc="processes of a training stage (torchrun --nproc-per-node)")
-    threads: int | None = option(None, doc="OMP_NUM_THREADS of a stage; null: as the environment says")
+    threads: int | None = option(None, doc="OMP_NUM_THREADS of a stage; null: from the environment")
 
     def __post_init__(self) -> None:
         at_least(self, jobs=1, nproc=1)
@@ -123,7 +123,7 @@ class Recipe:
 
     name: str = option(doc="names the run's folder under runs/")
     title: str = option("", doc="heading of the report; empty: the name")
-    seeds: list[int] = option([0], doc="each arm is trained once a seed")
+    seeds: list[int] = option([0], doc="each arm is trained once per seed")
     data_dir: str | None = option(
         None, doc="folder that relative problem and corpus files start from; null: the recipe's"
     )
@@ -144,7 +144,7 @@ class Recipe:
     evaluate: EvaluateSettings = option(EvaluateSettings(), doc="evaluation of every arm")
     alignment: AlignSettings = option(AlignSettings(), doc="measurement of corpora under the student")
     launch: LaunchConfig = option(LaunchConfig(), doc="processes and threads")
-    claims: ClaimsConfig | None = option(None, doc="published differences, for the report to print beside the measured")
+    claims: ClaimsConfig | None = option(None, doc="published differences, printed next to the measured ones")
     notes: list[str] = option([], doc="paragraphs for the report")
 
     def __post_init__(self) -> None:

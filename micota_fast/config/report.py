@@ -9,9 +9,9 @@ from micota_fast.errors import InputError
 
 @dataclass(kw_only=True)
 class ClaimsConfig:
-    """What others have published, to stand beside our figures."""
+    """Published figures, to compare ours with."""
 
-    source: str = option(doc="where it is published")
+    source: str = option(doc="where they are published")
     deltas: dict[str, float] = option(doc="arm -> difference of its average to the untouched student's, points")
 
     def __post_init__(self) -> None:
@@ -31,9 +31,9 @@ class ReportConfig:
     base: str = option(doc="results.json of the untouched student")
     arms: dict[str, list[str]] = option(doc="arm -> results.json of each seed, in the table's order")
     corpora: dict[str, dict[str, str]] = option({}, doc="corpus -> {counts: FILE, alignment: FILE}")
-    trained_on: dict[str, str] = option({}, doc="arm -> its corpus, where that has another name")
+    trained_on: dict[str, str] = option({}, doc="arm -> its corpus, if that has another name")
     training: dict[str, list[str]] = option({}, doc="arm -> metrics.jsonl of each seed")
     contamination: str | None = option(None, doc="contamination.json of the training corpora; null: not reported")
-    claims: ClaimsConfig | None = option(None, doc="published differences, printed beside the measured ones")
-    notes: list[str] = option([], doc="paragraphs printed as they stand: what was tried, what is unusual")
-    provenance: dict[str, str] = option({}, doc="versions and machine, printed as they stand", operational=True)
+    claims: ClaimsConfig | None = option(None, doc="published differences, printed next to the measured ones")
+    notes: list[str] = option([], doc="paragraphs printed as they are: what was tried, what is unusual")
+    provenance: dict[str, str] = option({}, doc="versions and machine, printed as they are", operational=True)

@@ -18,8 +18,8 @@ from micota_fast.errors import InputError
 class MeshConfig:
     """How the processes of a training share the model: `replicate` copies, each sharded over `shard` processes."""
 
-    replicate: int = option(1, doc="copies; above 1 as a rule the number of nodes (hybrid sharding)", source="ours")
-    shard: int | None = option(None, doc="processes that share a copy; null: all there are / replicate")
+    replicate: int = option(1, doc="copies; usually 1 or the number of nodes (hybrid sharding)", source="ours")
+    shard: int | None = option(None, doc="processes that share a copy; null: all processes / replicate")
 
     def __post_init__(self) -> None:
         at_least(self, replicate=1)
@@ -31,9 +31,9 @@ class MeshConfig:
 class TrainSettings:
     """How a model is trained."""
 
-    seed: int = option(0, doc="order of the documents, and the weights where init is random")
+    seed: int = option(0, doc="order of the documents, and the weights if init is random")
     epochs: float = option(2.0, doc="passes over the documents", source="MiCoTA")
-    max_steps: int | None = option(None, doc="stop after so many optimizer steps; null: as epochs say")
+    max_steps: int | None = option(None, doc="stop after N optimizer steps; null: after `epochs`")
     lr: float = option(1e-5, doc="peak learning rate", source="MiCoTA")
     min_lr_ratio: float = option(0.0, doc="final learning rate as a share of the peak", source="MiCoTA: cosine to 0")
     warmup_ratio: float = option(0.1, doc="share of the steps with a rising learning rate", source="ours")
@@ -50,7 +50,7 @@ class TrainSettings:
     dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", doc="compute type; weights, optimizer and gradient sums stay float32", source="MiCoTA"
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", doc="auto: CUDA where there is one")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", doc="auto: CUDA if there is a device")
     attention: Literal["auto", "flash", "varlen", "sdpa"] = option(
         "auto", doc="auto: FlashAttention 4, 3 or 2 if installed, else torch's varlen attention, else SDPA"
     )
@@ -61,29 +61,29 @@ class TrainSettings:
     )
     activation_checkpointing: Literal["none", "selective", "full"] = option(
         "none",
-        doc="what the backward pass computes again: gate and what is cheap (selective), or whole blocks (full)",
+        doc="what the backward pass computes again: gate and cheap operations (selective), or whole blocks (full)",
         operational=True,
     )
     freeze: list[str] = option(
         [], doc="parameters that stay as they are, by pattern of their names: [model.embed_tokens.*, '*.layers.0.*']"
     )
     validation_data: str | None = option(
-        None, doc="JSONL of held-out rows, whose loss is measured during training; null: none is"
+        None, doc="JSONL of held-out rows whose loss is measured during training; null: no validation"
     )
-    validate_every: int | None = option(None, doc="steps between validations; null: ten a run")
+    validate_every: int | None = option(None, doc="steps between validations; null: ten per run")
     early_stop: int | None = option(
-        None, doc="end after so many validations without a new lowest loss, and keep the weights that had it; null: no"
+        None, doc="end after N validations without a new lowest loss, and keep the weights of the lowest; null: never"
     )
     max_skipped_steps: int = option(
         5,
-        doc="stop after so many steps in a row whose loss or gradient is not finite (they change nothing)",
+        doc="stop after N steps in a row with a loss or gradient that is not finite (they change nothing)",
         operational=True,
     )
     checkpoint_every: int | None = option(
-        None, doc="steps between resume checkpoints; null: ten a run", operational=True
+        None, doc="steps between resume checkpoints; null: ten per run", operational=True
     )
     keep_checkpoints: int = option(
-        2, doc="newest resume checkpoints that stay, beside the best", source="ours", operational=True
+        2, doc="newest resume checkpoints that stay, besides the best", source="ours", operational=True
     )
     log_every: int = option(10, doc="steps between progress lines, at which the host waits", operational=True)
     tensorboard: bool = option(False, doc="write TensorBoard events to OUT/tensorboard", operational=True)
@@ -131,7 +131,7 @@ class TrainSettings:
 
 @dataclass(kw_only=True)
 class TrainConfig(TrainSettings):
-    """`python -m micota_fast.train` (or under torchrun): a checkpoint and a corpus in, a checkpoint out."""
+    """`micota train`, also under torchrun: a checkpoint and a corpus in, a checkpoint out."""
 
     model: str = option(doc="checkpoint to start from (folder or hub name)")
     data: str = option(doc="JSONL corpus: our rows, OpenAI messages, ShareGPT, Alpaca, or problem + solution")

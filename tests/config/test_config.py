@@ -48,7 +48,7 @@ def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
         ("lrr: 1\n", [], r"config\.yaml, line 4: `lrr`: unknown key; known here: .*lr"),
         ("lr: fast\n", [], r"config\.yaml, line 4: `lr`: must be float, not 'fast'"),
         ("seed: true\n", [], r"line 4: `seed`: must be int"),
-        ("seed: 1\nseed: 2\n", [], r"line 5: `seed`: this key stands twice"),
+        ("seed: 1\nseed: 2\n", [], r"line 5: `seed`: this key is given twice"),
         ("over_length: cut\n", [], r"line 4: `over_length`: must be one of drop, truncate, not 'cut'"),
         ("betas: [0.9]\n", [], r"line 4: `betas`: must have 2 items, not 1"),
         ("chat:\n  prompt: no place\n", [], r"line 5: `chat`: `prompt` must contain \{problem\}"),

@@ -102,7 +102,7 @@ def test_the_wrong_number_of_problems_is_an_error_and_the_rest_stays(tmp_path: P
     with hub(tmp_path, {"amc2023": 83}) as url:
         done = micota_benchmarks(tmp_path / "data", url, tmp_path / "cache")
     assert done.returncode == 2
-    assert f"math-ai/amc23 at {COMMIT} holds 83 problems; AMC 2023 has 40" in done.stderr
+    assert f"math-ai/amc23 at {COMMIT} has 83 problems; AMC 2023 has 40" in done.stderr
     assert (tmp_path / "data" / "aime2024.jsonl").exists()
     assert not (tmp_path / "data" / "amc23.jsonl").exists()
 
@@ -146,7 +146,7 @@ def test_files_that_are_there_are_counted_too(tmp_path: Path) -> None:
     write_rows(tmp_path / "aime2024.jsonl", [Problem(str(i), "?", "7") for i in range(29)])
     done = micota_benchmarks(tmp_path, "http://127.0.0.1:9", tmp_path / "cache")
     assert done.returncode == 2
-    assert "aime2024.jsonl holds 29 problems; AIME 2024 has 30" in done.stderr
+    assert "aime2024.jsonl has 29 problems; AIME 2024 has 30" in done.stderr
 
 
 def test_sources_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def test_a_set_of_the_wrong_size_is_refused(settings: EvaluateConfig, tmp_path: 
     path = tmp_path / "aime.jsonl"
     write_rows(path, [Problem(str(i), "?", "7") for i in range(29)])
     settings.benchmarks = [BenchmarkConfig(preset="aime2024", path=str(path))]
-    with pytest.raises(InputError, match=r"aime\.jsonl holds 29 problems; AIME 2024 has 30"):
+    with pytest.raises(InputError, match=r"aime\.jsonl has 29 problems; AIME 2024 has 30"):
         run(settings)
 
 

@@ -589,7 +589,7 @@ def test_long_answers_and_a_few_faults_are_no_silence(
     ("settings", "message"),
     [
         ({"samples": 1 << 16}, "`samples` must be at most 65535, not 65536"),
-        ({"stop": ["a", ""]}, "`stop` holds an empty"),
+        ({"stop": ["a", ""]}, "`stop` contains an empty"),
     ],
 )
 def test_settings_that_no_run_can_have(settings: dict[str, Any], message: str, tmp_path: Path, problems: Path) -> None:
