@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"alignment", "common", "config", "corpus", "evaluation", "statistics"},
     # What knows the stages.
     "pipeline": {"common", "config", "merge"},
-    "planning": {"chat", "common", "config", "corpus", "kernels", "model", "pipeline", "serve", "train"},
+    "planning": {"chat", "common", "config", "corpus", "evaluation", "kernels", "model", "pipeline", "serve", "train"},
     "micro": {"common", "config"},
     "cli": {"config", "pipeline"},
     "__main__": {"cli"},
