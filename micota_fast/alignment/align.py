@@ -1,7 +1,7 @@
-"""How near a corpus lies to an untrained student: its perplexity and length under the student's own weights.
+"""How close a corpus is to an untrained student: its perplexity and length under the student's own weights.
 
-MiCoTA's argument is that a corpus teaches the more the nearer it lies to what the student would say (arXiv 2507.01887,
-its perplexity analysis). Text is rendered and masked exactly as in training, so what is measured is what is learned.
+MiCoTA argues that a corpus teaches more the closer it is to what the student would say (arXiv 2507.01887, its
+perplexity analysis). Text is rendered and masked exactly as in training, so what is measured is what is learned.
 """
 
 import json
@@ -38,8 +38,8 @@ def run(config: AlignConfig) -> None:
     """Measure each corpus and write OUT/NAME.json, whose keys are described by `alignment.results`.
 
     Raises:
-        InputError: there is no such device, model or corpus cannot be read, a row is bad (file:line), or nothing is
-            left to measure.
+        InputError: the device does not exist, a model or corpus cannot be read, a row is bad (file:line), or nothing
+            is left to measure.
     """
     folder = resolve_checkpoint(config.model)
     chat = Chat.from_checkpoint(folder, config.chat)
@@ -115,9 +115,12 @@ def _has_loss(documents: Documents) -> NDArray[np.bool_]:
 def token_likelihood(
     model: Decoder, documents: Documents, pack_tokens: int, backend: Backend
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-    """Negative log-likelihood (nats) and rank of every supervised token, in file order, and how many each document has.
+    """Compute the negative log-likelihood (nats) and the rank of every supervised token, in file order.
 
     Documents are packed, so no token is spent on padding; logits exist only chunk by chunk.
+
+    Returns:
+        nll [N], rank [N], and the number of supervised tokens of each document [D].
     """
     device = model.lm_head_weight.device
     nll_total = np.zeros(len(documents.input_ids), dtype=np.float32)
@@ -131,9 +134,9 @@ def token_likelihood(
         nll_T = linear_cross_entropy(
             hidden_TH, model.lm_head_weight, targets_T, reduction="none", n_supervised=batch.n_supervised
         ).cpu()
-        told_N = (targets_T >= 0).nonzero()[:, 0]
+        supervised_N = (targets_T >= 0).nonzero()[:, 0]
         rank_T = torch.zeros_like(targets_T)
-        rank_T[told_N] = target_ranks(hidden_TH[told_N], model.lm_head_weight, targets_T[told_N])
+        rank_T[supervised_N] = target_ranks(hidden_TH[supervised_N], model.lm_head_weight, targets_T[supervised_N])
         rank_T = rank_T.cpu()
         for d, (start, stop) in zip(doc_ids.tolist(), pairwise(batch.cu_seqlens.tolist()), strict=True):
             # The loss at a place is that of the token after it.

@@ -1,10 +1,10 @@
-"""How much a student must take in with each answer: the learnability score, and what it is compared with.
+"""How much a student must learn from each answer: the learnability score, and what it is compared with.
 
 MiCoTA's analysis looks at perplexity and at length (arXiv 2507.01887). A corpus can be likely token by token and still
-be far away, because its answers are long, so the score proposed here is both in one: the negative log-likelihood of a
-*whole* answer under the untrained student, in nats, on average over the answers. Less is easier to learn. It tells how
-far the student has to go, not what it finds there: texts without reasoning score well. How it ranks corpora against
-what training on them brings is measured by bench/learnability.py.
+be far from the student because its answers are long. The score proposed here combines both: the negative
+log-likelihood of a *whole* answer under the untrained student, in nats, averaged over the answers. Less is easier to
+learn. It says how far the student has to go, not whether that is worth it: texts without reasoning score well.
+bench/learnability.py measures how it ranks corpora compared with the accuracy that training on them gives.
 """
 
 from typing import Any
@@ -19,8 +19,8 @@ from micota_fast.common.schema import ABSENT, Absent
 from micota_fast.statistics.quantiles import quantiles
 
 QUANTILES = (1, 10, 25, 50, 75, 90, 99)
-MAX_RANK = 100  # where ranks are clipped in the rank-surprisal ratio; ours
-BLOCK = 1 << 25  # logits, and weights widened to float32, that exist at a time: 128 MB each
+MAX_RANK = 100  # ranks are clipped to it in the rank-surprisal ratio; ours
+BLOCK = 1 << 25  # logits, and weights converted to float32, that exist at a time: 128 MB each
 
 
 def learnability(nll_N: NDArray[np.float32], rank_N: NDArray[np.int64], counts_D: NDArray[np.int64]) -> Learnability:
@@ -28,7 +28,7 @@ def learnability(nll_N: NDArray[np.float32], rank_N: NDArray[np.int64], counts_D
 
     Args:
         nll_N: negative log-likelihood of each supervised token, nats, D documents one after the other.
-        rank_N: place of each token among all, by likelihood under the student; 1: its first choice.
+        rank_N: rank of each token among all, by likelihood under the student; 1: its first choice.
         counts_D: supervised tokens of each document, at least one.
 
     Returns:
@@ -51,13 +51,13 @@ def distribution(values_D: NDArray[Any], total: int | Absent = ABSENT) -> Distri
 
 
 def target_ranks(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor) -> Tensor:
-    """Place of each target among all tokens by its logit: 1 + how many are strictly greater. [N], int64.
+    """Rank each target among all tokens by its logit: 1 + the number of strictly greater logits. [N], int64.
 
-    Logits are float32 and exist block by block of the vocabulary. A second product with the head in float32, so it
-    costs as much again as the loss's, or more where that computes in bfloat16.
+    Logits are float32 and exist for one block of the vocabulary at a time. This is a second product with the head, in
+    float32, so it costs as much as the loss's, or more if that computes in bfloat16.
 
     Args:
-        hidden_NH: last hidden states at the places where a token is to be told, any float dtype.
+        hidden_NH: last hidden states at the positions before the targets, any float dtype.
         weight_VH: the language model head.
         targets_N: the tokens that follow, int64.
     """

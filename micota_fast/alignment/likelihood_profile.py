@@ -1,4 +1,4 @@
-"""Where in a document, and in how many tokens, it is unlike the student: statistics of the tokens' likelihoods."""
+"""Where in a document, and in how many tokens, it differs from the student: statistics of the tokens' likelihoods."""
 
 import re
 from collections import defaultdict
@@ -13,7 +13,7 @@ from micota_fast.alignment.results import STEPS, Markers, OwnOverlap, Step
 PARTS = 10  # of a document, by position
 PROBABILITIES = (0.5, 0.1, 0.01, 0.001)
 RUN = 4  # words
-# Words with which a writer turns back on what stands there; ours, after the chains of thought of reasoning models.
+# Words with which a writer reconsiders what it wrote; ours, from the chains of thought of reasoning models.
 MARKERS = re.compile(
     r"\b(wait|hmm+|alternatively|actually|hold on|on second thought|let me (?:re-?)?(?:check|verify|think|consider|"
     r"examine|compute|calculate|read)\w*(?: again)?|double[- ]check\w*|let'?s (?:re-?)?(?:check|verify)\w*)\b",
@@ -36,17 +36,12 @@ def profile(nll_N: NDArray[np.float32], counts_D: NDArray[np.int64], ends_step_N
         nll_N: negative log-likelihood of each, nats.
         counts_D: tokens of each document; documents may have none.
         ends_step_N: whether a token ends a line, and with it a step of the solution.
-
-    Returns:
-        `by_position`: mean nll of each tenth of the documents (every token counts once; a tenth that no document is
-        long enough for is null). `by_step`: mean nll and tokens of the first, second... line; from the STEPS-th on all
-        together. `unlikely`: share of tokens below each of PROBABILITIES.
     """
     document_N = np.repeat(np.arange(len(counts_D)), counts_D)
     starts_D = np.cumsum(counts_D) - counts_D
     rank_N = np.arange(len(nll_N)) - starts_D[document_N]
     part_N = rank_N * PARTS // counts_D[document_N]
-    # A line break belongs to the line it ends, and empty lines are no steps.
+    # A line break belongs to the line it ends, and empty lines are not steps.
     begins_N = np.zeros(len(nll_N), np.int64)
     begins_N[1:] = ends_step_N[:-1] & ~ends_step_N[1:] & (rank_N[1:] > 0)
     begun_N = np.cumsum(begins_N)
@@ -83,10 +78,10 @@ def reflection_markers(texts: Iterable[str], tokens: int) -> Markers:
 
 
 def overlap(texts: Mapping[str, Sequence[str]], own: Mapping[str, Sequence[str]]) -> OwnOverlap | None:
-    """Measure how much of what a corpus says the student says by itself, problem by problem.
+    """Measure how much of a corpus the student says by itself, problem by problem.
 
-    For each answer the share of its distinct runs of RUN words that occur in the student's own answers to the same
-    problem; the mean over answers. None: no problem is in both.
+    For each answer this is the share of its distinct runs of RUN words that occur in the student's own answers to the
+    same problem. Returns the mean over answers; None if no problem is in both.
 
     Args:
         texts: problem id -> its answers in the corpus.

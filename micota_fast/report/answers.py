@@ -1,7 +1,7 @@
 """answers.html: every benchmark problem with the answers of all arms side by side, to filter, search and print.
 
-The page is one file that loads nothing. What models wrote is data in it, never markup: JSON that answers.js puts on the
-screen as text, under a content security policy that lets no other script run.
+The page is one file that loads nothing. What models wrote is data in it, never markup: JSON that answers.js shows as
+text, under a content security policy that allows no other script.
 """
 
 import base64
@@ -37,20 +37,20 @@ OUTCOMES: dict[Outcome, tuple[str, str]] = {
 }
 FINISHES = {"stop": "ended by itself", "length": "hit the token limit", "abort": "given up by the server"}
 ROOM = 27_000_000
-"""Bytes for the problems and answers; with what stands around each, the page stays below 30 MB."""
-_AROUND = 60  # bytes in the page beside an answer's text
-_LONGEST_READ = 300  # characters of an answer as it was read for grading
+"""Bytes for the problems and answers; with the data about each, the page stays below 30 MB."""
+_AROUND = 60  # bytes in the page per answer, besides its text
+_LONGEST_READ = 300  # characters shown of the final answer that was read for grading
 
 Cut = str | list[str | int]
 """A text, or [its start, number of characters left out, its end]."""
 
 
 def render_answers(config: ReportConfig, inputs: Inputs, colours: Mapping[str, str]) -> bytes:
-    """The whole page. The same rows, in whatever order, give the same bytes.
+    """Render the whole page. The same rows, in any order, give the same bytes.
 
     Args:
         config: its title and folder; rows' files are named relative to the folder.
-        inputs: the runs; those whose rows are not beside results.json are named as missing.
+        inputs: the evaluated models; those whose rows are not next to results.json are listed as missing.
         colours: arm -> colour as drawn.
 
     Raises:
@@ -109,7 +109,7 @@ def _rows(file: Path) -> Iterator[GradedAnswer]:
 
 
 def _graded_files(runs: Sequence[EvaluatedModel]) -> list[list[tuple[str, Path]]]:
-    """Of each run whose rows are there, its benchmarks and their files."""
+    """The benchmarks and their files of each run whose rows exist."""
     return [
         [(name, run.path.parent / "rows" / benchmark_file(name)) for name in run.benchmarks]
         for run in runs
@@ -118,7 +118,7 @@ def _graded_files(runs: Sequence[EvaluatedModel]) -> list[list[tuple[str, Path]]
 
 
 def _kept_characters(arms: Mapping[str, Sequence[EvaluatedModel]]) -> int:
-    """How many characters of an answer's start, and as many of its end, the page has room for; at least 100."""
+    """How many characters of an answer's start, and of its end, the page has room for; at least 100."""
     characters, encoded, seen, taken = [], [], set(), 0
     for runs in arms.values():
         for of_run in _graded_files(runs):
@@ -132,22 +132,22 @@ def _kept_characters(arms: Mapping[str, Sequence[EvaluatedModel]]) -> int:
     lengths, sizes = np.array(characters), np.array(encoded)
     room = ROOM - taken - _AROUND * len(lengths)
     for kept in (digit * 10**power for power in range(6, 1, -1) for digit in range(9, 0, -1)):
-        share = np.minimum(1.0, 2 * kept / np.maximum(lengths, 1))  # as if its bytes lay evenly in a text
+        share = np.minimum(1.0, 2 * kept / np.maximum(lengths, 1))  # as if all characters had the same size
         if kept == 100 or (share * sizes).sum() <= room:
             break
     return kept
 
 
 def _size(text: str) -> int:
-    """Bytes of a text in the page."""
+    """The bytes of a text in the page."""
     return len(_json(text).encode("utf-8", "replace")) + 5 * text.count("<")
 
 
 def _problems(arms: Mapping[str, Sequence[EvaluatedModel]], kept: int) -> list[list[Any]]:
-    """[benchmark, id, problem, gold answer, answers by arm] of each, benchmarks in their order, ids in natural order.
+    """List [benchmark, id, problem, gold answer, answers by arm] of each problem, with ids in natural order.
 
-    An answer is [run, sample, outcome, extracted, tokens, finish reason, text, other protocols' verdicts or null]; what
-    has few values stands as its place in the list of them.
+    An answer is [run, sample, outcome, extracted, tokens, finish reason, text, other protocols' verdicts or null]. A
+    value of which there are few is given as its index in their list.
     """
     outcomes, finishes = list(OUTCOMES), list(FINISHES)
     found: dict[tuple[int, str], list[Any]] = {}
@@ -200,7 +200,7 @@ def _shortened(text: str) -> str:
 
 
 def _samples(runs: Sequence[EvaluatedModel]) -> int:
-    """Most answers to a problem in a run of this arm."""
+    """The largest number of answers to a problem in a run of this arm."""
     return max((of.samples for run in runs for of in (run.graded or {}).values()), default=0)
 
 
@@ -213,7 +213,7 @@ def _json(value: Any) -> str:
 
 
 def _embedded(data: Any) -> str:
-    """JSON that neither ends a script element nor begins a comment, and holds no line end that JavaScript knows."""
+    """Encode JSON that neither ends a script element nor begins a comment, and has no line end of JavaScript's own."""
     return _json(data).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
@@ -266,7 +266,7 @@ def _form(
 
 
 def _outcome_options(answers: Sequence[list[Any]]) -> str:
-    """By what an arm's answers to a problem can be filtered: `answers` of each problem."""
+    """The options by which an arm's answers can be filtered; `answers` has a list for each problem."""
     options = {"": "any"}
     if max(map(len, answers)) > 1:
         options |= {

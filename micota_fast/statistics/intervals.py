@@ -1,18 +1,18 @@
 """95% intervals for accuracies, their averages over benchmarks and their differences.
 
-One rule throughout: every source of error has an interval of its own, and independent sources combine by adding the
+One rule applies throughout: every source of error has its own interval, and independent sources combine by adding the
 squared distances from the estimate to each bound (MOVER: Zou & Donner 2008, "Construction of confidence limits about
 effect measures", Statistics in Medicine 27; for two proportions it is method 10 of Newcombe 1998, Statistics in
 Medicine 17). With one benchmark and one seed it is exactly the Wilson interval; it never collapses at 0% or 100%.
 
 - Problems: the Wilson interval of the accuracy on n problems. Several answers to one problem count as one: they are
-  taken for copies of each other (conservative). The mean over seeds is treated as one run: all seeds
-  answer the same problems, so more seeds do not make the sample of problems larger (conservative).
-- Training: Student's t interval of the mean over S seeds, S - 1 degrees of freedom. One seed tells nothing about
-  it; its interval then covers the problems only.
+  treated as copies of each other (conservative). The mean over seeds is treated as one run: all seeds answer the same
+  problems, so more seeds do not make the sample of problems larger (conservative).
+- Training: Student's t interval of the mean over S seeds, S - 1 degrees of freedom. One seed says nothing about
+  training; the interval then covers the problems only.
 - A difference of two arms: `difference` adds both arms' distances as if they had answered different problems. They
-  answered the same ones, so this interval is too wide where they agree on which are hard. `paired` gives that of the
-  problems from the answers themselves, and `with_training` adds to it what the seeds say.
+  answered the same ones, so this interval is too wide if they agree on which are hard. `paired` computes the interval
+  over problems from the answers themselves, and `with_training` adds the spread over seeds.
 """
 
 import math
@@ -62,15 +62,15 @@ class Difference:
 
     @property
     def spans_zero(self) -> bool:
-        """Whether zero lies in the interval: the difference is then not distinguishable from zero."""
+        """Whether zero lies within the interval: the difference is then not distinguishable from zero."""
         return self.low <= 0.0 <= self.high
 
 
 def wilson95(accuracy: float, n: int) -> tuple[float, float]:
-    """Wilson score interval (95%) of a fraction `accuracy` of `n` independent problems.
+    """Compute the Wilson score interval (95%) of a fraction `accuracy` of `n` independent problems.
 
     Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927); recommended for all
-    n by Brown, Cai & DasGupta, Statistical Science 16 (2001). Unlike p +- 1.96 sd it holds its level near 0 and 1.
+    n by Brown, Cai & DasGupta, Statistical Science 16 (2001). Unlike p +- 1.96 sd it keeps its level near 0 and 1.
     """
     z2 = Z95 * Z95
     centre = (accuracy + z2 / (2 * n)) / (1 + z2 / n)
@@ -79,19 +79,18 @@ def wilson95(accuracy: float, n: int) -> tuple[float, float]:
 
 
 def clustered_se(correct_PS: NDArray[np.float64]) -> float:
-    """Standard error of avg@k, the mean over S answers to each of P >= 2 problems, with the problems as clusters.
+    """Compute the standard error of avg@k, the mean over S answers to each of P >= 2 problems, clustered by problem.
 
     Miller, "Adding error bars to evals" (arXiv 2411.00640), section 2.2, on the sandwich estimator of Liang & Zeger,
     Biometrika 73 (1986): the squares of the clusters' summed residuals, so that answers to one problem may depend on
-    each other in any way. The factor P / (P - 1) makes its square unbiased here, where it is the variance of the
-    problems' means over P. A standard error of 0 (all problems alike) is no certainty: `wilson95` is the interval
-    that holds there.
+    each other in any way. The factor P / (P - 1) makes its square unbiased here, since it is the variance of the
+    problems' means over P. A standard error of 0 (all problems alike) is not certainty: `wilson95` still holds then.
 
     Args:
-        correct_PS: 1 where the answer is right, else 0; or any score.
+        correct_PS: 1 if the answer is correct, else 0; or any score.
 
     Raises:
-        ValueError: one problem alone, whose spread nothing tells.
+        ValueError: there is a single problem, which has no spread.
     """
     problems, samples = correct_PS.shape
     if problems < 2:
@@ -101,13 +100,13 @@ def clustered_se(correct_PS: NDArray[np.float64]) -> float:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k answers to a problem is right, when c of n answers are.
+    """Estimate, without bias, the chance that one of k answers to a problem is correct if c of n answers are.
 
     1 - C(n - c, k) / C(n, k), as a product: Chen et al., "Evaluating large language models trained on code"
     (arXiv 2107.03374), section 2.1 and figure 3.
 
     Raises:
-        ValueError: not 0 <= c <= n or not 1 <= k <= n: fewer than k answers cannot tell.
+        ValueError: not 0 <= c <= n or not 1 <= k <= n: fewer than k answers are not enough.
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@{k} from {c} right of {n} answers: needs 0 <= right <= answers and 1 <= k <= answers")
@@ -117,10 +116,10 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def mean_pass_at(correct: Sequence[int], n: int, most: int) -> dict[int, float]:
-    """`pass_at_k`, mean over problems, for k = 1, 2, 4, ... and `most`.
+    """Average `pass_at_k` over problems, for k = 1, 2, 4, ... and `most`.
 
     Args:
-        correct: of each problem, how many of its `n` answers are right.
+        correct: of each problem, how many of its `n` answers are correct.
         n: answers to each problem.
         most: the largest k, at most `n`.
     """
@@ -129,14 +128,15 @@ def mean_pass_at(correct: Sequence[int], n: int, most: int) -> dict[int, float]:
 
 
 def median95(values: Sequence[float], n: int) -> tuple[float, float] | None:
-    """95% interval of the median of a distribution from `n` independent draws, by order statistics; free of its shape.
+    """Compute the 95% interval of a median from `n` independent draws of any distribution, by order statistics.
 
-    From the l-th smallest value to the l-th largest, with the greatest l for which a binomial(n, 1/2) variable lies
-    below l with probability <= 2.5% (David & Nagaraja, "Order Statistics", 3rd ed. 2003, section 7.1). None where no l
-    does: below 6 draws.
+    It runs from the l-th smallest value to the l-th largest, with the greatest l for which a binomial(n, 1/2) variable
+    lies below l with probability <= 2.5% (David & Nagaraja, "Order Statistics", 3rd ed. 2003, section 7.1). None if
+    there is no such l: below 6 draws.
 
     Args:
-        values: `n` of them; or more, several for each draw, which then count as copies of each other (conservative).
+        values: `n` of them; or several per draw, which then count as copies of each other (conservative).
+        n: the number of draws.
     """
     rank, probability, log_term = 0, 0.0, -n * math.log(2)  # of `rank` heads in n throws
     while (probability := probability + math.exp(log_term)) <= 0.025:
@@ -150,7 +150,7 @@ def median95(values: Sequence[float], n: int) -> tuple[float, float] | None:
 
 
 def student_t95(degrees: int) -> float:
-    """Two-sided 95% point of Student's t (beyond 10 degrees: Abramowitz & Stegun 26.7.5, to the third term)."""
+    """Return the two-sided 95% point of Student's t (above 10 degrees by Abramowitz & Stegun 26.7.5, three terms)."""
     if degrees <= len(_T95):
         return _T95[degrees - 1]
     z = Z95
@@ -163,7 +163,7 @@ def student_t95(degrees: int) -> float:
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (n - 1); the deviation of one value is None."""
+    """Compute the mean and the sample standard deviation (n - 1); the deviation of one value is None."""
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return mean, None
@@ -171,10 +171,10 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def macro_average(accuracies: Sequence[Sequence[float]], n: Sequence[int]) -> Estimate:
-    """Average over benchmarks, each weighted alike, of the mean over seeds.
+    """Average the mean over seeds over benchmarks, each weighted alike.
 
     Args:
-        accuracies: one row a seed, one fraction a benchmark.
+        accuracies: one row per seed, one fraction per benchmark.
         n: number of problems of each benchmark.
     """
     count = len(n)
@@ -193,18 +193,18 @@ def macro_average(accuracies: Sequence[Sequence[float]], n: Sequence[int]) -> Es
 
 
 def difference(a: Estimate, b: Estimate) -> Difference:
-    """a - b, the two taken as independent (see the module's docstring)."""
+    """Compute a - b, the two taken as independent (see the module's docstring)."""
     value = a.mean - b.mean
     below, above = math.hypot(a.below, b.above), math.hypot(a.above, b.below)
     return Difference(value, max(-1.0, value - below), min(1.0, value + above))
 
 
 def with_training(problems: Difference, a: Estimate, b: Estimate) -> Difference:
-    """a - b, the interval of the `problems` widened by each arm's Student t interval over its seeds.
+    """Compute a - b, the interval of the `problems` widened by each arm's Student t interval over its seeds.
 
-    The seeds' spread holds the part of the problems' that differs from seed to seed, which the mean over seeds has as
-    well: it counts twice (conservative; for two crossed sources of error no resampling is exact either, Owen, "The
-    pigeonhole bootstrap", Annals of Applied Statistics 1, 2007). An arm of one seed adds nothing.
+    The spread over seeds contains the part of the problems' error that differs from seed to seed, and so does the mean
+    over seeds: it counts twice (conservative; for two crossed sources of error no resampling is exact either, Owen,
+    "The pigeonhole bootstrap", Annals of Applied Statistics 1, 2007). An arm of one seed adds nothing.
     """
     of_training = [
         student_t95(len(arm.seeds) - 1) * arm.sd / math.sqrt(len(arm.seeds)) for arm in (a, b) if arm.sd is not None

@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Rank correlation, equal values with their mean rank; None where one side's values are all equal.
+    """Compute the rank correlation; equal values get their mean rank. None if one side's values are all equal.
 
     Spearman, "The proof and measurement of association between two things", American Journal of Psychology 15 (1904).
 
     Raises:
-        ValueError: a value is not finite, and so has no rank.
+        ValueError: a value is not finite.
     """
     if not np.isfinite([*x, *y]).all():
         raise ValueError("values that are not finite have no rank")
@@ -24,7 +24,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 
 def _average_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """1 for the smallest; equal ones share the mean of their ranks."""
+    """Rank the values, 1 for the smallest; equal ones share the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ranks: NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     return ranks
