@@ -36,7 +36,7 @@ from micota_fast.errors import InputError
 from micota_fast.train.packed_loss import PackedLoss
 from micota_fast.train.parallel import local_part
 from micota_fast.train.storage import CheckpointWriter, first_fault, read_manifest, write_json
-from micota_fast.train.world import World
+from micota_fast.train.world import HOSTS_TIMEOUT, World
 
 
 class Checkpoints:
@@ -56,7 +56,7 @@ class Checkpoints:
         self._dir, self._identity, self._world, self._keep = out / "checkpoints", identity, world, keep
         world.on_main(lambda: self._claim(out))
         # The writer's collectives must not mix with those of the training thread; gloo needs no device.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=HOSTS_TIMEOUT)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._staged: dict[str, Tensor] = {}

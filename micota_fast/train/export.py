@@ -45,7 +45,7 @@ def export(
     Raises:
         InputError: on all ranks, where rank 0 could not write.
     """
-    weights = _Gathered(decoder)
+    weights = _Gathered(decoder, world)
     stored = getattr(torch, dtype or decoder.config.dtype_name or "float32", torch.float32)
     size = stored.itemsize * sum(shape.numel() for shape in parameter_shapes(decoder.config).values())
 
@@ -70,9 +70,14 @@ def export(
 
 
 class _Gathered(Mapping[str, Tensor]):
-    """Each parameter whole when it is asked for. All ranks must ask in one order: the model's."""
+    """Each parameter whole when it is asked for. All ranks must ask in the model's order.
 
-    def __init__(self, decoder: Decoder) -> None:
+    They meet on the hosts before each: NCCL would end a rank that asks for one long before rank 0, which writes a file
+    in between.
+    """
+
+    def __init__(self, decoder: Decoder, world: World) -> None:
+        self._world = world
         self._parameters = dict(decoder.named_parameters())
         self._names = list(parameter_shapes(decoder.config))
         self._taken = 0
@@ -82,7 +87,10 @@ class _Gathered(Mapping[str, Tensor]):
             raise RuntimeError(f"{name} is asked for where {self._names[self._taken]} comes next: ranks would deadlock")
         self._taken += 1
         parameter = self._parameters[name].detach()
-        return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if not isinstance(parameter, DTensor):
+            return parameter
+        self._world.barrier()
+        return parameter.full_tensor()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -59,8 +59,8 @@ def run_identity(
             f"rank {other[0]} reads other documents than rank 0: {config.data}, or the tokenizer of {config.model}, is "
             f"not the same on its machine"
         )
-    held: list[Any] = [None]
-    if world.is_main:
+
+    def identity() -> dict[str, Any]:
         files = {path.name: path for name in ("config.json", *COPIED_FILES) if (path := source / name).exists()}
         if config.init == "pretrained":
             files |= {path.name: path for path in tensor_files(source).values()}
@@ -68,12 +68,10 @@ def run_identity(
         places = ("model", "data", "out", "validation_data")
         options = {k: v for k, v in loader.identity(config).items() if k not in places}
         model = hashlib.sha256(listing.encode()).hexdigest()
-        held = [{"model": model, "documents": documents.fingerprint, "options": options}]
-        if held_out is not None:
-            held[0]["held_out"] = held_out.fingerprint
-    dist.broadcast_object_list(held)
-    identity: dict[str, Any] = held[0]
-    return identity
+        found = {"model": model, "documents": documents.fingerprint, "options": options}
+        return found if held_out is None else found | {"held_out": held_out.fingerprint}
+
+    return world.on_main(identity)
 
 
 def is_finished(out: Path, identity: dict[str, Any], world: World) -> bool:

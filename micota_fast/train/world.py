@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,10 @@ from micota_fast.errors import InputError
 
 T = TypeVar("T")
 
+# Of groups in which ranks wait for rank 0 to hash or write a model. Who dies closes its connections, so that those who
+# wait fail at once; no more than that would have to be cut short.
+HOSTS_TIMEOUT = timedelta(days=1)
+
 
 @dataclass(frozen=True)
 class World:
@@ -24,7 +29,7 @@ class World:
     size: int
     device: torch.device
     replicas: int = 1  # copies of the model; size / replicas processes share one
-    hosts: dist.ProcessGroup | None = None  # of all, for what the host decides: never waits for a device
+    hosts: dist.ProcessGroup | None = None  # of all, for what hosts decide: waits for no device and up to HOSTS_TIMEOUT
 
     @property
     def is_main(self) -> bool:
@@ -36,11 +41,17 @@ class World:
         if self.is_main:
             print(text, flush=True)
 
+    def barrier(self) -> None:
+        """Wait, on the host alone, until every process is here."""
+        dist.barrier(group=self.hosts)
+
     def on_main(self, function: Callable[[], T]) -> T:
-        """What `function` returns on rank 0, on every rank: what one rank saw, all go by. Waits for no device.
+        """Call `function` on rank 0 and return its result on every rank, so that all act on what one saw.
+
+        The others wait for it on the host alone: not for a device, and longer than NCCL would.
 
         Raises:
-            InputError: on every rank, where `function` raised it.
+            InputError: on every rank, if `function` raised it.
         """
         held: list[Any] = [None, None]
         if self.is_main:
@@ -86,9 +97,11 @@ def join_world(device: str, mesh: MeshConfig | None = None) -> Iterator[World]:
     else:  # FSDP wants a group, of one
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=own_device)
     try:
-        yield World(rank, size, chosen, replicas, dist.new_group(backend="gloo") if size > 1 else None)
+        hosts = dist.new_group(backend="gloo", timeout=HOSTS_TIMEOUT) if size > 1 else None
+        world = World(rank, size, chosen, replicas, hosts)
+        yield world
         # Without these two, gloo's threads now and then outlive what they use and the process aborts at its exit.
-        dist.barrier()
+        world.barrier()
         gc.collect()
     finally:
         dist.destroy_process_group()
