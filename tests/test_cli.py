@@ -1,6 +1,5 @@
 """The command line as a stranger meets it."""
 
-import inspect
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from micota_fast.cli import main
-from micota_fast.pipeline.stages import VERBS, imported
+from micota_fast.pipeline.stages import VERBS
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -18,24 +17,6 @@ def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> No
         main([verb, "--help"])
     assert exit_.value.code == 0
     assert "usage: micota " + verb in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_the_function_of_a_verb_takes_what_its_arguments_give(verb: str) -> None:
-    row = VERBS[verb]
-    keywords = {
-        argument.keywords.get("dest") or argument.names[0].strip("-").replace("-", "_") for argument in row.arguments
-    }
-    if "recipe" in keywords:
-        keywords = keywords - {"overrides", "out"} | {"path", "folder"}
-    elif "overrides" in keywords:
-        keywords = keywords - {"overrides"} | {"config"}
-    elif row.options is not None:
-        inspect.signature(imported(row.options)).bind(**dict.fromkeys(keywords))
-        keywords = {"config"}
-    inspect.signature(imported(row.function)).bind(**dict.fromkeys(keywords))
-    if row.cost is not None:
-        inspect.signature(imported(row.cost)).bind("planner", "stage")
 
 
 def test_a_stage_that_was_asked_to_end_has_not_failed_and_a_number_is_a_status(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,20 @@ def find_option(hint: Any, key: str) -> tuple[str, Any]:
     return key, Any
 
 
+def merged(hint: Any, values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return plain values of the type `hint` with overrides in them; mappings are merged, all else is replaced.
+
+    An option's old name (`option(alias=...)`) overrides the new one and stays in the result, for `build` to notice.
+    """
+    result = dict(values)
+    for key, value in overrides.items():
+        name, inner = find_option(hint, key)
+        old = result.pop(name, None)
+        both = isinstance(value, dict) and isinstance(old, dict)
+        result[key] = merged(inner, old, value) if both else value
+    return result
+
+
 def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
     """Return (dotted key, default, documentation) of every option of a dataclass, including nested ones."""
     rows: list[tuple[str, str, str]] = []

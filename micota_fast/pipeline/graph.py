@@ -106,7 +106,7 @@ class _Graph:
     def _settings(
         self, cls: type[Config], defaults: Any, overrides: dict[str, Any], where: str, **values: Any
     ) -> Config:
-        merged = _merge(cls, loader.plain(defaults), overrides)
+        merged = loader.merged(cls, loader.plain(defaults), overrides)
         return loader.build(cls, merged | values, f"{self.path}, `{where}`")
 
     def _file(self, name: str, where: str) -> Artefact:
@@ -388,17 +388,6 @@ class _Graph:
 def _flat(groups: Any) -> Iterator[Artefact]:
     for group in groups:
         yield from group
-
-
-def _merge(hint: Any, defaults: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Put overrides into values of the type `hint`; an option's old name stands for its new one."""
-    merged = dict(defaults)
-    for key, value in overrides.items():
-        name, inner = loader.find_option(hint, key)
-        default = merged.pop(name, None)
-        both = isinstance(value, dict) and isinstance(default, dict)
-        merged[key] = _merge(inner, default, value) if both else value
-    return merged
 
 
 def _model_names(content: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
