@@ -35,6 +35,7 @@ from micota_fast.common.files import remove_whole, sync, writing
 from micota_fast.errors import InputError
 from micota_fast.train.packed_loss import PackedLoss
 from micota_fast.train.parallel import local_part
+from micota_fast.train.staging import Staging
 from micota_fast.train.storage import CheckpointWriter, first_fault, read_manifest, write_json
 from micota_fast.train.world import HOSTS_TIMEOUT, World
 
@@ -57,9 +58,12 @@ class Checkpoints:
         world.on_main(lambda: self._claim(out))
         # The writer's collectives must not mix with those of the training thread; gloo needs no device.
         self._group = dist.new_group(backend="gloo", timeout=HOSTS_TIMEOUT)
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._on_cuda = world.device.type == "cuda"
+        # A new thread starts on device 0, where an event or a collective of it would open a second CUDA context.
+        on_device = {"initializer": torch.cuda.set_device, "initargs": (world.device,)} if self._on_cuda else {}
+        self._thread = ThreadPoolExecutor(1, "checkpoint", **on_device)
         self._pending: Future[None] | None = None
-        self._staged: dict[str, Tensor] = {}
+        self._staging = Staging({}, pinned=False)
 
     def _claim(self, out: Path) -> None:
         """Make the folder ours, or see that it is, and remove what a killed run has left half done."""
@@ -111,13 +115,13 @@ class Checkpoints:
         """
         self.wait()
         tensors = dict(_state(model, optimizer)) | _generators(self._world)
-        on_cuda = self._world.device.type == "cuda"
-        for name, tensor in tensors.items():
-            local = local_part(tensor)
-            if name not in self._staged:
-                self._staged[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=on_cuda)
-            self._staged[name].copy_(local, non_blocking=True)
-        copied = torch.cuda.current_stream().record_event() if on_cuda else None
+        local = {name: local_part(tensor) for name, tensor in tensors.items()}
+        if not self._staging.fits(local):
+            self._staging.close()
+            self._staging = Staging(local, pinned=self._on_cuda)
+        for name, tensor in local.items():
+            self._staging.tensors[name].copy_(tensor, non_blocking=True)
+        copied = torch.cuda.current_stream().record_event() if self._on_cuda else None
         manifest = {
             "progress": json.loads(json.dumps(progress)),  # as it is now: the caller goes on changing it
             "score": score if score is not None and math.isfinite(score) else None,
@@ -136,7 +140,7 @@ class Checkpoints:
         """The background thread's part of `save`."""
         if copied is not None:
             copied.synchronize()
-        planner = _StagedPlanner(self._staged)
+        planner = _StagedPlanner(self._staging.tensors)
         try:
             with CheckpointWriter(folder, self._world.rank, manifest, self._remove_old) as writer:
                 dcp.save(tensors, storage_writer=writer, planner=planner, process_group=self._group)
@@ -255,6 +259,7 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         """Let a write in flight end, whatever ends the run: the process group goes next, and the write needs it."""
         self._thread.shutdown()
+        self._staging.close()
 
 
 def _state(model: PackedLoss, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:

@@ -86,6 +86,7 @@ def join_world(device: str, mesh: MeshConfig | None = None) -> Iterator[World]:
         if local_rank >= torch.cuda.device_count():
             raise InputError(f"local rank {local_rank} has no device of its own: {torch.cuda.device_count()} are here")
         chosen = torch.device("cuda", local_rank)
+        _let_segments_grow()
         torch.cuda.set_device(chosen)
     else:
         chosen = torch.device("cpu")
@@ -105,6 +106,15 @@ def join_world(device: str, mesh: MeshConfig | None = None) -> Iterator[World]:
         gc.collect()
     finally:
         dist.destroy_process_group()
+
+
+def _let_segments_grow() -> None:
+    """Let CUDA's allocator extend its segments, unless the user has set it up: packs differ in length and leave gaps.
+
+    It reads the variable when it is first used, so this must come before anything is on the device.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name before torch 2.9, which is still read
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _replicas(mesh: MeshConfig, size: int) -> int:

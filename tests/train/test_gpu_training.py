@@ -1,6 +1,9 @@
 """The training path on one NVIDIA GPU: varlen attention, Triton loss, compile, bfloat16, resume, and all of micro."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +114,17 @@ def test_a_step_never_waits_for_the_device(options: dict[str, object], exact: Tr
                 step(number)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_memory_grows_in_place() -> None:
+    program = (
+        "import torch\nfrom micota_fast.train.world import join_world\nwith join_world('cuda') as world:\n"
+        "    torch.zeros(1, device=world.device)\n"
+        "    print(torch.cuda.memory._snapshot()['allocator_settings']['expandable_segments'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
 
 
 def test_all_of_micro(tmp_path: Path) -> None:
