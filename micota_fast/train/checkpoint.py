@@ -60,8 +60,8 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=HOSTS_TIMEOUT)
         self._on_cuda = world.device.type == "cuda"
         # A new thread starts on device 0, where an event or a collective of it would open a second CUDA context.
-        on_device = {"initializer": torch.cuda.set_device, "initargs": (world.device,)} if self._on_cuda else {}
-        self._thread = ThreadPoolExecutor(1, "checkpoint", **on_device)
+        on_device = (lambda: torch.cuda.set_device(world.device)) if self._on_cuda else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", on_device)
         self._pending: Future[None] | None = None
         self._staging = Staging({}, pinned=False)
 
