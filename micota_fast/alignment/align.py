@@ -4,7 +4,6 @@ MiCoTA argues that a corpus teaches more the closer it is to what the student wo
 perplexity analysis). Text is rendered and masked exactly as in training, so what is measured is what is learned.
 """
 
-import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +17,8 @@ from micota_fast.alignment.learnability import distribution, learnability, targe
 from micota_fast.alignment.likelihood_profile import overlap, profile, reflection_markers
 from micota_fast.alignment.results import Alignment
 from micota_fast.chat.encoding import Chat
-from micota_fast.common.files import write_atomic
-from micota_fast.common.records import parse_line, read_lines
+from micota_fast.common.json_io import parse_json, write_json
+from micota_fast.common.records import read_lines
 from micota_fast.common.schema import to_json
 from micota_fast.config.evaluation import AlignConfig
 from micota_fast.data.batches import packed_batch
@@ -83,8 +82,7 @@ def run(config: AlignConfig) -> None:
             },
             versions={"micota_fast": micota_fast.__version__, "torch": torch.__version__},
         )
-        content = json.dumps(to_json(result), indent=1).encode() + b"\n"
-        write_atomic(Path(config.out) / f"{name}.json", [content])
+        write_json(Path(config.out) / f"{name}.json", to_json(result))
         if own is not None and result.own_overlap is None:
             print(f"WARNING: align: {name}: {config.student_answers} holds no answer to any problem of {path}")
         print(
@@ -98,7 +96,7 @@ def _answers(path: str) -> dict[str, list[str]]:
     """Problem id -> answers, of the rows that have both; a corpus of conversations has neither."""
     answers: dict[str, list[str]] = {}
     for where, line in read_lines(Path(path)):
-        row = parse_line(line, where)
+        row = parse_json(line, where)
         if isinstance(row.get("id"), str) and isinstance(row.get("completion"), str):
             answers.setdefault(row["id"], []).append(row["completion"])
     return answers

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from micota_fast.chat.template import ChatTemplate, Message, load_chat_template, read_json, special_tokens
+from micota_fast.chat.template import ChatTemplate, Message, load_chat_template, special_tokens
+from micota_fast.common.json_io import read_json_if_there
 from micota_fast.config.generation import ChatConfig
 from micota_fast.errors import InputError
 
@@ -123,16 +124,16 @@ class Chat:
                     f"add one, or set `chat.use_template: false` to send prompts as bare text"
                 )
         config_path = path / "tokenizer_config.json"
-        tokens = special_tokens(read_json(config_path), config_path)
+        tokens = special_tokens(read_json_if_there(config_path) or {}, config_path)
         eos_ids: list[int] = []
         if "eos_token" in tokens:
             eos_id = tokenizer.token_to_id(tokens["eos_token"])
             if eos_id is None:
                 raise InputError(f"{config_path}: eos_token {tokens['eos_token']!r} is not in tokenizer.json")
             eos_ids.append(eos_id)
-        model_config = read_json(path / "config.json")
+        model_config = read_json_if_there(path / "config.json") or {}
         for name in ("generation_config.json", "config.json"):
-            values = model_config if name == "config.json" else read_json(path / name)
+            values = model_config if name == "config.json" else read_json_if_there(path / name) or {}
             eos_ids += _eos_token_ids(values, path / name, tokenizer)
         vocab_size = model_config.get("vocab_size", tokenizer.get_vocab_size(with_added_tokens=True))
         if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:

@@ -17,6 +17,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from micota_fast.common.json_io import read_json_if_there
 from micota_fast.errors import InputError
 
 # What `strftime_now` tells a template: Llama 3's templates write today's date into the system message, so that the
@@ -92,6 +93,9 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise InputError(f"{where}: line {error.lineno} of the chat template: {error.message}") from None
+        except Exception as error:  # such as RecursionError: the compiler has limits that Jinja's grammar has not
+            why = f"{type(error).__name__}: {error}"
+            raise InputError(f"{where}: the chat template cannot be compiled ({why})") from None
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The text of a conversation, with the header of the assistant's next turn if asked for.
@@ -113,23 +117,6 @@ class ChatTemplate:
             raise InputError(
                 f"{self.where}: the chat template fails on the conversation: {type(error).__name__}: {error}"
             ) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A checkpoint's JSON file as a dict; an absent file is an empty one.
-
-    Raises:
-        InputError: the file is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def special_tokens(tokenizer_config: Mapping[str, Any], where: Path) -> dict[str, str]:
@@ -162,7 +149,7 @@ def load_chat_template(checkpoint: Path) -> ChatTemplate | None:
         InputError: a file or key is not what it should be, or the template does not parse.
     """
     config_path = checkpoint / "tokenizer_config.json"
-    tokenizer_config = read_json(config_path)
+    tokenizer_config = read_json_if_there(config_path) or {}
     tokens = special_tokens(tokenizer_config, config_path)
     jinja_path = checkpoint / "chat_template.jinja"
     if jinja_path.is_file():
@@ -171,7 +158,7 @@ def load_chat_template(checkpoint: Path) -> ChatTemplate | None:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{jinja_path}: cannot be read: {error}") from None
     for path in (checkpoint / "chat_template.json", config_path):
-        value = read_json(path).get("chat_template")
+        value = (read_json_if_there(path) or {}).get("chat_template")
         where = f"{path}: key 'chat_template'"
         if value is None:
             continue

@@ -44,6 +44,19 @@ def writing(place: str | Path, needed: int | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def reading(place: str | Path) -> Iterator[None]:
+    """Turn an OSError of the block into an InputError that names `place` and the reason.
+
+    Raises:
+        InputError: the block raised OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {place}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears whole or not at all: aside in the same directory, fsync, rename.
 

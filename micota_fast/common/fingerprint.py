@@ -4,16 +4,43 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from micota_fast.common.files import write_atomic
+from micota_fast.common.json_io import read_json_if_there, write_json
 from micota_fast.errors import InputError
 
 
 def of_json(value: Any) -> str:
     """sha256 of a JSON value, independent of key order."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()  # file names need not be UTF-8
+
+
+def of_file(path: Path) -> str:
+    """sha256 of a file's bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the keys whose values differ, dotted where objects lie in objects, with the old and the new value.
+
+    Lists are compared whole; None stands for a value that one of them has not.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys((*new, *old)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found |= {f"{key}.{inner}": values for inner, values in differences(before, after).items()}
+        elif before != after:
+            found[key] = before, after
+    return found
 
 
 class Fingerprints:
@@ -31,8 +58,9 @@ class Fingerprints:
         self._changed = False
         self._known: dict[str, list[Any]] = {}
         if memory is not None:
-            with contextlib.suppress(OSError, ValueError):  # a lost memory only costs time
-                self._known = json.loads(memory.read_bytes())
+            with contextlib.suppress(InputError):  # a lost or damaged memory only costs time
+                known = read_json_if_there(memory) or {}
+                self._known = {name: state for name, state in known.items() if _is_state(state)}
 
     def of(self, path: Path) -> str:
         """sha256 of a file's bytes, or of the names and hashes of all files in a folder.
@@ -54,8 +82,7 @@ class Fingerprints:
         known = self._known.get(str(path))
         if known is not None and known[:-1] == state:
             return str(known[-1])
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = of_file(path)
         self._known[str(path)] = [*state, digest]
         self._changed = True
         return digest
@@ -64,5 +91,11 @@ class Fingerprints:
         """Keep what was hashed for the next run."""
         if self._changed and self._memory is not None:
             alive = {name: state for name, state in self._known.items() if os.path.exists(name)}
-            write_atomic(self._memory, [json.dumps(alive, indent=0).encode()])
+            with contextlib.suppress(InputError):  # the folder may be only read
+                write_json(self._memory, alive, 0)
             self._changed = False
+
+
+def _is_state(value: Any) -> bool:
+    """Whether it is as `Fingerprints` remembers a file: four numbers and a digest."""
+    return isinstance(value, list) and [type(item) for item in value] == [int, int, int, int, str]

@@ -4,18 +4,18 @@ JSON Lines, UTF-8, one object a line, keys = field names. Rows hold nothing that
 times, no host names), so equal inputs give equal bytes.
 """
 
-import json
 import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from micota_fast.common.files import write_atomic
+from micota_fast.common.files import reading, write_atomic
+from micota_fast.common.json_io import MAX_BYTES, encode_json, parse_json
 from micota_fast.errors import InputError
 
 
@@ -61,22 +61,7 @@ _FIELDS: dict[type, list[tuple[str, tuple[type, ...], bool]]] = {
     for kind in (Problem, Completion)
 }
 Row = TypeVar("Row", Problem, Completion)
-_ENCODE = json.JSONEncoder(ensure_ascii=False).encode
-
-
-def parse_line(line: bytes, where: str) -> dict[str, Any]:
-    """Decode one JSON object.
-
-    Raises:
-        InputError: it is none; `where` (file:line) opens the message.
-    """
-    try:
-        value = json.loads(line)
-    except ValueError as error:  # also bytes that are not UTF-8
-        raise InputError(f"{where}: not a JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: expected a JSON object, got {type(value).__name__}")
-    return value
+_MOST = 2**63  # numbers are counted and kept in 64 bits
 
 
 def parse_row(kind: type[Row], value: Mapping[str, Any], where: str) -> Row:
@@ -95,6 +80,8 @@ def parse_row(kind: type[Row], value: Mapping[str, Any], where: str) -> Row:
         if type(item) not in kinds:  # JSON gives no subclasses but bool, which is no int here
             names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
             raise InputError(f"{where}: key {name!r} must be {names}, got {type(item).__name__} {item!r:.60}")
+        if type(item) is int and not -_MOST <= item < _MOST:
+            raise InputError(f"{where}: key {name!r} must fit 64 bits, got {item!r:.60}")
         known[name] = item
     return kind(**known)
 
@@ -103,15 +90,24 @@ def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield ("path:line", bytes) of every line that is not blank.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, or a line has more than MAX_BYTES.
     """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", line
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    with reading(path), path.open("rb") as file:
+        for number, line in bounded_lines(file, path):
+            if line.strip():
+                yield f"{path}:{number}", line
+
+
+def bounded_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield number and bytes of every line.
+
+    Raises:
+        InputError: a line has more than MAX_BYTES; names `path` and the line.
+    """
+    for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES + 1), b""), 1):
+        if len(line) > MAX_BYTES:
+            raise InputError(f"{path}:{number}: a line of more than {MAX_BYTES:,} bytes, which is too much for a row")
+        yield number, line
 
 
 def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
@@ -125,7 +121,7 @@ def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
     for where, line in read_lines(Path(path)):
         if limit is not None and len(problems) >= limit:
             break
-        row = parse_row(Problem, parse_line(line, where), where)
+        row = parse_row(Problem, parse_json(line, where), where)
         if row.id in first_seen:
             raise InputError(f"{where}: id {row.id!r} occurs already at {first_seen[row.id]}")
         first_seen[row.id] = where
@@ -148,7 +144,7 @@ def iter_completions(path: str | Path) -> Iterator[Completion]:
     def check_keys() -> None:
         for first, second in repeats(keys):
             (where, row), (where_again, again) = (
-                (where, parse_row(Completion, parse_line(line, where), where))
+                (where, parse_row(Completion, parse_json(line, where), where))
                 for number, (where, line) in enumerate(read_lines(Path(path)))
                 if number in (first, second)
             )
@@ -157,7 +153,7 @@ def iter_completions(path: str | Path) -> Iterator[Completion]:
 
     for where, line in read_lines(Path(path)):
         try:
-            row = parse_row(Completion, parse_line(line, where), where)
+            row = parse_row(Completion, parse_json(line, where), where)
         except InputError:
             check_keys()  # of two errors, the first in the file
             raise
@@ -194,9 +190,13 @@ def benchmark_file(name: str) -> str:
 
 
 def encode_row(row: Problem | Completion | Mapping[str, Any]) -> bytes:
-    """One JSON line with its newline, fields in declaration order."""
+    """One JSON line with its newline, fields in declaration order.
+
+    Raises:
+        InputError: a text of the row is not Unicode.
+    """
     value = row if isinstance(row, Mapping) else vars(row)
-    return _ENCODE(value).encode("utf-8", "replace") + b"\n"
+    return encode_json(value) + b"\n"
 
 
 def model_name(model: str | Path) -> str:

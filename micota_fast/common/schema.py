@@ -18,6 +18,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, Union
 
+from micota_fast.common.json_io import read_json
 from micota_fast.errors import InputError
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ def from_json(kind: type[T], value: Any, where: str) -> T:
 
     Args:
         kind: the dataclass, or a type such as `dict[str, Entry]`.
-        value: what `json.loads` returned.
+        value: what `parse_json` returned.
         where: the file, and the line if it has several values; opens every message.
 
     Raises:
@@ -102,11 +103,9 @@ def load(kind: type[T], path: Path) -> T:
         InputError: it cannot be read, is not JSON, or not of this kind.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); rerun the stage that writes it, or fix the path") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); rerun the stage that writes it") from None
+        value = read_json(path, object)
+    except InputError as error:
+        raise InputError(f"{error}; rerun the stage that writes it, or fix the path") from None
     return from_json(kind, value, str(path))
 
 

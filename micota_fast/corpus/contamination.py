@@ -11,7 +11,6 @@ letter belongs to it, as x - 7 and x + 7 are different problems):
 A hit is not a proof (problems share phrases) and no hit is no proof either (a paraphrase shares no 13 words).
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from micota_fast.common.files import write_atomic
+from micota_fast.common.json_io import parse_json, write_json
 from micota_fast.common.numba_cache import compiled
-from micota_fast.common.records import parse_line, read_lines, read_problems
+from micota_fast.common.records import read_lines, read_problems
 from micota_fast.common.schema import to_json
 from micota_fast.config.evaluation import ContaminationConfig
 from micota_fast.corpus.results import BenchmarkOverlap, Contamination, CorpusOverlap
@@ -63,7 +62,7 @@ def run(config: ContaminationConfig) -> None:
                 )
     if not any(overlap.rows for corpus in found.values() for overlap in corpus.benchmarks.values()):
         print(f"no text of {len(named)} benchmark problems found in {', '.join(found)}")
-    write_atomic(Path(config.out) / "contamination.json", [json.dumps(to_json(found), indent=1).encode() + b"\n"])
+    write_json(Path(config.out) / "contamination.json", to_json(found))
 
 
 def _overlaps(
@@ -98,9 +97,9 @@ def _batches(path: Path) -> Iterator[tuple[int, list[int], list[bytes]]]:
     size = 0
     rows = 0
     for number, (where, line) in enumerate(read_lines(path)):
-        for text in _strings(parse_line(line, where)):
+        for text in _strings(parse_json(line, where)):
             numbers.append(number)
-            texts.append(text.encode("utf-8", "replace"))
+            texts.append(text.encode())
             size += len(texts[-1])
         rows = number + 1
         if size >= BATCH_BYTES:
@@ -126,7 +125,7 @@ class _Table:
     """Hashes of the problems: whole, and of every run of GRAM words. 64 bits: a false hit in 10^9 words is unlikely."""
 
     def __init__(self, problems: list[str]) -> None:
-        data, ends = _joined([problem.encode("utf-8", "replace") for problem in problems])
+        data, ends = _joined([problem.encode() for problem in problems])
         whole, grams, of = _hash_all(data, ends)
         self._whole: dict[int, list[int]] = defaultdict(list)
         for problem, value in enumerate(whole.tolist()):

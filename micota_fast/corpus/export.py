@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from micota_fast.common.files import open_atomic, refuse_to_overwrite
 from micota_fast.common.records import Completion, iter_completions
@@ -49,8 +49,7 @@ def export(completions: str | Path, out: str | Path) -> int:
     Holds one row group, at most GROUP_ROWS rows, and 8 bytes a row of the file.
 
     Raises:
-        InputError: pyarrow is missing; a row is unreadable or twice there (with file:line), or a number is too large;
-            or `out` cannot be written.
+        InputError: pyarrow is missing; a row is unreadable or twice there (with file:line); or `out` cannot be written.
     """
     try:
         import pyarrow as pa
@@ -62,14 +61,7 @@ def export(completions: str | Path, out: str | Path) -> int:
     rows = iter_completions(completions)
     with open_atomic(Path(out)) as file, pq.ParquetWriter(file, columns, compression="zstd") as writer:
         while group := list(_group(rows)):
-            try:
-                try:
-                    table = pa.Table.from_pylist([vars(row) for row in group], schema=columns)
-                except UnicodeEncodeError:
-                    table = pa.Table.from_pylist([_encodable(row) for row in group], schema=columns)
-            except OverflowError as error:
-                raise InputError(f"{completions}: among rows {count + 1} to {count + len(group)}: {error}") from None
-            writer.write_table(table)
+            writer.write_table(pa.Table.from_pylist([vars(row) for row in group], schema=columns))
             count += len(group)
     return count
 
@@ -81,8 +73,3 @@ def _group(rows: Iterator[Completion]) -> Iterator[Completion]:
         left -= len(row.problem) + len(row.completion)
         if left <= 0:
             return
-
-
-def _encodable(row: Completion) -> dict[str, Any]:
-    """Its fields, with lone surrogates (JSON can spell them, UTF-8 cannot) replaced as `encode_row` does."""
-    return {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in vars(row).items()}

@@ -1,6 +1,5 @@
 """Which completions enter a corpus: the rules of `accept` applied to a finished file, every reject kept."""
 
-import json
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from micota_fast.common.files import open_atomic, refuse_to_overwrite, write_atomic
+from micota_fast.common.files import open_atomic, refuse_to_overwrite
+from micota_fast.common.json_io import write_json
 from micota_fast.common.records import Completion, encode_row, iter_completions
 from micota_fast.common.schema import to_json
 from micota_fast.config.corpus import FilterConfig
@@ -53,7 +53,7 @@ def run(config: FilterConfig) -> None:
         counts = tally.counts(config)
         if not counts.total:
             raise InputError(f"{config.completions}: no completions")
-        write_atomic(out.with_name(f"{out.name}.counts.json"), [json.dumps(to_json(counts), indent=1).encode() + b"\n"])
+        write_json(out.with_name(f"{out.name}.counts.json"), to_json(counts))
     why = ", ".join(f"{number} {reason}" for reason, number in counts.rejected.items() if number)
     print(f"{config.out}: {counts.accepted} of {counts.total} accepted" + (f"; rejected: {why}" if why else ""))
 

@@ -1,11 +1,11 @@
 """One corpus of several, in a stated ratio: the long : short mix, one of the arms MiCoTA is compared with."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from micota_fast.common.files import refuse_to_overwrite, write_atomic
+from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import read_lines
 from micota_fast.config.corpus import MixConfig
 from micota_fast.errors import InputError
@@ -56,11 +56,7 @@ def _first_rows(path: Path) -> dict[str, bytes]:
     """Problem id -> line of its first row, in file order."""
     rows: dict[str, bytes] = {}
     for where, line in read_lines(path):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where}: not a JSON object: {error}") from None
-        problem = value.get("id") if isinstance(value, dict) else None
+        problem = parse_json(line, where).get("id")
         if not isinstance(problem, str):
             raise InputError(f"{where}: a row to mix needs a string key 'id' (of its problem)")
         rows.setdefault(problem, line.rstrip(b"\r\n") + b"\n")

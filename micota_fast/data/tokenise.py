@@ -1,7 +1,6 @@
 """A JSONL file of training rows -> token arrays with a loss mask, every row accounted for."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from micota_fast.chat.encoding import Chat, Encoded, Segment
+from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import read_lines, write_rows
 from micota_fast.data.rows import to_messages
 from micota_fast.errors import InputError
@@ -137,7 +137,7 @@ def load_documents(
     for where, line in read_lines(path):
         n_rows += 1
         try:
-            parsed = _parse(line)
+            parsed = parse_json(line, "")
             segments = chat.segments(to_messages(parsed, chat))
             weight = _weight(parsed)
         except InputError as reason:
@@ -173,16 +173,6 @@ def load_documents(
         rejects_path=aside if rejects else None,
         weights=None if all(weight == 1 for weight in weights) else np.array(weights, np.float32),
     )
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError also for bytes that are not UTF-8
-        raise InputError(f"not a JSON object (one is needed on each line): {error}") from None
-    if not isinstance(row, dict):
-        raise InputError(f"expected a JSON object, got {type(row).__name__}")
-    return row
 
 
 def _weight(row: dict[str, Any]) -> float:

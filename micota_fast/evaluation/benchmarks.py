@@ -1,11 +1,10 @@
 """`micota benchmarks DIR`: the benchmarks' problems from the Hugging Face Hub, as files of our schema."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from micota_fast.common.files import write_atomic
+from micota_fast.common.json_io import parse_json, read_json, write_json
 from micota_fast.common.records import Problem, read_lines, read_problems, write_rows
 from micota_fast.config.evaluation import BenchmarkConfig, shipped_benchmarks
 from micota_fast.errors import InputError
@@ -21,10 +20,7 @@ def fetch(folder: str | Path) -> None:
     """
     folder = Path(folder)
     sources_path = folder / "SOURCES.json"
-    try:
-        sources = json.loads(sources_path.read_bytes()) if sources_path.exists() else {}
-    except ValueError as error:
-        raise InputError(f"{sources_path} is damaged ({error}); delete it") from None
+    sources = read_json(sources_path) if sources_path.exists() else {}
     for key, definition in shipped_benchmarks().items():
         path, benchmark = folder / definition["path"], BenchmarkConfig(preset=key)
         if path.exists():
@@ -36,7 +32,7 @@ def fetch(folder: str | Path) -> None:
         benchmark.check_number(len(problems), f"{definition['hub']['repo']} at {commit}")
         write_rows(path, problems)
         sources[definition["path"]] = {"repo": definition["hub"]["repo"], "commit": commit}
-        write_atomic(sources_path, [json.dumps(sources, indent=1, sort_keys=True).encode() + b"\n"])
+        write_json(sources_path, sources, sort_keys=True)
         print(f"{path}: {len(problems)} problems of {definition['hub']['repo']} at {commit}")
 
 
@@ -66,8 +62,8 @@ def _rows(hub: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
     if path.suffix == ".jsonl":
-        for _, line in read_lines(path):
-            yield json.loads(line)
+        for where, line in read_lines(path):
+            yield parse_json(line, where)
         return
     try:
         import pyarrow.parquet as parquet

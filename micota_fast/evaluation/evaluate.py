@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +12,8 @@ from typing import Any
 import numpy as np
 
 import micota_fast
-from micota_fast.common.files import write_atomic
 from micota_fast.common.fingerprint import Fingerprints
+from micota_fast.common.json_io import write_json
 from micota_fast.common.records import Completion, benchmark_file, model_name, read_completions, write_rows
 from micota_fast.common.schema import ABSENT, to_json
 from micota_fast.config.evaluation import BenchmarkConfig, EvaluateConfig
@@ -101,8 +100,8 @@ def run(config: EvaluateConfig) -> None:
         versions={"micota_fast": micota_fast.__version__} | versions,
         judge=ABSENT if judge is None else judge.describe(),
     )
-    write_atomic(out / "timing.json", [json.dumps(timing, indent=1).encode() + b"\n"])
-    write_atomic(out / "results.json", [json.dumps(to_json(results), indent=1, ensure_ascii=False).encode() + b"\n"])
+    write_json(out / "timing.json", timing)
+    write_json(out / "results.json", to_json(results))
     print(
         f"average of {len(benchmarks)}: {100 * average.mean:.2f}% [{100 * average.low:.2f}, {100 * average.high:.2f}]"
     )

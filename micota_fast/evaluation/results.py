@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from micota_fast.common.records import Completion, parse_line, read_lines
+from micota_fast.common.json_io import parse_json
+from micota_fast.common.records import Completion, read_lines
 from micota_fast.common.schema import (
     ABSENT,
     Absent,
@@ -142,4 +143,4 @@ def read_graded(path: Path) -> Iterator[tuple[str, GradedAnswer]]:
         InputError: the file cannot be read or a row is bad (file:line).
     """
     for where, line in read_lines(path):
-        yield where, from_json(GradedAnswer, parse_line(line, where), where)
+        yield where, from_json(GradedAnswer, parse_json(line, where), where)

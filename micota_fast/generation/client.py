@@ -4,7 +4,6 @@ Speaks SGLang's native /generate with `input_ids`; prompts are checked before th
 """
 
 import asyncio
-import json
 import math
 import random
 import sys
@@ -19,6 +18,7 @@ import aiohttp
 import numpy as np
 
 from micota_fast.chat.encoding import Chat
+from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import Completion, parse_row
 from micota_fast.config.generation import SamplingSettings
 from micota_fast.corpus.rules import REASONS, Judge, Judgement
@@ -264,7 +264,7 @@ class Client:
         for start in range(0, len(left), MOST_JUDGED):
             some = left[start : start + MOST_JUDGED]
             where = str(self._journal.folder)
-            rows = [parse_row(Completion, json.loads(line), where) for line in self._journal.rows(some)]
+            rows = [parse_row(Completion, parse_json(line, where), where) for line in self._journal.rows(some)]
             judgements = await asyncio.gather(*(self._judgement(row) for row in rows))
             for i, judgement in zip(some.tolist(), judgements, strict=True):
                 self._journal.settle_entry(i, verdict_code(judgement))

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 
+from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import model_name
 from micota_fast.errors import InputError
 
@@ -164,7 +165,7 @@ class Endpoint:
                     async with session.post(self.url + "/generate", data=data, headers=self._headers) as response:
                         content = await response.read()
                         if response.status == 200:
-                            answer = json.loads(content)
+                            answer = parse_json(content, "its answer", object, finite=False)
                             if _is_anothers(answer, rid):
                                 # Whatever comes on that connection is off by one from now on, and it is among the
                                 # idle ones again: this server has each connection for one request from now on.
@@ -175,7 +176,7 @@ class Endpoint:
                     self.timeouts.discard(timeout)
         except aiohttp.ClientConnectorError as error:
             raise RetryableError(f"{type(error).__name__}: {error}", own=False, lost=True) from None
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, InputError) as error:
             if self.down is not None:
                 raise RetryableError(self.down, own=False) from None
             what = f"no answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
@@ -205,19 +206,18 @@ class Endpoint:
         status, content = await self._get(session, "/v1/loads?include=core")
         if status != 200:
             return None
-        with contextlib.suppress(ValueError):
-            return parse_load(json.loads(content))
+        with contextlib.suppress(InputError):
+            return parse_load(parse_json(content, self.url, object, finite=False))
         return None
 
     async def read_info(self, session: aiohttp.ClientSession) -> None:
         """Its settings into `info`; nothing where it does not tell (a router, say)."""
         self.info = {}
         for path in ("/server_info", "/get_server_info"):  # newer and older name
-            with contextlib.suppress(RetryableError, ValueError):
+            with contextlib.suppress(RetryableError, InputError):
                 status, content = await self._get(session, path)
-                info = json.loads(content) if status == 200 else None
-                if isinstance(info, dict):
-                    self.info = info
+                if status == 200:
+                    self.info = parse_json(content, self.url, finite=False)
                     return
 
     async def served_model(self, session: aiohttp.ClientSession) -> str | None:
@@ -233,12 +233,10 @@ class Endpoint:
                 raise RetryableError(f"HTTP {status}: {_message(content)}")
             if status != 200:
                 continue
-            try:
-                info = json.loads(content)
-            except ValueError:
-                continue
-            if isinstance(info, dict) and isinstance(info.get("model_path"), str):
-                return str(info["model_path"])
+            with contextlib.suppress(InputError):
+                info = parse_json(content, self.url, finite=False)
+                if isinstance(info.get("model_path"), str):
+                    return str(info["model_path"])
         return None
 
     async def _get(self, session: aiohttp.ClientSession, path: str) -> tuple[int, bytes]:
@@ -275,8 +273,7 @@ def _is_anothers(answer: Any, rid: str) -> bool:
 
 def _message(content: bytes) -> str:
     """What an error body says."""
-    text = content.decode(errors="replace")
     try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return text[:500]
+        return str(parse_json(content, "")["error"]["message"])
+    except (InputError, KeyError, TypeError):
+        return content.decode(errors="replace")[:500]

@@ -12,7 +12,7 @@ SGLang ignores sampling seeds (`sglang.seeded` asks for it where it is available
 import asyncio
 import contextlib
 import hashlib
-import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from micota_fast.common.files import write_atomic
-from micota_fast.common.fingerprint import Fingerprints
+from micota_fast.common.fingerprint import Fingerprints, differences
+from micota_fast.common.json_io import as_read_back, parse_json, read_json, write_json
 from micota_fast.config import loader
 from micota_fast.config.evaluation import EvaluateConfig
 from micota_fast.config.generation import GenerateConfig
@@ -140,16 +141,15 @@ class Generation:
                 return False  # killed between writing the two
             raise InputError(f"{self.out} exists and was not written by generate; delete it or write elsewhere")
         try:
-            meta = json.loads(self._meta_path.read_bytes())
-            theirs, content = meta["fingerprint"], (meta["sha256"], meta["completions"])
-        except (ValueError, KeyError, TypeError) as error:
+            meta = read_json(self._meta_path)
+            theirs, content = dict(meta["fingerprint"]), (meta["sha256"], meta["completions"])
+        except (InputError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self._meta_path} is damaged ({error!r}); delete it and {self.out}, or write elsewhere"
             ) from None
-        ours = json.loads(json.dumps(self.fingerprint))
-        if theirs == ours:
+        differing = ", ".join(sorted(differences(theirs, as_read_back(self.fingerprint))))
+        if not differing:
             return bool(_content(self.out) == content)
-        differing = ", ".join(sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)))
         raise InputError(
             f"{self.out} belongs to another run (it differs in: {differing}); delete it or write elsewhere"
         )
@@ -170,7 +170,7 @@ class Generation:
         """
         if self.is_finished():
             self.clear_up()
-            meta: dict[str, Any] = json.loads(self._meta_path.read_bytes())
+            meta: dict[str, Any] = read_json(self._meta_path)
             return meta
         if self.out.exists() and not (self._parts / "manifest.json").exists():
             aside = self.out.with_name(f"{self.out.name}.damaged")
@@ -189,7 +189,7 @@ class Generation:
             meta = {"fingerprint": self.fingerprint, **summary.counts()}
             if "enough" in self.fingerprint:  # every answer is judged then
                 meta["judged"] = _judged(entries["verdict"])
-            write_atomic(self._meta_path, [json.dumps(meta, indent=2).encode() + b"\n"])
+            write_json(self._meta_path, meta, 2)
             journal.discard()
         return meta
 
@@ -212,9 +212,8 @@ class Generation:
             try:
                 asyncio.run(client.run())
             finally:
-                meters = json.dumps(client.summary(), indent=2).encode() + b"\n"
                 with contextlib.suppress(InputError):  # a full disk: the error under way says more
-                    write_atomic(Path(f"{self.out}.meters.json"), [meters])
+                    write_json(Path(f"{self.out}.meters.json"), client.summary(), 2)
 
 
 def model_fingerprint(path: Path, hashes: Fingerprints) -> str:
@@ -237,7 +236,7 @@ def model_fingerprint(path: Path, hashes: Fingerprints) -> str:
         contents = list(pool.map(hashes.of, files))
     digest = hashlib.sha256()
     for file, content in zip(files, contents, strict=True):
-        digest.update(f"{file.name}\0{content}\n".encode())
+        digest.update(os.fsencode(f"{file.name}\0{content}\n"))
     return digest.hexdigest()
 
 
@@ -252,7 +251,7 @@ class _Summary:
         self._tokens: Counter[str] = Counter()
 
     def take(self, line: bytes) -> bytes:
-        row = json.loads(line)
+        row = parse_json(line, "a row of the journal")
         self._digest.update(line)
         self._rows += 1
         self._prompt_tokens += row["prompt_tokens"]

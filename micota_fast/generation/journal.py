@@ -12,7 +12,6 @@ error. Only verdicts that `settle` changed live in the index alone: without it a
 """
 
 import contextlib
-import json
 import os
 import re
 import struct
@@ -26,7 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from micota_fast.common.files import write_atomic
+from micota_fast.common.fingerprint import differences
+from micota_fast.common.json_io import as_read_back, read_json, write_json
 from micota_fast.common.lock import locked
 from micota_fast.common.records import encode_row
 from micota_fast.errors import InputError
@@ -74,7 +74,7 @@ class Journal:
         try:
             with self._errors():
                 self._held.enter_context(locked(self.folder / "lock", "process"))
-                rebuild, n_segments = self._prepare(json.loads(json.dumps(fingerprint)))  # as it reads back
+                rebuild, n_segments = self._prepare(as_read_back(fingerprint))
                 # Named index.bin once it is whole: as long as that is missing, it is known to be.
                 self._index = Index(self.folder / ("index.new" if rebuild else "index.bin"))
                 self._held.callback(self._index.close)
@@ -118,16 +118,16 @@ class Journal:
             if segments:
                 raise InputError(f"{path} is missing; put it back, or delete {self.folder} to start over")
             (self.folder / "index.bin").touch()
-            write_atomic(path, [json.dumps(ours, indent=2, ensure_ascii=False).encode() + b"\n"])
+            write_json(path, ours, 2)
             return
         try:
-            manifest = json.loads(path.read_bytes())
+            manifest = read_json(path)
             known, theirs = manifest["format"] == FORMAT, dict(manifest["fingerprint"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (InputError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged ({error!r}); mend it, or delete {self.folder} to start over") from None
         if not known:
             raise InputError(f"{path} has a format this version does not know; delete {self.folder} to start over")
-        differing = sorted(k for k in fingerprint.keys() | theirs.keys() if fingerprint.get(k) != theirs.get(k))
+        differing = sorted(differences(theirs, fingerprint))
         if differing and not any(segment.stat().st_size for segment in segments):
             path.replace(self.folder / "discarded")  # it has no row: it was begun with settings that were mended since
             self._remove_files()

@@ -1,7 +1,6 @@
 """The problems of a JSONL file, read one at a time: what is held are places and lengths, not text."""
 
 import hashlib
-import json
 import os
 import zlib
 from array import array
@@ -14,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from micota_fast.common.files import write_atomic
-from micota_fast.common.records import Problem, parse_line, parse_row, repeats
+from micota_fast.common.json_io import MAX_BYTES, encode_json, parse_json
+from micota_fast.common.records import Problem, bounded_lines, parse_row, repeats
 from micota_fast.errors import InputError
 
 FORMAT = 1
@@ -84,12 +84,12 @@ class ProblemFile:
         position, skipped = 0, b""
         with open(self._fd, "rb", closefd=False) as lines:
             try:
-                for number, line in enumerate(lines, 1):
+                for number, line in bounded_lines(lines, self.path):
                     if self._limit is not None and len(ids) >= self._limit:
                         break
                     if line.strip():
                         where = f"{self.path}:{number}"
-                        row = parse_row(Problem, parse_line(line, where), where)
+                        row = parse_row(Problem, parse_json(line, where), where)
                         if row.level is not None and not 0 <= row.level <= 127:
                             raise InputError(f"{where}: key 'level' must be 0 to 127, got {row.level}")
                         digest.update(skipped + line)
@@ -128,14 +128,16 @@ class ProblemFile:
         """Use the cache; False: there is none, it is damaged, or it is of other problems."""
         try:
             with cache.open("rb") as file:
-                header = json.loads(file.readline())
+                header = parse_json(file.readline(MAX_BYTES), str(cache))
                 count, size, sha256 = header["problems"], header["size"], header["sha256"]
+                if not 0 < count <= size:
+                    return False
                 arrays = [np.fromfile(file, dtype, count) for dtype in _DTYPES]
             crc32 = 0
             for values in arrays:
                 crc32 = zlib.crc32(values.data, crc32)
             good = (header["format"], header["limit"], header["crc32"]) == (FORMAT, self._limit, crc32) and count > 0
-        except (OSError, ValueError, KeyError, TypeError):
+        except (InputError, OSError, ValueError, KeyError, TypeError):
             return False
         # What comes behind the limit is not looked at; without one, rows may have been added.
         if not good or (size != self._state[0] and count != self._limit):
@@ -162,10 +164,10 @@ class ProblemFile:
             "sha256": self.sha256,
             "crc32": crc32,
         }
-        write_atomic(cache, [json.dumps(header).encode() + b"\n", *(values.data for values in arrays)])
+        write_atomic(cache, [encode_json(header), b"\n", *(values.data for values in arrays)])
 
     def _read(self, offset: int, size: int, where: str) -> Problem:
-        return parse_row(Problem, parse_line(os.pread(self._fd, size, offset), where), where)
+        return parse_row(Problem, parse_json(os.pread(self._fd, size, offset), where), where)
 
     def __len__(self) -> int:
         return len(self._offsets)

@@ -1,13 +1,12 @@
 """The prompts of a generation: made of the problems, checked before the first is sent, made again when they are."""
 
 import asyncio
-import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from micota_fast.chat.encoding import Chat
-from micota_fast.common.files import write_atomic
+from micota_fast.common.json_io import read_json_if_there, write_json
 from micota_fast.errors import InputError
 from micota_fast.generation.problem_file import ProblemFile
 
@@ -49,7 +48,7 @@ class Prompts:
                 an earlier run, so that answers of one corpus would be cut off at two lengths.
         """
         limits = {"vocab_size": self.chat.vocab_size, "longest": longest, "context_length": context_length}
-        earlier = json.loads(checked.read_bytes()) if checked.is_file() else None
+        earlier = read_json_if_there(checked)
         if earlier == limits:
             return
         bad: list[str] = []
@@ -66,14 +65,16 @@ class Prompts:
         if bad:
             named = "; ".join(bad) + ("; ..." if number > OFFENDERS_NAMED else "")
             raise InputError(f"{number} of {len(self.problems)} prompts cannot be sent: {named}")
-        before = earlier["context_length"] if earlier is not None else context_length
+        before = context_length if earlier is None else earlier.get("context_length")
+        if type(before) is not int:
+            raise InputError(f"{checked}: key 'context_length' must be a whole number, not {before!r}")
         if before != context_length and most_ids + max_new_tokens + 1 > min(before, context_length):
             raise InputError(
                 f"the servers' context is {context_length} tokens and was {before} when the first answers were made: "
                 f"answers of one corpus would be cut off at two lengths; start servers as before, or lower "
                 f"`max_new_tokens` and start over"
             )
-        write_atomic(checked, [json.dumps(limits).encode()])
+        write_json(checked, limits)
 
     def _some(self, start: int, end: int) -> Iterator[tuple[str, Sequence[int], str | None]]:
         """(problem id, ids, why the prompt cannot be made) of problems start to end - 1, tokenised together."""

@@ -8,7 +8,6 @@ and `generate`, run as separate processes.
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,8 @@ from typing import Any
 import micota_fast
 from micota_fast.common import processes
 from micota_fast.common.files import remove_whole, write_atomic, writing
-from micota_fast.common.fingerprint import Fingerprints, of_json
+from micota_fast.common.fingerprint import Fingerprints, of_file, of_json
+from micota_fast.common.json_io import read_json_if_there, write_json
 from micota_fast.common.lock import RUN_ENDS_S, locked
 from micota_fast.common.records import Completion, encode_row, read_completions, read_problems
 from micota_fast.common.schema import load, to_json
@@ -122,7 +122,7 @@ class _Sweep:
         folder = self.out / f"weight-{weight:.15g}~{of_json(made_by)[:10]}"
         folder.mkdir(exist_ok=True)
         completions, done = folder / "completions.jsonl", folder / "done.json"
-        is_done = done.is_file() and json.loads(done.read_bytes()).get("sha256") == _sha256(completions)
+        is_done = completions.is_file() and (read_json_if_there(done) or {}).get("sha256") == of_file(completions)
         if not is_done:
             print(f"weight {weight:g}: merging and sampling; log: {folder / 'log.txt'}", flush=True)
         if not is_done or self.config.keep_models:
@@ -138,8 +138,7 @@ class _Sweep:
             )
             write_atomic(folder / "generate.yaml", [loader.dump(settings).encode()])
             self._run(["generate", str(folder / "generate.yaml")], folder / "log.txt")
-            record = {"made_by": made_by, "sha256": _sha256(completions)}
-            write_atomic(done, [json.dumps(record, indent=1).encode() + b"\n"])
+            write_json(done, {"made_by": made_by, "sha256": of_file(completions)})
         if not self.config.keep_models:
             remove_whole(folder / "model")
         return read_completions(completions)
@@ -225,14 +224,7 @@ def _finish(
         if not current:
             remove_whole(out / "model")
         sweep.merge(weight, out / "model", out / "model-log.txt")
-    write_atomic(out / "sweep.json", [json.dumps(to_json(result), indent=1).encode() + b"\n"])
+    write_json(out / "sweep.json", to_json(result))
     print("\n".join([table, *sentences]))
     if problem is not None:
         raise problem
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,13 +18,14 @@ import numpy as np
 
 import micota_fast
 from micota_fast.common.files import sync_tree, whole_folder, writing
+from micota_fast.common.json_io import write_json
 from micota_fast.common.lock import locked
 from micota_fast.config.merge import MergeConfig
 from micota_fast.errors import InputError
 from micota_fast.merge import tensor_merge
 from micota_fast.merge.inputs import HEAD, Checkpoint, match
 from micota_fast.merge.mergekit import MergePlan, read_mergekit
-from micota_fast.merge.output import Layout, ShardWriter, result_code, write_json
+from micota_fast.merge.output import Layout, ShardWriter, result_code
 from micota_fast.merge.settings import depth_of
 from micota_fast.merge.tensor_merge import TensorMerge
 from micota_fast.model.folder import COPIED_FILES
@@ -239,7 +240,7 @@ def _describe(
     content = base.config.to_dict(names[0] if names else base.config.dtype_name or "float32")
     if HEAD in layout:
         content["tie_word_embeddings"] = False  # one of the models has a head of its own, so the result has, too
-    write_json(folder / "config.json", content)
+    write_json(folder / "config.json", content, 2)
     for path in (base.folder / name for name in COPIED_FILES):
         if path.is_file():
             try:
@@ -254,4 +255,4 @@ def _describe(
         "seed": seed,
         "versions": {"micota_fast": micota_fast.__version__, "numba": numba.__version__, "numpy": np.__version__},
     }
-    write_json(folder / _REPORT, report)
+    write_json(folder / _REPORT, report, 2)

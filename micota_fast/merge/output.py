@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from micota_fast.common.json_io import write_json
 from micota_fast.errors import InputError
 from micota_fast.model.folder import INDEX, SINGLE
 
@@ -40,7 +41,7 @@ class ShardWriter:
                 "metadata": {"total_size": sum(_size(*layout[tensor]) for tensor in layout)},
                 "weight_map": {tensor: shard.path.name for tensor, (shard, _) in self._place.items()},
             }
-            write_json(folder / INDEX, index)
+            write_json(folder / INDEX, index, 2)
 
     def write(self, tensor: str, offset: int, piece: memoryview) -> None:
         """Bytes of a tensor from byte `offset` of it on. The piece that fills a shard also syncs and closes it."""
@@ -99,11 +100,6 @@ def result_code(codes: set[str], dtype: str | None) -> str:
     if dtype is not None:
         return {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
     return next(iter(codes)) if len(codes) == 1 else "F32"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file for people to read."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def overflow(where: str, code: str) -> InputError:

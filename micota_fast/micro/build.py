@@ -7,7 +7,6 @@ weights and texts, other models. The same machine, torch version and thread coun
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -22,6 +21,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from micota_fast.common.files import remove_whole, whole_folder
+from micota_fast.common.json_io import write_json
 from micota_fast.common.records import Problem, write_rows
 from micota_fast.config.loader import dump
 from micota_fast.config.train import TrainConfig
@@ -189,7 +189,7 @@ def write_blank_checkpoint(size: Size, tokenizer: Tokenizer, out_dir: Path) -> N
         "use_sliding_window": False,
         "vocab_size": tokenizer.get_vocab_size(),
     }
-    (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(out_dir / "config.json", config, 2)
 
 
 def train_config(model: Path, data: Path, out: Path, size: Size, number: int, world_number: int = 0) -> TrainConfig:

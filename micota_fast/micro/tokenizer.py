@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from micota_fast.common.json_io import write_json
 
 MAX_VOCAB = 512
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -69,4 +70,4 @@ def save_tokenizer(tokenizer: Tokenizer, out_dir: Path, max_length: int) -> None
         "pad_token_id": tokenizer.token_to_id(END_OF_TEXT),
     }
     for name, content in (("tokenizer_config.json", config), ("generation_config.json", generation)):
-        (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(out_dir / name, content, 2)

@@ -1,11 +1,11 @@
 """config.json of a checkpoint: what the decoder needs, checked; what it cannot honour, refused. Imports no torch."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from micota_fast.common.json_io import read_json_if_there
 from micota_fast.errors import InputError
 from micota_fast.model.json_keys import Keys
 from micota_fast.model.rope_config import RopeConfig, read_rope, written_rope
@@ -71,12 +71,9 @@ class ModelConfig:
     def from_checkpoint(cls, directory: Path | str) -> "ModelConfig":
         """Read `directory`/config.json. Raises InputError, naming the file and key, for what cannot be honoured."""
         path = Path(directory) / "config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file; a checkpoint folder holds config.json and *.safetensors") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+        raw = read_json_if_there(path)
+        if raw is None:
+            raise InputError(f"{path}: no such file; a checkpoint folder holds config.json and *.safetensors")
         return cls.from_dict(raw, str(path))
 
     @classmethod

@@ -3,13 +3,14 @@
 Imports no torch, so that what only reads or copies files starts at once.
 """
 
-import json
 import math
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from micota_fast.common.files import reading
+from micota_fast.common.json_io import MAX_BYTES, parse_json, read_json
 from micota_fast.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -76,11 +77,10 @@ def tensor_files(directory: Path | str) -> dict[str, Path]:
         return dict.fromkeys(read_header(path), path)
     if not index_path.is_file():
         raise InputError(f"{directory}: neither {SINGLE} nor {INDEX} is there (pickled weights are not read)")
-    try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: directory / file for name, file in weight_map.items()}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index_path}: not an index with a weight_map: {type(error).__name__}: {error}") from None
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f"{index_path}: key 'weight_map' must be an object that names each tensor's file")
+    files = {name: directory / file for name, file in weight_map.items()}
     for path in sorted(set(files.values())):
         listed = {name for name, file in files.items() if file == path}
         if path.parent != directory or not path.is_file():
@@ -102,24 +102,30 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         InputError: the file cannot be read, is cut short, or its header does not describe its bytes.
     """
     try:
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             data = 8 + int.from_bytes(file.read(8), "little")
             if data > size:
                 raise ValueError(f"it ends within its header ({size} bytes)")
-            header = json.loads(file.read(data - 8))
+            text = file.read(min(data - 8, MAX_BYTES + 1))
+        header = parse_json(text, f"{path}: damaged or not a safetensors file: its header")
         header.pop("__metadata__", None)
-        tensors = {
-            name: StoredTensor(str(entry["dtype"]), tuple(entry["shape"]), *(data + at for at in entry["data_offsets"]))
-            for name, entry in header.items()
-        }
+        tensors = {name: _stored(name, entry, data) for name, entry in header.items()}
         _check_header(tensors, data, size)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        why = str(error) if type(error) is ValueError else f"its header is not one ({type(error).__name__}: {error})"
-        raise InputError(f"{path}: damaged or not a safetensors file: {why}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: damaged or not a safetensors file: {error}") from None
     return tensors
+
+
+def _stored(name: str, entry: Any, data: int) -> StoredTensor:
+    try:
+        code, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        good = type(code) is str and all(type(n) is int and n >= 0 for n in (*shape, start, end))
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(f"tensor {name}: its header has no dtype, shape and data_offsets as the format wants them")
+    return StoredTensor(code, tuple(shape), data + start, data + end)
 
 
 def _check_header(tensors: dict[str, StoredTensor], data: int, size: int) -> None:

@@ -1,6 +1,5 @@
 """Hugging Face checkpoint folders: read strictly, written whole or not at all. safetensors only."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from micota_fast.common.files import whole_folder
+from micota_fast.common.json_io import write_json
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder, parameter_shapes
@@ -162,7 +162,7 @@ def save_checkpoint(
         raise InputError(f"{out_dir}: already exists; remove it or choose another place for the checkpoint")
     with whole_folder(out_dir) as aside:
         _write_weights(state_dict, shapes, resolved, aside, max_shard_bytes)
-        _write_json(aside / "config.json", config.to_dict(_dtype_name(resolved)))
+        write_json(aside / "config.json", config.to_dict(_dtype_name(resolved)), 2)
         for file in COPIED_FILES:
             if (Path(source_dir) / file).is_file():
                 shutil.copyfile(Path(source_dir) / file, aside / file)
@@ -202,7 +202,7 @@ def _write_weights(
         del tensor, tensors  # before the next file's are made
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}, 2)
 
 
 def _open(path: Path) -> safe_open:
@@ -224,7 +224,3 @@ def _as_dtype(dtype: torch.dtype | str | None, config: ModelConfig) -> torch.dty
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,19 +7,20 @@ on what has changed (`Stage.lasting`) are copied to the new folder.
 """
 
 import glob
-import json
 import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from micota_fast.common.files import remove_whole, whole_folder, write_atomic, writing
-from micota_fast.common.fingerprint import Fingerprints, of_json
+from micota_fast.common.fingerprint import Fingerprints, differences, of_json
+from micota_fast.common.json_io import as_read_back, read_json_if_there, write_json
 from micota_fast.common.lock import RUN_ENDS_S, locked
+from micota_fast.common.schema import from_json
 from micota_fast.config import loader
 from micota_fast.config.recipe import LaunchConfig, Recipe
 from micota_fast.errors import InputError
@@ -30,6 +31,24 @@ from micota_fast.pipeline.versions import versions
 
 DONE, MAKING = "done.json", "making.json"
 POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Making:
+    """What making.json says of a stage: what its result depends on."""
+
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Done(Making):
+    """What done.json says of a stage, besides how it was made: the fingerprint of each output, and the time it took."""
+
+    outputs: dict[str, str]
+    seconds: float
+
+
+Record = TypeVar("Record", bound=Making)
 
 
 @dataclass(frozen=True)
@@ -116,26 +135,26 @@ class Run:
 
     def _status(self, stage: Stage, needed: dict[str, str]) -> Status:
         folder = self.folder / stage.name
-        record = _read_json(folder / DONE)
+        record = read_done(folder)
         if any(state != "done" for state in needed.values()):
             waits_for = next(name for name, state in needed.items() if state != "done")
             return Status("waits" if record else "to do", f"after {waits_for}")
         identity = self._identity(stage)
         if record is None:
-            making = _read_json(folder / MAKING)
+            making = _read(Making, folder / MAKING)
             if making is None:
                 return Status("to do", identity=identity)
-            if making.get("identity") == identity:
+            if making.identity == identity:
                 return Status("partial", "resumes", identity)
             return Status("stale", _difference(making, identity), identity)
-        if record.get("identity") != identity:
+        if record.identity != identity:
             return Status("stale", _difference(record, identity), identity)
-        for name, digest in record["outputs"].items():
+        for name, digest in record.outputs.items():
             if not (folder / name).exists():
                 return Status("stale", f"its output {name} is gone", identity)
             if self.fingerprints.of(folder / name) != digest:
                 return Status("stale", f"its output {name} was changed", identity)
-        return Status("done", f"{record['seconds']:.0f} s", identity)
+        return Status("done", f"{record.seconds:.0f} s", identity)
 
     def _identity(self, stage: Stage) -> dict[str, Any]:
         """Return what the stage's result depends on, without the paths of anything."""
@@ -159,8 +178,7 @@ class Run:
         }
         if stage.files:
             identity["files"] = placeless(stage.files)
-        # As it reads back from JSON, so that it compares equal.
-        return dict(json.loads(json.dumps(identity)))
+        return dict(as_read_back(identity))
 
     def _content(self, artefact: Artefact) -> str:
         if artefact.on_hub:
@@ -227,11 +245,11 @@ class Run:
         """
         folder, identity = self.folder / stage.name, status.identity
         assert identity is not None
-        there = _read_json(folder / DONE) or _read_json(folder / MAKING)
+        there = _made_for(folder)
         if there is None and folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
             raise InputError(f"{folder} contains files that no run has made; choose another --out, or move them away")
-        if there is not None and there["identity"] != identity:
-            aside = _aside(folder, there["identity"])
+        if there is not None and there != identity:
+            aside = _aside(folder, there)
             remove_whole(aside)
             folder.rename(aside)
         elif there is not None and status.state == "stale":
@@ -241,7 +259,7 @@ class Run:
             wanted.rename(folder)
             return True
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / MAKING, [json.dumps({"identity": identity}, indent=1).encode()])
+        write_json(folder / MAKING, {"identity": identity})
         write_atomic(folder / "config.yaml", [loader.dump(stage.settings).encode()])
         for name, text in stage.files.items():
             write_atomic(folder / name, [text.encode()])
@@ -253,7 +271,7 @@ class Run:
         if not stage.lasting:
             remove_whole(folder)
             return
-        write_atomic(folder / MAKING, [json.dumps({"identity": identity}, indent=1).encode()])
+        write_json(folder / MAKING, {"identity": identity})
         (folder / DONE).unlink(missing_ok=True)
         for file in folder.iterdir():
             if file.name not in (MAKING, *stage.lasting):
@@ -263,12 +281,12 @@ class Run:
         """Copy to the stage's folder the parts that last of former ones; starts over if it was killed."""
         formers = folder.parent.glob(f"{glob.escape(folder.name)}~*")
         for former in sorted(formers, key=lambda path: (not (path / DONE).exists(), path)):
-            record = _read_json(former / DONE) or _read_json(former / MAKING)
-            if record is None:
+            theirs = _made_for(former)
+            if theirs is None:
                 continue
             for part, options in stage.lasting.items():
                 there = (former / part).is_dir() and not (folder / part).exists()
-                if there and _without(record["identity"], options) == _without(identity, options):
+                if there and _without(theirs, options) == _without(identity, options):
                     with whole_folder(folder / part) as aside:
                         shutil.copytree(former / part, aside, dirs_exist_ok=True)
 
@@ -280,18 +298,18 @@ class Run:
                 f"stage {stage.name} ended before it was finished, without {', '.join(missing)}; its log: "
                 f"{process.log}. Run the same command to resume"
             )
-        making = _read_json(folder / MAKING)
+        making = _read(Making, folder / MAKING)
         assert making is not None
         record = {
             "stage": stage.name,
             "command": process.command,
-            "identity": making["identity"],
+            "identity": making.identity,
             "outputs": {name: self.fingerprints.of(folder / name) for name in stage.outputs},
             "versions": versions(),
             "seconds": round(process.seconds(), 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        write_atomic(folder / DONE, [json.dumps(record, indent=1).encode()])
+        write_json(folder / DONE, record)
         self.fingerprints.save()
 
 
@@ -323,35 +341,40 @@ def _without(identity: dict[str, Any], options: Sequence[str]) -> dict[str, Any]
             return {key: item for key, item in value.items() if key != path[0]}
         return value | {path[0]: removed(value[path[0]], path[1:])}
 
-    rest = identity["options"]
+    rest = identity.get("options")
     for option in options:
         rest = removed(rest, option.split("."))
-    return {"verb": identity["verb"], "options": rest}
+    return {"verb": identity.get("verb"), "options": rest}
 
 
 def _reason(status: Status) -> str:
     return {"to do": "starts", "partial": "resumes"}.get(status.state, f"runs again ({status.why})")
 
 
-def _difference(record: dict[str, Any], identity: dict[str, Any]) -> str:
+def _difference(record: Making, identity: dict[str, Any]) -> str:
     """Name the options that differ between how a stage was made and how it is wanted."""
-    differing = list(_differing("", record.get("identity"), identity))
+    differing = [key.removeprefix("options.") for key in sorted(differences(record.identity, identity))]
     return f"{', '.join(differing[:3])}{' and more' if len(differing) > 3 else ''} changed"
 
 
-def _differing(key: str, old: Any, new: Any) -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted(old.keys() | new.keys()):
-            yield from _differing(f"{key}.{name}" if key else str(name), old.get(name), new.get(name))
-    elif old != new:
-        yield key.removeprefix("options.")
+def read_done(folder: Path) -> Done | None:
+    """Read a stage's done.json; returns None if its folder has none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    return _read(Done, folder / DONE)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _made_for(folder: Path) -> dict[str, Any] | None:
+    """Return the identity that a folder was made for; None if it is not ours."""
+    record = read_done(folder) or _read(Making, folder / MAKING)
+    return None if record is None else record.identity
+
+
+def _read(kind: type[Record], path: Path) -> Record | None:
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete it to run its stage again") from None
-    return dict(value)
+        value = read_json_if_there(path)
+        return None if value is None else from_json(kind, value, str(path))
+    except InputError as error:
+        raise InputError(f"{error}; delete {path} to run its stage again") from None

@@ -4,7 +4,6 @@ Each function takes the planner and the stage, and leaves in the planner the mod
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import torch
 
 from micota_fast.common.gpu_specs import GPU
+from micota_fast.common.json_io import parse_json
+from micota_fast.common.records import read_lines
 from micota_fast.common.schema import load
 from micota_fast.config.generation import SamplingSettings
 from micota_fast.config.merge import REFINEMENTS
@@ -87,7 +88,8 @@ def train(planner: Planner, stage: Stage) -> Cost:
     steps = min(math.ceil(steps_an_epoch * s.epochs), s.max_steps or math.inf)
     tokens = min(s.epochs, steps / steps_an_epoch) * corpus.tokens
     if stage.name in planner.done:
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = read_lines(out / "metrics.jsonl")
+        rows = [parse_json(line, where, finite=False) for where, line in lines]
         tokens, steps = sum(row["tokens"] for row in rows), len(rows)
     processes, size = planner.launch.nproc, parameters(model.config)
     on_gpu, dtype = planner.on_gpu(s.device), getattr(torch, s.dtype)

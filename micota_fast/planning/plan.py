@@ -1,19 +1,18 @@
 """`micota plan`: the costs of a recipe's stages as a table that says what is assumed."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from micota_fast.common.files import write_atomic
 from micota_fast.common.gpu_specs import GPUS
+from micota_fast.common.json_io import write_json
 from micota_fast.config import loader
 from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
 from micota_fast.pipeline.graph import BASE, Artefact, Stage, build_stages
-from micota_fast.pipeline.run import Run
+from micota_fast.pipeline.run import Run, read_done
 from micota_fast.planning.assumptions import Assumptions
 from micota_fast.planning.figures import size, two
 from micota_fast.planning.planner import Cost, Model, Planner
@@ -53,7 +52,7 @@ def print_plan(
     assumed = loader.load(Assumptions, None, assume)
     made = make_plan(recipe, path, folder, gpu, gpus, assumed, answer_tokens, dollars_per_gpu_hour)
     if json_file:
-        write_json(json_file, made, assumed)
+        _write(Path(json_file), made, assumed)
     print(table(made, assumed))
 
 
@@ -134,8 +133,9 @@ def make_plan(
     done: dict[str, float] = {}
     if folder.is_dir():
         statuses = Run(stages, recipe.launch, folder).statuses()
-        for name in (name for name, status in statuses.items() if status.state == "done"):
-            done[name] = json.loads((folder / name / "done.json").read_bytes())["seconds"]
+        for name, status in statuses.items():
+            if status.state == "done" and (record := read_done(folder / name)) is not None:
+                done[name] = record.seconds
     lengths = _lengths(answer_tokens, recipe)
     planner = Planner(recipe.launch, GPUS.get(gpu), assumed or Assumptions(), lengths, done)
     costs = planner.costs(stages)
@@ -256,7 +256,7 @@ def _legend(made: Plan, assumed: Assumptions) -> list[str]:
     return lines
 
 
-def write_json(file: str, made: Plan, assumed: Assumptions) -> None:
+def _write(file: Path, made: Plan, assumed: Assumptions) -> None:
     """Write all of it with all digits: hours, bytes, FLOPs."""
     content: Mapping[str, Any] = {
         "stages": [dataclasses.asdict(cost) | {"gpu_hours": made.gpu_hours(cost)} for cost in made.costs],
@@ -269,4 +269,4 @@ def write_json(file: str, made: Plan, assumed: Assumptions) -> None:
         "assumed": dataclasses.asdict(assumed),
         "absent": made.absent,
     }
-    write_atomic(Path(file), [json.dumps(content, indent=1).encode() + b"\n"])
+    write_json(file, content)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from micota_fast.chat.encoding import Chat
 from micota_fast.common.gpu_specs import GPU
-from micota_fast.common.records import parse_line, read_lines, read_problems
+from micota_fast.common.json_io import parse_json
+from micota_fast.common.records import read_lines, read_problems
 from micota_fast.config.generation import ChatConfig
 from micota_fast.config.recipe import LaunchConfig
 from micota_fast.errors import InputError
@@ -208,7 +209,7 @@ class Planner:
         """Count a corpus of any format: our own rows state their tokens, of others the characters are counted."""
         prompts, answers = [], []
         for where, line in read_lines(path):
-            row = parse_line(line, where)
+            row = parse_json(line, where)
             ours = "completion_tokens" in row
             text = sum(len(str(value)) for value in row.values()) / self.assumed.chars_per_token
             prompts.append(row["prompt_tokens"] if ours else self.assumed.template_tokens)

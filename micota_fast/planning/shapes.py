@@ -3,12 +3,12 @@
 Shapes are those of its folder, of the hub's cache, known by name, or of the hub.
 """
 
-import json
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from micota_fast.common.json_io import read_json
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
 from micota_fast.planning.machine import http_status, within
@@ -105,8 +105,8 @@ def weights_cached(name: str) -> bool:
     if index is None:
         return False
     try:
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):  # damaged: it must be fetched again
+        shards = set(read_json(index)["weight_map"].values())
+    except (InputError, KeyError, TypeError, AttributeError):  # damaged: it must be fetched again
         return False
     return all(cached_on_disk(name, shard) is not None for shard in shards)
 

@@ -97,7 +97,7 @@ def render_answers(config: ReportConfig, inputs: Inputs, colours: Mapping[str, s
         f'</main>\n<script type="application/json" id="data">{_embedded(data)}</script>\n',
         f"<script>{script}</script>\n</body>\n</html>\n",
     ]
-    return "".join(parts).encode("utf-8", "replace")  # JSON can hold half a surrogate pair, UTF-8 cannot
+    return "".join(parts).encode()
 
 
 def _rows(file: Path) -> Iterator[GradedAnswer]:
@@ -140,7 +140,7 @@ def _kept_characters(arms: Mapping[str, Sequence[EvaluatedModel]]) -> int:
 
 def _size(text: str) -> int:
     """The bytes of a text in the page."""
-    return len(_json(text).encode("utf-8", "replace")) + 5 * text.count("<")
+    return len(_json(text).encode()) + 5 * text.count("<")
 
 
 def _problems(arms: Mapping[str, Sequence[EvaluatedModel]], kept: int) -> list[list[Any]]:

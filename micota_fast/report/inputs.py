@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from micota_fast.common.records import benchmark_file, parse_line, read_lines
+from micota_fast.common.json_io import parse_json
+from micota_fast.common.records import benchmark_file, read_lines
 from micota_fast.common.schema import Count, from_json, load
 from micota_fast.config.report import ReportConfig
 from micota_fast.corpus.results import BenchmarkOverlap, Contamination
@@ -180,7 +181,7 @@ class _LoggedStep:
 def _loss_curve(path: Path) -> LossCurve:
     by_step: dict[int, float] = {}
     for where, line in read_lines(path):
-        row = parse_line(line, where)
+        row = parse_json(line, where, finite=False)
         # A loss that is not finite is a result to show, not a malformed file.
         if isinstance(row.get("loss"), float) and not math.isfinite(row["loss"]):
             row["loss"] = None

@@ -1,10 +1,10 @@
 """Write the report: pages, tables, numbers and plots in the directory that the config names."""
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from micota_fast.common.files import write_atomic
+from micota_fast.common.json_io import encode_json
 from micota_fast.config.report import ReportConfig
 from micota_fast.report.answers import render_answers
 from micota_fast.report.drawing import drawing_style, require_matplotlib
@@ -58,7 +58,7 @@ def run(config: ReportConfig) -> None:
         "table.tex": "% Needs \\usepackage{booktabs}.\n" + "\n".join(map(to_latex, tables.values())),
         "table.csv": accuracy_csv(summary, claims),
         "answers.csv": answers_csv(summary.arms),
-        "report.json": json.dumps(numbers, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.json": encode_json(numbers, 1, sort_keys=True).decode() + "\n",
     }
     if inputs.corpora:
         texts["corpora.csv"] = corpora_csv(inputs.corpora, ranking.trained if ranking else {})

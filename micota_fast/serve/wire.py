@@ -7,6 +7,8 @@ from typing import Any
 
 from aiohttp import web
 
+from micota_fast.common.json_io import parse_json
+from micota_fast.errors import InputError
 from micota_fast.serve.async_engine import AsyncEngine, Prompt
 from micota_fast.serve.engine import EngineDead, Request
 from micota_fast.serve.sampling import BadRequest
@@ -17,11 +19,9 @@ log = logging.getLogger(__name__)
 async def read_json(http: web.Request) -> dict[str, Any]:
     """The body's JSON object. Raises BadRequest if it is none."""
     try:
-        body = json.loads(await http.read())
-    except ValueError as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise BadRequest("the body must be a JSON object")
+        body: dict[str, Any] = parse_json(await http.read(), "the body")
+    except InputError as error:
+        raise BadRequest(str(error)) from None
     return body
 
 

@@ -16,9 +16,7 @@ from the step, which the caller keeps in `progress`.
 """
 
 import contextlib
-import json
 import math
-import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,11 +30,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from micota_fast.common.files import remove_whole, sync, writing
+from micota_fast.common.fingerprint import differences
+from micota_fast.common.json_io import as_read_back, read_json, write_json
 from micota_fast.errors import InputError
 from micota_fast.train.packed_loss import PackedLoss
 from micota_fast.train.parallel import local_part
 from micota_fast.train.staging import Staging
-from micota_fast.train.storage import CheckpointWriter, first_fault, read_manifest, write_json
+from micota_fast.train.storage import CheckpointWriter, first_fault, read_manifest
 from micota_fast.train.world import HOSTS_TIMEOUT, World
 
 
@@ -69,9 +69,9 @@ class Checkpoints:
         """Make the folder ours, or see that it is, and remove what a killed run has left half done."""
         owners = self._owners()
         for file, identity in owners.items():
-            if differences := describe_differences(identity, self._identity):
+            if differing := describe_differences(identity, self._identity):
                 raise InputError(
-                    f"{out} holds an unfinished run of other making, by {file} ({differences}). Start as that one was "
+                    f"{out} holds an unfinished run of other making, by {file} ({differing}). Start as that one was "
                     f"started to finish it, choose another `out`, or delete {out} to start over"
                 )
         if not owners and (out / "model").exists():
@@ -80,7 +80,7 @@ class Checkpoints:
             shutil.rmtree(torn, ignore_errors=True)
         with writing(self._dir):
             self._dir.mkdir(parents=True, exist_ok=True)
-            write_json(self._dir / "run.json", {"identity": self._identity})
+            write_json(self._dir / "run.json", {"identity": self._identity}, 2)
             sync(out)
 
     def _owners(self) -> dict[Path, dict[str, Any]]:
@@ -89,8 +89,8 @@ class Checkpoints:
         owners = {path / "manifest.json": m["identity"] for path, m in manifests.items() if m is not None}
         if not owners:
             path = self._dir / "run.json"
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
-                owners[path] = json.loads(path.read_bytes())["identity"]
+            with contextlib.suppress(InputError, FileNotFoundError):  # it is damaged, or there is none
+                owners[path] = read_identity(path)
         return owners
 
     def save(
@@ -123,7 +123,7 @@ class Checkpoints:
             self._staging.tensors[name].copy_(tensor, non_blocking=True)
         copied = torch.cuda.current_stream().record_event() if self._on_cuda else None
         manifest = {
-            "progress": json.loads(json.dumps(progress)),  # as it is now: the caller goes on changing it
+            "progress": as_read_back(progress),  # as it is now: the caller goes on changing it
             "score": score if score is not None and math.isfinite(score) else None,
             "processes": self._world.size,
             "replicas": self._world.replicas,
@@ -325,16 +325,22 @@ def _load_planner() -> dcp.DefaultLoadPlanner:
     return dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
 
+def read_identity(path: Path) -> dict[str, Any]:
+    """Read the identity of a run from the JSON file that holds it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: it is damaged.
+    """
+    if not path.exists():
+        raise FileNotFoundError(path)
+    identity = read_json(path, finite=False).get("identity")
+    if not isinstance(identity, dict):
+        raise InputError(f"{path}: key 'identity' must be an object")
+    return identity
+
+
 def describe_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """What differs between two identities, as "key: theirs there, ours here; ..."; empty where they are equal."""
-    a, b = dict(_flat(theirs)), dict(_flat(ours))
-    keys = [key for key in (b | a) if a.get(key) != b.get(key)]
-    return "; ".join(f"{key}: {a.get(key)!r} there, {b.get(key)!r} here" for key in keys)
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, item in value.items():
-        name = re.sub(r"^identity\.", "", f"{prefix}{key}")
-        pairs += _flat(item, f"{name}.") if isinstance(item, dict) else [(name, item)]
-    return pairs
+    found = differences(theirs, ours)
+    return "; ".join(f"{key}: {there!r} there, {here!r} here" for key, (there, here) in found.items())

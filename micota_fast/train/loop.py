@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from micota_fast.common.json_io import write_json
 from micota_fast.common.lock import locked
 from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
@@ -21,7 +22,6 @@ from micota_fast.train.packed_loss import DUMMY_BATCH, on_device
 from micota_fast.train.parallel import last_micro_step, parallelize
 from micota_fast.train.signals import StopSignals
 from micota_fast.train.stopwatch import Stopwatch, profiler
-from micota_fast.train.storage import write_json
 from micota_fast.train.validation import Validation
 from micota_fast.train.world import World, join_world
 
@@ -158,7 +158,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
     speed = {"steps": progress["step"] - start, **meters.close()}
     results = {"final": meters.last, "validation": validation.state, "skipped_steps": meters.skipped["in_all"]}
     summary = {"identity": identity, **facts, **results, "timing": speed}
-    world.on_main(lambda: write_json(out / "summary.json", summary))
+    world.on_main(lambda: write_json(out / "summary.json", summary, 2, finite=False))
     checkpoints.discard()
     return True
 

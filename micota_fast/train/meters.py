@@ -1,7 +1,6 @@
 """What people watch: progress lines, a row of metrics.jsonl a step, TensorBoard and Weights & Biases on request."""
 
 import importlib
-import json
 import math
 import os
 import resource
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from micota_fast.common.files import writing
 from micota_fast.common.gpu_specs import peak_flops
+from micota_fast.common.json_io import encode_json, parse_json
 from micota_fast.config import loader
 from micota_fast.config.train import TrainConfig
 from micota_fast.data.batches import PackedSteps
@@ -124,7 +124,7 @@ class Meters:
             if validation_loss is not None and row is self._rows[-1]:
                 finite_loss = validation_loss if math.isfinite(validation_loss) else None
                 self.last["validation_loss"] = finite_loss
-            lines += json.dumps(self.last | {"timing": timing}) + "\n"
+            lines += encode_json(self.last | {"timing": timing}, finite=False).decode() + "\n"
             if self._world.is_main:
                 self._track(self.last | timing)
         self._world.on_main(lambda: self._write(lines))
@@ -247,9 +247,9 @@ def _keep_steps(path: Path, steps: int) -> None:
     with path.open("r+b") as file:
         for line in file:
             try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > steps:
+                if not line.endswith(b"\n") or parse_json(line, str(path), finite=False)["step"] > steps:
                     break
-            except (ValueError, KeyError, TypeError):
+            except (InputError, KeyError, TypeError):
                 break
             kept += len(line)
         file.truncate(kept)
@@ -257,7 +257,7 @@ def _keep_steps(path: Path, steps: int) -> None:
 
 def _last_row(path: Path) -> dict[str, Any]:
     lines = path.read_text(encoding="utf-8").splitlines()
-    last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    last: dict[str, Any] = parse_json(lines[-1], str(path), finite=False) if lines else {}
     last.pop("timing", None)
     return last
 

@@ -1,7 +1,6 @@
 """What a training run is made of: documents, identity, model; and what it says of them before its first step."""
 
 import hashlib
-import json
 import platform
 import shutil
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from micota_fast import __version__
 from micota_fast.chat.encoding import Chat
+from micota_fast.common.fingerprint import of_file
 from micota_fast.config import loader
 from micota_fast.config.train import TrainConfig
 from micota_fast.data import tokenise
@@ -25,11 +25,10 @@ from micota_fast.model.attention import choose_backend
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.folder import COPIED_FILES, tensor_files
 from micota_fast.model.pointwise import choose_pointwise
-from micota_fast.train.checkpoint import describe_differences
+from micota_fast.train.checkpoint import describe_differences, read_identity
 from micota_fast.train.memory import estimate, longest_pack
 from micota_fast.train.optim import freeze
 from micota_fast.train.packed_loss import PackedLoss, choose_loss
-from micota_fast.train.storage import sha256
 from micota_fast.train.world import World
 
 
@@ -64,7 +63,7 @@ def run_identity(
         files = {path.name: path for name in ("config.json", *COPIED_FILES) if (path := source / name).exists()}
         if config.init == "pretrained":
             files |= {path.name: path for path in tensor_files(source).values()}
-        listing = "".join(f"{name} {sha256(path)}\n" for name, path in sorted(files.items()))
+        listing = "".join(f"{name} {of_file(path)}\n" for name, path in sorted(files.items()))
         places = ("model", "data", "out", "validation_data")
         options = {k: v for k, v in loader.identity(config).items() if k not in places}
         model = hashlib.sha256(listing.encode()).hexdigest()
@@ -84,14 +83,14 @@ def is_finished(out: Path, identity: dict[str, Any], world: World) -> bool:
     def look() -> bool:
         path = out / "summary.json"
         try:
-            theirs = json.loads(path.read_bytes())["identity"]
+            theirs = read_identity(path)
         except FileNotFoundError:
             return False
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error}); delete {out} to start over") from None
-        if differences := describe_differences(theirs, identity):
+        except InputError as error:
+            raise InputError(f"{error}; delete {out} to start over") from None
+        if differing := describe_differences(theirs, identity):
             raise InputError(
-                f"{out} holds the result of another run ({differences}); "
+                f"{out} holds the result of another run ({differing}); "
                 f"choose another `out`, or delete {out} to replace it"
             )
         return (out / "model" / "config.json").is_file()

@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from micota_fast.common.files import remove_whole, whole_folder, write_atomic, writing
+from micota_fast.common.fingerprint import of_file
+from micota_fast.common.json_io import parse_json, write_json
 from micota_fast.errors import InputError
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
@@ -89,8 +91,8 @@ class CheckpointWriter(StorageWriter):
         """On rank 0, when all have written."""
         files = {r.index.fqn: {"bytes": r.size_in_bytes, "sha256": r.storage_data} for rank in results for r in rank}
         path = self._aside / "manifest.json"
-        write_json(path, self._manifest | {"files": files})
-        write_atomic(path.with_suffix(".sha256"), [f"{sha256(path)}  {path.name}\n".encode()])
+        write_json(path, self._manifest | {"files": files}, 2, finite=False)
+        write_atomic(path.with_suffix(".sha256"), [f"{of_file(path)}  {path.name}\n".encode()])
         remove_whole(self._folder)
         self._open.close()
         self._published()
@@ -139,7 +141,12 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
         return None, f"{folder} is torn: {error}"
     if expected != f"{hashlib.sha256(text).hexdigest()}  {path.name}\n".encode():
         return None, f"{path} is not what was written, by manifest.sha256"
-    manifest = json.loads(text)
+    try:
+        manifest = parse_json(text, str(path), finite=False)
+    except InputError as error:
+        return None, str(error)
+    if not all(isinstance(manifest.get(key), dict) for key in ("files", "progress", "identity")):
+        return None, f"{path} is not a checkpoint's manifest"
     for file in sorted(folder.glob("*.safetensors")):
         if file.name not in manifest["files"]:  # torch's reader takes whatever lies there
             return None, f"{file} is none of the files that {path.name} lists"
@@ -151,7 +158,7 @@ def first_fault(folder: Path, files: list[tuple[str, dict[str, Any]]]) -> str | 
     for name, recorded in files:
         path = folder / name
         try:
-            if path.stat().st_size != recorded["bytes"] or sha256(path) != recorded["sha256"]:
+            if path.stat().st_size != recorded["bytes"] or of_file(path) != recorded["sha256"]:
                 return f"{path} is not what was written"
         except OSError as error:
             return f"{path} cannot be read ({error})"
@@ -163,14 +170,3 @@ def require_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(f"it needs {needed:,} bytes and {free:,} are free on the disk of {folder}; {_MEND}")
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is there whole or not at all, also after a power failure; InputError where it cannot be."""
-    write_atomic(path, [(json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()])

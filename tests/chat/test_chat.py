@@ -518,8 +518,8 @@ def test_a_bad_tokenizer_config_is_named(tmp_path: Path, keys: dict[str, Any], m
     [
         ("tokenizer.json", None, r"tokenizer\.json does not exist"),
         ("tokenizer.json", '{"model": ', r"tokenizer\.json: cannot be read as a tokenizer"),
-        ("tokenizer_config.json", "{", r"tokenizer_config\.json: cannot be read as JSON"),
-        ("tokenizer_config.json", "[]", r"tokenizer_config\.json: expected a JSON object, got list"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json:1: not JSON"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config\.json:1: expected a JSON object"),
         (
             "generation_config.json",
             '{"eos_token_id": [2, 99999]}',

@@ -41,7 +41,7 @@ def test_problems_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "not a JSON object"),
+        ("{", "not JSON: Expecting property name"),
         ("[1]", "expected a JSON object"),
         ('{"id": "b", "problem": "x"}', "'answer' is missing"),
         ('{"id": "b", "problem": "x", "answer": 4}', "'answer' must be str, got int"),

@@ -135,10 +135,10 @@ def test_a_key_that_may_be_null_must_be_there() -> None:
 
 def test_files_that_hold_none_are_named(tmp_path: Path) -> None:
     path = tmp_path / "whole.json"
-    with pytest.raises(InputError, match=r"whole\.json: cannot be read"):
+    with pytest.raises(InputError, match=r"cannot read .*whole\.json"):
         load(Whole, path)
     path.write_text("{")
-    with pytest.raises(InputError, match=r"whole\.json: not JSON"):
+    with pytest.raises(InputError, match=r"whole\.json:1: not JSON"):
         load(Whole, path)
     path.write_text("[1]")
     with pytest.raises(InputError, match=r"whole\.json: expected an object, found \[1\]"):

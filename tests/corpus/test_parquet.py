@@ -1,6 +1,5 @@
 """Completions as Parquet: the same rows in the same order, in bounded memory, whole or not at all."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from micota_fast.cli import main
-from micota_fast.common.records import Completion, encode_row, read_completions, write_rows
+from micota_fast.common.records import Completion, encode_row, write_rows
 from micota_fast.corpus import export
 from micota_fast.errors import InputError
 
@@ -66,22 +65,13 @@ def test_no_rows_make_a_file_without_rows(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "c.parquet").num_rows == 0
 
 
-def test_what_utf8_cannot_spell_is_written_as_in_our_own_files(tmp_path: Path) -> None:
-    row = json.loads(encode_row(ROW)) | {"completion": "a\ud800b"}
-    (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n")
-    export.export(tmp_path / "c.jsonl", tmp_path / "c.parquet")
-    (tmp_path / "again.jsonl").write_bytes(encode_row(read_completions(tmp_path / "c.jsonl")[0]))
-    assert pq.read_table(tmp_path / "c.parquet")["completion"].to_pylist() == ["a?b"]
-    assert read_completions(tmp_path / "again.jsonl")[0].completion == "a?b"
-
-
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (b"{\n", r"c\.jsonl:3: not a JSON object"),
-        (encode_row(replace(ROW, id="r"))[:-30] + b"\n", r"c\.jsonl:3: not a JSON object"),
+        (b"{\n", r"c\.jsonl:3: not JSON"),
+        (encode_row(replace(ROW, id="r"))[:-30] + b"\n", r"c\.jsonl:3: not JSON"),
         (encode_row(replace(ROW, sample=1)), r"c\.jsonl:3: \('p', sample 1\) occurs already at .*c\.jsonl:2"),
-        (encode_row(replace(ROW, id="r", seed=2**70)), r"c\.jsonl: among rows 3 to 3: .*too large"),
+        (encode_row(replace(ROW, id="r", seed=2**70)), r"c\.jsonl:3: key 'seed' must fit 64 bits"),
     ],
 )
 def test_a_bad_row_is_named_and_the_old_file_stays(
@@ -132,7 +122,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     write_rows(source, (replace(ROW, sample=i) for i in range(1000)))
     ran = limited(source, out, 2000, "RLIMIT_FSIZE")
     assert ran.returncode == 2
-    assert ran.stderr == f"micota export: cannot write {out}: File too large\n"
+    assert ran.stderr.startswith(f"micota export: cannot write {out}: File too large (")
     assert list(out.parent.iterdir()) == []
 
 

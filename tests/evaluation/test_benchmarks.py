@@ -153,7 +153,7 @@ def test_sources_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "SOURCES.json").write_text("{")
     done = micota_benchmarks(tmp_path, "http://127.0.0.1:9", tmp_path / "cache")
     assert done.returncode == 2
-    assert "SOURCES.json is damaged" in done.stderr
+    assert "SOURCES.json:1: not JSON" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -27,7 +27,7 @@ INJECTED = [
     "<!-- <script> \u2028 alert(3) \u2029",
     "]]></style><svg onload=alert(4)>",
     "\\u003cscript>alert(5)</script> &lt;b&gt; &amp;",
-    "half a pair: \ud83d, \x00 and \x1b[31m, ‮backwards",
+    "odd characters: \x00 and \x1b[31m, ‮backwards",
 ]
 SIZES = {"AIME 2024": 6, "gsm/8k": 24}
 
@@ -129,7 +129,7 @@ class TestData:
         assert "<img" not in page
         assert "\u2028" not in page
         texts = {answer[6] for problem in data_of(page)["problems"] for answer in problem[4][0]}
-        assert texts == {text.replace("\ud83d", "?") for text in INJECTED}, "half a surrogate pair is no text"
+        assert texts == set(INJECTED)
 
     def test_only_our_script_and_style_are_allowed(self, page: str) -> None:
         policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page)
@@ -256,7 +256,7 @@ class TestInChromium:
     def test_what_a_model_wrote_stays_text(self, answers_tab: Tab) -> None:
         assert answers_tab.evaluate("document.querySelectorAll('main img, main svg, #problems script').length") == 0
         shown = answers_tab.evaluate("[...document.querySelectorAll('#problems .arm-0 .text')].map(e => e.textContent)")
-        expected = [text.replace("\ud83d", "?") for text in INJECTED]
+        expected = INJECTED
         assert shown[:6] == expected
         assert answers_tab.evaluate("document.scripts.length") == 2
         # And were it put in as markup, the policy would not let it run.

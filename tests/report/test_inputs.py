@@ -59,12 +59,12 @@ class TestErrors:
         path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2}\n')
         self.check(config, f"{path}:2", "'loss' (a number) is missing")
         path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
-        self.check(config, f"{path}:2: not a JSON object")
+        self.check(config, f"{path}:2: not JSON")
         path.write_text("")
         self.check(config, f"{path}: no rows")
 
     def test_files_and_arms(self, config: ReportConfig, tmp_path: Path) -> None:
-        self.check(dataclasses.replace(config, base=str(tmp_path / "gone.json")), "gone.json: cannot be read")
+        self.check(dataclasses.replace(config, base=str(tmp_path / "gone.json")), "gone.json: No such file")
         self.check(dataclasses.replace(config, arms={"mid": []}), "arms.mid: no results.json given")
         self.check(dataclasses.replace(config, arms={"base": config.arms["mid"]}), "arms.base")
 
