@@ -17,6 +17,10 @@ INSTALL_HINT = (
 
 DETERMINISTIC = "--enable-deterministic-inference"
 DETERMINISTIC_BACKENDS = ("flashinfer", "fa3", "triton")
+# Copies of attention that share the GPUs of one model. SGLang 0.5.23 gives their number by itself; before, it was
+# `dp` with a flag, which it takes until the end of 2026 and which is still understood here.
+SHARED_ATTENTION = ("--attn-dp-size", "--attention-data-parallel-size")
+SHARED_ATTENTION_BEFORE = "--enable-dp-attention"
 _SIZES = {
     "tp": ("--tp-size", "--tp", "--tensor-parallel-size"),
     "dp": ("--dp-size", "--dp", "--data-parallel-size"),
@@ -93,14 +97,19 @@ def command(model: str, config: ServeConfig, port: int) -> list[str]:
                 raise InputError(f"`serve.args`: {name}: give it as `serve.{size}`, by which GPUs are assigned")
     if config.tp > 1:
         line += ["--tp-size", str(config.tp)]
+    if config.dp > 1 and any(argument(config, name) is not None for name in SHARED_ATTENTION):
+        raise InputError(
+            f"`serve.dp` is {config.dp} with {SHARED_ATTENTION[0]} in `serve.args`: SGLang does not combine copies of "
+            f"the model with copies of its attention; leave `serve.dp` at 1"
+        )
     if config.dp > 1:
-        line += ["--dp-size", str(config.dp)]
-    return [*line, *config.args]
+        line += [SHARED_ATTENTION[0] if SHARED_ATTENTION_BEFORE in config.args else "--dp-size", str(config.dp)]
+    return [*line, *(argument for argument in config.args if argument != SHARED_ATTENTION_BEFORE)]
 
 
 def gpus_needed(config: ServeConfig) -> int:
-    """By one server: `tp` for each of its `dp` copies; with data-parallel attention the copies share them."""
-    return config.tp if "--enable-dp-attention" in config.args else config.tp * config.dp
+    """Count the GPUs of one server: `tp` for each of its `dp` copies, unless these are of its attention alone."""
+    return config.tp if SHARED_ATTENTION_BEFORE in config.args else config.tp * config.dp
 
 
 def environment() -> dict[str, str]:

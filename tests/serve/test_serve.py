@@ -222,8 +222,19 @@ def test_too_few_gpus_are_counted(monkeypatch: pytest.MonkeyPatch, config: Serve
 
 def test_copies_with_data_parallel_attention_share_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(gpus.VISIBLE, "0,1")
-    config = ServeConfig(engine="sglang", tp=2, dp=2, args=["--enable-dp-attention"])
-    assert visible(config) == ["0,1"]
+    monkeypatch.setattr(sglang, "find_python", lambda config: "python")
+    for config in (
+        ServeConfig(engine="sglang", tp=2, args=["--attn-dp-size", "2", "--enable-metrics"]),
+        ServeConfig(engine="sglang", tp=2, dp=2, args=["--enable-dp-attention", "--enable-metrics"]),  # before 0.5.23
+    ):
+        assert visible(config) == ["0,1"]
+        line = sglang.command("model", config, 30000)
+        assert line[line.index("--tp-size") :] == ["--tp-size", "2", "--attn-dp-size", "2", "--enable-metrics"]
+    both = ServeConfig(engine="sglang", tp=2, dp=2, args=["--attn-dp-size=2"])
+    with pytest.raises(
+        InputError, match=r"`serve\.dp` is 2 with --attn-dp-size in `serve\.args`.*leave `serve\.dp` at 1"
+    ):
+        sglang.command("model", both, 30000)
 
 
 def test_gpus_are_counted_by_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
