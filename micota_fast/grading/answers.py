@@ -42,8 +42,10 @@ _BETWEEN = re.compile(
     rf"[\s$*.]*(?:\\[)\]])?\s*(?:,|;|,?\s*(?:and|or|\\text\{{\s*(?:and|or)\s*\}}))\s*(?:\\q?quad)?(?:\\text\{{\s*(?:and|or)\s*\}}|and\b)?"
     rf"[\s$*]*(?:\\[(\[])?\s*(?P<name>{_NAME})?\s*-?"
 )
+_LINES = re.compile(rf"{_BETWEEN.pattern}|[\s$]*")  # which joins parts that the gold answer asks for
 _NAMED = re.compile(rf"(?P<name>{_NAME})\s*$")
 _SEVERAL = re.compile(r"[,;]|\\pm|\band\b|\bor\b")
+_SIGNED = re.compile(r"- *\\(?:boxed|fbox)")
 _MINUS = re.compile(r"(?:(?:[$=]|\\\(|\\\[)\s*-\s*|(?<!\S)-)$")  # not the one of a list, which a space follows
 
 
@@ -56,21 +58,22 @@ def final_answer(text: str, gold: str) -> str | None:
     """
     last = extract_boxed(text)
     starts = text.count("\\boxed") + text.count("\\fbox")
-    if not last or (starts == 1 and "-\\" not in text):
+    if not last or (starts == 1 and not _SIGNED.search(text)):
         return last
-    boxes = _last_boxes(text)
+    several = bool(_SEVERAL.search(gold))
+    boxes = _last_boxes(text, _LINES if several else _BETWEEN)
     if not boxes:
         return last
     (_, last), *before = reversed(boxes)
     if all(content == last for _, content in before) or _SEVERAL.search(last):
         return last
     named = all(name or "=" in content for name, content in boxes)
-    if named and not _SEVERAL.search(gold):
+    if named and not several:
         return last
     return ",".join(name + content for name, content in boxes)
 
 
-def _last_boxes(text: str) -> list[tuple[str, str]]:
+def _last_boxes(text: str, between: re.Pattern[str]) -> list[tuple[str, str]]:
     """Name and content of the last box and of those joined to it, in order; nothing if the last is not complete."""
     found: list[tuple[str, str]] = []
     end_of_text = len(text)
@@ -82,10 +85,10 @@ def _last_boxes(text: str) -> list[tuple[str, str]]:
         if found:
             opened = text.index("{", start)
             after = text[_closing(text, opened) + 1 : end_of_text]
-            joined = len(after) <= 80 and _BETWEEN.fullmatch(after)
+            joined = len(after) <= 80 and between.fullmatch(after)
             if not joined:
                 break
-        name = match["name"] if (match := _NAMED.search(before.removesuffix("-"))) else ""
+        name = match["name"] if (match := _NAMED.search(before.rstrip(" -"))) else ""
         sign = "-" if _MINUS.search(before) else ""
         found.append(("".join(name.replace("&", "").split()), sign + content))
         end_of_text = start
@@ -102,3 +105,26 @@ def _closing(text: str, opened: int) -> int:
         if depth == 0:
             return token.start()
     return len(text)
+
+
+_SENTENCE = re.compile(r"(?i)\banswers?\b\W*(?:is|are|:|=)|^\W*(?:therefore|thus|hence|so)\b.*\d")
+_PROSE = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{[^{}]*\}")
+
+
+def why_unreadable(gold: str) -> str | None:
+    """Say why no answer could equal this gold answer, as the end of a sentence about it; None if it can be read.
+
+    A gold answer is the bare answer, as it would stand in a box. Nothing is extracted from a longer text, as what is
+    the answer there is for the maker of the file to say.
+    """
+    bare = gold.strip().strip("$").strip()
+    if not bare.strip("., "):
+        return "is empty"
+    if "####" in bare:
+        return "is a whole solution; keep what follows ####"
+    braces = [brace for brace in _BRACE.findall(bare) if brace in "{}"]
+    if braces.count("{") != braces.count("}"):
+        return "has braces that do not match"
+    if _SENTENCE.search(_PROSE.sub("", bare)):
+        return "is a sentence; keep the bare answer"
+    return None

@@ -9,6 +9,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Literal
 
+from micota_fast.grading.spelling import LONGEST
 from micota_fast.grading.units import without_units
 
 Pair = tuple[str, str]  # answer, gold answer
@@ -22,29 +23,40 @@ def judge(answer: str, gold: str) -> Settled | list[Pair]:
 
     The answer is right if one of the pairs is equal.
     """
-    if answer == gold:
+    if answer == gold or _without_braces(answer) == _without_braces(gold):
         return "correct"
+    if max(len(answer), len(gold)) > LONGEST:  # the expressions here are not linear
+        return [(answer, gold)]
     if _NUMBER.fullmatch(answer) and _NUMBER.fullmatch(gold):
         return [(answer, gold)]
     for rule in (_letters, _choices, _words, _times, _ratios, _bases, _lists):
         settled = rule(answer, gold)
         if settled is not None:
             return settled
+    answer, gold = map(_without_letter, (answer, gold))
     pair = without_units(answer, gold)
     if pair is None:
         return "wrong"
     answer, gold = (_in_words_to_digits(_radians(text)) for text in pair)
     answer, gold = _one_kind_of_angle(answer, gold)
-    answer, gold = _one_kind_of_vector(_solved(answer), _solved(gold))
+    answer, gold = _solved(answer), _solved(gold)
+    answer, gold = _one_kind_of_vector(_coordinates(answer, gold), _coordinates(gold, answer))
     return _percentages(answer, gold)
+
+
+def _without_braces(text: str) -> str:
+    """A list that stands in the braces of a set."""
+    return text[2:-2] if text[:2] == "\\{" and text[-2:] == "\\}" and "," in text else text
 
 
 # Choices.
 
-_LETTER = re.compile(r"[A-Za-z]")
+_GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|xi|pi|rho|sigma|tau|phi|chi|psi|omega"
+_LETTER = re.compile(rf"[A-Za-z]|\\(?i:{_GREEK})")
+_NAME = re.compile(r"[A-Z]{3,}")
 _COMMAND = r"\\(?:text|textbf|textit|textrm|mathrm|mbox)"
 _CHOICE = re.compile(
-    rf"(?:(?:{_COMMAND}\{{)?(?:\\text\{{)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer:?)? ?)"
+    rf"(?:(?:{_COMMAND}\{{){{0,2}}(?i:option|choice|answer:?|spinner|plan|point|graph|figure|set|group|team)? ?)"
     rf"(?:[(\[](?P<a>[A-Za-z])[)\]]|(?P<b>[A-Z])[).]?)[ .:]*\}}{{0,2}}"
 )
 _CHOICE_AND_VALUE = re.compile(
@@ -56,21 +68,19 @@ _SEVERAL = re.compile(r"(?:\\text\{)?([A-H](?:(?:, ?| and |\\text\{ and \}|, and
 
 
 def _letters(answer: str, gold: str) -> Settled | None:
-    """Single letters are symbols, and their case matters."""
-    both = _LETTER.fullmatch(answer) and _LETTER.fullmatch(gold)
-    return "wrong" if both else None  # they are not the same, or `judge` would know
+    """Single letters are symbols, and their case matters; so does the order in names such as ABC."""
+    for pattern in (_LETTER, _NAME):
+        if pattern.fullmatch(answer) and pattern.fullmatch(gold):
+            return "wrong"  # they are not the same, or `judge` would know
+    return None
 
 
-def _choices(answer: str, gold: str) -> Settled | list[Pair] | None:
+def _choices(answer: str, gold: str) -> Settled | None:
     a, b = _choice(answer), _choice(gold)
     if a is not None and b is not None:
         return "correct" if a[0].upper() == b[0].upper() else "wrong"
-    if a is not None and a[1]:  # the gold answer is no letter
-        return judge(a[1], gold)
-    if b is not None and b[1]:
-        return judge(answer, b[1])
     letters = [_SEVERAL.fullmatch(text) for text in (answer, gold)]
-    if letters[0] and letters[1] and any("," in text for text in (answer, gold)):
+    if letters[0] and letters[1] and not (answer.isalpha() and gold.isalpha()):
         x, y = (sorted(re.findall(r"\b[A-H]+\b", match[1])) for match in letters if match)
         return "correct" if sorted("".join(x)) == sorted("".join(y)) else "wrong"
     return None
@@ -89,9 +99,15 @@ def _choice(text: str) -> tuple[str, str] | None:
     return None
 
 
+def _without_letter(text: str) -> str:
+    """What stands beside the letter of a choice, or the text."""
+    choice = _choice(text)
+    return text if choice is None else choice[1] or text
+
+
 # Words.
 
-_WORDS = re.compile(rf"(?:{_COMMAND}\{{)?(?P<words>[A-Za-z][A-Za-z' ,.-]+)\}}?")
+_WORDS = re.compile(rf"(?:{_COMMAND}\{{)?(?P<words>[A-Za-z][A-Za-z\d' ,.-]+)\}}?")
 _ARTICLE = re.compile(r"^(?:the|an|a) ")
 _SYNONYMS = {"dne": "does not exist", "none": "no solution", "no real solution": "no solution"}
 _NUMERALS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
@@ -109,10 +125,17 @@ def _bare_words(text: str) -> str | None:
     match = _WORDS.fullmatch(text)
     if match is None or ("{" in text) != text.endswith("}"):
         return None
-    words = " ".join(re.sub(r"[^a-z ]", " ", match["words"].lower().replace("'", "")).split())
-    words = _ARTICLE.sub("", words)
+    words = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", match["words"].lower().replace("'", ""))
+    if any(map(str.isdigit, words)) and not re.match("[a-z]{3,} ", words):  # March 5, but not x2
+        return None
+    names = [" ".join(re.sub(r"[^a-z\d ]", " ", name).split()) for name in re.split(r",? and |,", words)]
+    words = _ARTICLE.sub("", " and ".join(sorted(names)))
     words = _SYNONYMS.get(words.removesuffix("s"), words)
     return words.removesuffix("s") if len(words) > 4 else words
+
+
+_SYMBOLS = {"infinity": "\\infty", "positive infinity": "\\infty", "infinitely many": "\\infty"}
+_SYMBOLS |= {"negative infinity": "-\\infty", "no solution": "\\emptyset", "empty set": "\\emptyset"}
 
 
 def _in_words_to_digits(text: str) -> str:
@@ -121,19 +144,19 @@ def _in_words_to_digits(text: str) -> str:
     words = _bare_words(text)
     if words in _NUMERALS:
         return str(_NUMERALS.index(words))
-    return {"infinity": "\\infty", "positive infinity": "\\infty", "negative infinity": "-\\infty"}.get(
-        words or "", text
-    )
+    return _SYMBOLS.get(words or "", text)
 
 
 # Times of day and ratios.
 
-_TIME = re.compile(r"(\d{1,2}):(\d{2})(?: ?(?:\\(?:text|mathrm)\{)? ?([AaPp])\.?[Mm]\.?\}?)?")
+_HALF = r"(?:\\(?:text|mathrm)\{)? ?(?:([AaPp])\.?[Mm]\.?|noon)\}?"
+_TIME = re.compile(rf"(\d{{1,2}}):(\d{{2}})(?: ?{_HALF})?")
+_HOUR = re.compile(rf"(\d{{1,2}})( ?{_HALF})")
 _RATIO = re.compile(r"(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})(?::(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}))+")
 
 
 def _times(answer: str, gold: str) -> Settled | None:
-    a, b = _TIME.fullmatch(answer), _TIME.fullmatch(gold)
+    a, b = (_TIME.fullmatch(_HOUR.sub(r"\1:00\2", text) if ":" not in text else text) for text in (answer, gold))
     if not any(match and (match[3] or match[2][0] == "0") for match in (a, b)) and not (b and _is_time(b)):
         return None  # 3:4, or 3:10, which may be a ratio
     if a is None or b is None:
@@ -190,6 +213,8 @@ def _bases(answer: str, gold: str) -> Settled | None:
 
 def _lists(answer: str, gold: str) -> Settled | None:
     """A list in which another item is repeated is another list; math-verify takes both for sets."""
+    if gold[:1] == "(" and answer[:2] == "\\{" and "(" not in answer:  # a set has no order
+        return "wrong"
     if "," not in answer or "," not in gold or re.search(r"[()\[\]{}]", answer + gold):
         return None
     a, b = (sorted(text.split(",")) for text in (answer, gold))
@@ -240,12 +265,26 @@ def _one_kind_of_vector(answer: str, gold: str) -> Pair:
     return (vector, gold) if matrices[0] else (answer, vector)
 
 
+_ASSIGNMENTS = re.compile(r"[xyz]=[^=,]+(?:(?:,|\\text\{ ?and ?\}| and )[xyz]=[^=,]+)+")
+
+
+def _coordinates(text: str, other: str) -> str:
+    """y = 4, x = 3 as (3, 4), if the other is a tuple."""
+    if other[:1] != "(" or not _ASSIGNMENTS.fullmatch(text):
+        return text
+    return (
+        "(" + ",".join(value for _, value in sorted(re.findall(r"([xyz])=([^=,]+?)(?=,|\\text| and |$)", text))) + ")"
+    )
+
+
 _SIDE = r"(-?[^<>=,]+?)"
 _OR = r"(?:\\text\{ ?or ?\}| or |\\lor ?|\\vee ?)"
 _LOW_HIGH = re.compile(rf"([a-z])(<|\\leq? ?){_SIDE}{_OR}\1(>|\\geq? ?){_SIDE}")
 _HIGH_LOW = re.compile(rf"([a-z])(>|\\geq? ?){_SIDE}{_OR}\1(<|\\leq? ?){_SIDE}")
 _NUMBER_FIRST = re.compile(r"(-?[\d.]+)=([a-z])")
 _FACTORIAL = re.compile(r"(\d+)!=(-?[\d.,]+)")
+_RESIDUE = re.compile(r"(-?\d+) ?\\p?mod.*")
+_COMPREHENSION = re.compile(r"\\\{([a-z])(?:\\in ?\\mathbb\{R\})? ?(?:\\mid|\||:) ?([^{}]*\1[^{}]*)\\\}")
 _POINT = re.compile(r"[A-Z](\(.+,.+\))")
 
 
@@ -254,6 +293,10 @@ def _solved(text: str) -> str:
     if match := _NUMBER_FIRST.fullmatch(text):
         return f"{match[2]}={match[1]}"
     if match := _FACTORIAL.fullmatch(text):
+        return match[2]
+    if match := _RESIDUE.fullmatch(text):
+        return match[1]
+    if match := _COMPREHENSION.fullmatch(text):
         return match[2]
     if match := _POINT.fullmatch(text):
         return match[1]

@@ -57,8 +57,8 @@ class Grader:
 
     The verdicts do not depend on the number of workers. They are symmetric (answer and gold may be exchanged) but for
     two cases in which math-verify asks what the gold answer is: an equation such as 2x + y = 4 is not answered by its
-    right side, while 4 is answered by `2x + y = 4`; and a tuple is not answered by a set in another order, while a set
-    is answered by a tuple in any. An inequality and an interval of the same numbers are equal either way.
+    right side, while 4 is answered by `2x + y = 4`; and a tuple is not answered by a set, while a set is answered by a
+    tuple in any order. An inequality and an interval of the same numbers are equal either way.
 
     From asyncio, grade with `await asyncio.to_thread(grader.grade, pairs)`: `grade` blocks its thread only, may run in
     any thread (it uses no signals; the workers know nothing of threads), and calls from several threads wait for each

@@ -69,7 +69,7 @@ class _Value:
                 raise _NotPlain
             return complex(node.p / node.q)
         if kind is sympy.Symbol:
-            if node.is_real is not True:
+            if node.is_real is not True or node.name == "i":  # which may be the imaginary unit
                 raise _NotPlain
             return complex(_coordinate(node.name))
         if node is sympy.pi or node is sympy.E:

@@ -26,16 +26,18 @@ _UNICODE = str.maketrans(
 _SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"
 _SUPERSCRIPT = re.compile(f"[{_SUPERSCRIPTS}]+")
 _PLAIN = re.compile(r"-?\d+")
-_AROUND = (("**", "**"), ("*", "*"), ("`", "`"), ("\\(", "\\)"), ("\\[", "\\]"))
+_AROUND = (("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"), ("\\(", "\\)"), ("\\[", "\\]"))
 
 # Order matters: each works on what those before it leave.
 _MARKUP = (
-    (re.compile(r"\\(?:mathbf|bold|boldsymbol|bm|underline|mathsf|mathit)\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\{((?:[-\d., /]|\\\$)+)\}"), r"\1"),  # no words inside
+    (re.compile(r"\\(?:mathbf|bold|boldsymbol|bm|underline|mathsf|mathit|ensuremath)\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\{((?:[-\d., /:;()[\]]|\\\$)+)\}"), r"\1"),
     (re.compile(r"\\(?:text)?color\{\w+\}"), ""),
     (re.compile(r"\\(?:displaystyle|textstyle|large|Large|huge|Huge|checkmark|bf|it|rm)(?![a-zA-Z])"), ""),
     (re.compile(r"(?<=\d)(?:\{,\}|\\,|\\ )(?=\d{3}(?!\d))"), ""),  # 1{,}000 and 1\,000
     (re.compile(r"(?<!\\)\\(?:[,;:> ]|q?quad(?![a-zA-Z]))|~"), " "),
+    (re.compile(r"\\hspace\{[^{}]*\}|</?(?:b|i|em|strong)>"), ""),
+    (re.compile(r"\\(?:dots|cdots)(?![a-zA-Z])"), r"\\ldots"),
     (re.compile(r"\\lbrace(?![a-zA-Z])"), r"\\{"),
     (re.compile(r"\\rbrace(?![a-zA-Z])"), r"\\}"),
     (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
@@ -59,6 +61,7 @@ _NOTATION = (
     (re.compile(r"(?<=[\w)}])\*\*(?=[\w({-])"), "^"),
     (re.compile(r"(?<![\\a-zA-Z])sqrt\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"(?<=\d) ?[xX] ?(?=10\^)"), r"\\times "),
+    (re.compile(r"(?<=\d)\^\{?o\}?(?![a-zA-Z])"), r"^\\circ"),
 )
 # All of an answer.
 _WHOLE = (
@@ -68,12 +71,14 @@ _WHOLE = (
     (re.compile(r"\{?(\w+)\\choose ?(\w+)\}?"), r"\\binom{\1}{\2}"),
     (re.compile(r"\](-?[^][,]+),([^][,]+)\["), r"(\1,\2)"),
     (re.compile(r"(-?\d+) ?(?:\\text\{ ?to ?\}|to) ?(\d+)"), r"\1:\2"),
+    (re.compile(r"\\text\{(?: ?[Tt]he)? ?(?:final )?[Aa]nswer(?: is)?:? ?\}(.+)"), r"\1"),
     (re.compile(r"\\text\{(?: ?[Tt]he)? ?(?:final )?[Aa]nswer(?: is|:) ?([^{}]+)\}"), r"\\text{\1}"),
 )
 _MIXED = re.compile(r"(-?\d{1,6}) (\d{1,6})/(\d{1,6})")
 _REPEATING = re.compile(r"(-?)(\d{0,9})\.(\d{0,9})\\overline\{?(\d{1,9})\}?")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\{( ?-?\\?\$?\d[^{}]*)\}")
 _ROWS = re.compile(r"\[(\[[^][]+\](?:,\[[^][]+\])*)\]")
+_SPACED_LIST = re.compile(r" ?(-?\d+(?:, +-?\d+)+)[ .,]*")
 _PROSE = re.compile(r"\\text\{[^{}]*\}")
 
 
@@ -91,13 +96,15 @@ def _normalise(answer: str) -> str:
     answer = _unwrapped(answer)
     if answer.endswith("\\") and not answer.endswith("\\\\"):  # a control space at the end, of which the space is gone
         answer = answer[:-1]
-    if "\\" in answer or "~" in answer or "{:}" in answer:
+    if "\\" in answer or "~" in answer or "<" in answer or "{:}" in answer:
         if "\\\\" in answer and "\\begin" not in answer:
             answer = re.sub(r"\\\\(?=[a-zA-Z{}%$])", r"\\", answer)
-        for pattern, replacement in _MARKUP:
+        for pattern, replacement in (_MARKUP[0], *_MARKUP):  # the first may stand in itself
             answer = pattern.sub(replacement, answer)
         if match := _TEXT.fullmatch(answer.strip().rstrip(".,")):  # \text{20 people}
             answer = match[1]
+    if match := _SPACED_LIST.fullmatch(answer):  # 100, 200 is no number
+        answer = f"\\{{{match[1]}\\}}"
     answer = _tidy(_unwrapped(answer)).rstrip(",;")
     for pattern, replacement in _NOTATION:
         answer = pattern.sub(replacement, answer)

@@ -42,17 +42,19 @@ _COMMAND = r"\\(?:text|mbox|mathrm|textrm|operatorname)\{"
 _POWER = r"(?:\^(?:\{(?P<p>\d)\}|(?P<q>\d)))?"
 _IN_COMMAND = re.compile(rf"(?<=.){_COMMAND}(?P<unit>[A-Za-z€£₹¥¢ ./]+)\}}{_POWER}$")
 _QUOTIENT = re.compile(rf"(?<=[\d}})])\\frac\{{{_COMMAND}[A-Za-z ]+\}}\}}\{{{_COMMAND}[A-Za-z ]+\}}(?:\^\d)?\}}$")
-_SPACED = re.compile(rf"(?<=\d) (?P<unit>[A-Za-z]+(?:[ /][A-Za-z]+)*){_POWER}$")
+_SPACED = re.compile(rf"(?:(?<=\d)|(?<=\\pi)) (?P<unit>[A-Za-z]+(?:[ /][A-Za-z]+)*){_POWER}$")
 _ATTACHED = re.compile(rf"(?<=\d)(?P<unit>[A-Za-z]{{2,4}}){_POWER}$")
 _TEMPERATURE = re.compile(rf"\^\\circ(?:{_COMMAND} ?(?P<a>[CF])\}}| ?(?P<b>[CF]))$")
-_SIGN_BEFORE = re.compile(r"(?P<minus>-?)(?P<unit>\\?\$|[€£₹¥])(?=-?[\d.])")
+_VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
+_SIGN_BEFORE = re.compile(r"(?P<minus>-?)(?P<unit>\\?\$|[€£₹¥]|(?:Rs|USD|EUR)\.? ?)(?=-?[\d.])")
 _SIGN_BEHIND = re.compile(r"(?<=\d)(?P<unit>\\?\$|[€£₹¥¢])$")
 
 
 def split(answer: str) -> tuple[str, str]:
     """The value and the unit, "" if there is none, of an answer spelled as by `spelling.normalise`."""
     if match := _SIGN_BEFORE.match(answer):
-        return match["minus"] + answer[match.end() :], match["unit"].removeprefix("\\")
+        value, _ = split(answer[match.end() :])  # million
+        return match["minus"] + value, match["unit"].removeprefix("\\").rstrip(". ")
     if match := _SIGN_BEHIND.search(answer):
         return answer[: match.start()], match["unit"].removeprefix("\\")
     if match := _TEMPERATURE.search(answer):
@@ -62,6 +64,8 @@ def split(answer: str) -> tuple[str, str]:
     for pattern in (_IN_COMMAND, _SPACED, _ATTACHED):
         if (match := pattern.search(answer)) and _is_unit(name := match["unit"].strip(), pattern):
             value = answer[: match.start()].rstrip()
+            if pattern is not _IN_COMMAND and _VARIABLE.search(value):
+                return answer, ""
             if name in _MULTIPLES:
                 return f"{value}\\cdot 10^{{{_MULTIPLES[name]}}}", ""
             power = match["p"] or match["q"]

@@ -269,8 +269,9 @@ def mixed_pairs(number: int) -> list[tuple[str, str]]:
     return [(f"It is \\boxed{{{answer}}}.", gold) for answer, gold in pairs]
 
 
-def test_one_and_many_workers_agree_on_2000_pairs() -> None:
-    pairs = mixed_pairs(2_000)
+@pytest.mark.parametrize("number", [400, pytest.param(2_000, marks=pytest.mark.slow)])
+def test_one_and_many_workers_agree(number: int) -> None:
+    pairs = mixed_pairs(number)
     with Grader(workers=1) as one, Grader(workers=3) as many:
         verdicts = one.grade(pairs)
         assert verdicts == many.grade(pairs)
@@ -296,7 +297,7 @@ def test_symmetric(grader: Grader) -> None:
     ]
     forms += [r"\begin{pmatrix}1\\x\end{pmatrix}", r"(1,2)\cup(3,4)", "3+2i", r"\sqrt[3]{8}", "e", "100\\%", "0.333333"]
     forms += [r"\frac{1}{3}", "x", r"\{1,2\}", "1,2", "x>1", r"(1,\infty)"]
-    pairs = [(a, b) for a in forms for b in forms if a < b]
+    pairs = [(a, b) for a in forms for b in forms if a < b and (a, b) != ("(1,2)", r"\{1,2\}")]
     there = grader.grade([(f"\\boxed{{{a}}}", b) for a, b in pairs])
     back = grader.grade([(f"\\boxed{{{b}}}", a) for a, b in pairs])
     assert [p for p, v, w in zip(pairs, there, back, strict=True) if v.status != w.status] == []
@@ -304,9 +305,9 @@ def test_symmetric(grader: Grader) -> None:
 
 
 def test_where_it_is_not_symmetric(grader: Grader) -> None:
-    pairs = [("2x+y=4", "4"), ("(3,2,1)", "1,2,3")]
+    pairs = [("2x+y=4", "4"), ("(3,2,1)", "1,2,3"), ("(1,2)", r"\{1,2\}")]
     verdicts = grader.grade([(f"\\boxed{{{a}}}", b) for a, b in pairs] + [(f"\\boxed{{{b}}}", a) for a, b in pairs])
-    assert [verdict.status for verdict in verdicts] == ["correct", "correct", "wrong", "wrong"]
+    assert [verdict.status for verdict in verdicts] == ["correct"] * 3 + ["wrong"] * 3
 
 
 @given(st.text(max_size=40), st.text(alphabet="\\{}()^_$%&=,.0123456789abx \x00\ud800frcsqtboxed", max_size=40))

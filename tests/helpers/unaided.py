@@ -26,10 +26,13 @@ print(json.dumps(verdicts))
 
 
 def math_verify_verdicts(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Of (answer, gold) pairs, read and compared as by `grading.process`; without limits, so the pairs must be tame."""
-    spelled = json.dumps([(normalise(answer), normalise(gold)) for answer, gold in pairs])
+    """Of (answer, gold) pairs, read and compared as it does; without limits, so the pairs must be tame."""
+    spelled = [(normalise(answer), normalise(gold)) for answer, gold in pairs]
+    distinct = list(dict.fromkeys(spelled))
     environment = os.environ | {"PYTHONHASHSEED": "0"}
     command = [sys.executable, "-c", _CODE]
-    run = subprocess.run(command, input=spelled, capture_output=True, text=True, check=True, env=environment)
-    verdicts: list[str] = json.loads(run.stdout.splitlines()[-1])
-    return verdicts
+    run = subprocess.run(
+        command, input=json.dumps(distinct), capture_output=True, text=True, check=True, env=environment
+    )
+    verdicts = dict(zip(distinct, json.loads(run.stdout.splitlines()[-1]), strict=True))
+    return [verdicts[pair] for pair in spelled]
