@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.schemas import check_schema
 from micota_fast.alignment.align import run
+from micota_fast.alignment.results import Alignment
 from micota_fast.chat.encoding import Chat
 from micota_fast.common.records import Completion, write_rows
 from micota_fast.config.evaluation import AlignConfig
@@ -84,6 +86,7 @@ def test_each_corpus_its_file_and_equal_bytes_again(qwen2_checkpoint: Path, tmp_
     run(config(qwen2_checkpoint, tmp_path / "two", **paths))
     for name in ("long", "short"):
         assert (tmp_path / "one" / f"{name}.json").read_bytes() == (tmp_path / "two" / f"{name}.json").read_bytes()
+        check_schema(Alignment, tmp_path / "one" / f"{name}.json")
     long, short = (json.loads((tmp_path / "one" / f"{name}.json").read_text()) for name in ("long", "short"))
     assert long["tokens"]["mean"] > short["tokens"]["mean"]
 

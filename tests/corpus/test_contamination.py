@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.paths import DATA
+from helpers.schemas import check_schema
 from micota_fast.common.records import Problem, write_rows
 from micota_fast.config.evaluation import BenchmarkConfig, ContaminationConfig
 from micota_fast.corpus.contamination import GRAM, _Table, run
+from micota_fast.corpus.results import Contamination
 from micota_fast.errors import InputError
 
 LONG = "Find the number of ordered pairs (a, b) of integers with 1 < a < b < 100 such that $a^2 + b^2$ is prime."
@@ -32,6 +34,7 @@ def report(tmp_path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     benchmarks = [BenchmarkConfig(name=n, path=str(tmp_path / f"{n}.jsonl")) for n in ("set", "clean")]
     corpora = {"c": str(tmp_path / "corpus.jsonl")}
     run(ContaminationConfig(corpora=corpora, benchmarks=benchmarks, out=str(tmp_path / "out")))
+    check_schema(Contamination, tmp_path / "out" / "contamination.json")
     found: dict[str, Any] = json.loads((tmp_path / "out" / "contamination.json").read_text())
     return found["c"]
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from helpers.schemas import check_schema
 from micota_fast.common.records import Completion, read_completions, write_rows
 from micota_fast.config.corpus import FilterConfig, MixConfig
 from micota_fast.corpus import mix
 from micota_fast.corpus.filter import run
 from micota_fast.corpus.mix import apportion
+from micota_fast.corpus.results import CorpusCounts
 from micota_fast.errors import InputError
 
 GOOD = Completion(
@@ -80,6 +82,7 @@ def test_every_rule_and_every_reject(tmp_path: Path) -> None:
     assert (counts["total"], counts["accepted"], counts["problems"]) == (11, 3, 3)
     assert {reason: n for reason, n in counts["rejected"].items() if n} == Counter(REASON.values())
     assert counts["lengths"] == [100, 15_999, 300]
+    check_schema(CorpusCounts, tmp_path / "corpus.jsonl.counts.json")
     assert (counts["tokens"]["p50"], counts["tokens"]["max"]) == (300, 15_999)
     assert counts["tokens"]["mean"] == pytest.approx(16_399 / 3)
 

@@ -20,6 +20,7 @@ import yaml
 from aiohttp import web
 
 from helpers.paths import DATA
+from helpers.schemas import check_schema
 from helpers.servers import http_server
 from micota_fast.chat.encoding import Chat
 from micota_fast.common.fingerprint import Fingerprints
@@ -31,7 +32,7 @@ from micota_fast.config.generation import ChatConfig, ServeConfig
 from micota_fast.errors import InputError
 from micota_fast.evaluation import evaluate
 from micota_fast.evaluation.evaluate import run, score
-from micota_fast.evaluation.results import OUTCOMES
+from micota_fast.evaluation.results import OUTCOMES, EvaluationResults, read_graded
 from micota_fast.generation.generate import model_fingerprint
 from micota_fast.generation.journal import Journal
 from micota_fast.grading.grader import Verdict
@@ -154,6 +155,7 @@ def test_several_samples_through_a_real_server(settings: EvaluateConfig, capsys:
     assert (entry["n"], entry["problems"], entry["samples"]) == (9, 3, 3)
     assert list(entry["pass_at"]) == ["1", "2", "3"]
     assert entry["pass_at"]["1"] == pytest.approx(entry["accuracy"])
+    check_schema(EvaluationResults, Path(settings.out) / "results.json")
     for protocol in ("strict", "paper"):
         assert entry["protocols"][protocol].keys() == {"correct", "accuracy", "standard_error", "pass_at"}
     told = capsys.readouterr().out
@@ -315,6 +317,9 @@ def test_a_judge_is_asked_about_what_the_string_rule_rejects(settings: EvaluateC
         json.loads(line)["protocols"]["judge"]["correct"] for line in (Path(settings.out) / "rows/four.jsonl").open()
     ]
     assert rows == [True, False, True, False, None]
+    check_schema(EvaluationResults, Path(settings.out) / "results.json")
+    graded = [to_json(row) for _, row in read_graded(Path(settings.out) / "rows/four.jsonl")]
+    assert graded == [json.loads(line) for line in (Path(settings.out) / "rows/four.jsonl").open()]
     judge = json.loads((Path(settings.out) / "results.json").read_text())["judge"]
     assert judge["model"] == Path(settings.model).name
     assert judge["made_by"]["model"] == model_fingerprint(Path(settings.model), Fingerprints(None))

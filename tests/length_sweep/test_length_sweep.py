@@ -21,12 +21,14 @@ from safetensors.torch import load_file, save_file
 
 import micota_fast
 from helpers.checkpoints import make_checkpoint
+from helpers.schemas import check_schema
 from micota_fast.cli import main
 from micota_fast.common.records import Completion, Problem, write_rows
 from micota_fast.config import loader
 from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
 from micota_fast.length_sweep.curve import Point, bend, isotonic, measure, weight_of
+from micota_fast.length_sweep.results import Sweep
 from micota_fast.pipeline.graph import build_stages
 from micota_fast.pipeline.run import Run
 from micota_fast.statistics.intervals import wilson95
@@ -224,6 +226,7 @@ def test_a_sweep_killed_at_any_time_and_again(models: Path, tmp_path: Path) -> N
     assert main(["length-sweep", str(settings(models, whole))]) == 0
     sweep = json.loads((whole / "sweep.json").read_text())
     assert [point["weight"] for point in sweep["points"]] == [0, 1]
+    check_schema(Sweep, whole / "sweep.json")
     for point in sweep["points"]:
         assert (point["problems"], point["answers"]) == (8, 8)
         assert point["finished"] + point["truncated"] == 1
@@ -311,6 +314,7 @@ def test_the_merge_of_a_wanted_length(micro: Path, tmp_path: Path, capsys: pytes
 
     assert main(["length-sweep", str(path)]) == 2
     assert "beyond weight 0, but half of the answers at 1 were cut off" in capsys.readouterr().err
+    check_schema(Sweep, out / "sweep.json")
     sweep = json.loads((out / "sweep.json").read_text())
     first, last = sweep["points"]
     assert first["finished"] == 1
