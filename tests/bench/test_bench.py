@@ -20,6 +20,7 @@ from loss_cases import IGNORE_INDEX, MISS_AT, MISS_QUANTILES, Case, grid
 from micota_fast.kernels.reference import dense_linear_cross_entropy
 
 
+@pytest.mark.slow
 def test_loss(tmp_path: Path) -> None:
     shown, rows = run("loss.py", tmp_path / "rows.jsonl")
     assert shown.startswith("CPU figures")
@@ -49,6 +50,7 @@ def test_loss(tmp_path: Path) -> None:
     assert measured["micota", 0.3]["error_weight"] < filtered["error_weight"] < 0.1, "nothing was left out"
 
 
+@pytest.mark.slow
 def test_row_filter(tmp_path: Path) -> None:
     shown, rows = run("row_filter.py", tmp_path / "rows.jsonl")
     assert shown.startswith("CPU figures")
@@ -64,6 +66,7 @@ def test_row_filter(tmp_path: Path) -> None:
             assert row["error_weight"] > 0
 
 
+@pytest.mark.slow
 def test_merge(tmp_path: Path) -> None:
     shown, rows = run("merge.py", tmp_path / "rows.jsonl")
     assert shown.startswith("absent: mergekit: no --mergekit-python\n")

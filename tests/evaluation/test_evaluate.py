@@ -233,6 +233,7 @@ def answered(settings: EvaluateConfig, benchmark: BenchmarkConfig, text: Callabl
     return entry
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="the benchmarks' files are not here")
 @pytest.mark.parametrize("preset", SHIPPED)
 def test_an_oracle_is_always_right_and_an_empty_answer_never(preset: str, settings: EvaluateConfig) -> None:
