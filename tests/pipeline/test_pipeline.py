@@ -273,7 +273,7 @@ def test_a_training_that_a_signal_ended_is_not_taken_for_done(
     signaller = threading.Thread(target=end_a_trainer)
     signaller.start()
     run = Run([stage], replace(ONE_JOB, nproc=nproc), tmp_path / "run")
-    with pytest.raises(InputError, match=r"student ended before it was finished and left no model, summary\.json"):
+    with pytest.raises(InputError, match=r"student ended before it was finished, without model, summary\.json"):
         run.run(lambda line: None)
     signaller.join()
     assert states(run) == {"student": "partial"}
