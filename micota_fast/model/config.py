@@ -7,8 +7,12 @@ from typing import Any, Literal
 
 from micota_fast.common.json_io import read_json_if_there
 from micota_fast.errors import InputError
+from micota_fast.model.folder import what_else
 from micota_fast.model.json_keys import Keys
 from micota_fast.model.rope_config import RopeConfig, read_rope, written_rope
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # that checkpoints are read and saved in
+_MOST_PARAMETERS = 10**14
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class ModelConfig:
         path = Path(directory) / "config.json"
         raw = read_json_if_there(path)
         if raw is None:
-            raise InputError(f"{path}: no such file; a checkpoint folder holds config.json and *.safetensors")
+            why = what_else(path.parent) or "; a checkpoint folder holds config.json and *.safetensors"
+            raise InputError(f"{path}: no such file{why}")
         return cls.from_dict(raw, str(path))
 
     @classmethod
@@ -98,14 +103,27 @@ class ModelConfig:
         head_dim = keys.positive_int("head_dim", family.head_dim or hidden_size // heads)
         if head_dim % 2:
             raise InputError(f"{where}: head_dim={head_dim} is odd; rotary position embedding needs pairs")
+        layers, intermediate_size = (
+            keys.positive_int("num_hidden_layers", most=10_000),
+            keys.positive_int("intermediate_size"),
+        )
+        vocab_size = keys.positive_int("vocab_size")
+        parameters = hidden_size * (
+            2 * vocab_size + layers * ((heads + kv_heads) * 2 * head_dim + 3 * intermediate_size)
+        )
+        if parameters > _MOST_PARAMETERS:
+            raise InputError(
+                f"{where}: vocab_size, hidden_size, num_hidden_layers, num_attention_heads, head_dim and "
+                f"intermediate_size make {parameters:.2g} parameters; one of them is wrong"
+            )
         max_positions = keys.positive_int("max_position_embeddings", family.max_position_embeddings)
         stated_bias = family.attention_bias == "as stated" and keys.boolean("attention_bias", False)
         return cls(
             architecture=architecture,
-            vocab_size=keys.positive_int("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden_size,
-            intermediate_size=keys.positive_int("intermediate_size"),
-            num_hidden_layers=keys.positive_int("num_hidden_layers"),
+            intermediate_size=intermediate_size,
+            num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
@@ -123,9 +141,8 @@ class ModelConfig:
 
     @property
     def dtype_name(self) -> str | None:
-        """The dtype in which the checkpoint says it is stored, such as "bfloat16"; None where it does not say."""
-        name = self.raw.get("dtype") or self.raw.get("torch_dtype")
-        return str(name).removeprefix("torch.") if name else None
+        """The dtype in which the checkpoint says it is stored, one of `DTYPES`; None if it does not say, or "auto"."""
+        return _dtype_name(self.raw.get("dtype")) or _dtype_name(self.raw.get("torch_dtype"))
 
     def to_dict(self, dtype_name: str) -> dict[str, Any]:
         """The config.json to save: the one that was read, with the dtype of the saved tensors.
@@ -134,6 +151,11 @@ class ModelConfig:
         it read `torch_dtype`, `rope_theta` and `rope_scaling`. Both are written.
         """
         return {**self.raw, "dtype": dtype_name, "torch_dtype": dtype_name, **written_rope(self.rope, self.raw)}
+
+
+def _dtype_name(value: Any) -> str | None:
+    name = None if value is None else str(value).removeprefix("torch.")
+    return None if name == "auto" else name
 
 
 def _architecture(keys: Keys) -> str:
@@ -153,12 +175,21 @@ def _refuse_unsupported(keys: Keys, family: Family) -> None:
         raise keys.refuse("quantization_config", "quantised checkpoints are not supported; dequantise it first")
     if d.get("attention_dropout"):
         raise keys.refuse("attention_dropout", f"{d['attention_dropout']!r} is not supported, only 0.0")
-    windowed = [kind for kind in d.get("layer_types") or [] if kind != "full_attention"]
-    if windowed:
-        raise keys.refuse("layer_types", f"{windowed[0]!r} is not supported, only 'full_attention'")
+    for key in ("dtype", "torch_dtype"):
+        if (name := _dtype_name(d.get(key))) not in (None, *DTYPES):
+            raise keys.refuse(key, f"{name!r} is not supported; supported are auto, {', '.join(DTYPES)}")
+    kinds = d.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise keys.refuse("layer_types", f"expected a list, found {kinds!r}")
+    for kind in kinds or []:
+        if kind != "full_attention":
+            raise keys.refuse("layer_types", f"{kind!r} is not supported, only 'full_attention'")
     # The window holds from layer `max_window_layers` on; many checkpoints state one that is never reached.
-    windowed_from = d.get("max_window_layers", 28) if d.get("sliding_window", 4096) is not None else float("inf")
-    if d.get("use_sliding_window") and windowed_from < keys.positive_int("num_hidden_layers"):
-        raise keys.refuse("use_sliding_window", "sliding-window attention is not supported; set it to false")
+    first = d.get("max_window_layers", 28)
+    if keys.boolean("use_sliding_window", False) and d.get("sliding_window", 4096) is not None:
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise keys.refuse("max_window_layers", f"expected an integer, found {first!r}")
+        if first < keys.positive_int("num_hidden_layers"):
+            raise keys.refuse("use_sliding_window", "sliding-window attention is not supported; set it to false")
     if family.windowed and (window := d.get("sliding_window", 4096)) is not None:
         raise keys.refuse("sliding_window", f"sliding-window attention (here of {window} tokens) is not supported")

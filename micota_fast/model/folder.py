@@ -76,7 +76,7 @@ def tensor_files(directory: Path | str) -> dict[str, Path]:
     if path.is_file():  # as in transformers, it goes before an index
         return dict.fromkeys(read_header(path), path)
     if not index_path.is_file():
-        raise InputError(f"{directory}: neither {SINGLE} nor {INDEX} is there (pickled weights are not read)")
+        raise InputError(f"{directory}: neither {SINGLE} nor {INDEX} is there{what_else(directory)}")
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index_path}: key 'weight_map' must be an object that names each tensor's file")
@@ -91,6 +91,33 @@ def tensor_files(directory: Path | str) -> dict[str, Path]:
         for name in sorted(held - listed):
             raise InputError(f"{path}: tensor {name} is not listed in {INDEX}")
     return files
+
+
+def what_else(directory: Path) -> str:
+    """Return what a folder without a checkpoint's files holds instead and what to do about it, to end an error with."""
+    if (directory / "adapter_config.json").is_file():
+        return (
+            ". It is a LoRA adapter (adapter_config.json): merge it into its base model first, with peft: "
+            "`PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(OUT)`"
+        )
+    pickles = sorted(path.name for kind in ("bin", "pt", "pth", "ckpt") for path in directory.glob(f"*.{kind}"))
+    if pickles:
+        return (
+            f", only {pickles[0]}: pickled weights are not read, since they can run any code. Convert what you trust "
+            "with transformers: `AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)`"
+        )
+    return ""
+
+
+def stored_tensors(directory: Path | str) -> dict[str, tuple[Path, StoredTensor]]:
+    """Return the file and place of each tensor of a checkpoint, without the buffers that its configuration determines.
+
+    Raises:
+        InputError: naming a file that is missing or damaged.
+    """
+    paths = sorted(set(tensor_files(directory).values()))
+    stored = {name: (path, tensor) for path in paths for name, tensor in read_header(path).items()}
+    return {name: place for name, place in stored.items() if not DERIVED_BUFFERS.search(name)}
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -32,7 +32,7 @@ class Keys:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.refuse(key, f"expected a positive integer, found {value!r}")
         if value > most:
-            raise self.refuse(key, f"{value:.3g} is too large; expected at most {most:,}")
+            raise self.refuse(key, f"too large; expected at most {most:,}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -1,5 +1,6 @@
 """Hugging Face checkpoint folders: read strictly, written whole or not at all. safetensors only."""
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from micota_fast.common.files import whole_folder
-from micota_fast.common.json_io import write_json
+from micota_fast.common.json_io import encode_json, write_json
 from micota_fast.errors import InputError
-from micota_fast.model.config import ModelConfig
+from micota_fast.model.checks import HEAD, check_tied, checked_config
+from micota_fast.model.config import DTYPES, ModelConfig
 from micota_fast.model.decoder import Decoder, parameter_shapes
-from micota_fast.model.folder import COPIED_FILES, DERIVED_BUFFERS, INDEX, SINGLE, read_header, tensor_files
+from micota_fast.model.folder import COPIED_FILES, INDEX, SINGLE, read_header, stored_tensors
 
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 
 
 def load_model(
@@ -27,7 +29,7 @@ def load_model(
 
     Raises InputError, naming file and tensor, for anything missing, unexpected, of a wrong shape or damaged.
     """
-    config = ModelConfig.from_checkpoint(directory)
+    config = checked_config(directory)
     model = shapes_only(config, _as_dtype(dtype, config)).to_empty(device=device)
     read_weights(model, directory)
     return model
@@ -51,14 +53,15 @@ def read_weights(model: Decoder, directory: Path | str) -> None:
     Raises InputError, naming file and tensor, for anything missing, unexpected, of a wrong shape or damaged.
     """
     config, shapes = model.config, parameter_shapes(model.config)
-    files = {name: path for name, path in tensor_files(directory).items() if not DERIVED_BUFFERS.search(name)}
-    copy_of_tied = files.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    stored = stored_tensors(directory)
+    files = {name: path for name, (path, _) in stored.items() if name != HEAD or not config.tie_word_embeddings}
     where = Path(directory) / "config.json"
     if missing := shapes.keys() - files.keys():
         raise InputError(f"{directory}: tensor {min(missing)} is missing; {where} calls for it")
     if unexpected := files.keys() - shapes.keys():
         name = min(unexpected)
         raise InputError(f"{files[name]}: unexpected tensor {name}; {where} describes no such parameter")
+    check_tied(config, stored, Path(directory))
     parameters = dict(model.named_parameters())
     for path in sorted(set(files.values())):
         with _open(path) as shard:
@@ -71,33 +74,35 @@ def read_weights(model: Decoder, directory: Path | str) -> None:
                 tensor = shard.get_tensor(name)
                 if tensor.dtype not in _DTYPES.values():
                     raise InputError(f"{path}: tensor {name} is stored as {tensor.dtype}, not as a plain float")
-                _set(parameters[name], tensor)
-    if copy_of_tied is not None:
-        _check_tied(files["model.embed_tokens.weight"], copy_of_tied, where)
+                _set(parameters[name], tensor, f"{path}: tensor {name}")
 
 
 @torch.no_grad()
-def _set(parameter: nn.Parameter, value: Tensor) -> None:
-    """Copy `value`, whole and on the CPU, to the parameter or, of its rows, to this rank's shard of it."""
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(value)
-        return
-    for mesh_dim, placement in enumerate(parameter.placements):
-        if isinstance(placement, Shard):
-            shards = value.chunk(parameter.device_mesh.size(mesh_dim), placement.dim)
-            rank = parameter.device_mesh.get_local_rank(mesh_dim)
-            value = shards[rank] if rank < len(shards) else value.narrow(placement.dim, 0, 0)
-    parameter.to_local().copy_(value)
+def _set(parameter: nn.Parameter, value: Tensor, where: str | None = None) -> None:
+    """Copy `value`, whole and on the CPU, to the parameter or, of its rows, to this rank's shard of it.
+
+    Args:
+        where: the file and tensor that it comes from, so that what this rank takes of it is checked to be finite.
+
+    Raises:
+        InputError: it contains NaN or infinity.
+    """
+    if isinstance(parameter, DTensor):
+        for mesh_dim, placement in enumerate(parameter.placements):
+            if isinstance(placement, Shard):
+                shards = value.chunk(parameter.device_mesh.size(mesh_dim), placement.dim)
+                rank = parameter.device_mesh.get_local_rank(mesh_dim)
+                value = shards[rank] if rank < len(shards) else value.narrow(placement.dim, 0, 0)
+    if where is not None:
+        _check_finite(value, where)
+    (parameter.to_local() if isinstance(parameter, DTensor) else parameter).copy_(value)
 
 
-def _check_tied(embedding_path: Path, head_path: Path, where: Path) -> None:
-    """Some tools write the tied matrix twice. If the two differ, a weight or the config is wrong."""
-    with _open(embedding_path) as embedding, _open(head_path) as head:
-        if not torch.equal(embedding.get_tensor("model.embed_tokens.weight"), head.get_tensor("lm_head.weight")):
-            raise InputError(
-                f"{head_path}: tensor lm_head.weight differs from model.embed_tokens.weight, though {where} says "
-                "tie_word_embeddings: true; set it to false if the checkpoint has a head of its own"
-            )
+def _check_finite(value: Tensor, where: str) -> None:
+    """Look at the least and the greatest element: one pass at 7 GB/s per core, no slower than the copy that follows."""
+    if value.numel() and not all(math.isfinite(float(end)) for end in value.aminmax()):
+        kind = "NaN" if value.isnan().any() else "infinity"
+        raise InputError(f"{where} holds {kind}; this checkpoint is damaged")
 
 
 def init_random(
@@ -124,6 +129,27 @@ def draw_weights(model: Decoder, seed: int) -> None:
         else:
             value = torch.empty(shapes[name]).normal_(0.0, model.config.initializer_range, generator=generator)
         _set(parameter, value)
+
+
+def check_savable(config: ModelConfig, source_dir: Path | str, dtype: torch.dtype | str | None = None) -> None:
+    """Check all that `save_checkpoint` needs besides the weights and room on the disk, so before there are weights.
+
+    Args:
+        config, source_dir, dtype: as for `save_checkpoint`.
+
+    Raises:
+        InputError: naming the dtype or file at fault.
+    """
+    try:
+        encode_json(config.to_dict(_dtype_name(_as_dtype(dtype, config))))
+    except InputError as error:
+        raise InputError(f"{Path(source_dir) / 'config.json'}: {error}") from None
+    for path in (Path(source_dir) / file for file in COPIED_FILES):
+        try:
+            if path.is_file():
+                path.open("rb").close()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read, but is to be copied: {error.strerror}") from None
 
 
 def save_checkpoint(
