@@ -155,7 +155,9 @@ def test_without_weights_auto_says_nothing(copy: Path) -> None:
 def test_what_cannot_be_saved_is_known_before_there_are_weights(copy: Path) -> None:
     config = checked_config(copy)
     check_savable(config, copy, "bfloat16")
-    with pytest.raises(InputError, match=r"config\.json: dtype 'int8' is not supported; choose one of float32, bfloat16"):
+    with pytest.raises(
+        InputError, match=r"config\.json: dtype 'int8' is not supported; choose one of float32, bfloat16"
+    ):
         check_savable(config, copy, "int8")
     with pytest.raises(InputError, match=r"config\.json: text that is not Unicode"):
         check_savable(ModelConfig.from_dict({**config.raw, "note": "\ud800"}), copy)
