@@ -25,10 +25,12 @@ from micota_fast.errors import InputError
 from micota_fast.merge import tensor_merge
 from micota_fast.merge.inputs import HEAD, Checkpoint, match
 from micota_fast.merge.mergekit import MergePlan, read_mergekit
-from micota_fast.merge.output import Layout, ShardWriter, result_code
+from micota_fast.merge.output import result_code
 from micota_fast.merge.settings import depth_of
 from micota_fast.merge.tensor_merge import TensorMerge
+from micota_fast.model.dtypes import DTYPES
 from micota_fast.model.folder import COPIED_FILES
+from micota_fast.model.safetensors_writer import Layout, ShardWriter
 
 _AHEAD = 4  # chunks a thread that are prepared and read ahead
 _REPORT = "merge.json"
@@ -235,9 +237,9 @@ def _describe(
 ) -> None:
     """config.json, tokenizer, chat template and generation_config of the base, and merge.json."""
     kinds = {code for _, code in layout.values()}
-    names = [name for name in ("float32", "float16", "bfloat16") if kinds == {result_code(set(), name)}]
     # several kinds: as the base says
-    content = base.config.to_dict(names[0] if names else base.config.dtype_name or "float32")
+    name = DTYPES[next(iter(kinds))].name if len(kinds) == 1 else base.config.dtype_name or "float32"
+    content = base.config.to_dict(name)
     if HEAD in layout:
         content["tie_word_embeddings"] = False  # one of the models has a head of its own, so the result has, too
     write_json(folder / "config.json", content, 2)

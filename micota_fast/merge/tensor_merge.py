@@ -10,7 +10,8 @@ from micota_fast.merge import kernels
 from micota_fast.merge.inputs import Source
 from micota_fast.merge.kernels import CODES, Tensors
 from micota_fast.merge.methods import WEIGHT_FLOOR, DropsOf, MethodSpec, Pass, Scalars
-from micota_fast.merge.output import BYTES, overflow
+from micota_fast.merge.output import overflow
+from micota_fast.model.dtypes import DTYPES
 
 CHUNK = 1 << 20  # elements that a thread takes at a time
 Write = Callable[[int, memoryview], None]
@@ -92,7 +93,7 @@ class TensorMerge:
             raise overflow(self.donor.where, self.code)
 
     def _merge(self, start: int, stop: int) -> None:
-        size = BYTES[self.code]
+        size = DTYPES[self.code].bytes
         pieces_VB = np.empty((len(self.write), (stop - start) * size), np.uint8)
         common = min(stop, self.size)
         if start < common:

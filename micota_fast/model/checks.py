@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
+from micota_fast.model.dtypes import DTYPES, FLOATS
 from micota_fast.model.folder import StoredTensor, stored_tensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _CHUNK = 1 << 22  # elements compared at a time
 # What tools put in front of the names of tensors, or into them.
@@ -50,8 +50,8 @@ def checked_config(directory: Path | str) -> ModelConfig:
         for _, tensor in stored.values():
             elements[tensor.code] += math.prod(tensor.shape)
         code = max(elements, key=lambda code: (elements[code], code))
-        if code in _DTYPES:
-            config = dataclasses.replace(config, raw={**config.raw, "dtype": _DTYPES[code]})
+        if code in DTYPES and DTYPES[code].name in FLOATS:
+            config = dataclasses.replace(config, raw={**config.raw, "dtype": DTYPES[code].name})
     return config
 
 

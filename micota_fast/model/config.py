@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from micota_fast.common.json_io import read_json_if_there
 from micota_fast.errors import InputError
+from micota_fast.model.dtypes import FLOATS
 from micota_fast.model.folder import what_else
 from micota_fast.model.json_keys import Keys
 from micota_fast.model.rope_config import RopeConfig, read_rope, written_rope
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")  # that checkpoints are read and saved in
 _MOST_PARAMETERS = 10**14
 
 
@@ -141,7 +141,7 @@ class ModelConfig:
 
     @property
     def dtype_name(self) -> str | None:
-        """The dtype in which the checkpoint says it is stored, one of `DTYPES`; None if it does not say, or "auto"."""
+        """The dtype in which the checkpoint says it is stored, one of `FLOATS`; None if it does not say, or "auto"."""
         return _dtype_name(self.raw.get("dtype")) or _dtype_name(self.raw.get("torch_dtype"))
 
     def to_dict(self, dtype_name: str) -> dict[str, Any]:
@@ -176,8 +176,8 @@ def _refuse_unsupported(keys: Keys, family: Family) -> None:
     if d.get("attention_dropout"):
         raise keys.refuse("attention_dropout", f"{d['attention_dropout']!r} is not supported, only 0.0")
     for key in ("dtype", "torch_dtype"):
-        if (name := _dtype_name(d.get(key))) not in (None, *DTYPES):
-            raise keys.refuse(key, f"{name!r} is not supported; supported are auto, {', '.join(DTYPES)}")
+        if (name := _dtype_name(d.get(key))) not in (None, *FLOATS):
+            raise keys.refuse(key, f"{name!r} is not supported; supported are auto, {', '.join(FLOATS)}")
     kinds = d.get("layer_types")
     if kinds is not None and not isinstance(kinds, list):
         raise keys.refuse("layer_types", f"expected a list, found {kinds!r}")

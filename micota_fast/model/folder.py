@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from micota_fast.common.files import reading
 from micota_fast.common.json_io import MAX_BYTES, parse_json, read_json
 from micota_fast.errors import InputError
+from micota_fast.model.dtypes import DTYPES
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,7 +31,6 @@ COPIED_FILES = (
 )
 # Buffers that old checkpoints carry and that the configuration alone determines.
 DERIVED_BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 class StoredTensor(NamedTuple):
@@ -160,7 +160,7 @@ def _check_header(tensors: dict[str, StoredTensor], data: int, size: int) -> Non
     for name, (code, shape, start, end) in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if start != at or end < start:
             raise ValueError(f"tensor {name} does not follow on the one before it")
-        if code in _BYTES and end - start != math.prod(shape) * _BYTES[code]:
+        if code in DTYPES and end - start != math.prod(shape) * DTYPES[code].bytes:
             raise ValueError(f"tensor {name} has {end - start} bytes, which is not {list(shape)} of {code}")
         if end > size:
             whole = max(tensor.end for tensor in tensors.values())

@@ -3,11 +3,11 @@
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -15,11 +15,13 @@ from micota_fast.common.files import whole_folder
 from micota_fast.common.json_io import encode_json, write_json
 from micota_fast.errors import InputError
 from micota_fast.model.checks import HEAD, check_tied, checked_config
-from micota_fast.model.config import DTYPES, ModelConfig
+from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder, parameter_shapes
-from micota_fast.model.folder import COPIED_FILES, INDEX, SINGLE, read_header, stored_tensors
+from micota_fast.model.dtypes import CODES, FLOATS
+from micota_fast.model.folder import COPIED_FILES, read_header, stored_tensors
+from micota_fast.model.safetensors_writer import ShardWriter
 
-_DTYPES = {name: getattr(torch, name) for name in DTYPES}
+_DTYPES = {name: getattr(torch, name) for name in FLOATS}
 
 
 def load_model(
@@ -167,7 +169,7 @@ def save_checkpoint(
 
     Args:
         state_dict: a tensor for each parameter, on any device, of any float dtype. Each is taken once, in the model's
-            order, when its file is written, so a lazy mapping keeps one file's tensors in memory at a time.
+            order, when it is written, so a lazy mapping keeps one tensor in memory at a time.
         config: of the model; its config.json is written with the dtype of the saved tensors.
         source_dir: the checkpoint it was made from; tokenizer, chat template and generation_config are copied from it.
         out_dir: must not exist, or be empty.
@@ -194,9 +196,6 @@ def save_checkpoint(
                 shutil.copyfile(Path(source_dir) / file, aside / file)
         for file, text in (extra_files or {}).items():
             (aside / file).write_text(text, encoding="utf-8")
-        mode = (aside / "config.json").stat().st_mode & 0o777
-        for path in aside.iterdir():
-            path.chmod(mode)  # safetensors writes files that only their owner may read
 
 
 def _write_weights(
@@ -206,29 +205,19 @@ def _write_weights(
     directory: Path,
     max_shard_bytes: int,
 ) -> None:
-    shards: list[list[str]] = [[]]
-    size = total = 0
-    for name, shape in shapes.items():
-        n_bytes = shape.numel() * dtype.itemsize
-        if shards[-1] and size + n_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size, total = size + n_bytes, total + n_bytes
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name in names:
+    code = code_of(dtype)
+    layout = {name: (tuple(shape), code) for name, shape in shapes.items()}
+    with closing(ShardWriter(directory, layout, max_shard_bytes)) as writer:
+        for name, shape in shapes.items():
             tensor = state_dict[name].detach()
-            if tensor.shape != shapes[name]:
-                raise InputError(f"{name}: shape {list(tensor.shape)} to be saved, {list(shapes[name])} in config.json")
-            tensors[name] = tensor.to("cpu", dtype).contiguous()
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        del tensor, tensors  # before the next file's are made
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}, 2)
+            if tensor.shape != shape:
+                raise InputError(f"{name}: shape {list(tensor.shape)} to be saved, {list(shape)} in config.json")
+            writer.write(name, 0, memory_of(tensor.to("cpu", dtype)))
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor on the CPU, without a copy where it is contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _open(path: Path) -> safe_open:
@@ -246,6 +235,11 @@ def _as_dtype(dtype: torch.dtype | str | None, config: ModelConfig) -> torch.dty
     if name not in _DTYPES:
         raise InputError(f"dtype {name!r} is not supported; choose one of {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def code_of(dtype: torch.dtype) -> str:
+    """Return safetensors' code of a type."""
+    return CODES[_dtype_name(dtype)]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -19,10 +19,11 @@ from micota_fast.config.merge import REFINEMENTS
 from micota_fast.corpus.mix import apportion
 from micota_fast.evaluation.results import EvaluationResults
 from micota_fast.kernels.chunks import LOGITS_BYTES
+from micota_fast.model.dtypes import bytes_per_element
 from micota_fast.pipeline.graph import BASE, Stage
 from micota_fast.planning.assumptions import FITS, Assumptions
 from micota_fast.planning.figures import two
-from micota_fast.planning.planner import BYTES, Corpus, Cost, Model, Planner
+from micota_fast.planning.planner import Corpus, Cost, Model, Planner
 from micota_fast.planning.shapes import parameters, recomputed_flops, train_flops
 from micota_fast.serve import sglang
 from micota_fast.train.memory import estimate, kept
@@ -96,7 +97,7 @@ def train(planner: Planner, stage: Stage) -> Cost:
     shards = s.mesh.shard or max(1, processes // s.mesh.replicate)
     how = s.activation_checkpointing
     need = estimate(model.config, s.pack_tokens, shards, how, dtype, "cuda" if on_gpu else "cpu").total
-    stored = BYTES[s.save_dtype] if s.save_dtype else model.width
+    stored = bytes_per_element(s.save_dtype) if s.save_dtype else model.width
     cost = Cost(
         stage.name,
         stage.verb,
@@ -200,7 +201,7 @@ def align(planner: Planner, stage: Stage) -> Cost:
     """Return the cost of an `align` stage."""
     s = stage.settings
     model, corpora = planner.model(s.model), [planner.corpus(path) for path in s.corpora.values()]
-    on_gpu, low = planner.on_gpu(s.device), BYTES[s.dtype]
+    on_gpu, low = planner.on_gpu(s.device), bytes_per_element(s.dtype)
     cost = Cost(
         stage.name,
         stage.verb,
@@ -226,7 +227,7 @@ def answering(
     the limit, as greedy answers do that repeat themselves.
     """
     serve, config = s.serve, model.config
-    width = model.width if serve.dtype == "auto" else BYTES[serve.dtype]
+    width = model.width if serve.dtype == "auto" else bytes_per_element(serve.dtype)
     weights = parameters(config) * width
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
     longest = max(corpus.prompt for corpus in sets) + s.max_new_tokens

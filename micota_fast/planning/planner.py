@@ -20,13 +20,13 @@ from micota_fast.config.generation import ChatConfig
 from micota_fast.config.recipe import LaunchConfig
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
+from micota_fast.model.dtypes import FLOATS, bytes_per_element
 from micota_fast.pipeline.graph import Stage
 from micota_fast.pipeline.stages import VERBS, imported
 from micota_fast.planning.assumptions import KNOWN_SETS, REASONING, Assumptions
 from micota_fast.planning.shapes import shapes_of
 
 SAMPLED_PROMPTS = 200  # tokenised to know their length, if the tokenizer is here
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass
@@ -102,7 +102,8 @@ class Model(NamedTuple):
     @property
     def width(self) -> int:
         """Bytes of a stored value."""
-        return BYTES.get(self.config.dtype_name or "float32", 4)
+        name = self.config.dtype_name
+        return bytes_per_element(name if name in FLOATS else "float32")
 
 
 class Planner:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -30,8 +29,7 @@ def export(
 ) -> None:
     """Write `decoder`, plain or sharded, to `out`. To be called on all ranks; rank 0 writes.
 
-    Parameters are gathered one by one: beside its shards, a rank holds one whole parameter, and rank 0 the tensors of
-    the one file that it writes.
+    Parameters are gathered one by one: besides its shards, a rank holds one whole parameter.
 
     Args:
         decoder: the trained weights.
@@ -56,7 +54,7 @@ def export(
             save_checkpoint(
                 weights, decoder.config, source, out, dtype, max_shard_bytes, extra_files={"README.md": card}
             )
-        except (InputError, OSError, SafetensorError) as error:
+        except (InputError, OSError) as error:
             raise InputError(
                 f"{out} ({size:,} bytes of weights) could not be written: {error}. The checkpoints are kept: the same "
                 f"command goes on from the last"

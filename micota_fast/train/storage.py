@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -26,9 +26,9 @@ from micota_fast.common.files import remove_whole, whole_folder, write_atomic, w
 from micota_fast.common.fingerprint import of_file
 from micota_fast.common.json_io import parse_json, write_json
 from micota_fast.errors import InputError
+from micota_fast.model.safetensors_io import code_of, memory_of
+from micota_fast.model.safetensors_writer import SafetensorsFile
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-_DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL"}
 _MEND = "mend it and give the same command again to go on from the last checkpoint"
 _SLACK = 1 << 20  # bytes beside the tensors: headers and manifest
 
@@ -107,28 +107,15 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor], offsets: dict[str
     # The format wants every tensor aligned to its own type, so wide types go first.
     ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     sharding = {name: {"saved_offsets": offsets[name]} for name in ordered}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "DCP_SHARDING_INFO": json.dumps(sharding)}}
-    end = 0
-    for name in ordered:
-        start, end = end, end + tensors[name].nbytes
-        dtype, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    layout = {name: (tuple(tensors[name].shape), code_of(tensors[name].dtype)) for name in ordered}
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
-        for piece in (len(text).to_bytes(8, "little"), text, *(_bytes(tensors[name]) for name in ordered)):
+    with closing(SafetensorsFile(path, layout, {"DCP_SHARDING_INFO": json.dumps(sharding)})) as file:
+        digest.update(file.header)
+        for name in ordered:
+            piece = memory_of(tensors[name])
             digest.update(piece)
-            rest = memoryview(piece)
-            while rest:  # the system writes at most 2 GiB at a time, and less where the disk is nearly full
-                rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
-    return 8 + len(text) + end, digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    # A view of the tensor's memory; to typing, any buffer is bytes.
-    return cast(bytes, tensor.reshape(-1).view(torch.uint8).numpy())
+            file.write(name, 0, piece)
+    return file.size, digest.hexdigest()
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
