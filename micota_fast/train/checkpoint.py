@@ -45,7 +45,8 @@ class Checkpoints:
 
     Args:
         out: the run's folder.
-        identity: all that the result depends on (plain JSON values); a run goes on only with an equal one.
+        identity: all that the result depends on (plain JSON values); only a run with an equal one is resumed. The dtype
+            of the saved model, on which no step depends, may change.
         world: the processes; a run may go on with another number of them.
         keep: so many of the newest stay, and the one of the lowest score.
 
@@ -69,7 +70,7 @@ class Checkpoints:
         """Make the folder ours, or see that it is, and remove what a killed run has left half done."""
         owners = self._owners()
         for file, identity in owners.items():
-            if differing := describe_differences(identity, self._identity):
+            if differing := describe_differences(_resumed_as(identity), _resumed_as(self._identity)):
                 raise InputError(
                     f"{out} holds an unfinished run of other making, by {file} ({differing}). Start as that one was "
                     f"started to finish it, choose another `out`, or delete {out} to start over"
@@ -338,6 +339,12 @@ def read_identity(path: Path) -> dict[str, Any]:
     if not isinstance(identity, dict):
         raise InputError(f"{path}: key 'identity' must be an object")
     return identity
+
+
+def _resumed_as(identity: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what only the export depends on."""
+    options = {key: value for key, value in identity.get("options", {}).items() if key != "save_dtype"}
+    return identity | {"options": options}
 
 
 def describe_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The exported model: gathered a parameter at a time, equal to what is trained, and opened by transformers."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from helpers.training_runs import metrics, train_config
 from micota_fast.errors import InputError
 from micota_fast.model.decoder import Decoder
 from micota_fast.model.safetensors_io import load_model, save_checkpoint
+from micota_fast.train import export as export_module
 from micota_fast.train.export import export, model_card
 from micota_fast.train.loop import train
 from micota_fast.train.world import World
@@ -136,3 +138,28 @@ def test_a_model_of_the_hub_is_named_in_full() -> None:
     identity = {"model": "0", "documents": "1", "options": {}}
     card = model_card("Qwen/Qwen2.5-3B-Instruct", "data.jsonl", identity, facts, {}, "Step 1.")
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "Qwen/Qwen2.5-3B-Instruct"
+
+
+def test_a_run_whose_model_could_not_be_saved_is_finished_in_another_dtype(
+    qwen2_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_config(qwen2_checkpoint, tmp_path, out=str(tmp_path / "whole"), save_dtype="bfloat16", max_steps=3)
+    train(whole)
+    failed = dataclasses.replace(whole, out=str(tmp_path / "out"), save_dtype="float32")
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "require_room", no_room)
+        with pytest.raises(InputError, match="no room"):
+            train(failed)
+    narrowed = dataclasses.replace(failed, save_dtype="bfloat16")
+    train(narrowed)
+    assert metrics(narrowed) == metrics(whole), "no step is done again"
+    saved = (Path(narrowed.out) / "model" / "model.safetensors").read_bytes()
+    assert saved == (Path(whole.out) / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(
+        InputError, match=r"result of another run \(options\.save_dtype: 'bfloat16' there, 'float32' here\)"
+    ):
+        train(failed)
+
+
+def no_room(folder: Path, needed: int) -> None:
+    raise InputError(f"no room for {needed} bytes in {folder}")
