@@ -283,7 +283,7 @@ _LOW_HIGH = re.compile(rf"([a-z])(<|\\leq? ?){_SIDE}{_OR}\1(>|\\geq? ?){_SIDE}")
 _HIGH_LOW = re.compile(rf"([a-z])(>|\\geq? ?){_SIDE}{_OR}\1(<|\\leq? ?){_SIDE}")
 _NUMBER_FIRST = re.compile(r"(-?[\d.]+)=([a-z])")
 _FACTORIAL = re.compile(r"(\d+)!=(-?[\d.,]+)")
-_RESIDUE = re.compile(r"(-?\d+) ?\\p?mod.*")
+_RESIDUE = re.compile(r"(-?\d+) ?\(?\\p?mod ?\{?\d+\}?\)?")
 _COMPREHENSION = re.compile(r"\\\{([a-z])(?:\\in ?\\mathbb\{R\})? ?(?:\\mid|\||:) ?([^{}]*\1[^{}]*)\\\}")
 _POINT = re.compile(r"[A-Z](\(.+,.+\))")
 

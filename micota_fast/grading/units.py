@@ -45,8 +45,9 @@ _QUOTIENT = re.compile(rf"(?<=[\d}})])\\frac\{{{_COMMAND}[A-Za-z ]+\}}\}}\{{{_CO
 _SPACED = re.compile(rf"(?:(?<=\d)|(?<=\\pi)) (?P<unit>[A-Za-z]+(?:[ /][A-Za-z]+)*){_POWER}$")
 _ATTACHED = re.compile(rf"(?<=\d)(?P<unit>[A-Za-z]{{2,4}}){_POWER}$")
 _TEMPERATURE = re.compile(rf"\^\\circ(?:{_COMMAND} ?(?P<a>[CF])\}}| ?(?P<b>[CF]))$")
+_QUALIFIED = re.compile(rf"{_COMMAND}[^{{}}]*\b(?:or|and|not|than)\b[^{{}}]*\}}$")  # 5 or more
 _VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
-_SIGN_BEFORE = re.compile(r"(?P<minus>-?)(?P<unit>\\?\$|[€£₹¥]|(?:Rs|USD|EUR)\.? ?)(?=-?[\d.])")
+_SIGN_BEFORE = re.compile(r"(?P<minus>-?)(?:US)?(?P<unit>\\?\$|[€£₹¥]|(?:Rs|USD|EUR)\.? ?)(?=-?[\d.])")
 _SIGN_BEHIND = re.compile(r"(?<=\d)(?P<unit>\\?\$|[€£₹¥¢])$")
 
 
@@ -100,10 +101,12 @@ def _known(name: str) -> tuple[str, Fraction] | None:
 
 
 def without_units(answer: str, gold: str) -> tuple[str, str] | None:
-    """Both in the gold answer's unit, without it; None if their units are of different kinds.
+    """Both in the gold answer's unit, without it; None if they are of different kinds.
 
     A unit on one side only is dropped, as the question gives it; so is one that is not in the table.
     """
+    if bool(_QUALIFIED.search(answer)) != bool(_QUALIFIED.search(gold)):
+        return None
     (a, unit_a), (b, unit_b) = split(answer), split(gold)
     if not unit_a and unit_b and _ends_in(answer, unit_b):  # 5m for 5\text{ m}
         a, unit_a = answer[: -len(unit_b)], unit_b
