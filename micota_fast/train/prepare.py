@@ -22,6 +22,7 @@ from micota_fast.data.tokenise import Documents
 from micota_fast.errors import InputError
 from micota_fast.model import safetensors_io
 from micota_fast.model.attention import choose_backend
+from micota_fast.model.checks import checked_config
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.folder import COPIED_FILES, tensor_files
 from micota_fast.model.pointwise import choose_pointwise
@@ -104,8 +105,13 @@ def is_finished(out: Path, identity: dict[str, Any], world: World) -> bool:
 
 
 def build_model(config: TrainConfig, source: Path, world: World) -> PackedLoss:
-    """The decoder in float32 with its loss, and with its kernels chosen; without memory or weights yet."""
-    shape = ModelConfig.from_checkpoint(source)
+    """Build the decoder in float32 with its loss and choose its kernels; it has no memory or weights yet.
+
+    Raises:
+        InputError: the checkpoint cannot be honoured, or what comes of it could not be saved.
+    """
+    shape = ModelConfig.from_checkpoint(source) if config.init == "random" else checked_config(source)
+    safetensors_io.check_savable(shape, source, config.save_dtype)
     backend, reason = choose_backend(config.attention, world.device, getattr(torch, config.dtype), shape.head_dim)
     decoder = safetensors_io.shapes_only(shape, torch.float32)
     pointwise, whose = choose_pointwise(world.device, config.compile)

@@ -1,6 +1,7 @@
 """The exported model: gathered a parameter at a time, equal to what is trained, and opened by transformers."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from helpers.ranks import run_ranks
 from helpers.training_runs import metrics, train_config
 from micota_fast.errors import InputError
+from micota_fast.model import safetensors_io
+from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder
 from micota_fast.model.safetensors_io import load_model, save_checkpoint
 from micota_fast.train import export as export_module
@@ -163,3 +166,34 @@ def test_a_run_whose_model_could_not_be_saved_is_finished_in_another_dtype(
 
 def no_room(folder: Path, needed: int) -> None:
     raise InputError(f"no room for {needed} bytes in {folder}")
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_a_dtype_of_auto_in_config_json_is_saved_as_the_tensors_were(
+    stored: str, qwen2_checkpoint: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    decoder = load_model(qwen2_checkpoint, torch.float32)
+    save_checkpoint(decoder.state_dict(), decoder.config, qwen2_checkpoint, source, stored)
+    config_json = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config_json | {"dtype": "auto", "torch_dtype": "auto"}))
+    config = train_config(source, tmp_path, max_steps=1)
+    train(config)
+    saved = load_file(Path(config.out) / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {getattr(torch, stored)}
+    written = json.loads((Path(config.out) / "model" / "config.json").read_text())
+    assert written["dtype"] == written["torch_dtype"] == stored
+
+
+def test_what_cannot_be_saved_is_not_trained(
+    qwen2_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: ModelConfig, source: Path, dtype: str | None) -> None:
+        raise InputError(f"{source} cannot be written again as {dtype}")
+
+    monkeypatch.setattr(safetensors_io, "check_savable", refuse)
+    config = train_config(qwen2_checkpoint, tmp_path, save_dtype="bfloat16")
+    with pytest.raises(InputError, match="cannot be written again as bfloat16"):
+        train(config)
+    assert not list(Path(config.out).rglob("*.safetensors"))
+    assert not metrics(config)
