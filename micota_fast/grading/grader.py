@@ -1,11 +1,12 @@
 """Is the final answer right?  A pool of processes that compare answers under limits that hold.
 
-The comparison is math-verify's (https://github.com/huggingface/Math-Verify), which parses LaTeX into sympy. sympy may
-need unbounded time or memory (`10^{10^{10}}`, `99999999!`), and math-verify's own limits are SIGALRM-based and turn a
-time-out into a silent "not equal". So each comparison runs in a worker process (`grading.process`) whose limits the
-kernel enforces, and a pair that hits one is reported as `timeout` or `crashed`, never as `wrong`. Pairs whose verdict
-is certain without sympy (`exact`) are settled in this process, so that most corpora need a worker for few pairs; and
-there what one number shows to differ (`refute`) is not simplified.
+Answers of special forms (choices, times, ratios, units) are judged in this process (`forms`), and so are pairs that can
+be read exactly (`exact`), so most corpora need a worker for few pairs. The rest is read by math-verify
+(https://github.com/huggingface/Math-Verify), which parses LaTeX into sympy, and compared by its rules but for those
+that `comparison` replaces; what one number shows to differ (`refute`) is not simplified. sympy may need unbounded time
+or memory (`10^{10^{10}}`, `99999999!`), and math-verify's own limits are SIGALRM-based and turn a time-out into a
+silent "not equal". So each comparison runs in a process (`worker`) whose limits the kernel enforces, and a pair that
+hits one is reported as `timeout` or `crashed`, never as `wrong`.
 """
 
 import contextlib
