@@ -1,7 +1,6 @@
 """The house rules that can be read off the sources: who may import whom, and what the command line may not load.
 
-A rule that fails here is mended in the code. If it cannot be yet, the exception is a line in `KNOWN` with its reason; a
-line there that is no longer needed fails, too, so the list only shrinks.
+There are no exceptions: a rule that fails here is mended in the code, or changed here with the design.
 """
 
 import ast
@@ -52,10 +51,6 @@ HOLDS = {
     ("micota_fast.evaluation.evaluate", "micota_fast.generation.generate"),
     ("micota_fast.evaluation.judge", "micota_fast.generation.generate"),
     ("micota_fast.generation.servers", "micota_fast.serve.serve"),
-}
-# (importer, imported): known and to be mended.
-KNOWN = {
-    ("micota_fast.kernels.chunks", "micota_fast.kernels.triton_chunk"),  # a circle: what both need becomes rows.py
 }
 
 STAGE_FOLDERS = {"corpus", "serve", "generation", "train", "merge", "alignment", "evaluation", "length_sweep", "report"}
@@ -122,15 +117,14 @@ def where(module: str, line: int) -> str:
 
 def test_folders_import_only_what_stands_below_them() -> None:
     assert {folder(module) for module in MODULES} - {""} == ALLOWED.keys(), "each folder has its line in ALLOWED"
-    wrong = {}
-    for module, imported in IMPORTS.items():
-        if not folder(module):
-            continue
-        allowed = ALLOWED[folder(module)] | DOORS.get(module, set()) | {folder(module), "errors", ""}
-        for found in imported:
-            if folder(found.module) not in allowed:
-                wrong[module, found.module] = f"{where(module, found.line)} imports {found.module}"
-    assert wrong.keys() <= KNOWN, "\n".join(wrong.values())
+    allowed = {m: ALLOWED.get(folder(m), set()) | DOORS.get(m, set()) | {folder(m), "errors", ""} for m in MODULES}
+    wrong = [
+        f"{where(module, found.line)} imports {found.module}"
+        for module, imported in IMPORTS.items()
+        for found in imported
+        if folder(module) and folder(found.module) not in allowed[module]
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_the_table_itself_has_no_circle() -> None:
@@ -160,17 +154,10 @@ def test_the_report_knows_of_the_stages_only_what_their_results_are() -> None:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     """Not even in functions, where Python would allow it."""
-    below = {
-        m: {i.module for i in found if i.module != m and (m, i.module) not in KNOWN} for m, found in IMPORTS.items()
-    }
+    below = {m: {i.module for i in found if i.module != m} for m, found in IMPORTS.items()}
     while loose := {m for m in below if not below[m] or not any(m in others for others in below.values())}:
         below = {module: others - loose for module, others in below.items() if module not in loose}
     assert not below, f"in circles, or between them: {below}"
-
-
-def test_what_is_known_is_still_so() -> None:
-    """What has been mended leaves the list."""
-    assert {(module, found.module) for module, imported in IMPORTS.items() for found in imported} >= KNOWN
 
 
 def test_no_private_name_is_used_across_modules() -> None:
