@@ -3,6 +3,7 @@
 import math
 import mmap
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from micota_fast.errors import InputError
-from micota_fast.merge.vocabulary import check_vocabulary
-from micota_fast.model.config import ModelConfig
-from micota_fast.model.folder import DERIVED_BUFFERS, StoredTensor, read_header, resolve_checkpoint, tensor_files
+from micota_fast.merge.vocabulary import check_vocabulary, difference
+from micota_fast.model.checks import EMBEDDING, HEAD, check_tied, checked_config
+from micota_fast.model.folder import resolve_checkpoint, stored_tensors
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NUMPY = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}  # numpy has no bfloat16, so halves are bits
 
 
@@ -47,26 +47,14 @@ class Checkpoint:
     def __init__(self, name: str) -> None:
         self.folder = resolve_checkpoint(name)
         self.name = self.folder.name if Path(name).is_dir() else name  # a path would tell where, not what
-        self.config = ModelConfig.from_checkpoint(self.folder)
+        self.config = checked_config(self.folder)
+        self._tensors = stored_tensors(self.folder)
         self._files: dict[Path, tuple[int, mmap.mmap]] = {}
-        self._tensors: dict[str, tuple[Path, StoredTensor]] = {}
-        files = tensor_files(self.folder)
-        for path in sorted(set(files.values())):
+        for path in sorted({path for path, _ in self._tensors.values()}):
             self._map(path)
-            for tensor, stored in read_header(path).items():
-                if not DERIVED_BUFFERS.search(tensor):
-                    self._tensors[tensor] = path, stored
-        for tensor in (EMBEDDING,) if self.config.tie_word_embeddings else (EMBEDDING, HEAD):
-            if tensor not in self._tensors:
-                raise InputError(f"{self.folder}: tensor {tensor} is missing, which its config.json asks for")
-        if self.config.tie_word_embeddings and HEAD in self._tensors:
-            # Some tools write the tied matrix twice.
-            if _differ(self[HEAD].elements, self[EMBEDDING].elements):
-                raise InputError(
-                    f"{self[HEAD].where} differs from {EMBEDDING}, though {self.folder / 'config.json'} says "
-                    "tie_word_embeddings: true; set it to false if the checkpoint has a head of its own"
-                )
-            del self._tensors[HEAD]
+        check_tied(self.config, self._tensors, self.folder)
+        if self.config.tie_word_embeddings:
+            self._tensors.pop(HEAD, None)
 
     def _map(self, path: Path) -> None:
         try:
@@ -102,10 +90,6 @@ class Checkpoint:
         return Source(elements, code, shape, where, fd, start)
 
 
-def _differ(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    return a.dtype != b.dtype or not np.array_equal(a.view(np.uint8), b.view(np.uint8))  # NaN equals itself here
-
-
 def match(models: Sequence[Checkpoint], one_tokenizer: bool) -> dict[str, tuple[Source, ...]]:
     """The tensors of all models (the first of them gives the shapes), in the order of their names.
 
@@ -137,8 +121,11 @@ def match(models: Sequence[Checkpoint], one_tokenizer: bool) -> dict[str, tuple[
         rows = min(source.shape[0] for source in sources) if sources[0].shape else 0
         for model, source in zip(models[1:], sources[1:], strict=True):
             if source.shape == sources[0].shape:
-                if one_tokenizer and tensor == EMBEDDING:
-                    check_vocabulary(first.folder, model.folder, rows)
+                if tensor == EMBEDDING:
+                    if one_tokenizer:
+                        check_vocabulary(first.folder, model.folder, rows)
+                    else:
+                        _warn_of_other_tokens(first.folder, model.folder)
                 continue
             if tensor not in (EMBEDDING, HEAD) or source.shape[1:] != sources[0].shape[1:]:
                 raise InputError(
@@ -152,3 +139,17 @@ def match(models: Sequence[Checkpoint], one_tokenizer: bool) -> dict[str, tuple[
                 )
         matched[tensor] = sources
     return matched
+
+
+def _warn_of_other_tokens(base: Path, model: Path) -> None:
+    """Say that rows of two embeddings which are merged belong to different tokens, if the tokenizers are there."""
+    try:
+        found = difference(base, model)
+    except InputError:  # without tokenizers, nothing is known
+        return
+    if found is not None:
+        print(
+            f"merge: warning: {found}. Their embeddings are merged row by row all the same; `tokenizer_source: base` "
+            "in the file makes this an error",
+            file=sys.stderr,
+        )

@@ -23,6 +23,7 @@ from micota_fast.common.lock import locked
 from micota_fast.config.merge import MergeConfig
 from micota_fast.errors import InputError
 from micota_fast.merge import tensor_merge
+from micota_fast.merge.card import CARD, CONFIG, as_mergekit, card, short_names
 from micota_fast.merge.inputs import HEAD, Checkpoint, match
 from micota_fast.merge.mergekit import MergePlan, read_mergekit
 from micota_fast.merge.output import result_code
@@ -35,7 +36,10 @@ from micota_fast.model.safetensors_writer import Layout, ShardWriter
 _AHEAD = 4  # chunks a thread that are prepared and read ahead
 _REPORT = "merge.json"
 _SWEEP = "weight-"
-_WRITTEN = re.compile(r"merge\.json|config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+_WRITTEN = re.compile(
+    r"merge\.json|config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    + f"|{re.escape(CARD)}|{re.escape(CONFIG)}"
+)
 
 
 def merge(config: MergeConfig) -> None:
@@ -235,11 +239,10 @@ def _describe(
     fingerprints: Mapping[str, str],
     models: Mapping[str, Checkpoint],
 ) -> None:
-    """config.json, tokenizer, chat template and generation_config of the base, and merge.json."""
+    """Write what goes with the weights: the files of the base, and what says how the merge was made."""
     kinds = {code for _, code in layout.values()}
-    # several kinds: as the base says
-    name = DTYPES[next(iter(kinds))].name if len(kinds) == 1 else base.config.dtype_name or "float32"
-    content = base.config.to_dict(name)
+    dtype = DTYPES[next(iter(kinds))].name if len(kinds) == 1 else None
+    content = base.config.to_dict(dtype or base.config.dtype_name or "float32")  # several: as the base says
     if HEAD in layout:
         content["tie_word_embeddings"] = False  # one of the models has a head of its own, so the result has, too
     write_json(folder / "config.json", content, 2)
@@ -258,3 +261,7 @@ def _describe(
         "versions": {"micota_fast": micota_fast.__version__, "numba": numba.__version__, "numpy": np.__version__},
     }
     write_json(folder / _REPORT, report, 2)
+    names = short_names(list(models))
+    config = as_mergekit(plan, names, dtype)
+    (folder / CONFIG).write_text(config, encoding="utf-8")
+    (folder / CARD).write_text(card(plan, names, config), encoding="utf-8")

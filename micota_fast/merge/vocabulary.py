@@ -1,5 +1,6 @@
 """Are two vocabularies one tokenizer's, possibly padded differently?"""
 
+import filecmp
 from pathlib import Path
 
 from micota_fast.errors import InputError
@@ -8,8 +9,8 @@ from micota_fast.errors import InputError
 def check_vocabulary(base: Path, model: Path, rows: int) -> None:
     """Check that the rows which two embeddings share are all that the base's tokenizer uses, for the same tokens.
 
-    Tokens that were added to the regular vocabulary (chat and control tokens) may go by other names: the base's
-    tokenizer is the result's.
+    Tokens that were added to the regular vocabulary (chat and control tokens) may have other names: the result has the
+    base's tokenizer.
 
     Args:
         base, model: checkpoint folders, each with a tokenizer.json.
@@ -18,19 +19,33 @@ def check_vocabulary(base: Path, model: Path, rows: int) -> None:
     Raises:
         InputError: naming the folders and the first token at fault, or a tokenizer that is missing.
     """
-    regular, every = _vocabulary(base)
+    _, every = _vocabulary(base)
     last = max(every, key=lambda token: every[token])
     if every[last] >= rows:
         raise InputError(
             f"{base}: token {last!r} has the id {every[last]}, but the smallest of the embeddings has {rows} rows"
         )
-    other, _ = _vocabulary(model)
-    if regular != other:
-        token = min(regular.items() ^ other.items(), key=lambda item: item[1])[0]
-        raise InputError(
-            f"{model} and {base} are not of one tokenizer: token {token!r} has the id {other.get(token)} there and "
-            f"{regular.get(token)} here; tokens are not re-ordered between vocabularies"
-        )
+    if (found := difference(base, model)) is not None:
+        raise InputError(f"{found}; tokens are not re-ordered between vocabularies")
+
+
+def difference(base: Path, model: Path) -> str | None:
+    """Say in what the regular vocabularies of two checkpoint folders differ; None if they are equal.
+
+    Raises:
+        InputError: a tokenizer.json is missing or damaged.
+    """
+    one, other = base / "tokenizer.json", model / "tokenizer.json"
+    if one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False):
+        return None  # without the second that reading a large one takes
+    (here, _), (there, _) = _vocabulary(base), _vocabulary(model)
+    if here == there:
+        return None
+    token = min(here.items() ^ there.items(), key=lambda item: item[1])[0]
+    return (
+        f"{model} and {base} are not of one tokenizer: token {token!r} has the id {there.get(token)} there and "
+        f"{here.get(token)} here"
+    )
 
 
 def _vocabulary(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
@@ -39,7 +54,7 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
 
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise InputError(f"{path} is missing; it tells whether the embeddings have one vocabulary")
+        raise InputError(f"{path} is missing; it says whether the embeddings have one vocabulary")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception

@@ -107,6 +107,15 @@ def resize(folder: Path, rows: int) -> None:
     rewrite(folder, change, vocab_size=rows)
 
 
+def swap_tokens(path: Path) -> None:
+    """Give two tokens of a tokenizer.json each other's id."""
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=lambda token: vocabulary[token])[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(content))
+
+
 class TestResult:
     @pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
     def test_every_tensor_is_what_the_method_says(self, checkpoints: Path, tmp_path: Path, method: str) -> None:
@@ -336,11 +345,7 @@ class TestVocabularies:
     def test_of_another_tokenizer(self, models: Path, tmp_path: Path) -> None:
         resize(models / "b", 352)
         path = models / "b" / "tokenizer.json"
-        content = json.loads(path.read_text())
-        vocabulary = content["model"]["vocab"]
-        first, second = sorted(vocabulary, key=lambda token: vocabulary[token])[10:12]
-        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-        path.write_text(json.dumps(content))
+        swap_tokens(path)
         with pytest.raises(InputError, match="not of one tokenizer: token"):
             merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
         path.unlink()
@@ -354,14 +359,28 @@ class TestVocabularies:
         plan = read_mergekit(mergekit_file(models, **key))
         merge_plan(plan, tmp_path / "out")
         path = models / "b" / "tokenizer.json"
-        content = json.loads(path.read_text())
-        vocabulary = content["model"]["vocab"]
-        first, second = sorted(vocabulary, key=lambda token: vocabulary[token])[10:12]
-        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-        path.write_text(json.dumps(content))
+        swap_tokens(path)
         with pytest.raises(InputError, match="not of one tokenizer: token"):
             merge_plan(plan, tmp_path / "out")
-        merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")  # as mergekit: element by element
+
+    def test_swapped_tokens_are_warned_of(
+        self, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """mergekit merges two embeddings of one size element by element, whatever their tokens are."""
+        path = models / "b" / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text())))  # other bytes, the same tokens
+        merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
+        assert capsys.readouterr().err == ""
+        swap_tokens(path)
+        merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
+        warning = capsys.readouterr().err
+        assert warning.startswith("merge: warning: ")
+        assert warning.count("\n") == 1
+        for part in (f"{models / 'b'} and {models / 'base'} are not of one tokenizer", "`tokenizer_source: base`"):
+            assert part in warning
+        path.unlink()
+        merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "out")
+        assert capsys.readouterr().err == ""
 
     def test_added_tokens_may_go_by_other_names(self, models: Path, tmp_path: Path) -> None:
         resize(models / "b", 352)
@@ -374,6 +393,9 @@ class TestVocabularies:
         rewrite(models / "a", lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
         merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "two")
         assert contents(tmp_path / "one") == contents(tmp_path / "two")
+        rewrite(models / "a", lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].double()}))
+        merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "two")
+        assert contents(tmp_path / "one") == contents(tmp_path / "two"), "the same numbers in another dtype"
         rewrite(models / "a", lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] + 1}))
         with pytest.raises(InputError, match=r"a/model.safetensors: tensor lm_head.weight differs"):
             merge_plan(read_mergekit(mergekit_file(models)), tmp_path / "two")
