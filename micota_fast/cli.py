@@ -1,17 +1,24 @@
 """The grammar of `micota VERB`; the verbs are rows of `pipeline.stages`."""
 
 import argparse
+import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from micota_fast import __version__
+from micota_fast.common.terminal import safe_output
 from micota_fast.config.loader import describe, load
 from micota_fast.config.shipped import recipe_file
 from micota_fast.errors import InputError
 from micota_fast.pipeline.stages import SET, VERBS, Verb, imported
+
+# What a file system says of a place or of itself: not a fault of this project, wherever it comes up.
+MACHINE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG}
+MACHINE_ERRORS |= {errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ENOTDIR, errno.EISDIR}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,7 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done, or ended early by SIGTERM or SIGUSR1 with its work kept; 1: `doctor` found errors; 2: bad input;
     130: interrupted by Ctrl-C; 141: the reader of its output went away.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with safe_output():
+        return _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     given = vars(_parser(arguments).parse_args(arguments))
     verb = given.pop("verb")
     try:
@@ -30,13 +41,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except InputError as error:
-        print(f"micota {verb}: {error}", file=sys.stderr)
+        print(f"micota {verb}: {_indented(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None or error.errno not in MACHINE_ERRORS:
+            raise
+        print(f"micota {verb}: {_indented(str(error.filename))}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         resume = "" if verb == "serve" else "; run the same command to resume"
         print(f"micota {verb}: interrupted{resume}", file=sys.stderr)
         return 130
     return result if type(result) is int else 0
+
+
+def _indented(text: str) -> str:
+    """A text whose further lines, such as those of a log, are never taken for lines of our own."""
+    return re.sub(r"\n(?! )", "\n    ", text)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

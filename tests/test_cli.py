@@ -28,7 +28,7 @@ def test_a_stage_that_was_asked_to_end_has_not_failed_and_a_number_is_a_status(m
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "nowhere"], "micota run: nowhere: cannot read"),
+        (["run", "nowhere"], "micota run: cannot read nowhere: No such file"),
         (["run", "micro", "--set", "seedz=1"], "`seedz`: unknown key"),
         (["generate", "--set", "model=nowhere"], "`problems`: this key is required"),
         (["filter", "--set", "completions=nowhere.jsonl", "--set=out=o.jsonl"], "cannot read nowhere.jsonl"),

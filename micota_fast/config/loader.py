@@ -5,6 +5,8 @@ import copy
 import dataclasses
 import functools
 import json
+import math
+import re
 import sys
 import types
 import typing
@@ -14,13 +16,25 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
+from micota_fast.common.files import reading
+from micota_fast.common.json_io import MAX_DEPTH
 from micota_fast.errors import InputError
+
+MAX_BYTES = 1 << 20  # of a file of options
+MAX_VALUES = 100_000  # that a file holds, each alias counted with all it stands for
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 T = TypeVar("T")
 
 
 def option(
-    default: Any = dataclasses.MISSING, *, doc: str, source: str = "", operational: bool = False, alias: str = ""
+    default: Any = dataclasses.MISSING,
+    *,
+    doc: str,
+    source: str = "",
+    operational: bool = False,
+    alias: str = "",
+    infinite: bool = False,
 ) -> Any:
     """Declare a documented dataclass field.
 
@@ -31,8 +45,9 @@ def option(
         operational: says where or how fast, not what: a change leaves the result the same and makes no stage stale.
         alias: the option's name in the version before. It is still read, with a notice on stderr, and it stays the key
             in `identity`, so that stages which are done remain so.
+        infinite: its number may be infinite.
     """
-    metadata = {"doc": doc, "source": source, "operational": operational, "alias": alias}
+    metadata = {"doc": doc, "source": source, "operational": operational, "alias": alias, "infinite": infinite}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
@@ -56,10 +71,7 @@ class _Where:
 
     def message(self, node: yaml.Node | None, text: str) -> str:
         mark = node.start_mark if node is not None else None
-        if mark is None:
-            place = self.source
-        else:
-            place = mark.name if isinstance(mark.name, _Lineless) else f"{mark.name}, line {mark.line + 1}"
+        place = self.source if mark is None else _place(mark.name, mark.line)
         return f"{place}: {f'`{self.key}`: ' if self.key else ''}{text}"
 
     def child(self, name: str) -> "_Where":
@@ -78,11 +90,7 @@ def load(cls: type[T], path: Path | str | None, overrides: typing.Sequence[str] 
     source = "command line"
     if path is not None:
         source = str(path)
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot read this configuration: {error}") from None
-        node = _compose(text, source)
+        node = _compose(_read(Path(path)), source)
     if node is None:
         node = yaml.MappingNode("tag:yaml.org,2002:map", [])
     for override in overrides:
@@ -203,19 +211,63 @@ def _nested(hint: Any) -> typing.Iterator[tuple[str, type]]:
             yield ("[i]" if origin is list else ".NAME") + shape, inner
 
 
+def _read(path: Path) -> str:
+    with reading(path), path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise InputError(f"{path}: more than {MAX_BYTES:,} bytes, which is no file of options")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        place = _place(str(path), content.count(b"\n", 0, error.start))
+        raise InputError(f"{place}: not UTF-8: byte {content[error.start]:#04x}: {error.reason}") from None
+
+
 def _compose(text: str, source: str) -> yaml.Node | None:
-    loader = yaml.SafeLoader(text)
+    """Parse the text and check, before anything is built of it, that it stays within MAX_DEPTH and MAX_VALUES."""
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position)
+        raise InputError(f"{_place(source, line)}: not valid YAML: character #x{error.character:04x}") from None
     loader.name = source
     try:
         node: yaml.Node | None = loader.get_single_node()
-        return node
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None and not isinstance(source, _Lineless) else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise InputError(f"{source}{line}: not valid YAML: {problem}") from None
+        place = source if mark is None else _place(source, mark.line)
+        raise InputError(f"{place}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise InputError(f"{_place(source, loader.line)}: nested more than {MAX_DEPTH} levels deep") from None
     finally:
         loader.dispose()
+    if node is not None:
+        _check_size(node)
+    return node
+
+
+def _place(source: str, line: int) -> str:
+    """A source and, where lines mean something to the user, the line (from 0) in it."""
+    return source if isinstance(source, _Lineless) else f"{source}, line {line + 1}"
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Aliases make a short text a large tree, or one without end: count its nodes where they are reached."""
+    nodes, count = [(root, 0)], 0
+    while nodes:
+        node, depth = nodes.pop()
+        count += 1
+        if depth > MAX_DEPTH:
+            raise _Where("", "").error(node, f"nested more than {MAX_DEPTH} levels deep")
+        if count > MAX_VALUES:
+            raise _Where("", "").error(node, f"with its aliases, this holds more than {MAX_VALUES:,} values")
+        if isinstance(node, yaml.MappingNode):
+            nodes += [(child, depth + 1) for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += [(child, depth + 1) for child in node.value]
+        elif _NO_TEXT.search(node.value):
+            raise _Where("", "").error(node, f"{node.value[:40]!r} holds NUL or half a character, which no text can")
 
 
 def _apply_override(cls: type, root: yaml.Node, override: str) -> None:
@@ -273,11 +325,11 @@ def _build(hint: Any, node: yaml.Node | None, where: _Where) -> Any:
     if origin in (Union, types.UnionType):
         return _build_union(args, node, where)
     if hint is Any or hint is object:
-        return _scalar_or_tree(node)
+        return _scalar_or_tree(node, where)
     if origin is Literal:
-        value = _scalar_or_tree(node)
+        value = _scalar_or_tree(node, where)
         if value not in args:
-            raise where.error(node, f"must be one of {', '.join(map(str, args))}, not {value!r}")
+            raise where.error(node, f"must be one of {', '.join(map(str, args))}, not {value!r:.60}")
         return value
     if origin is dict:
         if not isinstance(node, yaml.MappingNode):
@@ -317,6 +369,8 @@ def _build_dataclass(cls: type, node: yaml.Node | None, where: _Where) -> Any:
                 where.child(key).message(child, f"now called `{name}`; the old name will not work in later versions")
             )
         values[name] = _build(hint, child, where.child(key))
+        if _is_infinite(values[name]) and not fields[name].metadata.get("infinite"):
+            raise where.child(key).error(child, "must be a finite number")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -325,6 +379,11 @@ def _build_dataclass(cls: type, node: yaml.Node | None, where: _Where) -> Any:
         return cls(**values)
     except InputError as error:  # a check in __post_init__ knows the keys, this place knows the file and line
         raise where.error(node if node.start_mark else None, str(error)) from None
+
+
+def _is_infinite(value: Any) -> bool:
+    values = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(each, float) and math.isinf(each) for each in values)
 
 
 @functools.cache  # said once, however often the same values are read
@@ -348,16 +407,19 @@ def _build_union(args: tuple[Any, ...], node: yaml.Node | None, where: _Where) -
 
 
 def _build_scalar(hint: Any, node: yaml.Node | None, where: _Where) -> Any:
-    value = _scalar_or_tree(node)
+    value = _scalar_or_tree(node, where)
     if hint is float:
         # YAML 1.1 reads `1e-5` (no dot) as a string; people write it all the time.
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = float(value)
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            number = math.nan if isinstance(value, bool) else float(value)
+            if not math.isnan(number):
+                return number
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            raise where.error(node, f"must be a finite number, not {value!r:.60}")
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
+            if not -(2**63) <= value < 2**63:
+                raise where.error(node, f"must fit 64 bits, not {value!r:.60}")
             return value
     elif hint is str:
         if isinstance(value, str):
@@ -366,7 +428,7 @@ def _build_scalar(hint: Any, node: yaml.Node | None, where: _Where) -> Any:
             return str(node.value)
     elif isinstance(value, hint):
         return value
-    raise where.error(node, f"must be {getattr(hint, '__name__', hint)}, not {value!r}")
+    raise where.error(node, f"must be {getattr(hint, '__name__', hint)}, not {value!r:.60}")
 
 
 def _pairs(node: yaml.MappingNode, where: _Where) -> list[tuple[str, yaml.Node]]:
@@ -375,6 +437,8 @@ def _pairs(node: yaml.MappingNode, where: _Where) -> list[tuple[str, yaml.Node]]
     for key, child in node.value:
         if not isinstance(key, yaml.ScalarNode):
             raise where.error(key, "keys must be plain names")
+        if not key.value.isprintable():
+            raise where.error(key, f"{key.value!r:.60} is no key: it holds control characters")
         if key.value in seen:
             raise where.child(key.value).error(key, "this key is given twice")
         seen.add(key.value)
@@ -382,12 +446,13 @@ def _pairs(node: yaml.MappingNode, where: _Where) -> list[tuple[str, yaml.Node]]
     return pairs
 
 
-def _scalar_or_tree(node: yaml.Node | None) -> Any:
+def _scalar_or_tree(node: yaml.Node | None, where: _Where) -> Any:
     if node is None:
         return None
     constructor = yaml.constructor.SafeConstructor()
     try:
         return constructor.construct_document(node)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None) or node.start_mark
-        raise InputError(f"{mark.name}, line {mark.line + 1}: {getattr(error, 'problem', error)}") from None
+    except yaml.MarkedYAMLError as error:
+        raise InputError(f"{_place(error.problem_mark.name, error.problem_mark.line)}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:  # such as a date or a number that does not exist
+        raise where.error(node, str(error)) from None

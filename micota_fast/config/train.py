@@ -40,7 +40,7 @@ class TrainSettings:
     weight_decay: float = option(0.0, doc="AdamW's decoupled decay; never on norms and biases", source="ours")
     betas: tuple[float, float] = option((0.9, 0.95), doc="AdamW's averaging", source="ours")
     eps: float = option(1e-8, doc="AdamW's epsilon", source="Loshchilov & Hutter 2019")
-    max_grad_norm: float = option(1.0, doc="gradients are scaled down to this L2 norm", source="ours")
+    max_grad_norm: float = option(1.0, doc="gradients are scaled down to this L2 norm", source="ours", infinite=True)
     pack_tokens: int = option(16384, doc="tokens in a pack: the length of one forward pass", source="ours")
     packs_per_step: int = option(8, doc="packs in an optimizer step, over all ranks: the global batch", source="ours")
     max_doc_tokens: int | None = option(None, doc="longest document, tokens; null: pack_tokens")

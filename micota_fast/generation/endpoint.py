@@ -16,6 +16,7 @@ import aiohttp
 
 from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import model_name
+from micota_fast.common.terminal import one_line
 from micota_fast.errors import InputError
 
 RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
@@ -274,6 +275,6 @@ def _is_anothers(answer: Any, rid: str) -> bool:
 def _message(content: bytes) -> str:
     """What an error body says."""
     try:
-        return str(parse_json(content, "")["error"]["message"])
+        return one_line(str(parse_json(content, "")["error"]["message"]))
     except (InputError, KeyError, TypeError):
-        return content.decode(errors="replace")[:500]
+        return one_line(content.decode(errors="replace")[:500])

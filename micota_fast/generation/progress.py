@@ -133,7 +133,8 @@ class Screen:
 
     def show(self, line: str) -> None:
         if self._rewriting:
-            self._stream.write(f"\r{line:{self._shown}}")
+            self._stream.write("\r")
+            self._stream.write(f"{line:{self._shown}}")
             self._shown = len(line)
         else:
             self._stream.write(f"{line}\n")

@@ -145,6 +145,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _stored(name: str, entry: Any, data: int) -> StoredTensor:
+    if not name.isprintable():
+        raise ValueError(f"{name!r:.80} is no name of a tensor")
     try:
         code, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         good = type(code) is str and all(type(n) is int and n >= 0 for n in (*shape, start, end))
