@@ -452,7 +452,5 @@ def _scalar_or_tree(node: yaml.Node | None, where: _Where) -> Any:
     constructor = yaml.constructor.SafeConstructor()
     try:
         return constructor.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        raise InputError(f"{_place(error.problem_mark.name, error.problem_mark.line)}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:  # such as a date or a number that does not exist
-        raise where.error(node, str(error)) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that does not exist
+        raise where.error(node, getattr(error, "problem", None) or str(error)) from None
