@@ -39,6 +39,15 @@ class ServeConfig:
     host: str = option(
         "127.0.0.1", doc="address to bind; anything but loopback opens the server to the network", operational=True
     )
+    allow_hosts: list[str] = option(
+        [],
+        doc="further names by which clients may call the embedded engine, such as a proxy's; requests with any other "
+        "Host or Origin are refused, so that no web page can send them",
+        operational=True,
+    )
+    served_model_name: str | None = option(
+        None, doc="what clients call the model; null: as it is given", operational=True
+    )
     port: int = option(0, doc="TCP port; further servers take the next ones; 0: free ports", operational=True)
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = option(
         "auto", doc="compute type; auto: the checkpoint's. float64 makes greedy text independent of the batch"

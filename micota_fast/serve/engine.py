@@ -2,36 +2,34 @@
 
 One thread runs `Engine.run`: new prompts are prefilled packed, then one decode step advances all running requests by a
 token. Others talk to it by `submit` and `abort`, and hear from it by each request's `on_update`.
+
+What fails for one request ends that request: a step that fails for several is done again for each of them alone. The
+engine ends only if it cannot even run a single token.
 """
 
 import collections
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from micota_fast.chat.encoding import Chat
-from micota_fast.model.attention import PackedAttention, choose_backend
 from micota_fast.model.decoder import Decoder
-from micota_fast.serve.kv_cache import KVCache, choose_decode_backend, round_up
-from micota_fast.serve.sampling import BadRequest, SamplingParams, sample
+from micota_fast.serve.kv_cache import round_up
+from micota_fast.serve.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
+from micota_fast.serve.runner import Runner
+from micota_fast.serve.sampling import SamplingParams, sample
 
 log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 8192  # packed into one forward pass; a longer prompt goes alone
-KV_MEMORY_SHARE = 0.5  # of the memory that is free once the model is loaded
 CHECK_TAIL_BYTES = 16  # decoded beyond a stop string's own length, for characters that tokens cut
-
-TokenLogprob = list[Any]  # [logprob | None, id, None]: SGLang's triple, its third place being text we leave out
 
 
 class EngineDead(Exception):
@@ -40,7 +38,7 @@ class EngineDead(Exception):
 
 @dataclass(eq=False)
 class Request:
-    """One prompt and its answer in the making. Made by `Engine.request`, which checks it."""
+    """One prompt and its answer in the making. Made by `Engine.request`."""
 
     rid: str
     input_ids: list[int]
@@ -52,6 +50,8 @@ class Request:
     top_logprobs_num: int = 0
 
     stop_ids: frozenset[int] = frozenset()
+    suppressed_ids: Tensor | None = None  # stop ids that cannot be chosen before `min_new_tokens`
+    stop_tail: int = 0  # newest tokens whose text may hold a stop string that the last of them completes
     output_ids: list[int] = field(default_factory=list)
     finish_reason: dict[str, Any] | None = None
     retractions: int = 0
@@ -92,17 +92,9 @@ class Engine:
         self.max_running = max_running
         limit = model.config.max_position_embeddings
         self.context_length = min(context_length or limit, limit)
-        weight = model.lm_head_weight
-        self._device, self._dtype = weight.device, weight.dtype
-        decode_backend, why_decode = choose_decode_backend(self._device, self._dtype)
-        self._prefill_backend, why_prefill = choose_backend("auto", self._device, self._dtype, model.config.head_dim)
-        log.info("decode attention: %s (%s)", decode_backend, why_decode)
-        log.info("prefill attention: %s (%s)", self._prefill_backend, why_prefill)
-        self._cache = KVCache(model.config, self._device, self._dtype, decode_backend)
-        if kv_tokens is None:
-            kv_tokens = int(KV_MEMORY_SHARE * _free_bytes(self._device)) // self._cache.bytes_per_token()
-        self.kv_tokens = max(kv_tokens, round_up(self.context_length))  # one request must always fit
-        self._stop_bytes: dict[tuple[str, ...], int] = {}
+        # One request must always fit.
+        self.runner = Runner(model, kv_tokens, round_up(self.context_length))
+        self.kv_tokens = self.runner.kv_tokens
 
         self._wake = threading.Condition()
         self._incoming: collections.deque[Request] = collections.deque()
@@ -112,10 +104,10 @@ class Engine:
 
         self._waiting: collections.deque[Request] = collections.deque()
         self._prefilling: list[Request] = []
-        self._running: list[Request] = []  # slot b of the cache belongs to _running[b]
+        self.running: list[Request] = []  # slot b of the cache belongs to running[b]
         self._lengths = np.zeros(max_running, dtype=np.int64)  # tokens in each slot's cache
         self._last_ids = torch.zeros(
-            max_running, dtype=torch.int64, device=self._device
+            max_running, dtype=torch.int64, device=self.runner.device
         )  # newest, not yet in the cache
         self.decode_tokens = 0
         self.decode_steps = 0
@@ -123,30 +115,15 @@ class Engine:
     # -- from other threads ------------------------------------------------------------------------------------------
 
     def request(self, rid: str, input_ids: list[int], params: SamplingParams, **options: Any) -> Request:
-        """Check a request and complete it with what follows from the model.
-
-        Raises:
-            BadRequest: empty prompt, an id outside the vocabulary, or more than the context holds.
-        """
-        if not input_ids:
-            raise BadRequest("the prompt is empty")
-        vocab_size = self.model.config.vocab_size
-        for token_id in input_ids:
-            if not 0 <= token_id < vocab_size:
-                raise BadRequest(f"input id {token_id} is outside the vocabulary of {vocab_size} ids")
-        asked = len(input_ids) + params.max_new_tokens
-        if asked > self.context_length:
-            raise BadRequest(
-                f"a prompt of {len(input_ids)} tokens and {params.max_new_tokens} new ones exceed the context length "
-                f"{self.context_length}"
-            )
+        """Complete a request, which the request parser has checked, with what follows from the model."""
         request = Request(rid, input_ids, params, **options)
-        if request.logprob_start_len > len(input_ids):
-            raise BadRequest(
-                f"logprob_start_len {request.logprob_start_len} exceeds the {len(input_ids)} prompt tokens"
-            )
         if not params.ignore_eos:  # in SGLang it switches stop_token_ids off, too
             request.stop_ids = params.stop_token_ids | set(self.chat.eos_ids)
+            if params.min_new_tokens:
+                known = [i for i in request.stop_ids if i < self.model.config.vocab_size]
+                request.suppressed_ids = torch.tensor(known, dtype=torch.int64, device=self.runner.device)
+        if params.stop:  # a token holds a byte at least
+            request.stop_tail = max(len(s.encode()) for s in params.stop) + CHECK_TAIL_BYTES
         return request
 
     def submit(self, request: Request) -> None:
@@ -175,7 +152,7 @@ class Engine:
 
     def load(self) -> dict[str, int]:
         """Number of running and waiting requests, and tokens in the cache."""
-        running = len(self._running)
+        running = len(self.running)
         return {
             "num_running_reqs": running,
             "num_waiting_reqs": len(self._waiting) + len(self._incoming),
@@ -185,25 +162,28 @@ class Engine:
     # -- the engine's thread -----------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Work until `stop` is called. An error ends the engine: it is kept in `error`, all requests are aborted."""
+        """Work until `stop` is called.
+
+        An error that is not one request's ends the engine: it is kept in `error`, all requests are aborted.
+        """
         try:
             with torch.inference_mode():
                 while self._collect():
                     self._admit()
-                    if self._running:
+                    if self.running:
                         self._decode()
         except BaseException as error:
             log.exception("the engine has failed")
             with self._wake:
                 self.error = error
-        for request in (*self._running, *self._prefilling, *self._waiting, *self._incoming):
+        for request in (*self.running, *self._prefilling, *self._waiting, *self._incoming):
             message = f"the engine has failed: {self.error!r}" if self.error else "the server is shutting down"
             self._finish(request, _abort(message, 500))
 
     def _collect(self) -> bool:
         """Take over what other threads have left; wait if there is nothing to do. False: stop."""
         with self._wake:
-            while not (self._incoming or self._aborted or self._running or self._waiting or self._stopping):
+            while not (self._incoming or self._aborted or self.running or self._waiting or self._stopping):
                 self._wake.wait()
             self._waiting.extend(self._incoming)
             self._incoming.clear()
@@ -212,22 +192,22 @@ class Engine:
                 return False
         if aborted:
             for request in [r for r in self._waiting if r in aborted]:
-                self._waiting.remove(request)
                 self._finish(request, _abort("aborted by the client"))
-            for slot in reversed([b for b, r in enumerate(self._running) if r in aborted]):
-                self._finish(self._running[slot], _abort("aborted by the client"))
+            self._waiting = collections.deque(r for r in self._waiting if r not in aborted)
+            for slot in reversed([b for b, r in enumerate(self.running) if r in aborted]):
+                self._finish(self.running[slot], _abort("aborted by the client"))
                 self._release(slot)
         return True
 
     def _admit(self) -> None:
         """Prefill waiting requests while there is room, PREFILL_TOKENS at a time."""
-        while self._waiting and len(self._running) < self.max_running:
+        while self._waiting and len(self.running) < self.max_running:
             batch: list[Request] = []
             tokens = 0
-            longest = int(self._lengths[: len(self._running)].max(initial=0))
-            while self._waiting and len(self._running) + len(batch) < self.max_running:
+            longest = int(self._lengths[: len(self.running)].max(initial=0))
+            while self._waiting and len(self.running) + len(batch) < self.max_running:
                 length = self._waiting[0].length
-                padded = round_up(max(longest, length) + 1) * (len(self._running) + len(batch) + 1)
+                padded = round_up(max(longest, length) + 1) * (len(self.running) + len(batch) + 1)
                 if (batch and tokens + length > PREFILL_TOKENS) or padded > self.kv_tokens:
                     break
                 longest, tokens = max(longest, length), tokens + length
@@ -236,156 +216,182 @@ class Engine:
                 return
             self._prefilling = batch
             self._prefill(batch)
+            self._prefilling = []
 
     def _prefill(self, batch: list[Request]) -> None:
-        first = len(self._running)
+        """Run whole prompts, and choose the first token of each; where that fails, one by one."""
+        first = len(self.running)
         prompts = [r.input_ids + r.output_ids for r in batch]  # with output: retracted before
-        lengths = [len(p) for p in prompts]
-        self._cache.reserve(first + len(batch), max(lengths) + 1, first)
-        device = self._device
-        cu_seqlens = np.cumsum([0, *lengths])
-        position_ids_T = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
-        slots_T = torch.from_numpy(np.repeat(np.arange(first, first + len(batch)), lengths)).to(device)
-        input_ids_T = torch.tensor([i for p in prompts for i in p], device=device)
-        packed = PackedAttention(torch.from_numpy(cu_seqlens.astype(np.int32)), lengths, self._prefill_backend, device)
-        attend = self._cache.prefill(slots_T, position_ids_T, packed)
-        hidden_TH = self.model(input_ids_T, position_ids_T, attend)
-        for request, start in zip(batch, cu_seqlens, strict=False):
+        try:
+            hidden_TH, logits_BV = self.runner.prompts(prompts, first, int(self._lengths[:first].max(initial=0)))
+        except Exception as error:
+            if len(batch) > 1:
+                for request in batch:
+                    self._prefill([request])
+                return
+            if not self.runner.works():
+                raise
+            self._finish(batch[0], _fault(batch[0], error))
+            return
+        faults: dict[int, BaseException] = {}
+        start = 0
+        for row, request in enumerate(batch):
             if request.return_logprob and request.logprob_start_len >= 0 and not request.input_logprobs:
-                self._keep_prompt_logprobs(request, hidden_TH[start : start + len(request.input_ids)])
-        self._running += batch
-        self._prefilling = []
-        self._lengths[first : first + len(batch)] = lengths
-        self._advance(first, hidden_TH[torch.from_numpy(cu_seqlens[1:] - 1).to(device)])
+                try:
+                    self._keep_prompt_logprobs(request, hidden_TH[start : start + len(request.input_ids)])
+                except Exception as error:
+                    faults[row] = error
+            start += len(prompts[row])
+        self.running += batch
+        self._lengths[first : first + len(batch)] = [len(prompt) for prompt in prompts]
+        self._advance(first, logits_BV, faults)
 
     def _decode(self) -> None:
+        """One more token of each running request; where that fails, one by one."""
         self._make_room()
-        B = len(self._running)
-        lengths = self._lengths[:B]
-        attend = self._cache.decode(lengths)
-        position_ids_B = torch.from_numpy(lengths).to(self._device)
-        hidden_BH = self.model(self._last_ids[:B], position_ids_B, attend)
-        lengths += 1
+        B = len(self.running)
+        faults: dict[int, BaseException] = {}
+        try:
+            logits_BV = self.runner.tokens(self._last_ids[:B], self._lengths[:B], 0)
+        except Exception:
+            if not self.runner.works():
+                raise
+            V = self.model.config.vocab_size
+            logits_BV = torch.zeros(B, V, dtype=torch.float64, device=self._last_ids.device)
+            for b in range(B):
+                try:
+                    alone = slice(b, b + 1)
+                    logits_BV[b] = self.runner.tokens(self._last_ids[alone], self._lengths[alone], b)[0]
+                except Exception as error:
+                    faults[b] = error
+        self._lengths[:B] += 1
         self.decode_tokens += B
         self.decode_steps += 1
-        self._advance(0, hidden_BH)
+        self._advance(0, logits_BV, faults)
 
     def _make_room(self) -> None:
         """Grow the cache for one more token each; put the youngest back in the queue if they cannot all fit."""
         while True:
-            longest = int(self._lengths[: len(self._running)].max()) + 1
-            if round_up(longest) * len(self._running) <= self.kv_tokens:
+            longest = int(self._lengths[: len(self.running)].max()) + 1
+            if round_up(longest) * len(self.running) <= self.kv_tokens:
                 break
-            slot = max(range(len(self._running)), key=lambda b: self._running[b].created)
-            request = self._running[slot]
+            slot = max(range(len(self.running)), key=lambda b: self.running[b].created)
+            request = self.running[slot]
             request.retractions += 1
             self._release(slot)
             self._waiting.appendleft(request)
-        self._cache.reserve(len(self._running), longest, len(self._running))
+        self.runner.cache.reserve(len(self.running), longest, len(self.running))
 
-    def _advance(self, first: int, hidden_BH: Tensor) -> None:
-        """Give each running request from slot `first` on its next token; let go of those that end with it."""
-        requests = self._running[first:]
-        logits_BV = F.linear(hidden_BH, self.model.lm_head_weight)
-        if self._dtype != torch.float64:
-            logits_BV = logits_BV.float()
+    def _advance(self, first: int, logits_BV: Tensor, faults: dict[int, BaseException]) -> None:
+        """Give each running request from slot `first` on its next token; let go of those that end with it.
+
+        Args:
+            first: slot of the first.
+            logits_BV: of each.
+            faults: rows that have failed already, and of what.
+        """
+        requests = self.running[first:]
+        finite_B = logits_BV.amax(-1).isfinite()  # NaN is the largest of all
         for row, r in enumerate(requests):
-            if len(r.output_ids) < r.params.min_new_tokens and r.stop_ids:
-                logits_BV[row, [i for i in r.stop_ids if i < logits_BV.shape[1]]] = -torch.inf
-        ids_B = sample(logits_BV, [r.params for r in requests], [len(r.output_ids) for r in requests])
+            if r.suppressed_ids is not None and len(r.output_ids) < r.params.min_new_tokens:
+                logits_BV[row, r.suppressed_ids] = -torch.inf
+        ids_B = self._sample(logits_BV, requests, faults)
         self._last_ids[first : first + len(requests)] = ids_B
-        ids = ids_B.tolist()
-        with_logprobs = [row for row, r in enumerate(requests) if r.return_logprob]
-        if with_logprobs:
-            self._keep_logprobs(requests, with_logprobs, logits_BV, ids)
+        ids, finite = torch.stack((ids_B, finite_B.long())).tolist()
         ended = []
         for row, (request, token_id) in enumerate(zip(requests, ids, strict=True)):
-            request.output_ids.append(token_id)
-            reason = self._finish_reason(request, token_id)
+            try:
+                if row in faults:
+                    raise faults[row]
+                if not finite[row]:
+                    raise FloatingPointError(f"the logits of token {len(request.output_ids)} are not finite")
+                reason = self._take(request, token_id, logits_BV[row])
+            except BaseException as error:  # a panic of the tokenizer is no Exception
+                reason = _fault(request, error)
             if reason is not None:
                 self._finish(request, reason)
                 ended.append(first + row)
             elif request.stream:
-                request.on_update(request)
+                _notify(request)
         for slot in reversed(ended):
             self._release(slot)
 
-    def _finish_reason(self, request: Request, token_id: int) -> dict[str, Any] | None:
+    def _sample(self, logits_BV: Tensor, requests: list[Request], faults: dict[int, BaseException]) -> Tensor:
+        """The next ids, int64 `[B]`; where that fails, row by row."""
+
+        def chosen(rows: slice) -> Tensor:
+            some = requests[rows]
+            return sample(logits_BV[rows], [r.params for r in some], [len(r.output_ids) for r in some])
+
+        try:
+            return chosen(slice(None))
+        except Exception:
+            ids_B = torch.zeros(len(requests), dtype=torch.int64, device=self.runner.device)
+            for row in range(len(requests)):
+                try:
+                    ids_B[row] = chosen(slice(row, row + 1))[0]
+                except Exception as error:
+                    faults.setdefault(row, error)
+            return ids_B
+
+    def _take(self, request: Request, token_id: int, logits_V: Tensor) -> dict[str, Any] | None:
+        """Add a token to an answer. Returns why the answer ends with it; None: it goes on."""
+        params = request.params
+        if params.max_new_tokens == 0:  # only the prompt was to be run
+            return {"type": "length", "length": 0}
+        if request.return_logprob:
+            temperature = 1.0 if params.greedy else params.temperature
+            chosen, top = token_logprobs(logits_V, token_id, temperature, request.top_logprobs_num)
+            request.output_logprobs.append(chosen)
+            if request.top_logprobs_num:
+                request.output_top_logprobs.append(top)
+        request.output_ids.append(token_id)
         if token_id in request.stop_ids:
             return {"type": "stop", "matched": token_id}
-        if request.params.stop and len(request.output_ids) >= request.params.min_new_tokens:
-            matched = self._match_stop(request)
-            if matched is not None:
-                return {"type": "stop", "matched": matched}
-        if len(request.output_ids) >= request.params.max_new_tokens:
+        if params.stop and len(request.output_ids) >= params.min_new_tokens:
+            tail = self.chat.decode(request.output_ids[-request.stop_tail :], params.skip_special_tokens)
+            found = [(tail.find(s), s) for s in params.stop if s in tail]
+            if found:
+                return {"type": "stop", "matched": min(found)[1]}
+        if len(request.output_ids) >= params.max_new_tokens:
             return {"type": "length", "length": len(request.output_ids)}
         return None
 
-    def _match_stop(self, request: Request) -> str | None:
-        """The stop string that the newest token completes. A token holds a byte at least: a tail of ids suffices."""
-        stop = request.params.stop
-        size = self._stop_bytes.get(stop)
-        if size is None:
-            size = self._stop_bytes[stop] = max(len(s.encode()) for s in stop) + CHECK_TAIL_BYTES
-        tail = self.chat.decode(request.output_ids[-size:], request.params.skip_special_tokens)
-        found = [(tail.find(s), s) for s in stop if s in tail]
-        return min(found)[1] if found else None
+    def _keep_prompt_logprobs(self, request: Request, hidden_TH: Tensor) -> None:
+        start = request.logprob_start_len
+        if start < len(request.input_ids):
+            request.input_logprobs, request.input_top_logprobs = prompt_logprobs(
+                hidden_TH[start:], self.model.lm_head_weight, request.input_ids[start:], request.top_logprobs_num
+            )
 
     def _finish(self, request: Request, reason: dict[str, Any]) -> None:
-        request.finish_reason = reason
-        request.on_update(request)
+        if request.finish_reason is None:
+            request.finish_reason = reason
+            _notify(request)
 
     def _release(self, slot: int) -> None:
         """Free a slot: the last running request moves into it."""
-        last = len(self._running) - 1
+        last = len(self.running) - 1
         if slot != last:
-            self._cache.move(last, slot, int(self._lengths[last]))
-            self._running[slot] = self._running[last]
+            self.runner.cache.move(last, slot, int(self._lengths[last]))
+            self.running[slot] = self.running[last]
             self._lengths[slot] = self._lengths[last]
             self._last_ids[slot] = self._last_ids[last]
-        self._running.pop()
-
-    # -- log-probabilities -------------------------------------------------------------------------------------------
-
-    def _keep_logprobs(self, requests: list[Request], rows: list[int], logits_BV: Tensor, ids: list[int]) -> None:
-        """Of the tokens just chosen: under the distribution at the request's temperature, before top_k and top_p."""
-        for row in rows:
-            request = requests[row]
-            temperature = 1.0 if request.params.greedy else request.params.temperature
-            logprobs_V = (logits_BV[row].double() / temperature).log_softmax(-1)
-            request.output_logprobs.append([logprobs_V[ids[row]].item(), ids[row], None])
-            if request.top_logprobs_num:
-                request.output_top_logprobs.append(_top(logprobs_V, request.top_logprobs_num))
-
-    def _keep_prompt_logprobs(self, request: Request, hidden_TH: Tensor) -> None:
-        """Of the prompt from `logprob_start_len` on; the first entry has none, as in SGLang."""
-        start = request.logprob_start_len
-        ids = request.input_ids[start:]
-        if not ids:
-            return
-        logits_TV = F.linear(hidden_TH[start:-1], self.model.lm_head_weight).double()
-        logprobs_TV = logits_TV.log_softmax(-1)
-        targets_T1 = torch.tensor(ids[1:], dtype=torch.int64, device=self._device)[:, None]
-        values = logprobs_TV.gather(1, targets_T1)[:, 0].tolist()
-        request.input_logprobs = [[None, ids[0], None]] + [[v, i, None] for v, i in zip(values, ids[1:], strict=True)]
-        if request.top_logprobs_num:
-            request.input_top_logprobs = [None, *(_top(row, request.top_logprobs_num) for row in logprobs_TV)]
+        self.running.pop()
 
 
-def _top(logprobs_V: Tensor, k: int) -> list[TokenLogprob]:
-    top = logprobs_V.topk(min(k, len(logprobs_V)))
-    return [[value, i, None] for value, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
+def _notify(request: Request) -> None:
+    try:
+        request.on_update(request)
+    except Exception:
+        log.exception("nobody could be told of request %s", request.rid)
+
+
+def _fault(request: Request, error: BaseException) -> dict[str, Any]:
+    """The end of a request of which `error` is the fault."""
+    log.error("request %s has failed", request.rid, exc_info=error)
+    return _abort(f"request {request.rid} has failed: {error!r}", 500)
 
 
 def _abort(message: str, status_code: int | None = None) -> dict[str, Any]:
     return {"type": "abort", "message": message, "status_code": status_code, "err_type": None}
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:  # counts what the page cache would give back, which sysconf does not
-        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(meminfo["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -32,7 +32,8 @@ class KVCache:
     """Slots 0 to B-1 hold the B running sequences without a gap; slot b's positions 0 to length-1 are valid.
 
     `k[layer]` and `v[layer]` are `[S, K, L, d]`; for the compiled loops, positions lie side by side in memory, else
-    channels do. The cache grows by doubling, in slots and in positions, when `reserve` asks for more.
+    channels do. The cache grows by doubling, in slots and in positions, when `reserve` asks for more, and beyond
+    `max_tokens` (S·L) only to what is asked for.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype, backend: DecodeBackend) -> None:
@@ -40,6 +41,7 @@ class KVCache:
         self._shape = config.num_key_value_heads, config.head_dim
         self._device, self._dtype, self._backend = device, dtype, backend
         self.slots = self.capacity = 0
+        self.max_tokens = 0
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         self._arrays: list[tuple[NDArray[np.floating], NDArray[np.floating]]] = []
@@ -50,24 +52,31 @@ class KVCache:
         return 2 * self.layers * K * d * self._dtype.itemsize
 
     def reserve(self, slots: int, length: int, used: int) -> None:
-        """Make room for `slots` sequences of `length` tokens; the first `used` slots keep their content."""
+        """Make room for `slots` sequences of `length` tokens; the first `used` slots keep what they hold of that."""
         if slots <= self.slots and length <= self.capacity:
             return
         S = self.slots if slots <= self.slots else max(slots, 2 * self.slots)
         L = self.capacity if length <= self.capacity else max(round_up(length), 2 * self.capacity)
+        if self.max_tokens < S * L:  # many short sequences before, few long ones now
+            S, L = slots, round_up(length)
         K, d = self._shape
-        for tensors in (self.k, self.v):
+        kept = min(L, self.capacity)
+        try:
             for layer in range(self.layers):
-                grown = self._empty(S, K, L, d)
-                if tensors and used:
-                    grown[:used, :, : self.capacity] = tensors[layer][:used]
-                if layer < len(tensors):
-                    tensors[layer] = grown
-                else:
-                    tensors.append(grown)
-        self.slots, self.capacity = S, L
-        if self._backend == "numba":
-            self._arrays = [(k.mT.numpy(), v.mT.numpy()) for k, v in zip(self.k, self.v, strict=True)]
+                for tensors in (self.k, self.v):
+                    grown = self._empty(S, K, L, d)
+                    if layer < len(tensors):
+                        grown[:used, :, :kept] = tensors[layer][:used, :, :kept]
+                        tensors[layer] = grown
+                    else:
+                        tensors.append(grown)
+            self.slots, self.capacity = S, L
+        except BaseException:  # memory ran out: some layers have the new size and others the old one
+            self.slots, self.capacity = min(S, self.slots), min(L, self.capacity)
+            raise
+        finally:
+            if self._backend == "numba":
+                self._arrays = [(k.mT.numpy(), v.mT.numpy()) for k, v in zip(self.k, self.v, strict=False)]
 
     def _empty(self, S: int, K: int, L: int, d: int) -> Tensor:
         if self._backend == "numba":
@@ -84,11 +93,12 @@ class KVCache:
         """`attend` for whole prompts, packed."""
         return PrefillAttention(self, slots_T, position_ids_T, attend_packed)
 
-    def decode(self, lengths: NDArray[np.int64]) -> "NumbaDecode | SDPADecode":
-        """`attend` for one new token of each of the first B slots; `lengths[b]` tokens are there before it."""
+    def decode(self, lengths: NDArray[np.int64], first: int = 0) -> "NumbaDecode | SDPADecode":
+        """`attend` for one new token of each of B slots from `first` on; `lengths[b]` tokens are there before it."""
+        slots = slice(first, first + len(lengths))
         if self._backend == "numba":
-            return NumbaDecode(self._arrays, lengths)
-        return SDPADecode(self, lengths)
+            return NumbaDecode([(k[slots], v[slots]) for k, v in self._arrays], lengths)
+        return SDPADecode([(k[slots], v[slots]) for k, v in zip(self.k, self.v, strict=True)], lengths)
 
 
 class PrefillAttention:
@@ -109,12 +119,11 @@ class PrefillAttention:
 class SDPADecode:
     """Decode attention in torch: all sequences at the longest one's length, the surplus masked."""
 
-    def __init__(self, cache: KVCache, lengths: NDArray[np.int64]) -> None:
-        device = cache.k[0].device
-        self._cache = cache
-        self._B = len(lengths)
-        self._L = min(round_up(int(lengths.max()) + 1), cache.capacity)
-        self._slots_B = torch.arange(self._B, device=device)
+    def __init__(self, tensors: list[tuple[Tensor, Tensor]], lengths: NDArray[np.int64]) -> None:
+        self._tensors = tensors
+        device, capacity = tensors[0][0].device, tensors[0][0].shape[2]
+        self._L = min(round_up(int(lengths.max()) + 1), capacity)
+        self._slots_B = torch.arange(len(lengths), device=device)
         self._lengths_B = torch.from_numpy(lengths).to(device)
         self._mask_B11L = (torch.arange(self._L, device=device) <= self._lengths_B[:, None])[:, None, None, :]
 
@@ -122,13 +131,13 @@ class SDPADecode:
         return partial(self._attend, layer)
 
     def _attend(self, layer: int, q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
-        k, v = self._cache.k[layer], self._cache.v[layer]
+        k, v = self._tensors[layer]
         k[self._slots_B, :, self._lengths_B] = k_TKd
         v[self._slots_B, :, self._lengths_B] = v_TKd
         B, N, d = q_TNd.shape
         # The query heads that share a key head stand as its rows: no key is copied, and products have more rows.
         q_BKGd = q_TNd.view(B, k.shape[1], -1, d)
-        k_BKLd, v_BKLd = k[:B, :, : self._L], v[:B, :, : self._L]
+        k_BKLd, v_BKLd = k[:, :, : self._L], v[:, :, : self._L]
         return F.scaled_dot_product_attention(q_BKGd, k_BKLd, v_BKLd, attn_mask=self._mask_B11L).reshape(B, N, d)
 
 

@@ -1,95 +1,175 @@
-"""OpenAI's completion endpoints, as far as SGLang's users of them need: text and chat, streamed or whole."""
+"""OpenAI's completion endpoints: text and chat, streamed or whole, with usage and log-probabilities."""
 
 import time
 import uuid
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from aiohttp import web
 
-from micota_fast.errors import InputError
-from micota_fast.serve.async_engine import AsyncEngine, Prompt, expanded, raise_if_failed
+from micota_fast.serve.answer import Answer
+from micota_fast.serve.async_engine import AsyncEngine
 from micota_fast.serve.engine import Request
-from micota_fast.serve.sampling import BadRequest, SamplingParams
-from micota_fast.serve.wire import read_json, stream_events
+from micota_fast.serve.request_parser import AskedOpenAI, RequestParser
+from micota_fast.serve.token_text import TokenTexts
+from micota_fast.serve.wire import encode, error_object, off_loop, stream_events
 
-# Passed on as they are: OpenAI's and the extensions that SGLang takes.
-_SAMPLING_KEYS = ["temperature", "top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "ignore_eos"]
-_SAMPLING_KEYS += ["skip_special_tokens", "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"]
+BYTES_OF_TOKEN = 120  # about, in JSON with its log-probability
 
 
 class OpenAI:
-    """Handlers of /v1/completions and /v1/chat/completions."""
+    """Handlers of /v1/completions and /v1/chat/completions.
 
-    def __init__(self, engine: AsyncEngine, served_model_name: str, has_template: bool) -> None:
-        self._engine, self._chat = engine, engine.chat
-        self._served_model_name, self._has_template = served_model_name, has_template
+    Args:
+        engine: answers.
+        parser: reads what is asked.
+        served_model_name: as answers name the model.
+    """
+
+    def __init__(self, engine: AsyncEngine, parser: RequestParser, served_model_name: str) -> None:
+        self._engine, self._parser, self._served_model_name = engine, parser, served_model_name
+        self._texts = TokenTexts(engine.chat.tokenizer)
 
     async def completions(self, http: web.Request) -> web.StreamResponse:
-        """OpenAI's text completion, without log-probabilities."""
-        body = await read_json(http)
-        prompt = body.get("prompt")
-        if isinstance(prompt, str):
-            ids = self._chat.tokenizer.encode(prompt).ids
-        elif isinstance(prompt, list) and all(type(i) is int for i in prompt):
-            ids = prompt
-        else:
-            raise BadRequest("prompt must be a string or a list of token ids")
-        return await self._answer(http, body, ids, "text_completion", default_max_tokens=16)
+        """Complete texts."""
+        body = await http.read()
+        return await self._respond(http, await off_loop(len(body), self._parser.completions, body))
 
     async def chat_completions(self, http: web.Request) -> web.StreamResponse:
-        """OpenAI's chat completion, rendered by the checkpoint's own template."""
-        body = await read_json(http)
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise BadRequest("messages must be a non-empty list")
-        for message in messages:
-            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-                raise BadRequest("each message needs a string role and a string content")
-        if not self._has_template:
-            raise BadRequest("this checkpoint has no chat template; use /generate or /v1/completions")
-        try:
-            prompt = self._chat.render(messages, add_generation_prompt=True)
-        except InputError as error:
-            raise BadRequest(str(error)) from None
-        ids = self._chat.tokenizer.encode(prompt, add_special_tokens=False).ids
-        room = max(1, self._engine.engine.context_length - len(ids))
-        return await self._answer(http, body, ids, "chat.completion", default_max_tokens=room)
+        """Answer a conversation."""
+        body = await http.read()
+        return await self._respond(http, await off_loop(len(body), self._parser.chat_completions, body))
 
-    async def _answer(
-        self, http: web.Request, body: dict[str, Any], ids: list[int], kind: str, default_max_tokens: int
-    ) -> web.StreamResponse:
-        for key in ("logprobs", "top_logprobs", "tools", "response_format", "echo", "suffix"):
-            if body.get(key):
-                raise BadRequest(f"{key} is not supported by this engine")
-        max_tokens = body.get("max_completion_tokens") or body.get("max_tokens") or default_max_tokens
-        values: dict[str, Any] = {"max_new_tokens": max_tokens, "sampling_seed": body.get("seed")}
-        values |= {key: body[key] for key in _SAMPLING_KEYS if body.get(key) is not None}
-        prompts = expanded([Prompt(ids, SamplingParams.parse(values))])
-        head = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": self._served_model_name}
-        chat = kind == "chat.completion"
-        if body.get("stream"):
-            sent: dict[str, int] = {}
+    async def _respond(self, http: web.Request, asked: AskedOpenAI) -> web.StreamResponse:
+        kind, prefix = ("chat.completion", "chatcmpl") if asked.chat else ("text_completion", "cmpl")
+        head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
+        head["model"] = self._served_model_name
+        if asked.asked.stream:
+            if asked.chat:
+                head["object"] = "chat.completion.chunk"
+            return await stream_events(http, self._events(asked, head))
+        requests = await self._engine.complete(asked.asked)
+        size = BYTES_OF_TOKEN * sum(map(_places, requests))
+        body = await off_loop(size, self._whole, asked, head, requests)
+        return web.Response(body=body, content_type="application/json")
 
-            def chunk(request: Request) -> dict[str, Any]:
-                text, _, reason = self._engine.progress(request)
-                new = text[sent.get(request.rid, 0) :]
-                first = request.rid not in sent
-                sent[request.rid] = len(text)
-                delta = {"role": "assistant", "content": new} if first else {"content": new}
-                choice: dict[str, Any] = {"index": index_of[request.rid], "finish_reason": reason and reason["type"]}
-                choice |= {"delta": delta} if chat else {"text": new}
-                return {**head, "object": f"{kind}.chunk" if chat else kind, "choices": [choice]}
+    def _whole(self, asked: AskedOpenAI, head: dict[str, Any], requests: list[Request]) -> bytes:
+        choices = [choice.whole() for choice in self._choices(asked, requests)]
+        return encode({**head, "choices": choices, "usage": _usage(requests)})
 
-            index_of = {prompt.rid: i for i, prompt in enumerate(prompts)}
-            return await stream_events(http, self._engine, prompts, {}, False, chunk)
-        requests = await self._engine.complete(prompts, {})
+    async def _events(self, asked: AskedOpenAI, head: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+        usage: dict[str, Any] = {"usage": None} if asked.usage else {}
+        async with self._engine.submitted(asked.asked) as (requests, updates):
+            choices = self._choices(asked, requests)
+            async for index in updates:
+                reason = requests[index].finish_reason
+                if reason is not None and reason.get("status_code") is not None:
+                    yield encode({"error": error_object(reason["message"], "server_error")})
+                    return
+                choice = choices[index].news()
+                if asked.usage_always:
+                    usage = {"usage": _usage(requests)}
+                yield encode({**head, "choices": [choice], **usage})
+            if asked.usage:
+                yield encode({**head, "choices": [], "usage": _usage(requests)})
+
+    def _choices(self, asked: AskedOpenAI, requests: list[Request]) -> list["_Choice"]:
         choices = []
+        copies = len(requests) // len(asked.echoed) if asked.echoed else 1
         for index, request in enumerate(requests):
-            raise_if_failed(request)
-            text, _, reason = self._engine.progress(request)
-            choice = {"index": index, "finish_reason": reason and reason["type"], "logprobs": None}
-            choices.append(choice | ({"message": {"role": "assistant", "content": text}} if chat else {"text": text}))
-        completion_tokens = sum(len(r.output_ids) for r in requests)
-        usage = {"prompt_tokens": len(ids), "completion_tokens": completion_tokens}
-        usage["total_tokens"] = len(ids) + completion_tokens
-        return web.json_response({**head, "object": kind, "choices": choices, "usage": usage})
+            echoed = asked.echoed[index // copies] if asked.echoed else ""
+            choices.append(_Choice(Answer(self._engine.chat, request), self._texts, index, asked.chat, echoed))
+        return choices
+
+
+class _Choice:
+    """One answer as a choice, whole or piece by piece."""
+
+    def __init__(self, answer: Answer, texts: TokenTexts, index: int, chat: bool, echoed: str) -> None:
+        self._answer, self._texts, self._index, self._chat, self._echoed = answer, texts, index, chat, echoed
+        self._sent = 0  # characters of text and echo
+        self._sent_places = 0  # whose log-probabilities have gone out
+        self._characters = 0  # in the tokens of those
+        self._begun = False
+
+    def whole(self) -> dict[str, Any]:
+        """`choices[i]` of an answer that has ended."""
+        text, _, reason = self._answer.progress()
+        text = self._echoed + text
+        content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        return {
+            "index": self._index,
+            **content,
+            "logprobs": self._logprobs(),
+            "finish_reason": reason and reason["type"],
+        }
+
+    def news(self) -> dict[str, Any]:
+        """`choices[0]` of an event: what has come since the last one."""
+        text, _, reason = self._answer.progress()
+        text = self._echoed + text
+        new, self._sent = text[self._sent :], max(self._sent, len(text))
+        content: dict[str, Any] = {"text": new}
+        if self._chat:
+            content = {"delta": {"content": new} if self._begun else {"role": "assistant", "content": new}}
+        self._begun = True
+        return {
+            "index": self._index,
+            **content,
+            "logprobs": self._logprobs(),
+            "finish_reason": reason and reason["type"],
+        }
+
+    def _logprobs(self) -> dict[str, Any] | None:
+        """Of the places since the last call; None where none are wanted."""
+        request = self._answer.request
+        if not request.return_logprob:
+            return None
+        start = self._sent_places
+        places = (request.input_logprobs + request.output_logprobs)[start:]
+        self._sent_places += len(places)
+        tops: list[Any] = [[]] * len(places)
+        if request.top_logprobs_num:
+            tops = (request.input_top_logprobs + request.output_top_logprobs)[start : self._sent_places]
+        if self._chat:
+            content = [
+                {**self._token(place), "top_logprobs": [self._token(other) for other in top or []]}
+                for place, top in zip(places, tops, strict=True)
+            ]
+            return {"content": content, "refusal": None}
+        offsets = []
+        for _, token_id, _ in places:
+            offsets.append(self._characters)
+            self._characters += self._texts.characters(token_id)
+        return {
+            "tokens": [self._texts.text(token_id) for _, token_id, _ in places],
+            "token_logprobs": [logprob for logprob, _, _ in places],
+            "top_logprobs": [self._top(place, top) for place, top in zip(places, tops, strict=True)],
+            "text_offset": offsets,
+        }
+
+    def _token(self, place: list[Any]) -> dict[str, Any]:
+        logprob, token_id, _ = place
+        return {"token": self._texts.text(token_id), "logprob": logprob, "bytes": list(self._texts.bytes(token_id))}
+
+    def _top(self, place: list[Any], top: list[Any] | None) -> dict[str, float] | None:
+        """The likeliest tokens and, as with OpenAI, always the one that stands there."""
+        if place[0] is None:
+            return None
+        found: dict[str, float] = {}
+        for logprob, token_id, _ in [*(top or []), place]:
+            found.setdefault(self._texts.text(token_id), logprob)
+        return found
+
+
+def _places(request: Request) -> int:
+    logprobs = (len(request.input_logprobs) + len(request.output_logprobs)) * (1 + request.top_logprobs_num)
+    return len(request.output_ids) // 10 + logprobs
+
+
+def _usage(requests: list[Request]) -> dict[str, int]:
+    """Tokens so far; those of a prompt count once, however many answers it gets."""
+    prompts = {id(request.input_ids): len(request.input_ids) for request in requests}
+    prompt_tokens, completion_tokens = sum(prompts.values()), sum(len(request.output_ids) for request in requests)
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}

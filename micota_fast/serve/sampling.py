@@ -1,26 +1,20 @@
 """Sampling parameters as SGLang names them, and the choice of the next token for a batch of requests."""
 
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-
-class BadRequest(Exception):
-    """A request that can never be answered: HTTP 400 with this message."""
-
-
+MIN_TEMPERATURE = 1e-6  # below it, decoding is greedy, as in SGLang; logits divided by less would overflow
 _COPY_STRIDE = 0xD1B54A32D192ED03  # odd and without pattern: no copy meets the seed of a neighbouring request
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """`sampling_params` of a request; defaults are SGLang's."""
+    """`sampling_params` of a request, checked by the request parser; defaults are SGLang's."""
 
     max_new_tokens: int = 128
     min_new_tokens: int = 0
@@ -38,107 +32,11 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0 or self.top_k == 1
+        return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
     def for_copy(self, index: int) -> "SamplingParams":
         """The parameters of one of the n answers to a prompt: the first has the seed as given, the others their own."""
         return replace(self, n=1, sampling_seed=self.sampling_seed + index * _COPY_STRIDE)
-
-    @classmethod
-    def parse(cls, values: Any) -> "SamplingParams":
-        """Check a JSON object. Without `sampling_seed` a random one is drawn.
-
-        Raises:
-            BadRequest: an unknown key, a value of the wrong type or out of range, or a known key whose effect this
-                engine does not have.
-        """
-        if values is None:
-            values = {}
-        if not isinstance(values, Mapping):
-            raise BadRequest(f"sampling_params must be an object, got {type(values).__name__}")
-        parsed: dict[str, Any] = {}
-        for key, value in values.items():
-            if key in _NEUTRAL:
-                if value is not None and value != _NEUTRAL[key]:
-                    raise BadRequest(f"sampling_params.{key} is not supported by this engine (only {_NEUTRAL[key]!r})")
-            elif key not in _CHECKS:
-                raise BadRequest(f"sampling_params.{key} is unknown; known: {', '.join(sorted({*_CHECKS, *_NEUTRAL}))}")
-            elif value is not None:
-                parsed[key] = _CHECKS[key](key, value)
-        parsed.setdefault("sampling_seed", secrets.randbits(63))
-        params = cls(**parsed)
-        if params.min_new_tokens > params.max_new_tokens:
-            raise BadRequest(f"min_new_tokens {params.min_new_tokens} exceeds max_new_tokens {params.max_new_tokens}")
-        return params
-
-
-def _integer(low: int, *also: int) -> Any:
-    def check(key: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or (value < low and value not in also):
-            raise BadRequest(f"{key} must be an integer of at least {low}, got {value!r}")
-        return value
-
-    return check
-
-
-def _number(low: float, high: float, low_allowed: bool = True) -> Any:
-    def check(key: str, value: Any) -> float:
-        right_type = isinstance(value, int | float) and not isinstance(value, bool)
-        if not right_type or not (low <= value <= high) or (value == low and not low_allowed):
-            raise BadRequest(f"{key} must be a number in {'[' if low_allowed else '('}{low}, {high}], got {value!r}")
-        return float(value)
-
-    return check
-
-
-def _boolean(key: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise BadRequest(f"{key} must be true or false, got {value!r}")
-    return value
-
-
-def _strings(key: str, value: Any) -> tuple[str, ...]:
-    items = [value] if isinstance(value, str) else value
-    if not isinstance(items, list) or not all(isinstance(item, str) and item for item in items):
-        raise BadRequest(f"{key} must be a non-empty string or a list of them, got {value!r}")
-    return tuple(items)
-
-
-def _ids(key: str, value: Any) -> frozenset[int]:
-    if not isinstance(value, list) or not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
-        raise BadRequest(f"{key} must be a list of integers, got {value!r}")
-    return frozenset(value)
-
-
-_CHECKS: dict[str, Any] = {
-    "max_new_tokens": _integer(1),
-    "min_new_tokens": _integer(0),
-    "temperature": _number(0.0, 1e6),
-    "top_p": _number(0.0, 1.0, low_allowed=False),
-    "top_k": _integer(1, -1),
-    "min_p": _number(0.0, 1.0),
-    "n": _integer(1),
-    "stop": _strings,
-    "stop_token_ids": _ids,
-    "ignore_eos": _boolean,
-    "skip_special_tokens": _boolean,
-    "no_stop_trim": _boolean,
-    "sampling_seed": _integer(0),
-}
-# Keys of SGLang that clients send at their defaults, and whose other values would need what this engine lacks.
-_NEUTRAL: dict[str, Any] = {
-    "frequency_penalty": 0.0,
-    "presence_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "spaces_between_special_tokens": True,
-    "stop_regex": None,
-    "json_schema": None,
-    "regex": None,
-    "ebnf": None,
-    "structural_tag": None,
-    "logit_bias": None,
-    "custom_params": None,
-}
 
 
 def uniform(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:

@@ -156,7 +156,9 @@ def _command(model: str, config: ServeConfig, port: int) -> list[str]:
     command += ["--device", config.device, "--max-running", str(config.max_running)]
     if config.context_length is not None:
         command += ["--context-length", str(config.context_length)]
-    return command
+    if config.served_model_name is not None:
+        command += ["--served-model-name", config.served_model_name]
+    return [*command, *(f"--allow-host={host}" for host in config.allow_hosts)]
 
 
 def _wait_ready(servers: list[_Server], config: ServeConfig) -> list[str]:

@@ -89,6 +89,8 @@ def command(model: str, config: ServeConfig, port: int) -> list[str]:
         line += ["--dtype", config.dtype]
     if config.context_length is not None:
         line += ["--context-length", str(config.context_length)]
+    if config.served_model_name is not None:
+        line += ["--served-model-name", config.served_model_name]
     if config.device != "auto":
         line += ["--device", config.device]
     for size, names in _SIZES.items():

@@ -58,9 +58,9 @@ class Server:
         assert status == 200, text
         return json.loads(text)
 
-    def post(self, path: str, body: Any) -> tuple[int, Any]:
+    def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
         status, text = self._send(urllib.request.Request(self.url + path, data, headers))
         try:
             return status, json.loads(text)

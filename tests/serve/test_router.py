@@ -69,7 +69,7 @@ def test_a_router_spreads_requests_and_outlives_a_server(
     loads = {load["worker"]: load["load"] for load in router.read("/get_loads")["workers"]}
     assert loads == {worker.url: 0 for worker in workers}  # tokens; -1 where a worker does not tell
     status, answer = router.post("/generate", {"input_ids": [5, 320]})
-    assert (status, answer["error"]["message"]) == (400, "input id 320 is outside the vocabulary of 320 ids")
+    assert (status, answer["error"]["message"]) == (400, "input_ids: 320 is outside the vocabulary of 320 ids")
 
     problems, out = tmp_path / "problems.jsonl", tmp_path / "out.jsonl"
     write_rows(problems, [Problem(f"p{i}", f"{i} + 1 = ", str(i + 1)) for i in range(PROBLEMS)])
