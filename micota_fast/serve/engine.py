@@ -22,7 +22,7 @@ from torch import Tensor
 from micota_fast.chat.encoding import Chat
 from micota_fast.model.decoder import Decoder
 from micota_fast.serve.kv_cache import round_up
-from micota_fast.serve.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
+from micota_fast.serve.logprobs import Likeliest, TokenLogprob, prompt_logprobs, token_logprobs
 from micota_fast.serve.runner import Runner
 from micota_fast.serve.sampling import SamplingParams, sample
 
@@ -57,8 +57,8 @@ class Request:
     retractions: int = 0
     input_logprobs: list[TokenLogprob] = field(default_factory=list)
     output_logprobs: list[TokenLogprob] = field(default_factory=list)
-    input_top_logprobs: list[list[TokenLogprob] | None] = field(default_factory=list)
-    output_top_logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+    input_top_logprobs: list[Likeliest | None] = field(default_factory=list)
+    output_top_logprobs: list[Likeliest] = field(default_factory=list)
     created: float = field(default_factory=time.perf_counter)
 
     @property
@@ -343,7 +343,7 @@ class Engine:
             temperature = 1.0 if params.greedy else params.temperature
             chosen, top = token_logprobs(logits_V, token_id, temperature, request.top_logprobs_num)
             request.output_logprobs.append(chosen)
-            if request.top_logprobs_num:
+            if top is not None:
                 request.output_top_logprobs.append(top)
         request.output_ids.append(token_id)
         if token_id in request.stop_ids:

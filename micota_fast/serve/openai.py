@@ -10,6 +10,7 @@ from aiohttp import web
 from micota_fast.serve.answer import Answer
 from micota_fast.serve.async_engine import AsyncEngine
 from micota_fast.serve.engine import Request
+from micota_fast.serve.logprobs import TokenLogprob
 from micota_fast.serve.request_parser import AskedOpenAI, RequestParser
 from micota_fast.serve.token_text import TokenTexts
 from micota_fast.serve.wire import encode, error_object, off_loop, stream_events
@@ -128,12 +129,13 @@ class _Choice:
         start = self._sent_places
         places = (request.input_logprobs + request.output_logprobs)[start:]
         self._sent_places += len(places)
-        tops: list[Any] = [[]] * len(places)
+        tops: list[list[TokenLogprob]] = [[]] * len(places)
         if request.top_logprobs_num:
-            tops = (request.input_top_logprobs + request.output_top_logprobs)[start : self._sent_places]
+            likeliest = [*request.input_top_logprobs, *request.output_top_logprobs][start : self._sent_places]
+            tops = [top.triples() if top else [] for top in likeliest]
         if self._chat:
             content = [
-                {**self._token(place), "top_logprobs": [self._token(other) for other in top or []]}
+                {**self._token(place), "top_logprobs": [self._token(other) for other in top]}
                 for place, top in zip(places, tops, strict=True)
             ]
             return {"content": content, "refusal": None}
@@ -148,16 +150,16 @@ class _Choice:
             "text_offset": offsets,
         }
 
-    def _token(self, place: list[Any]) -> dict[str, Any]:
+    def _token(self, place: TokenLogprob) -> dict[str, Any]:
         logprob, token_id, _ = place
         return {"token": self._texts.text(token_id), "logprob": logprob, "bytes": list(self._texts.bytes(token_id))}
 
-    def _top(self, place: list[Any], top: list[Any] | None) -> dict[str, float] | None:
+    def _top(self, place: TokenLogprob, top: list[TokenLogprob]) -> dict[str, float] | None:
         """The likeliest tokens and, as with OpenAI, always the one that stands there."""
         if place[0] is None:
             return None
         found: dict[str, float] = {}
-        for logprob, token_id, _ in [*(top or []), place]:
+        for logprob, token_id, _ in [*top, place]:
             found.setdefault(self._texts.text(token_id), logprob)
         return found
 

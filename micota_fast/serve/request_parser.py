@@ -20,7 +20,7 @@ MAX_BODY_BYTES = 1 << 24
 # json.loads holds the interpreter's lock to its end. A number costs it about 0.1 µs, a list, object or key 2 µs
 # (2-core Xeon), so this is about half a second.
 MAX_JSON_WORK, WORK_OF_CONTAINER = 5_000_000, 24
-MAX_LOGPROBS = 1 << 22  # in all answers to one request
+MAX_LOGPROBS = 1 << 22  # in all answers to one request: 150 MB of JSON
 # What NFC or NFD can make of a text's UTF-8 bytes: at most three times fewer or more (Unicode's FAQ on normalization).
 NORMALIZATION_FACTOR = 3
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions

@@ -13,6 +13,7 @@ from aiohttp.typedefs import Middleware
 
 from micota_fast.serve.connections import KEPT_ALIVE_S, REQUEST_WAIT_S, Connections
 from micota_fast.serve.engine import EngineDead
+from micota_fast.serve.logprobs import Likeliest
 from micota_fast.serve.options import BadRequest
 from micota_fast.serve.request_parser import MAX_BODY_BYTES
 
@@ -127,10 +128,12 @@ def encode(value: Any) -> bytes:
 
 
 def _pieces(value: Any) -> list[str]:
+    if isinstance(value, Likeliest):
+        return [json.dumps(value.triples(), allow_nan=False)]
     if isinstance(value, dict):
         items = [piece for key, item in value.items() for piece in (", ", json.dumps(key), ": ", *_pieces(item))]
         return ["{", *items[1:], "}"]
-    if isinstance(value, list) and value and isinstance(value[-1], list | dict):
+    if isinstance(value, list) and value and isinstance(value[-1], list | dict | Likeliest):
         inner = value[-1]
         of_numbers = isinstance(inner, list) and not (inner and isinstance(inner[-1], list | dict))
         if not of_numbers or len(value) * len(inner) > PIECE_NUMBERS:

@@ -356,8 +356,8 @@ def test_logprobs_are_those_of_the_model(running: Running, qwen2_checkpoint: Pat
             assert value == pytest.approx(want[offset, token].item(), abs=1e-5)
         assert len(request.input_top_logprobs) == len(request.input_logprobs)
         for (value, token, _), top in zip(request.output_logprobs, request.output_top_logprobs, strict=True):
-            assert len(top) == 3
-            assert top[0] == [value, token, None]  # greedy: the best is the chosen one
+            assert len(top.ids) == 3
+            assert top.triples()[0] == [value, token, None]  # greedy: the best is the chosen one
 
 
 @pytest.mark.parametrize(

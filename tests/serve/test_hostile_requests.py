@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -72,15 +71,29 @@ def test_values_that_would_end_the_server_are_refused(server: Server, path: str,
     assert server.get("/health_generate")[0] == 200
 
 
-def slowest_health(server: Server, until: threading.Event) -> float:
-    """Seconds that /health took at most."""
-    slowest = 0.0
-    while not until.is_set():
-        before = time.monotonic()
-        assert server.get("/health")[0] == 200
-        slowest = max(slowest, time.monotonic() - before)
-        time.sleep(0.02)
-    return slowest
+PROBE = """
+import sys, threading, time, urllib.request
+ended = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+slowest = 0.0
+while not ended.is_set():
+    before = time.monotonic()
+    with urllib.request.urlopen(sys.argv[1] + "/health", timeout=60) as response:
+        assert response.status == 200
+    slowest = max(slowest, time.monotonic() - before)
+    time.sleep(0.02)
+print(slowest)
+"""
+
+
+@contextlib.contextmanager
+def health_within(seconds: float, server: Server) -> Iterator[None]:
+    """While the block runs, /health is asked for all the time, by a process of its own; it never takes longer."""
+    command = [sys.executable, "-c", PROBE, server.url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as probe:
+        yield
+        told, _ = probe.communicate(timeout=90)
+    assert float(told) < seconds
 
 
 @pytest.mark.parametrize(
@@ -101,37 +114,22 @@ def slowest_health(server: Server, until: threading.Event) -> float:
 )
 def test_no_request_keeps_the_server_from_answering_others(server: Server, path: str, body: Any) -> None:
     data = json.dumps(body).encode()
-    done = threading.Event()
-    slowest: list[float] = []
-    thread = threading.Thread(target=lambda: slowest.append(slowest_health(server, done)))
-    thread.start()
-    try:
+    with health_within(HEALTH_S, server):
+        time.sleep(0.5)
         status, answer = server.post(path, data)
-    finally:
-        done.set()
-        thread.join()
     assert status in (400, 413), answer
-    assert slowest[0] < HEALTH_S
 
 
 def test_the_most_that_one_request_may_ask_keeps_nobody_from_being_answered(server: Server) -> None:
-    done = threading.Event()
-    slowest: list[float] = []
-    thread = threading.Thread(target=lambda: slowest.append(slowest_health(server, done)))
-    thread.start()
-    try:
+    with health_within(HEALTH_S, server):
         body = {"input_ids": PROMPT, "sampling_params": greedy(max_new_tokens=2, n=4096)}
         assert len(server.generate(**body)) == 4096
         body = {"input_ids": [PROMPT * 100] * 32, "sampling_params": greedy(max_new_tokens=1)}
         body |= {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 320}
         request = urllib.request.Request(f"{server.url}/generate", json.dumps(body).encode(), JSON)
         with urllib.request.urlopen(request, timeout=120) as response:
-            answers = response.read()  # not parsed: that would hold up our own thread that asks for /health
+            answers = response.read()
         assert answers.count(b", null]") > 32 * 399 * 320
-    finally:
-        done.set()
-        thread.join()
-    assert slowest[0] < HEALTH_S
 
 
 # -- browsers --------------------------------------------------------------------------------------------------------
@@ -294,7 +292,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_served(
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 2
     assert name in ended.stderr
-    assert "finite" in ended.stderr
+    assert ("finite" if where == "tensor" else f"expected a positive number, found {value}") in ended.stderr
 
 
 def test_denormal_temperatures_are_greedy(server: Server) -> None:
