@@ -135,8 +135,8 @@ def _pieces(value: Any) -> list[str]:
         return ["{", *items[1:], "}"]
     if isinstance(value, list) and value and isinstance(value[-1], list | dict | Likeliest):
         inner = value[-1]
-        of_numbers = isinstance(inner, list) and not (inner and isinstance(inner[-1], list | dict))
-        if not of_numbers or len(value) * len(inner) > PIECE_NUMBERS:
+        nested = not isinstance(inner, list) or (inner and isinstance(inner[-1], list | dict))
+        if nested or len(value) * len(inner) > PIECE_NUMBERS:
             items = [piece for item in value for piece in (", ", *_pieces(item))]
             return ["[", *items[1:], "]"]
     return [json.dumps(value, ensure_ascii=False, allow_nan=False)]
