@@ -11,7 +11,6 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from aiohttp import web
@@ -20,7 +19,6 @@ from micota_fast.chat.encoding import Chat
 from micota_fast.chat.template import load_chat_template
 from micota_fast.config.generation import ChatConfig
 from micota_fast.errors import InputError
-from micota_fast.model.decoder import Decoder
 from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.model.safetensors_io import load_model
 from micota_fast.serve.connections import Connections
@@ -98,7 +96,7 @@ def load_server(
     """Load a checkpoint (folder or hub name) and build its server, not yet listening.
 
     Raises:
-        InputError: the checkpoint cannot be found or read, or holds a weight that is not finite.
+        InputError: the checkpoint cannot be found or read.
     """
     path = resolve_checkpoint(model)
     has_template = load_chat_template(path) is not None
@@ -106,19 +104,8 @@ def load_server(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     decoder = load_model(path, dtype, device).eval()
-    _check_finite(decoder, path)
     engine = Engine(decoder, chat, max_running=max_running, context_length=context_length)
     return EmbeddedServer(engine, model, served_model_name or model, has_template)
-
-
-def _check_finite(decoder: Decoder, checkpoint: Path) -> None:
-    """See that no weight of a checkpoint is NaN or infinite in the dtype that is computed in; else InputError."""
-    for name, parameter in decoder.named_parameters():
-        if not torch.stack(parameter.aminmax()).isfinite().all():
-            raise InputError(
-                f"{checkpoint}: tensor {name} holds a value that is not finite in {parameter.dtype}: the checkpoint is "
-                "damaged, or needs another `dtype`"
-            )
 
 
 def main(argv: list[str] | None = None) -> int:

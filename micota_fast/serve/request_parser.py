@@ -3,7 +3,6 @@
 A body's cost is bounded before it is paid: its bytes, what `json.loads` would make of it, the length of its text.
 """
 
-import json
 import secrets
 import uuid
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from micota_fast.chat.encoding import Chat
+from micota_fast.common.json_io import parse_json
 from micota_fast.errors import InputError
 from micota_fast.serve import options
 from micota_fast.serve.options import MAX_ANSWERS, BadRequest, Limits, Option, read_options, shown, token_ids
@@ -300,28 +300,14 @@ class RequestParser:
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
-    """The body's JSON object: UTF-8, finite numbers, no lone surrogates."""
     containers = body.count(b"[") + body.count(b"{") + body.count(b'":')
     if body.count(b",") + WORK_OF_CONTAINER * containers > MAX_JSON_WORK:
-        raise BadRequest("the body holds too many values", status=413)
+        raise BadRequest("the body holds too many values", code="body_too_large", status=413)
     try:
-        value = json.loads(body.decode(), parse_constant=_refuse_constant)
-    except RecursionError:
-        raise BadRequest("the body is nested too deeply") from None
-    except ValueError as error:  # also bytes that are not UTF-8, and numbers of thousands of digits
-        raise BadRequest(f"the body is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadRequest("the body must be a JSON object")
-    if b"\\u" in body:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise BadRequest("the body holds a lone surrogate (half of a character), which is no text") from None
+        value: dict[str, Any] = parse_json(body, "the body")
+    except InputError as error:
+        raise BadRequest(str(error), code="invalid_json") from None
     return value
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _as_list(key: str, value: Any, kind: type) -> tuple[bool, list[Any]]:

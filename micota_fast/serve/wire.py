@@ -134,7 +134,7 @@ def _pieces(value: Any) -> list[str]:
         items = [piece for key, item in value.items() for piece in (", ", json.dumps(key), ": ", *_pieces(item))]
         return ["{", *items[1:], "}"]
     if isinstance(value, list) and value and isinstance(value[-1], list | dict | Likeliest):
-        inner = value[-1]
+        inner: Any = value[-1]
         nested = not isinstance(inner, list) or (inner and isinstance(inner[-1], list | dict))
         if nested or len(value) * len(inner) > PIECE_NUMBERS:
             items = [piece for item in value for piece in (", ", *_pieces(item))]

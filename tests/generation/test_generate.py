@@ -103,7 +103,8 @@ def test_a_row_is_what_the_server_answers_to_the_rendered_prompt(
     import urllib.request
 
     body = json.dumps({"input_ids": ids, "sampling_params": params}).encode()
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/generate", body)) as response:
+    request = urllib.request.Request(f"{url}/generate", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as response:
         assert json.loads(response.read())["text"] == row.completion
 
 

@@ -38,7 +38,7 @@ def refusal(parser: RequestParser, endpoint: str, body: Any) -> BadRequest:
     return refused.value
 
 
-HUGE = [1 << 31, 1 << 63, 10**30, 10**4000, -1, -(10**30)]
+HUGE = [1 << 31, 1 << 63, 10**30, 10**299, -1, -(10**30)]
 
 
 @pytest.mark.parametrize("key", ["top_k", "max_new_tokens", "min_new_tokens", "n"])
@@ -52,7 +52,7 @@ def test_integers_of_sampling_are_bounded(parser: RequestParser, key: str, value
     assert len(str(error)) < 300
 
 
-@pytest.mark.parametrize("value", [1 << 63, 10**4000, -1, 0.5, True])
+@pytest.mark.parametrize("value", [1 << 63, 10**299, -1, 0.5, True])
 def test_seeds_are_bounded(parser: RequestParser, value: Any) -> None:
     assert refusal(parser, "generate", {"input_ids": [5], "sampling_params": {"sampling_seed": value}})
     if value != -1:
@@ -134,13 +134,14 @@ def test_what_generate_refuses(parser: RequestParser, body: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("body", "message"),
     [
+        (b"", "not JSON"),
         (b"{", "not JSON"),
-        (b"\xff{}", "not JSON"),
-        (b'{"a": \xed\xa0\x80}', "not JSON"),
-        (b'{"text": NaN}', "NaN is not a JSON number"),
-        (b'{"text": ' + b"1" * 5000 + b"}", "not JSON"),
-        (b"[1]", "must be a JSON object"),
-        (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b"\xff{}", "not UTF-8"),
+        (b'{"a": \xed\xa0\x80}', "not UTF-8"),
+        (b'{"text": NaN}', "NaN is not a number"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "5000 digits"),
+        (b"[1]", "expected a JSON object"),
+        (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than"),
         (b'{"text": "\\ud800"}', "lone surrogate"),
         (b'{"text": "a", "rid": "\\uDFFF"}', "lone surrogate"),
         (b'{"text": "a", "\\ud800": 1}', "lone surrogate"),
