@@ -115,13 +115,20 @@ class SamplingSettings:
         doc="SGLang-compatible servers that already run, one or a list; null: servers are started (see serve)",
         operational=True,
     )
+    wait_for_server_s: float = option(
+        30.0,
+        doc="seconds in which the first server that `url` names must reply; once one has, they may be gone for longer",
+        source="ours",
+        operational=True,
+    )
     chat: ChatConfig = option(ChatConfig(), doc="the prompt")
     serve: ServeConfig = option(
         ServeConfig(), doc="the server: started if url is null, else a description of the one that runs"
     )
 
     def __post_init__(self) -> None:
-        at_least(self, samples=1, max_new_tokens=1, concurrency=1, temperature=0, top_logprobs=0, request_timeout_s=0.1)
+        at_least(self, samples=1, max_new_tokens=1, concurrency=1, temperature=0, top_logprobs=0)
+        at_least(self, request_timeout_s=0.1, wait_for_server_s=0.1)
         if self.thinking_budget is not None:
             at_least(self, thinking_budget=1)
             if not self.thinking_end.strip():

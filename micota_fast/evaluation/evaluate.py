@@ -78,7 +78,7 @@ def run(config: EvaluateConfig) -> None:
     timing: dict[str, Any] = {"generation_s": {}, "grading_s": {}}
     _generate(config, jobs, out, timing["generation_s"])
     graded = _grade(config, jobs, timing["grading_s"])
-    judge = None if config.judge is None else ModelJudge(config.judge, out / "judge")
+    judge = None if config.judge is None else ModelJudge(config.judge, out / "judge", config.wait_for_server_s)
     opinions: dict[str, list[bool | None]] = {}
     if judge is not None:
         of_paper = {job.rows.name: (rows, of["paper"]) for job, (rows, of) in zip(jobs, graded, strict=True)}

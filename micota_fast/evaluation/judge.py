@@ -42,10 +42,11 @@ class ModelJudge:
     Args:
         config: the model and its server.
         folder: made if missing.
+        wait_for_server_s: seconds in which a server that `config.url` names must reply.
     """
 
-    def __init__(self, config: JudgeConfig, folder: Path) -> None:
-        self._config, self._folder = config, folder
+    def __init__(self, config: JudgeConfig, folder: Path, wait_for_server_s: float) -> None:
+        self._config, self._folder, self._wait_for_server_s = config, folder, wait_for_server_s
         self._hashes = Fingerprints(None)
 
     def verdicts(
@@ -111,6 +112,7 @@ class ModelJudge:
             serve=self._config.serve,
             chat=ChatConfig(system=SYSTEM, prompt="{problem}"),
             max_new_tokens=MAX_NEW_TOKENS,
+            wait_for_server_s=self._wait_for_server_s,
         )
 
 

@@ -23,29 +23,19 @@ from micota_fast.common.records import Completion, parse_row
 from micota_fast.config.generation import SamplingSettings
 from micota_fast.corpus.rules import REASONS, Judge, Judgement
 from micota_fast.errors import InputError
-from micota_fast.generation.endpoint import Endpoint, RetryableError, is_model
+from micota_fast.generation import fleet
+from micota_fast.generation.endpoint import Endpoint, RetryableError, client_session
 from micota_fast.generation.journal import Journal
 from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.generation.progress import Meters, Screen
 from micota_fast.generation.prompts import Prompts
 from micota_fast.generation.request import Asker
 from micota_fast.generation.schedule import Schedule, Wanted
-from micota_fast.model.config import ModelConfig
 
-BACKOFF_S = 0.25, 15.0  # first and longest pause between two tries of a request, or of a server that is down or fails
-# How long nothing may be answered before the run gives up: a server elsewhere may be restarted, ours will not.
-PATIENCE_OWN_S, PATIENCE_URL_S = 20.0, 600.0
-SILENT_S = 60.0  # after which a server that answers not even a GET is taken for lost
 POISONED_AFTER = 8  # failures of one request on a server that answers others meanwhile, that are the request's fault
-POLL_S = 1.0
 PROGRESS_S = 5.0
 MOST_JUDGED = 4096  # answers that wait for their judgement before no more are asked for
 UNJUDGED, ACCEPTED = 0, 1  # verdicts in the journal; a rejected answer's is 2 + its reason's place in REASONS
-# SGLang takes `sampling_seed` from everyone, but heeds it in this mode alone.
-SEEDS_IGNORED = (
-    "{url}: this SGLang server ignores sampling seeds (it runs without --enable-deterministic-inference): "
-    "the answers are random, and another run's will differ"
-)
 
 
 def verdict_code(judgement: Judgement) -> int:
@@ -59,7 +49,7 @@ class _Job:
     failures: Counter[Endpoint] = field(default_factory=Counter)  # that may be its own
     answered_then: dict[Endpoint, int] = field(default_factory=dict)  # others, when it first failed there
     failing_since: float = 0.0
-    pause: float = field(default_factory=lambda: BACKOFF_S[0])
+    pause: float = field(default_factory=lambda: fleet.BACKOFF_S[0])
     sent: float = 0.0  # when the try now under way was
 
 
@@ -90,19 +80,16 @@ class Client:
     ) -> None:
         self._problems, self._config, self._judge = problems, config, judge
         self._journal = journal
-        self._model, self._checkpoint, self._enough = model, checkpoint, enough
+        self._enough = enough
         self._prompts = Prompts(problems, Chat.from_checkpoint(checkpoint, config.chat))
         self._asker = Asker(self._prompts, config, model)
-        self._endpoints = [Endpoint(url, config.concurrency) for url in urls]
-        self._patience_s = PATIENCE_OWN_S if config.url is None else PATIENCE_URL_S
+        self._wake = asyncio.Event()
+        self._fleet = fleet.Fleet(urls, config, model, checkpoint, journal, self._wake.set)
         self._ready: deque[_Job] = deque()  # failed, and due again
         self._under_way: set[_Job] = set()
         self._judging = 0
-        self._all_down_since: float | None = time.monotonic()
-        self._said_failing, self._said_at = False, -math.inf
         self._answered_at = -math.inf
         self._aborted = 0
-        self._context_length = 0  # tokens; 0: no server is up yet
         self._well = len(journal)  # answers that show that the servers can, sometime
         accepted = int((journal.entries["verdict"] == ACCEPTED).sum())
         self.meters = Meters(len(journal), None if judge is None else accepted)
@@ -114,33 +101,26 @@ class Client:
             InputError: a prompt that cannot be sent, a request the servers refuse, another model than asked for, or no
                 answer for too long. Everything that was answered is in the journal.
         """
-        self._wake = asyncio.Event()
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0)
-        screen = Screen()
-        # What a server sends unasked must not pass from one kind of request to the other: questions about the server
-        # have connections of their own, one each.
-        async with (
-            aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session,
-            aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(force_close=True)) as probing,
-        ):
-            self._session, self._probing = session, probing
+        screen, servers = Screen(), self._fleet
+        async with servers, client_session(aiohttp.TCPConnector(limit=0)) as self._session:
             try:
                 async with asyncio.TaskGroup() as group:
-                    watchers = [group.create_task(self._watch(endpoint)) for endpoint in self._endpoints]
-                    await self._first_up()
-                    self._context_length = self._find_context_length()
-                    self._say_seeds_ignored()
+                    watchers = [group.create_task(servers.watch(endpoint)) for endpoint in servers.endpoints]
+                    await servers.first_up()
+                    if self._config.temperature > 0:
+                        servers.say_seeds_ignored()
                     checked = self._journal.folder / "prompts-checked.json"
                     most = self._config.max_new_tokens
-                    await self._prompts.check(self._longest_prompt(), self._context_length, most, checked)
+                    await self._prompts.check(servers.longest_prompt, servers.context_length, most, checked)
                     await self._judge_left_over()
                     self._schedule = self._make_schedule()
                     watchers.append(group.create_task(self._report(screen)))
                     await self._feed(group)
+                    await servers.confirm()
                     for watcher in watchers:
                         watcher.cancel()
             except BaseExceptionGroup as errors:
-                raise errors.exceptions[0] from None  # the first ended the run; any others are its echo
+                raise self._without_suspects(errors.exceptions[0]) from None  # any others are the first one's echo
             finally:
                 screen.end()
         if self._aborted:
@@ -153,92 +133,20 @@ class Client:
 
     def summary(self) -> dict[str, Any]:
         """This run's meters."""
-        return self.meters.summary(self._endpoints)
+        return self.meters.summary(self._fleet.endpoints)
 
-    # -- servers -----------------------------------------------------------------------------------------------------
-
-    async def _first_up(self) -> None:
-        """Wait for the first server, and a moment for others that are as quick."""
-        while all(endpoint.down is not None for endpoint in self._endpoints):
-            await asyncio.sleep(0.005)
-        for _ in range(100):
-            if all(endpoint.down != "not asked yet" for endpoint in self._endpoints):
-                return
-            await asyncio.sleep(0.01)
-
-    async def _watch(self, endpoint: Endpoint) -> None:
-        """Bring a server in while it is down; ask it how it fares while it is up."""
-        pause, longest_pause = BACKOFF_S
-        heard = time.monotonic()
-        while True:
-            try:
-                if endpoint.down is not None:
-                    await self._admit(endpoint)
-                    pause = BACKOFF_S[0]
-                endpoint.adapt(await endpoint.probe_load(self._probing))
-                heard = time.monotonic()
-                self._wake.set()
-            except RetryableError as error:
-                if endpoint.down is not None:
-                    self._is_down(endpoint, str(error))
-                elif time.monotonic() - heard > SILENT_S:
-                    self._is_down(endpoint, f"{endpoint.url} has not answered for {SILENT_S:.0f} s")
-            if endpoint.down is None:
-                await asyncio.sleep(POLL_S)
-            else:
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, longest_pause, max(self._patience_s / 4, BACKOFF_S[0]))
-
-    async def _admit(self, endpoint: Endpoint) -> None:
-        """See that it answers and serves the model asked for, with room for our prompts."""
-        served = await endpoint.served_model(self._probing)
-        if served is not None and not is_model(served, self._model, self._checkpoint):
-            raise InputError(f"{endpoint.url} serves {served}, but `model` is {self._model}")
-        if served is None and not endpoint.answered:
-            print(f"{endpoint.url} does not tell which model it serves: taken on trust", file=sys.stderr, flush=True)
-        await endpoint.read_info(self._probing)
-        context = endpoint.info.get("context_length")
-        if isinstance(context, int) and context < self._context_length:
-            raise InputError(
-                f"{endpoint.url} has come up with a context of {context} tokens, less than the "
-                f"{self._context_length} of the others, by which the prompts were checked; start it like them"
-            )
-        endpoint.up()
-        self._all_down_since = None
-
-    def _is_down(self, endpoint: Endpoint, why: str) -> None:
-        """Take it out; give the run up where no server has been there for too long.
-
-        Raises:
-            InputError: nobody has answered for longer than the patience.
-        """
-        if endpoint.down is None:
-            endpoint.lost(why)
-        endpoint.down = why
-        self._say_failing(endpoint, why)
-        if any(other.down is None for other in self._endpoints):
-            return
-        now = time.monotonic()
-        if self._all_down_since is None:
-            self._all_down_since = now
-        if now - self._all_down_since > self._patience_s:
-            raise self._given_up(now - self._all_down_since, why)
-
-    def _find_context_length(self) -> int:
-        """Tokens of prompt and answer together: what the servers say, else (SGLang at its default) the checkpoint's."""
-        told = [endpoint.info.get("context_length") for endpoint in self._endpoints if endpoint.down is None]
-        default = ModelConfig.from_checkpoint(self._checkpoint).max_position_embeddings
-        return min((length if isinstance(length, int) else default for length in told), default=default)
-
-    def _longest_prompt(self) -> int:
-        """Tokens: SGLang refuses prompts from its `max_req_input_len` on, a few below the context's length."""
-        told = [endpoint.info.get("max_req_input_len") for endpoint in self._endpoints if endpoint.down is None]
-        return min((limit - 1 for limit in told if isinstance(limit, int)), default=self._context_length - 2)
-
-    def _say_seeds_ignored(self) -> None:
-        for endpoint in self._endpoints:
-            if self._config.temperature > 0 and endpoint.info.get("enable_deterministic_inference") is False:
-                print(SEEDS_IGNORED.format(url=endpoint.url), file=sys.stderr, flush=True)
+    def _without_suspects(self, error: BaseException) -> BaseException:
+        """Throw away what a server may have answered with another model; the error then says so, too."""
+        kept = self._fleet.suspect_from
+        if kept is None:
+            return error
+        suspects = len(self._journal) - kept
+        self._journal.cut_back(kept)
+        return InputError(
+            f"{error}: it has changed its model during the run. The last {suspects} completions, written since it was "
+            f"seen to serve the right one, are thrown away; {kept} are kept in {self._journal.folder}: start again "
+            f"with the right server to go on from there"
+        )
 
     # -- the work ----------------------------------------------------------------------------------------------------
 
@@ -278,7 +186,7 @@ class Client:
         """Hand out work to whoever has room until there is none left."""
         while True:
             self._wake.clear()
-            while self._judging < MOST_JUDGED and (endpoint := self._freest()) is not None:
+            while self._judging < MOST_JUDGED and (endpoint := self._fleet.freest()) is not None:
                 if (job := self._take()) is None:
                     break
                 endpoint.in_flight += 1
@@ -287,10 +195,6 @@ class Client:
             if self._schedule.finished:
                 return
             await self._wake.wait()
-
-    def _freest(self) -> Endpoint | None:
-        free = [endpoint for endpoint in self._endpoints if endpoint.free]
-        return min(free, key=lambda endpoint: endpoint.in_flight / endpoint.limit, default=None)
 
     def _take(self) -> _Job | None:
         if self._ready:
@@ -302,7 +206,7 @@ class Client:
         """One try of one request, and all that comes of it."""
         job.sent = time.monotonic()
         try:
-            row, extra = await self._asker.answer(endpoint, self._session, job.wanted, self._context_length)
+            row, extra = await self._asker.answer(endpoint, self._session, job.wanted, self._fleet.context_length)
         except RetryableError as error:
             endpoint.in_flight -= 1
             self._under_way.discard(job)
@@ -313,7 +217,7 @@ class Client:
         endpoint.succeeded()
         self._under_way.discard(job)
         self._wake.set()
-        self._said_failing = False
+        self._fleet.answered()
         self._answered_at = time.monotonic()
         self._well += 1
         self.meters.answer(row.prompt_tokens, row.completion_tokens)
@@ -344,18 +248,18 @@ class Client:
         job.answered_then.setdefault(endpoint, endpoint.answered)
         job.failures[endpoint] += error.own
         loop = asyncio.get_running_loop()
-        if rest_s := endpoint.failed(*BACKOFF_S):
+        if rest_s := endpoint.failed(*fleet.BACKOFF_S):
             loop.call_later(rest_s, self._wake.set)
         if error.lost and endpoint.down is None:
-            self._is_down(endpoint, str(error))
-        self._say_failing(endpoint, str(error))
+            self._fleet.is_down(endpoint, str(error))
+        self._fleet.say_failing(endpoint, str(error))
         if await self._is_poisoned(endpoint, job, error):
             self._aborted += 1
             await self._deliver(job, self._asker.row(job.wanted, "abort", "", 0), {})
             return
         # Spread out: not all at once again.
         loop.call_later(job.pause * random.uniform(0.5, 1.5), self._again, job)
-        job.pause = min(2 * job.pause, BACKOFF_S[1])
+        job.pause = min(2 * job.pause, fleet.BACKOFF_S[1])
 
     def _again(self, job: _Job) -> None:
         self._ready.append(job)
@@ -373,34 +277,16 @@ class Client:
             return often
         # That others answer shows nothing: it may be this server that is not well.
         silent_s = now - max(job.failing_since, self._answered_at)
-        if silent_s <= self._patience_s:
+        if silent_s <= self._fleet.patience_s:
             return False
         # Nothing was answered for long. That may be because the others' answers take long.
-        if any(other.sent < now - self._patience_s / 2 for other in self._under_way):
-            if await self._any_healthy("/health"):
+        if any(other.sent < now - self._fleet.patience_s / 2 for other in self._under_way):
+            if await self._fleet.any_healthy("/health"):
                 return False
         # Or because only requests that fail are left: a server has answered others and still generates.
-        elif self._well and not self._under_way and await self._any_healthy("/health_generate"):
+        elif self._well and not self._under_way and await self._fleet.any_healthy("/health_generate"):
             return often
-        raise self._given_up(silent_s, str(error)) from None
-
-    async def _any_healthy(self, path: str) -> bool:
-        return any(await asyncio.gather(*(e.healthy(self._probing, path) for e in self._endpoints)))
-
-    def _say_failing(self, endpoint: Endpoint, why: str) -> None:
-        now = time.monotonic()
-        if not self._said_failing and now - self._said_at >= PROGRESS_S:
-            self._said_failing, self._said_at = True, now
-            limit = f"trying again for up to {self._patience_s:.0f} s"
-            print(f"{endpoint.url}: {why}; {limit}", file=sys.stderr, flush=True)
-
-    def _given_up(self, silent_s: float, why: str) -> InputError:
-        urls = ", ".join(endpoint.url for endpoint in self._endpoints)
-        return InputError(
-            f"{urls} {'has' if len(self._endpoints) == 1 else 'have'} given no answer for {silent_s:.0f} s (last: "
-            f"{why}); {len(self._journal)} completions are kept in {self._journal.folder}: start again to go "
-            f"on from there"
-        )
+        raise self._fleet.given_up(silent_s, str(error)) from None
 
     async def _report(self, screen: Screen) -> None:
         """A progress line every PROGRESS_S."""
@@ -409,4 +295,4 @@ class Client:
         while True:
             await asyncio.sleep(PROGRESS_S)
             self._journal.sync()  # answers may be far apart, and only an append finds that a sync is due
-            screen.show(self.meters.line(self._schedule.expected, self._endpoints))
+            screen.show(self.meters.line(self._schedule.expected, self._fleet.endpoints))

@@ -1,22 +1,29 @@
-"""One server as the client sees it: up or down, how much it is given to do, and what it says of itself."""
+"""One server as the client sees it: up or down, how much it is given to do, and what it says of itself.
+
+What a server sends is read up to a limit, checked, and never acted on: a redirect is not followed, a compressed body is
+not unpacked, a cookie is not kept.
+"""
 
 import asyncio
 import contextlib
 import itertools
 import json
 import math
+import os
 import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import aiohttp
 
 from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import model_name
+from micota_fast.common.schema import Bounds, from_json
 from micota_fast.common.terminal import one_line
+from micota_fast.common.urls import basic_authorization, hide_credentials
 from micota_fast.errors import InputError
 
 RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
@@ -26,9 +33,14 @@ PROBE_TIMEOUT_S = 30.0
 HALVED_EVERY_S = 1.0
 RESTS_AFTER = 8  # failures in a row
 FIRST_LIMIT = 64  # requests in flight before the server has said how it fares
-JSON = {"Content-Type": "application/json"}
+PAGE_BYTES = 4 << 20  # of what a server says of itself
+NOT_ASKED = "no reply yet"
+SHOWN_CHARACTERS = 500  # of a server's message
+HEADERS = {"Accept-Encoding": "identity"}
 _OURS = uuid.uuid4().hex  # how the ids of this process's requests begin
 _numbers = itertools.count()
+_MOST = 1 << 32  # of anything that a server counts
+_Positive = Annotated[int, Bounds(1, _MOST)]
 
 
 class RetryableError(Exception):
@@ -44,6 +56,29 @@ class RetryableError(Exception):
 
 
 @dataclass(frozen=True)
+class ServerInfo:
+    """A server's settings as it states them; None: it does not say.
+
+    `context_length`: tokens of prompt and answer together. `max_req_input_len`: a prompt of this many is refused.
+    """
+
+    context_length: _Positive | None = None
+    max_req_input_len: _Positive | None = None
+    enable_deterministic_inference: bool | None = None
+    device: str | None = None
+    tp_size: _Positive | None = None
+    dp_size: _Positive | None = None
+    pp_size: _Positive | None = None
+
+    @property
+    def gpus(self) -> int | None:
+        """GPUs that it uses; None: not known."""
+        if self.device != "cuda" or self.tp_size is None:
+            return None
+        return self.tp_size * (self.dp_size or 1) * (self.pp_size or 1)
+
+
+@dataclass(frozen=True)
 class Load:
     """What a server says of its work."""
 
@@ -56,14 +91,13 @@ def parse_load(body: Any) -> Load | None:
     """SGLang's /v1/loads, its data-parallel ranks added up; None where the body is nothing of that kind."""
     try:
         ranks = body["loads"]
-        usage = [rank["token_usage"] for rank in ranks if isinstance(rank.get("token_usage"), int | float)]
-        return Load(
-            running=sum(int(rank["num_running_reqs"]) for rank in ranks),
-            waiting=sum(int(rank["num_waiting_reqs"]) for rank in ranks),
-            usage=sum(usage) / len(usage) if usage else None,
-        )
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        usage = [used for rank in ranks if type(used := rank.get("token_usage")) in (int, float) and 0 <= used < 2]
+        counts = [rank[key] for rank in ranks for key in ("num_running_reqs", "num_waiting_reqs")]
+    except (AttributeError, KeyError, TypeError):
         return None
+    if not all(type(count) is int and 0 <= count <= _MOST for count in counts):
+        return None
+    return Load(sum(counts[::2]), sum(counts[1::2]), sum(usage) / len(usage) if usage else None)
 
 
 class Endpoint:
@@ -77,16 +111,21 @@ class Endpoint:
     """
 
     def __init__(self, url: str, most: int) -> None:
-        self.url = url
+        self.url = hide_credentials(url)
         self.most = most
         self.limit = float(min(most, FIRST_LIMIT))
         self.in_flight = 0
         self.timeouts: set[asyncio.Timeout] = set()  # of the requests in flight, to break them off
         self.load: Load | None = None
-        self.info: dict[str, Any] = {}
-        self.down: str | None = "not asked yet"
+        self.info = ServerInfo()
+        self.down: str | None = NOT_ASKED
+        self.heard = False  # it has replied, be it that it is not ready yet
         self.answered = 0
-        self._headers = JSON
+        self.unchecked = 0  # answers since it was last asked which model it serves
+        self.written_then = 0  # answers that the run had written by then
+        authorization = basic_authorization(url)
+        self._headers = HEADERS if authorization is None else HEADERS | {"Authorization": authorization}
+        self._reuse = True  # connections
         self._adapted = False
         self._halved_at = -math.inf
         self._work_again()
@@ -106,6 +145,7 @@ class Endpoint:
     def succeeded(self) -> None:
         """It has answered a request."""
         self.answered += 1
+        self.unchecked += 1
         self._work_again()
 
     def failed(self, shortest_s: float, longest_s: float) -> float:
@@ -150,8 +190,16 @@ class Endpoint:
         elif load.waiting <= slack // 2 and self.in_flight >= int(self.limit) and (load.usage or 0.0) < 0.95:
             self.limit = min(float(self.most), self.limit + max(1.0, self.limit / 4))
 
-    async def ask(self, session: aiohttp.ClientSession, body: Mapping[str, Any], timeout_s: float) -> Any:
-        """POST /generate; the decoded answer.
+    async def ask(
+        self, session: aiohttp.ClientSession, body: Mapping[str, Any], timeout_s: float, most_bytes: int
+    ) -> dict[str, Any]:
+        """POST /generate and return the decoded answer.
+
+        Args:
+            session: see `client_session`.
+            body: of the request, without an id.
+            timeout_s: seconds until it must be answered.
+            most_bytes: that an answer to this request can have.
 
         Raises:
             RetryableError: another try may succeed, here or elsewhere.
@@ -163,70 +211,70 @@ class Endpoint:
             async with asyncio.timeout(timeout_s) as timeout:
                 self.timeouts.add(timeout)
                 try:
-                    async with session.post(self.url + "/generate", data=data, headers=self._headers) as response:
-                        content = await response.read()
-                        if response.status == 200:
-                            answer = parse_json(content, "its answer", object, finite=False)
-                            if _is_anothers(answer, rid):
-                                # Whatever comes on that connection is off by one from now on, and it is among the
-                                # idle ones again: this server has each connection for one request from now on.
-                                self._headers = JSON | {"Connection": "close"}
-                                raise RetryableError("the answer to another request came", own=False)
-                            return answer
+                    status, content = await self._exchange(session, "POST", "/generate", most_bytes, data)
                 finally:
                     self.timeouts.discard(timeout)
         except aiohttp.ClientConnectorError as error:
             raise RetryableError(f"{type(error).__name__}: {error}", own=False, lost=True) from None
-        except (aiohttp.ClientError, TimeoutError, OSError, InputError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, EOFError, ValueError) as error:
             if self.down is not None:
                 raise RetryableError(self.down, own=False) from None
             what = f"no answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
             no_http = isinstance(error, aiohttp.ClientResponseError)  # but what an answer before it has left behind
             raise RetryableError(f"{type(error).__name__}: {what}", own=not no_http) from None
+        if status == 200:
+            answer = _decoded(content, "its answer")
+            if _is_anothers(answer, rid):
+                # Whatever comes on that connection is off by one from now on, and it is among the idle ones again:
+                # this server has each connection for one request from now on.
+                self._reuse = False
+                raise RetryableError("the answer to another request came", own=False)
+            return answer
         message = _message(content)
-        if response.status in RETRY_STATUSES:
-            if response.status in BUSY_STATUSES:
-                self.busy()
-            raise RetryableError(f"HTTP {response.status}: {message}", own=response.status not in BUSY_STATUSES)
-        raise InputError(f"{self.url} refused it with HTTP {response.status}: {message}")
+        if 400 <= status < 500 and status not in RETRY_STATUSES:
+            raise InputError(f"{self.url} refused it with HTTP {status}: {message}")
+        if status in BUSY_STATUSES:
+            self.busy()
+        raise RetryableError(f"HTTP {status}: {message}", own=status not in BUSY_STATUSES)
 
     async def healthy(self, session: aiohttp.ClientSession, path: str) -> bool:
         """Whether GET `path` answers 200."""
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S), session.get(self.url + path) as response:
-                return response.status == 200
-        except (aiohttp.ClientError, TimeoutError, OSError):
+            return (await self._get(session, path))[0] == 200
+        except RetryableError:
             return False
 
     async def probe_load(self, session: aiohttp.ClientSession) -> Load | None:
         """What it says of its load, and None where it has no such page.
 
         Raises:
-            RetryableError: it does not answer at all.
+            RetryableError: it does not answer, or what it says is not JSON.
         """
-        status, content = await self._get(session, "/v1/loads?include=core")
-        if status != 200:
-            return None
-        with contextlib.suppress(InputError):
-            return parse_load(parse_json(content, self.url, object, finite=False))
-        return None
+        path = "/v1/loads?include=core"
+        status, content = await self._get(session, path)
+        return parse_load(_decoded(content, path)) if status == 200 else None
 
     async def read_info(self, session: aiohttp.ClientSession) -> None:
-        """Its settings into `info`; nothing where it does not tell (a router, say)."""
-        self.info = {}
+        """Its settings into `info`; nothing where it does not tell (a router, say).
+
+        Raises:
+            RetryableError: it does not answer, or states a setting that cannot be.
+        """
+        self.info = ServerInfo()
         for path in ("/server_info", "/get_server_info"):  # newer and older name
-            with contextlib.suppress(RetryableError, InputError):
-                status, content = await self._get(session, path)
-                if status == 200:
-                    self.info = parse_json(content, self.url, finite=False)
-                    return
+            status, content = await self._get(session, path)
+            if status == 200:
+                try:
+                    self.info = from_json(ServerInfo, _decoded(content, path), path)
+                except InputError as error:
+                    raise RetryableError(str(error)) from None
+                return
 
     async def served_model(self, session: aiohttp.ClientSession) -> str | None:
         """Name or folder of what it serves; None where it does not tell.
 
         Raises:
-            RetryableError: it does not answer, or is not up yet.
-            InputError: the URL is none.
+            RetryableError: it does not answer, is not up yet, or what it says cannot be a name.
         """
         for path in ("/get_model_info", "/model_info"):
             status, content = await self._get(session, path)
@@ -234,20 +282,62 @@ class Endpoint:
                 raise RetryableError(f"HTTP {status}: {_message(content)}")
             if status != 200:
                 continue
-            with contextlib.suppress(InputError):
-                info = parse_json(content, self.url, finite=False)
-                if isinstance(info.get("model_path"), str):
-                    return str(info["model_path"])
+            served = _decoded(content, path).get("model_path")
+            if isinstance(served, str):
+                if not served or len(served) > SHOWN_CHARACTERS or any(ord(c) < 32 or ord(c) == 127 for c in served):
+                    raise RetryableError(f"{path}: key 'model_path' cannot be a name or folder: {served[:60]!r}")
+                return served
         return None
 
     async def _get(self, session: aiohttp.ClientSession, path: str) -> tuple[int, bytes]:
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S), session.get(self.url + path) as response:
-                return response.status, await response.read()
-        except aiohttp.InvalidURL:
-            raise InputError(f"`url`: {self.url!r} is no address of a server") from None
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                status, content = await self._exchange(session, "GET", path, PAGE_BYTES)
+        except (aiohttp.ClientError, TimeoutError, OSError, EOFError, ValueError) as error:
             raise RetryableError(f"{type(error).__name__}: {error}") from None
+        self.heard = self.heard or status == 200 or status in UNAVAILABLE_STATUSES
+        return status, content
+
+    async def _exchange(
+        self, session: aiohttp.ClientSession, method: str, path: str, most_bytes: int, data: str | None = None
+    ) -> tuple[int, bytes]:
+        """Status and body of a reply.
+
+        Raises:
+            RetryableError: it is larger than `most_bytes`, compressed, or a redirect.
+        """
+        headers = self._headers
+        if data is not None:
+            headers = headers | {"Content-Type": "application/json"} | ({} if self._reuse else {"Connection": "close"})
+        async with session.request(
+            method, self.url + path, data=data, headers=headers, allow_redirects=False
+        ) as response:
+            if 300 <= response.status < 400:
+                where = hide_credentials(response.headers.get("Location", "nowhere"))[:SHOWN_CHARACTERS]
+                raise RetryableError(
+                    f"HTTP {response.status}: it redirects {path} to {where!r}; redirects are not followed, so that "
+                    f"prompts go to the servers that `url` names and nowhere else"
+                )
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if encoding != "identity":
+                raise RetryableError(f"it sent {path} compressed ({encoding[:60]!r}), though it was asked not to")
+            parts, size = [], 0
+            async for part in response.content.iter_any():
+                parts.append(part)
+                size += len(part)
+                if size > most_bytes:
+                    raise RetryableError(f"it sent more than the {most_bytes:,} bytes that a reply to {path} can have")
+            return response.status, b"".join(parts)
+
+
+def client_session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+    """Return a session for `Endpoint`: it unpacks nothing, keeps no cookie, and limits only the time to connect."""
+    return aiohttp.ClientSession(
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=30.0),
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
 
 
 def is_model(served: str, wanted: str, checkpoint: Path) -> bool:
@@ -256,7 +346,7 @@ def is_model(served: str, wanted: str, checkpoint: Path) -> bool:
     That is the same folder or hub name; or, as another machine's folders lie elsewhere, the same last component.
     """
     theirs = Path(served)
-    if served == wanted or checkpoint.resolve() == theirs.resolve():
+    if served == wanted or os.path.realpath(checkpoint) == os.path.realpath(served):
         return True
     # NAME/model is called NAME: of our own making, all of them end in `model`.
     last = theirs.parent.name if theirs.name == "model" else theirs.name
@@ -272,9 +362,17 @@ def _is_anothers(answer: Any, rid: str) -> bool:
     return isinstance(named, str) and named.startswith(_OURS) and named != rid
 
 
+def _decoded(content: bytes, what: str) -> dict[str, Any]:
+    """The JSON object that a server sent."""
+    try:
+        return dict(parse_json(content, what))
+    except InputError as error:
+        raise RetryableError(str(error)) from None
+
+
 def _message(content: bytes) -> str:
     """What an error body says."""
-    try:
-        return one_line(str(parse_json(content, "")["error"]["message"]))
-    except (InputError, KeyError, TypeError):
-        return one_line(content.decode(errors="replace")[:500])
+    text = content.decode(errors="replace")
+    with contextlib.suppress(InputError, KeyError, TypeError):
+        text = str(parse_json(content, "error")["error"]["message"])
+    return one_line(text[:SHOWN_CHARACTERS])

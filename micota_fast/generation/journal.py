@@ -279,6 +279,29 @@ class Journal:
         with self._errors():
             self._index.settle_record(entry, verdict)
 
+    def cut_back(self, length: int) -> None:
+        """Remove all rows but the first `length`; arrays taken from `entries` before must not be read any more.
+
+        Killed in the middle, the next journal raises InputError: the index then names rows that are gone, and without
+        it those that are left are taken up.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        with self._errors():
+            self._sync()
+            entries = self._index.entries()
+            if length >= len(entries):
+                return
+            segment, offset = (int(entries[name][length]) for name in ("segment", "offset"))
+            for path in self._segments()[segment + 1 :]:
+                path.unlink()
+            self._open_segment(segment)
+            os.ftruncate(self._segment_fd, offset)
+            os.fsync(self._segment_fd)
+            self._index.cut_back(length)
+            self._segment, self._offset = segment, offset
+
     def sync(self) -> None:
         """Bring every row and the index to the disk.
 

@@ -96,6 +96,16 @@ class Index:
         """Cut off what follows the records that are known."""
         os.ftruncate(self._fd, self._written * _SIZE)
 
+    def cut_back(self, length: int) -> None:
+        """Remove the file's records but the first `length`; nothing may be pending."""
+        gone = self.entries()[length:]
+        for problem, sample in zip(gone["problem"].tolist(), gone["sample"].tolist(), strict=True):
+            self._pairs.remove(problem, sample)
+        self._written = length
+        self._mapped = np.empty(0, ENTRY)
+        self.cut()
+        os.fsync(self._fd)
+
     def move(self, path: Path) -> None:
         """Give the file another name."""
         self.path = self.path.replace(path)

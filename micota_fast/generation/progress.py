@@ -69,7 +69,7 @@ class Meters:
 
     def gpu_seconds(self, endpoints: Sequence[Endpoint]) -> float | None:
         """GPU-seconds an accepted answer (an answer, where nothing is judged) has taken; None: no GPUs are known of."""
-        gpus = [_gpus(endpoint.info) for endpoint in endpoints]
+        gpus = [endpoint.info.gpus for endpoint in endpoints]
         got = self.done - self.done_before if self.accepted is None else self.accepted - self.accepted_before
         if None in gpus or got <= 0:
             return None
@@ -91,17 +91,6 @@ class Meters:
             "gpu_seconds_per_answer": self.gpu_seconds(endpoints),
             "answered_by": {endpoint.url: endpoint.answered for endpoint in endpoints},
         }
-
-
-def _gpus(info: dict[str, Any]) -> int | None:
-    """GPUs of a server, by its own settings."""
-    sizes = [info.get(name) for name in ("tp_size", "dp_size", "pp_size")]
-    if info.get("device") != "cuda" or not isinstance(sizes[0], int):
-        return None
-    number = 1
-    for size in sizes:
-        number *= size if isinstance(size, int) else 1
-    return number
 
 
 def _servers(endpoints: Sequence[Endpoint]) -> str:

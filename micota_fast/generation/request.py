@@ -1,7 +1,6 @@
 """One answer: the request or the requests that it takes, and the row that is made of them."""
 
 import hashlib
-from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -9,9 +8,14 @@ import aiohttp
 from micota_fast.common.records import Completion, model_name
 from micota_fast.config.generation import SamplingSettings
 from micota_fast.errors import InputError
-from micota_fast.generation.endpoint import Endpoint, RetryableError
+from micota_fast.generation.endpoint import Endpoint
 from micota_fast.generation.prompts import Prompts
+from micota_fast.generation.reply import Reply, read_reply
 from micota_fast.generation.schedule import Wanted
+
+REPLY_BYTES = 1 << 20  # of a reply besides what grows with its tokens
+ID_BYTES = 24  # of a token's id in JSON, with white space
+LOGPROB_BYTES = 96  # of a triple of log-probability, id and null
 
 
 def derive_seed(seed: int, problem_id: str, sample: int) -> int:
@@ -30,17 +34,6 @@ def sampling_params(config: SamplingSettings) -> dict[str, Any]:
     return params
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """An answer, or the piece of one that one request has brought."""
-
-    text: str
-    reason: str
-    tokens: int
-    ids: list[int]  # empty where the server gives none
-    top_logprobs: list[Any]  # [place] of [k] (token id, log-probability)
-
-
 class Asker:
     """Asks for answers as the settings say: seeds, limits, thinking budget, log-probabilities.
 
@@ -57,6 +50,9 @@ class Asker:
         self._prompts, self._config = prompts, config
         self._params = sampling_params(config)
         self._model_name = model_name(model)
+        # A character of four bytes is escaped as twelve, a control character of one as six.
+        longest = max(len(token.encode()) for token in prompts.chat.tokenizer.get_vocab(with_added_tokens=True))
+        self._token_bytes = 3 * longest + 6
         self._thinking_end = prompts.chat.tokenizer.encode(config.thinking_end, add_special_tokens=False).ids
         known = prompts.chat.vocab_size
         # Either would kill an SGLang server.
@@ -89,7 +85,7 @@ class Asker:
         if budget is not None and parts[0].reason == "length":
             if self._config.thinking_end.strip() not in parts[0].text:
                 end = self._thinking_end
-                parts.append(_Part(self._config.thinking_end, "length", len(end), end, []))
+                parts.append(Reply(self._config.thinking_end, "length", len(end), end, []))
             rest = most - sum(part.tokens for part in parts)
             if rest > 0:
                 ids = [*prompt, *(i for part in parts for i in part.ids)]
@@ -124,7 +120,7 @@ class Asker:
 
     async def _ask(
         self, endpoint: Endpoint, session: aiohttp.ClientSession, wanted: Wanted, ids: list[int], most: int
-    ) -> _Part:
+    ) -> Reply:
         config = self._config
         problem_id = self._prompts.problem(wanted.problem).id
         params = {**self._params, "max_new_tokens": most}
@@ -134,28 +130,18 @@ class Asker:
         if config.top_logprobs:
             body |= {"return_logprob": True, "top_logprobs_num": config.top_logprobs}
         try:
-            answer = await endpoint.ask(session, body, config.request_timeout_s)
+            answer = await endpoint.ask(session, body, config.request_timeout_s, self._most_bytes(most))
         except InputError as error:
             raise InputError(f"problem {problem_id!r}: {error}") from None
-        try:
-            meta = answer["meta_info"]
-            places = meta["output_top_logprobs"] if config.top_logprobs else []
-            part = _Part(
-                text=answer["text"],
-                reason=meta["finish_reason"]["type"],
-                tokens=meta["completion_tokens"],
-                ids=answer.get("output_ids") or [],
-                top_logprobs=[[(i, logprob) for logprob, i, *_ in place] for place in places],
-            )
-            if type(part.text) is not str or type(part.tokens) is not int or not 0 <= part.tokens < 1 << 32:
-                raise ValueError(f"{part.tokens!r} tokens, of text {part.text!r:.60}")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise RetryableError(f"an answer that is not SGLang's: {error!r}") from None
-        if part.reason not in ("stop", "length"):
-            raise RetryableError(f"the server ended the answer with {meta['finish_reason']}")
-        if (config.thinking_budget is not None or config.top_logprobs) and len(part.ids) != part.tokens:
+        reply = read_reply(answer, most, self._prompts.chat.vocab_size, config.top_logprobs)
+        if (config.thinking_budget is not None or config.top_logprobs) and len(reply.ids) != reply.tokens:
             raise InputError(
-                f"{endpoint.url} gives {len(part.ids)} `output_ids` for {part.tokens} tokens: "
-                f"`thinking_budget` and `top_logprobs` need them"
+                f"{endpoint.url} gives no `output_ids` for {reply.tokens} tokens: `thinking_budget` and "
+                f"`top_logprobs` need them"
             )
-        return part
+        return reply
+
+    def _most_bytes(self, tokens: int) -> int:
+        """Bytes that an honest reply of so many tokens can have, whatever JSON escapes and SGLang adds."""
+        places = self._config.top_logprobs + 1 if self._config.top_logprobs else 0
+        return REPLY_BYTES + tokens * (self._token_bytes + ID_BYTES + places * LOGPROB_BYTES)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from micota_fast.common.urls import hide_credentials
 from micota_fast.config.evaluation import EvaluateConfig
 from micota_fast.config.generation import GenerateConfig
 from micota_fast.errors import InputError
@@ -38,7 +39,7 @@ def named_urls(config: GenerateConfig | EvaluateConfig) -> list[str] | None:
     if config.url is None:
         return None
     urls = [_checked_url(url) for url in ([config.url] if isinstance(config.url, str) else config.url)]
-    if len(set(urls)) != len(urls):
+    if len(set(map(hide_credentials, urls))) != len(urls):
         raise InputError("`url` names a server twice")
     return urls
 
@@ -46,9 +47,11 @@ def named_urls(config: GenerateConfig | EvaluateConfig) -> list[str] | None:
 def _checked_url(url: str) -> str:
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not set(url) & set(" \t\n")
-    except ValueError:  # a port that is no number, brackets that do not match
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isprintable()
+        good = good and not set(url) & set(" ?#")
+    except ValueError:  # a port that is not a number, brackets that do not match
         good = False
     if not good:
-        raise InputError(f"`url`: {url!r} is no address of a server; it looks like http://localhost:30000")
+        shown = url.rpartition("@")[2]  # a password with a slash in it is not where a URL has one
+        raise InputError(f"`url`: {shown!r} is not the address of a server; it looks like http://localhost:30000")
     return url.rstrip("/")

@@ -29,7 +29,7 @@ from micota_fast.common.records import Completion, Problem, read_completions, wr
 from micota_fast.config.generation import ChatConfig, GenerateConfig, ServeConfig
 from micota_fast.errors import InputError
 from micota_fast.generation import client as http_client
-from micota_fast.generation import generate
+from micota_fast.generation import fleet, generate
 from micota_fast.generation.generate import Generation, model_fingerprint
 from micota_fast.generation.journal import Journal
 from micota_fast.generation.request import derive_seed
@@ -218,7 +218,7 @@ def test_sigkill_of_the_server(
     tmp_path: Path, corpus: Path, qwen2_checkpoint: Path, problems: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client waits, gives up cleanly, keeps its rows; with the server back it ends with the same bytes."""
-    monkeypatch.setattr(http_client, "PATIENCE_URL_S", 1.0)
+    monkeypatch.setattr(fleet, "PATIENCE_URL_S", 1.0)
     out, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
     port = free_port()
     serve = ServeConfig(dtype="float64", port=port)
@@ -277,7 +277,7 @@ def answer(body: dict[str, Any], reason: str = "stop") -> dict[str, Any]:
 def test_faults_are_retried_until_each_sample_is_there_once(
     tmp_path: Path, qwen2_checkpoint: Path, problems: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_client, "BACKOFF_S", (0.005, 0.02))
+    monkeypatch.setattr(fleet, "BACKOFF_S", (0.005, 0.02))
     seen: dict[str, int] = {}
     faults = ["429", "500", "503", "reset", "truncated", "not json", "wrong shape", "abort", "short body"]
 
@@ -466,7 +466,7 @@ def test_folders_called_model_are_told_apart(
     "url", ["localhost:30000", "http://", "http://a:port", "http://[::1", "ftp://a:1", "http://a b:3"]
 )
 def test_what_is_no_url_is_refused_at_once(url: str, tmp_path: Path, qwen2_checkpoint: Path, problems: Path) -> None:
-    with pytest.raises(InputError, match="no address of a server"):
+    with pytest.raises(InputError, match="not the address of a server"):
         generate.run(config(qwen2_checkpoint, problems, tmp_path / "out.jsonl", url))
     assert list(tmp_path.iterdir()) == []
 
@@ -512,8 +512,8 @@ def test_one_poisoned_request_neither_ends_the_run_nor_keeps_it(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(http_client, "BACKOFF_S", (0.005, 0.02))
-    monkeypatch.setattr(http_client, "PATIENCE_URL_S", 0.5)
+    monkeypatch.setattr(fleet, "BACKOFF_S", (0.005, 0.02))
+    monkeypatch.setattr(fleet, "PATIENCE_URL_S", 0.5)
     poison: list[int] = []
     tries: list[int] = []
 
@@ -549,8 +549,8 @@ def test_one_poisoned_request_neither_ends_the_run_nor_keeps_it(
 def test_a_server_that_fails_on_everything_is_given_up_on_though_it_calls_itself_healthy(
     tmp_path: Path, qwen2_checkpoint: Path, problems: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_client, "BACKOFF_S", (0.005, 0.02))
-    monkeypatch.setattr(http_client, "PATIENCE_URL_S", 0.5)
+    monkeypatch.setattr(fleet, "BACKOFF_S", (0.005, 0.02))
+    monkeypatch.setattr(fleet, "PATIENCE_URL_S", 0.5)
 
     async def handler(http: web.Request) -> web.StreamResponse:
         return web.json_response({"error": {"message": "broken"}}, status=500)
@@ -563,8 +563,8 @@ def test_long_answers_and_a_few_faults_are_no_silence(
     tmp_path: Path, qwen2_checkpoint: Path, problems: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request fails early, one late, each once, while no answer comes for longer than the patience."""
-    monkeypatch.setattr(http_client, "BACKOFF_S", (0.005, 0.02))
-    monkeypatch.setattr(http_client, "PATIENCE_URL_S", 0.3)
+    monkeypatch.setattr(fleet, "BACKOFF_S", (0.005, 0.02))
+    monkeypatch.setattr(fleet, "PATIENCE_URL_S", 0.3)
     started = time.monotonic()
     tries: dict[str, int] = {}
 

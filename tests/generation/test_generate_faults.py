@@ -27,7 +27,7 @@ from micota_fast.common.records import Problem, read_completions, write_rows
 from micota_fast.config.corpus import FilterSettings
 from micota_fast.config.generation import ChatConfig, GenerateConfig
 from micota_fast.errors import InputError
-from micota_fast.generation import client, endpoint, generate
+from micota_fast.generation import client, endpoint, fleet, generate
 from micota_fast.generation.request import derive_seed
 
 PROBLEMS, SAMPLES = 200, 4
@@ -36,8 +36,8 @@ CHAT = ChatConfig(system=None, prompt="{problem}")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "BACKOFF_S", (0.005, 0.05))
-    monkeypatch.setattr(client, "POLL_S", 0.05)
+    monkeypatch.setattr(fleet, "BACKOFF_S", (0.005, 0.05))
+    monkeypatch.setattr(fleet, "POLL_S", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def running(request: GenerateConfig) -> Iterator[None]:
 def test_servers_that_are_dead_die_hang_and_refuse_leave_their_work_to_the_others(
     config: Configure, tmp_path: Path, clean: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "SILENT_S", 0.5)
+    monkeypatch.setattr(fleet, "SILENT_S", 0.5)
     monkeypatch.setattr(endpoint, "PROBE_TIMEOUT_S", 0.25)
     with contextlib.ExitStack() as stack:
         slow = Plan(delays_s=(0.02, 0.06))
@@ -219,7 +219,7 @@ def test_a_server_that_fails_on_everything_costs_no_answer(
     fault: str, config: Configure, tmp_path: Path, clean: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is up and always free, so that it could have every request fail; each is answered by the other."""
-    monkeypatch.setattr(client, "BACKOFF_S", (0.05, 1.0))
+    monkeypatch.setattr(fleet, "BACKOFF_S", (0.05, 1.0))
     always = Plan(faults=(fault,) * 100, tries=100)
     with FaultyServer(tmp_path, always) as broken, FaultyServer(tmp_path, Plan(delays_s=(0.02, 0.06))) as well:
         request = config([broken.url, well.url], concurrency=16, limit=60)

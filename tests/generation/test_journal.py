@@ -109,6 +109,47 @@ def test_verdicts_can_change(tmp_path: Path) -> None:
         assert next(journal.rows(np.array([4000]))) == encode_row({"a": 4000})
 
 
+@pytest.mark.parametrize("kept", [0, 1, 13, 39, 40])
+def test_rows_that_are_cut_back_are_gone_and_others_can_follow(tmp_path: Path, small_segments: None, kept: int) -> None:
+    """Whether they were synced or not, over several segments, and also when the journal is opened again."""
+    folder = tmp_path / "o.parts"
+    with Journal(folder, FINGERPRINT, NEVER) as journal:
+        for i in range(30):
+            append(journal, i)
+        journal.sync()
+        for i in range(30, 40):
+            append(journal, i)
+        assert len(list(folder.glob("0*.jsonl"))) > 3
+        journal.cut_back(kept)
+        assert len(journal) == kept
+        assert [journal.contains(i // 2, i % 2) for i in range(40)] == [i < kept for i in range(40)]
+        assert texts(journal) == expected(range(kept))
+        append(journal, 39) if kept < 40 else None
+    with Journal(folder, FINGERPRINT) as journal:
+        assert (journal.cut_bytes, journal.duplicates) == (0, 0)
+        assert texts(journal) == expected(range(kept)) + expected(range(39, 40))[: kept < 40]
+        for i in range(kept, 39):
+            append(journal, i)
+        assert texts(journal) == expected(range(40))
+
+
+def test_killed_while_it_cuts_back_rows_never_return_by_themselves(
+    tmp_path: Path, small_segments: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "o.parts"
+    with Journal(folder, FINGERPRINT, NEVER) as journal:
+        for i in range(40):
+            append(journal, i)
+        monkeypatch.setattr(module.Index, "cut_back", lambda self, length: None)  # it does not come to that any more
+        journal.cut_back(13)
+        journal._closed = True  # nor to a sync
+    with pytest.raises(InputError, match=r"ends at byte \d+, but .*index.bin names rows.*delete index.bin to go on"):
+        Journal(folder, FINGERPRINT)
+    (folder / "index.bin").unlink()
+    with Journal(folder, FINGERPRINT) as journal:
+        assert texts(journal) == expected(range(13))
+
+
 def test_another_fingerprint_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     with Journal(tmp_path / "j", FINGERPRINT) as journal:
         append(journal, 0)

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from micota_fast.generation.endpoint import Endpoint, Load, parse_load
+from micota_fast.generation.endpoint import Endpoint, Load, ServerInfo, parse_load
 from micota_fast.generation.progress import Meters, Screen
 
 
@@ -19,8 +19,8 @@ def endpoints() -> list[Endpoint]:
     first, second = Endpoint("http://a:1", 99), Endpoint("http://b:1", 99)
     first.up()
     first.in_flight, first.load = 30, Load(running=28, waiting=2, usage=0.5)
-    first.info = {"device": "cuda", "tp_size": 2, "dp_size": 2}
-    second.info = {"device": "cuda", "tp_size": 2}
+    first.info = ServerInfo(device="cuda", tp_size=2, dp_size=2)
+    second.info = ServerInfo(device="cuda", tp_size=2)
     return [first, second]
 
 
