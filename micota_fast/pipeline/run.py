@@ -21,6 +21,7 @@ from micota_fast.common.fingerprint import Fingerprints, differences, of_json
 from micota_fast.common.json_io import as_read_back, read_json_if_there, write_json
 from micota_fast.common.lock import RUN_ENDS_S, locked
 from micota_fast.common.schema import from_json
+from micota_fast.common.urls import hide_credentials
 from micota_fast.config import loader
 from micota_fast.config.recipe import LaunchConfig, Recipe
 from micota_fast.errors import InputError
@@ -300,6 +301,10 @@ class Run:
             )
         making = _read(Making, folder / MAKING)
         assert making is not None
+        # It was needed to reach a server; what stays is passed around.
+        options = (folder / "config.yaml").read_text(encoding="utf-8")
+        if (shown := hide_credentials(options)) != options:
+            write_atomic(folder / "config.yaml", [shown.encode()])
         record = {
             "stage": stage.name,
             "command": process.command,

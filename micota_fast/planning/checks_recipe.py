@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import constants, get_token
 from packaging.requirements import Requirement
 
+from micota_fast.common.urls import basic_authorization, hide_credentials
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.folder import tensor_files
@@ -102,11 +103,12 @@ def engines(needs: Needs) -> Iterator[Finding]:
             found = f"not installed for {python}" if absent else str(error)
             yield Finding("error", "SGLang", found, sglang.INSTALL_HINT)
     for url in dict.fromkeys(url for stage in needs.pending for url in urls_of(stage)):
+        shown = hide_credentials(url)
         try:
-            status = machine.http_status(f"{url.rstrip('/')}/health", proxies=False)
-            yield Finding("ok" if status == 200 else "warning", "server", f"{url} answers {status}")
+            status = machine.http_status(f"{shown.rstrip('/')}/health", "GET", basic_authorization(url), proxies=False)
+            yield Finding("ok" if status == 200 else "warning", "server", f"{shown} answers {status}")
         except OSError as error:
-            yield Finding("warning", "server", f"{url} does not answer ({error})", "start it before the run")
+            yield Finding("warning", "server", f"{shown} does not answer ({error})", "start it before the run")
 
 
 def hub(needs: Needs) -> Iterator[Finding]:
@@ -121,8 +123,8 @@ def hub(needs: Needs) -> Iterator[Finding]:
             yield Finding("error", "hub", f"{name} is not in the cache, and HF_HUB_OFFLINE is set", fetch)
             continue
         try:
-            where = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
-            status = machine.http_status(where, "HEAD", token=get_token())
+            where, token = f"{constants.ENDPOINT}/{name}/resolve/main/config.json", get_token()
+            status = machine.http_status(where, "HEAD", None if token is None else f"Bearer {token}")
         except OSError as error:
             why = f"{', '.join(missing)}: not in the cache, and the hub cannot be reached ({error})"
             yield Finding("error", "hub", why, f"repair the network or $HTTPS_PROXY, or {fetch}")

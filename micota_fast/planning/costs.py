@@ -14,6 +14,7 @@ from micota_fast.common.gpu_specs import GPU
 from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import read_lines
 from micota_fast.common.schema import load
+from micota_fast.common.urls import hide_credentials
 from micota_fast.config.generation import SamplingSettings
 from micota_fast.config.merge import REFINEMENTS
 from micota_fast.corpus.mix import apportion
@@ -238,7 +239,7 @@ def answering(
     most = "at most " if getattr(s, "stop_after_accepted", None) is not None and counted == "assumed" else ""
     cost.how = f"{most}{rows:,.0f} answers of {two(written / max(1, rows))} tokens ({counted})"
     if s.url is not None:
-        cost.how += f", at {s.url if isinstance(s.url, str) else ' '.join(s.url)}"
+        cost.how += f", at {hide_credentials(s.url if isinstance(s.url, str) else ' '.join(s.url))}"
         return
     cost.memory = weights / serve.tp + longest * kv / serve.tp
     if gpu is None or "cpu" in (sglang.argument(serve, "--device"), serve.device):

@@ -148,17 +148,23 @@ def port_obstacle(host: str, port: int) -> str | None:
     return None
 
 
-def http_status(url: str, method: str = "GET", token: str | None = None, proxies: bool = True) -> int:
+def http_status(url: str, method: str = "GET", authorization: str | None = None, proxies: bool = True) -> int:
     """Return the HTTP status of a request.
 
+    Args:
+        url: without user and password.
+        method: GET or HEAD.
+        authorization: the header of that name; None: none is sent.
+        proxies: use those of the environment.
+
     Raises:
-        OSError: there was no answer within NETWORK_S, or `url` is not a URL.
+        OSError: there was no answer within NETWORK_S, or `url` is not valid.
     """
 
     def ask() -> int:
         request = urllib.request.Request(url, method=method)
-        if token is not None:
-            request.add_header("Authorization", f"Bearer {token}")
+        if authorization is not None:
+            request.add_header("Authorization", authorization)
         handlers = [] if proxies else [urllib.request.ProxyHandler({})]
         with urllib.request.build_opener(*handlers).open(request, timeout=NETWORK_S) as response:
             return int(response.status)

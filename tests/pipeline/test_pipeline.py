@@ -13,11 +13,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from aiohttp import web
 
+from helpers.faulty_server import answer
+from helpers.servers import http_server
 from helpers.training_runs import metrics, train_config
 from micota_fast.cli import main
-from micota_fast.common.records import Completion, write_rows
+from micota_fast.common.records import Completion, Problem, write_rows
 from micota_fast.config.corpus import FilterConfig, MixConfig
+from micota_fast.config.generation import GenerateConfig
 from micota_fast.config.recipe import LaunchConfig
 from micota_fast.errors import InputError
 from micota_fast.pipeline.graph import Artefact, Stage
@@ -93,6 +97,31 @@ def test_done_stays_done_and_is_not_run_again(sources: Path) -> None:
     Run(stages(sources, sources / "run"), ONE_JOB, sources / "run").run(again.append)
     assert again == []
     assert before == {file: file.stat().st_mtime_ns for file in (sources / "run").rglob("corpus.jsonl")}
+
+
+def test_a_password_in_a_url_does_not_stay_in_the_folder(sources: Path, qwen2_checkpoint: Path) -> None:
+    allowed: list[str | None] = []
+
+    async def handler(http: web.Request) -> web.StreamResponse:
+        allowed.append(http.headers.get("Authorization"))
+        return web.json_response(answer(await http.json()))
+
+    write_rows(sources / "problems.jsonl", [Problem(f"p{i}", f"{i} + 1?", str(i + 1)) for i in range(3)])
+    folder = sources / "run"
+    with http_server(handler) as url:
+        settings = GenerateConfig(
+            model=str(qwen2_checkpoint),
+            problems=str(sources / "problems.jsonl"),
+            out=str(folder / "answers" / "out.jsonl"),
+            url=url.replace("//", "//me:pass-word@"),
+        )
+        stage = Stage("answers", "generate", settings, (Artefact(settings.problems),), ("out.jsonl",))
+        run = Run([stage], ONE_JOB, folder)
+        run.run(lambda line: None)
+    assert allowed == ["Basic bWU6cGFzcy13b3Jk"] * 3
+    assert states(run) == {"answers": "done"}
+    assert url in (folder / "answers" / "config.yaml").read_text()
+    assert [path for path in folder.rglob("*") if path.is_file() and b"pass-word" in path.read_bytes()] == []
 
 
 def test_contents_count_not_times(sources: Path) -> None:

@@ -388,7 +388,7 @@ def test_ports_and_servers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         options = (
             f"models.teacher.serve.port={port}",
             f"models.student.serve.port={free}",
-            f"models.assistant.url=[{address}, '{dead}']",
+            f"models.assistant.url=[{address.replace('//', '//me:secret@')}, '{dead}']",
         )
         call = ("micro", "--out", str(tmp_path / "run"))
         status, said = doctor(capsys, *call, *(f"--set={option}" for option in options))
@@ -397,7 +397,9 @@ def test_ports_and_servers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         assert f"127.0.0.1:{port} is not available to answers/long" in said.text("port")
         assert f"127.0.0.1:{free} is free" in said.text("port")
         assert said.levels("server") == ["ok", "warning"]
+        assert f"{address} answers 200" in said.text("server")
         assert f"{dead} does not answer" in said.text("server")
+        assert "secret" not in said.text("server")
 
 
 @pytest.mark.slow
