@@ -585,7 +585,14 @@ def count_equal(tensors: Tensors, start: int, stop: int, magnitudes_KN: Words, c
 
 @compiled
 def choose_by_rank(
-    tensors: Tensors, start: int, stop: int, row: int, drops: Drops, densities_K: Doubles, epsilons_K: Doubles
+    tensors: Tensors,
+    start: int,
+    stop: int,
+    row: int,
+    first: int,
+    drops: Drops,
+    densities_K: Doubles,
+    epsilons_K: Doubles,
 ) -> int:
     """Mark in `drops.stays` what stays of the task vectors of kind CHOSEN, the larger in its tensor's row the likelier.
 
@@ -593,12 +600,14 @@ def choose_by_rank(
     smallest to density + epsilon for the largest. Of equals the first counts as the smallest.
 
     Args:
-        row: elements of a row of the tensor; the first and last row of a chunk may lie in its neighbours, too.
+        start, stop: whole rows of the tensor, of `row` elements each, that contain the chunk.
+        first: of the chunk, which `drops.stays` covers.
     """
     count = tensors.codes.size - 1
     rows, words = np.empty((count + 1, row), np.float32), np.empty((row + 3) // 4 * 4 + 4, np.uint32)
     order, room = np.empty(row, np.int32), np.empty(row, np.int32)
-    for low in range(start // row * row, stop, row):
+    last = first + drops.stays.shape[1]
+    for low in range(start, stop, row):
         bad = _load(tensors, low, rows, row)
         if bad >= 0:
             return bad
@@ -610,9 +619,9 @@ def choose_by_rank(
             random_words(drops.keys[k], low - low % 4, words)
             for rank in range(row):
                 i = low + order[rank]
-                if start <= i < stop:
+                if first <= i < last:
                     share = densities_K[k] - epsilons_K[k] + 2 * epsilons_K[k] * rank / max(row - 1, 1)
-                    drops.stays[k, i - start] = np.float64(words[i - low + low % 4]) < share * 2.0**32
+                    drops.stays[k, i - first] = np.float64(words[i - low + low % 4]) < share * 2.0**32
     return DONE
 
 

@@ -378,7 +378,9 @@ def _drop_by_rank(tensor: TensorInPasses) -> Generator[Pass, list[Any], DropsOf]
 
     def drops_of(start: int, stop: int) -> "Drops":
         here = drops._replace(stays=np.empty((len(densities_K), stop - start), np.uint8))
-        tensor.run(start, stop, kernels.choose_by_rank, tensor.row_length, here, densities_K, epsilons_K)
+        row = tensor.row_length
+        low, high = start // row * row, -(-stop // row) * row
+        tensor.run(low, high, kernels.choose_by_rank, row, start, here, densities_K, epsilons_K)
         return here
 
     drops.scales[:] = yield from _scales(tensor, drops_of)

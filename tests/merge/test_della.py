@@ -96,6 +96,14 @@ def test_the_densities_0_and_1_draw_nothing() -> None:
     assert np.array_equal(merge_arrays("della_linear", base, [delta, delta], [1, 1], [0.0, 1.0], own=own), delta)
 
 
+@pytest.mark.parametrize("at", [0, 70, 199])
+def test_what_is_not_finite_is_named_from_any_chunk_of_its_row(at: int) -> None:
+    delta = np.ones(200, np.float32)
+    delta[at] = np.nan
+    with pytest.raises(InputError, match="x holds NaN"):
+        merge_arrays("della", np.zeros_like(delta), [delta], [1.0], [0.5])
+
+
 def plan_of(method: str, **own: Any) -> MergePlan:
     models = [{"model": "a", "parameters": {"weight": 1, **own}}]
     return parse_mergekit({"merge_method": method, "base_model": "b", "models": models}, "x.yaml")
