@@ -66,7 +66,7 @@ STOPS = {
     "SIGTERM to one rank, in a step": Stop(partial(moments.at_call, 1, STEP, moments.terminate, nth=2), 0, 2),
     "SIGUSR1 to all, in a step": Stop(partial(moments.at_call, None, STEP, moments.warn, nth=2), 0, 4),
     "SIGUSR1 to one rank, as it starts": Stop(
-        partial(moments.at_call, 1, "micota_fast.train.loop:world", moments.warn), 0, 4
+        partial(moments.at_call, 1, "micota_fast.train.loop:join_world", moments.warn), 0, 4
     ),
     "SIGTERM to all, in a validation": Stop(partial(moments.at_call, None, MEASURE, moments.terminate), 0, 5),
     "SIGINT to one rank": Stop(partial(moments.at_call, 0, STEP, moments.interrupt, nth=2), 130, 7),
