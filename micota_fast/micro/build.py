@@ -253,7 +253,7 @@ def main() -> int:
     try:
         models = {name: build_model(name, size, tokenizer, work, args.world) for name, size in SIZES.items()}
     except subprocess.CalledProcessError as error:
-        print(f"error: {error}; the same command goes on from there", file=sys.stderr)
+        print(f"error: {error}; run the same command to resume", file=sys.stderr)
         return 1
     for name, model in models.items():
         install(model, out / "checkpoints" / name)

@@ -1,11 +1,11 @@
-"""Activation checkpointing: what of a block is kept for its backward pass, and what is computed a second time there."""
+"""Activation checkpointing: what a block keeps for its backward pass, and what it computes again there."""
 
 from collections.abc import Callable
 from typing import Any, Literal
 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-# The cost of attention grows with the square of a document's length, its result with the length: always kept.
+# Attention is always kept: its cost grows with the square of a document's length, its result with the length.
 ATTENTION = (
     "aten::_scaled_dot_product",
     "flash_attn",
@@ -14,29 +14,29 @@ ATTENTION = (
     "micota::flash_attention_4",
 )
 PRODUCTS = ("aten::mm", "aten::addmm")
-# Of a block's products, in the order of `decoder.Block`: q, k, v, o, and up. Gate is as large as up and computed again,
-# down is the block's last operation, whose result its backward pass never needs.
+# Of a block's products, in the order of `decoder.Block`: q, k, v, o, and up. Gate, as large as up, is computed again.
+# Down is the block's last operation, whose result its backward pass never needs.
 KEPT_PRODUCTS = (0, 1, 2, 3, 5)
 
 
 def checkpoint_activations(forward: Callable[..., Any], mode: Literal["selective", "full"]) -> Callable[..., Any]:
     """Wrap the `forward` of a block so that it keeps less for its backward pass.
 
-    - full: its input alone is kept, and the backward pass runs all of it again (Chen et al., arXiv 1604.06174). Of
-      Qwen2.5-7B: 7 KB a token and layer in bfloat16.
+    - full: only its input is kept, and the backward pass runs all of it again (Chen et al., arXiv 1604.06174). For
+      Qwen2.5-7B that is 7 KB per token and layer in bfloat16.
     - selective: attention and five of the seven products are kept, so that the backward pass runs one product again,
-      29% of the forward pass's products, and what lies between them. Of Qwen2.5-7B: 69 KB a token and layer.
+      29% of the forward pass's products, and what lies between products. For Qwen2.5-7B: 69 KB per token and layer.
     """
     chosen: dict[str, Any] = {"context_fn": _contexts} if mode == "selective" else {}
 
-    def run(*args: Any) -> Any:  # not a `functools.partial`, over which torch.compile gives up, and says nothing
+    def run(*args: Any) -> Any:  # not a `functools.partial`, on which torch.compile silently gives up
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **chosen)
 
     return run
 
 
 def _contexts() -> Any:
-    """For one pass through one block: a policy that counts from 0."""
+    """Make the policy for one pass through one block: it counts products from 0."""
     return create_selective_checkpoint_contexts(_Policy())
 
 

@@ -1,18 +1,18 @@
-"""Resume checkpoints: a run killed at any moment goes on from the newest whole one.
+"""Resume checkpoints: a run killed at any moment resumes from the newest whole one.
 
     OUT/checkpoints/run.json              what the run is: its identity
     OUT/checkpoints/step-00000040/        after 40 steps
         rank-00000.safetensors            what that rank wrote of weights, optimizer and random-number generators
         manifest.json                     progress and score; size and SHA-256 of every file
         manifest.sha256                   of the manifest, as `sha256sum -c` reads it
-    OUT/checkpoints/damaged-step-*/       found damaged at the last start that found any, moved out of the way
+    OUT/checkpoints/damaged-step-*/       moved out of the way by the last start that found damage
 
-`torch.distributed.checkpoint` plans who writes and who reads what, so a run may go on with another number of processes,
-and replicas are written once. A folder is filled under a temporary name and renamed once every rank has synced its
-part, so all ranks must see one and the same OUT: several nodes need a shared filesystem.
+`torch.distributed.checkpoint` plans who writes and who reads what, so a run may resume with another number of
+processes, and replicas are written once. A folder is filled under a temporary name and renamed once every rank has
+synced its part, so all ranks must see the same OUT: several nodes need a shared filesystem.
 
-On the same number of processes the run goes on bit for bit. The learning rate and the order of the documents follow
-from the step, which the caller keeps in `progress`.
+On the same number of processes a resumed run gives the same bits. The learning rate and the order of the documents
+follow from the step, which the caller keeps in `progress`.
 """
 
 import contextlib
@@ -41,17 +41,17 @@ from micota_fast.train.world import HOSTS_TIMEOUT, World
 
 
 class Checkpoints:
-    """The resume checkpoints of one run in one output folder. Every method is to be called on all ranks.
+    """The resume checkpoints of one run in one output folder. Call every method on all ranks.
 
     Args:
         out: the run's folder.
         identity: all that the result depends on (plain JSON values); only a run with an equal one is resumed. The dtype
             of the saved model, on which no step depends, may change.
-        world: the processes; a run may go on with another number of them.
-        keep: so many of the newest stay, and the one of the lowest score.
+        world: the processes; a run may resume with another number of them.
+        keep: how many of the newest to keep, besides the one with the lowest score.
 
     Raises:
-        InputError: on all ranks: the folder holds an unfinished run of another identity, or cannot be written.
+        InputError: on all ranks: the folder contains an unfinished run of another identity, or cannot be written.
     """
 
     def __init__(self, out: Path, identity: dict[str, Any], world: World, keep: int = 2) -> None:
@@ -67,13 +67,13 @@ class Checkpoints:
         self._staging = Staging({}, pinned=False)
 
     def _claim(self, out: Path) -> None:
-        """Make the folder ours, or see that it is, and remove what a killed run has left half done."""
+        """Claim the folder, or check that it belongs to this run, and remove what a killed run left half done."""
         owners = self._owners()
         for file, identity in owners.items():
             if differing := describe_differences(_resumed_as(identity), _resumed_as(self._identity)):
                 raise InputError(
-                    f"{out} holds an unfinished run of other making, by {file} ({differing}). Start as that one was "
-                    f"started to finish it, choose another `out`, or delete {out} to start over"
+                    f"{out} contains an unfinished run with different settings, according to {file} ({differing}). Use "
+                    f"its settings to finish it, choose another `out`, or delete {out} to start over"
                 )
         if not owners and (out / "model").exists():
             raise InputError(f"{out / 'model'} is there and no run of this folder made it; choose another `out`")
@@ -85,7 +85,7 @@ class Checkpoints:
             sync(out)
 
     def _owners(self) -> dict[Path, dict[str, Any]]:
-        """Whose folder it is: the identity in each checkpoint's manifest and, where none is whole, in run.json."""
+        """Return the identities of the runs in the folder: from each whole checkpoint, or from run.json if none is."""
         manifests = {path: read_manifest(path)[0] for path in sorted(self._dir.glob("step-*"))}
         owners = {path / "manifest.json": m["identity"] for path, m in manifests.items() if m is not None}
         if not owners:
@@ -97,22 +97,23 @@ class Checkpoints:
     def save(
         self, progress: dict[str, Any], model: PackedLoss, optimizer: torch.optim.Optimizer, score: float | None = None
     ) -> Path:
-        """Copy the state to the host and write it while training goes on; waits for the save before this one.
+        """Copy the state to the host and write it while training continues; waits for the save before this one.
 
-        The copies are enqueued on the device's current stream into pinned memory and the writer waits for them, so the
-        host does not (torch's `async_save` does). It takes the rank's share of weights and optimizer in host memory.
+        The copies are enqueued on the device's current stream into pinned memory, and the writer thread waits for them
+        instead of the caller (unlike in torch's `async_save`). Needs host memory for the rank's share of weights and
+        optimizer.
 
         Args:
-            progress: plain JSON values, "step" (steps done) among them; that of rank 0 is what `restore` returns.
+            progress: plain JSON values including "step" (steps done); `restore` returns those of rank 0.
             model: its decoder's parameters, plain or sharded.
             optimizer: of `model`; every tensor of its state.
             score: a validation loss; the checkpoint with the lowest one is kept.
 
         Returns:
-            The folder that will hold it.
+            The folder that will contain it.
 
         Raises:
-            InputError: on all ranks, where the save before this one failed.
+            InputError: on all ranks, if the save before this one failed.
         """
         self.wait()
         tensors = dict(_state(model, optimizer)) | _generators(self._world)
@@ -124,7 +125,7 @@ class Checkpoints:
             self._staging.tensors[name].copy_(tensor, non_blocking=True)
         copied = torch.cuda.current_stream().record_event() if self._on_cuda else None
         manifest = {
-            "progress": as_read_back(progress),  # as it is now: the caller goes on changing it
+            "progress": as_read_back(progress),  # as it is now: the caller keeps changing it
             "score": score if score is not None and math.isfinite(score) else None,
             "processes": self._world.size,
             "replicas": self._world.replicas,
@@ -138,7 +139,7 @@ class Checkpoints:
     def _write(
         self, folder: Path, tensors: dict[str, Tensor], manifest: dict[str, Any], copied: torch.cuda.Event | None
     ) -> None:
-        """The background thread's part of `save`."""
+        """Do the background thread's part of `save`."""
         if copied is not None:
             copied.synchronize()
         planner = _StagedPlanner(self._staging.tensors)
@@ -162,24 +163,24 @@ class Checkpoints:
                 remove_whole(old)
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises InputError, on all ranks, where it could not be written."""
+        """Wait until nothing is being written. Raises InputError, on all ranks, if it could not be written."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def restore(self, model: PackedLoss, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Load the newest whole checkpoint into model and optimizer; returns its progress, None where there is none.
+        """Load the newest whole checkpoint into model and optimizer; return its progress, or None if there is none.
 
-        Rank 0 says which folders there are: a rank that looked itself might see another list (a network filesystem's
-        cache), and the ranks would wait for each other in different collectives. A damaged one is passed over, loudly,
-        and moved aside, so that it is not counted among those to keep.
+        Rank 0 lists the folders: another rank might see a different list (from a network filesystem's cache), and the
+        ranks would then wait for each other in different collectives. A damaged checkpoint is skipped with a warning
+        and moved aside, so that it does not count among those to keep.
         """
         names = self._world.on_main(lambda: sorted((path.name for path in self._dir.glob("step-*")), reverse=True))
         for number, name in enumerate(names):
             folder = self._dir / name
             progress = self.load(folder, model, optimizer)
             if progress is not None:
-                self._world.say(f"going on after step {progress['step']}, from {folder}")
+                self._world.say(f"resuming after step {progress['step']} from {folder}")
                 return progress
             if self._world.is_main:
                 for old in self._dir.glob("damaged-*") if number == 0 else ():  # of an earlier start: they are large
@@ -192,9 +193,9 @@ class Checkpoints:
         return None
 
     def load_best(self, model: PackedLoss) -> tuple[int, float] | None:
-        """Load the weights of the whole checkpoint of the lowest score.
+        """Load the weights of the whole checkpoint with the lowest score.
 
-        Returns its step and score; None, with nothing changed, where no whole one has a score.
+        Returns its step and score; None, with nothing changed, if no whole checkpoint has a score.
         """
         self.wait()
         for score, name in self._world.on_main(self._by_score):
@@ -207,9 +208,9 @@ class Checkpoints:
     def load(
         self, folder: Path, model: PackedLoss, optimizer: torch.optim.Optimizer | None = None
     ) -> dict[str, Any] | None:
-        """Check `folder` against its manifest and load it; without an optimizer, the weights alone.
+        """Check `folder` against its manifest and load it; without an optimizer, only the weights.
 
-        Returns its progress; None, with a warning and nothing changed, where the checkpoint is damaged.
+        Returns its progress; None, with a warning and nothing changed, if the checkpoint is damaged.
         """
         manifest, fault = self._world.on_main(lambda: read_manifest(folder))
         faults = [fault]
@@ -236,7 +237,8 @@ class Checkpoints:
                 there, here = f"{there} of torch {manifest['torch']}", f"{here} of torch {torch.__version__}"
             if there != here:
                 self._world.say(
-                    f"going on with {here} where {there} wrote {folder}: equal up to rounding, no longer bit for bit"
+                    f"resuming with {here}, but {there} wrote {folder}: the result is equal up to rounding, not bit "
+                    "for bit"
                 )
         dcp.load(targets, storage_reader=reader, planner=_load_planner(), process_group=self._group)
         _set_generators(targets, self._world)
@@ -244,12 +246,12 @@ class Checkpoints:
         return progress
 
     def _by_score(self) -> list[tuple[float, str]]:
-        """Score and name of the checkpoints that have a score, the lowest first."""
+        """Return score and name of the checkpoints that have a score, the lowest first."""
         read = [(read_manifest(path)[0], path.name) for path in self._dir.glob("step-*")]
         return sorted((m["score"], name) for m, name in read if m is not None and m["score"] is not None)
 
     def discard(self) -> None:
-        """Remove them all: the run is finished."""
+        """Remove all checkpoints: the run is finished."""
         self.wait()
         if self._world.is_main:
             shutil.rmtree(self._dir, ignore_errors=True)  # the next start of the finished run does it otherwise
@@ -258,13 +260,13 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let a write in flight end, whatever ends the run: the process group goes next, and the write needs it."""
+        """Let a write in flight finish, whatever ends the run: it needs the process group, which is destroyed next."""
         self._thread.shutdown()
         self._staging.close()
 
 
 def _state(model: PackedLoss, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, sharing memory, of all that is restored by name and may be sharded."""
+    """Yield name and tensor, sharing memory, of everything that is restored by name and may be sharded."""
     for name, parameter in model.decoder.named_parameters():
         yield f"model.{name}", parameter.detach()
         for field, value in optimizer.state.get(parameter, {}).items():
@@ -272,7 +274,7 @@ def _state(model: PackedLoss, optimizer: torch.optim.Optimizer) -> Iterator[tupl
 
 
 def _make_state(stored: dict[str, Any], model: PackedLoss, optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer a tensor for each that is stored: it makes its own only at its first step."""
+    """Give the optimizer a tensor for each stored one: it makes its own only in its first step."""
     names = dict(model.decoder.named_parameters())
     on_device = {
         id(p): bool(g.get("fused") or g.get("capturable")) for g in optimizer.param_groups for p in g["params"]
@@ -286,14 +288,14 @@ def _make_state(stored: dict[str, Any], model: PackedLoss, optimizer: torch.opti
         parameter, dtype = names[name], metadata.properties.dtype
         if metadata.size == parameter.shape:
             value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-        else:  # the count of steps; only a fused or capturable step wants it on the device
+        else:  # the step count; only a fused or capturable step wants it on the device
             device = parameter.device if on_device[id(parameter)] else torch.device("cpu")
             value = torch.zeros(metadata.size, dtype=dtype, device=device)
         optimizer.state[parameter][field] = value
 
 
 def _generators(world: World) -> dict[str, Tensor]:
-    """State of this rank's random-number generators, uint8."""
+    """Return the state of this rank's random-number generators, uint8."""
     states = {f"rng.cpu.{world.rank}": torch.get_rng_state()}
     if world.device.type == "cuda":
         states[f"rng.cuda.{world.rank}"] = torch.cuda.get_rng_state(world.device)
@@ -308,7 +310,7 @@ def _set_generators(states: dict[str, Tensor], world: World) -> None:
 
 
 class _StagedPlanner(dcp.DefaultSavePlanner):
-    """Plans by the live tensors' shapes and placements, and writes their copies."""
+    """Plans from the shapes and placements of the live tensors, and writes their copies."""
 
     def __init__(self, staged: dict[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -348,6 +350,6 @@ def _resumed_as(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """What differs between two identities, as "key: theirs there, ours here; ..."; empty where they are equal."""
+    """Describe how two identities differ, as "key: theirs there, ours here; ..."; empty if they are equal."""
     found = differences(theirs, ours)
     return "; ".join(f"{key}: {there!r} there, {here!r} here" for key, (there, here) in found.items())

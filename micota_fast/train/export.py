@@ -1,4 +1,4 @@
-"""The trained model as a Hugging Face checkpoint: streamed, with a card that says how it was made."""
+"""The trained model as a Hugging Face checkpoint: streamed, with a model card that says how it was made."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -27,21 +27,21 @@ def export(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write `decoder`, plain or sharded, to `out`. To be called on all ranks; rank 0 writes.
+    """Write `decoder`, plain or sharded, to `out`. Call it on all ranks; rank 0 writes.
 
     Parameters are gathered one by one: besides its shards, a rank holds one whole parameter.
 
     Args:
         decoder: the trained weights.
         source: the checkpoint they were trained from: its tokenizer, chat template and generation_config are copied.
-        out: replaced if it is there; it appears whole or not at all.
+        out: replaced if it exists; it appears whole or not at all.
         world: the processes.
         card: text of README.md.
-        dtype: to store; None: the one that the configuration states.
+        dtype: to store; None: the one that config.json states.
         max_shard_bytes: largest size of a file.
 
     Raises:
-        InputError: on all ranks, where rank 0 could not write.
+        InputError: on all ranks, if rank 0 could not write.
     """
     weights = _Gathered(decoder, world)
     stored = getattr(torch, dtype or decoder.config.dtype_name or "float32", torch.float32)
@@ -56,8 +56,8 @@ def export(
             )
         except (InputError, OSError) as error:
             raise InputError(
-                f"{out} ({size:,} bytes of weights) could not be written: {error}. The checkpoints are kept: the same "
-                f"command goes on from the last"
+                f"{out} ({size:,} bytes of weights) could not be written: {error}. The checkpoints are kept: run the "
+                f"same command to resume from the last one"
             ) from None
         finally:
             weights.drain()
@@ -68,10 +68,10 @@ def export(
 
 
 class _Gathered(Mapping[str, Tensor]):
-    """Each parameter whole when it is asked for. All ranks must ask in the model's order.
+    """Gathers each parameter when it is asked for. All ranks must ask in the model's order.
 
-    They meet on the hosts before each: NCCL would end a rank that asks for one long before rank 0, which writes a file
-    in between.
+    The ranks meet on their hosts before each gather. NCCL would end a rank that enters one long before rank 0, which
+    writes files between gathers.
     """
 
     def __init__(self, decoder: Decoder, world: World) -> None:
@@ -97,7 +97,7 @@ class _Gathered(Mapping[str, Tensor]):
         return len(self._names)
 
     def drain(self) -> None:
-        """Take part in gathering all that was not asked for: for other ranks, or here after an error."""
+        """Take part in gathering what this rank has not asked for: for rank 0, or on rank 0 after an error."""
         for name in self._names[self._taken :]:
             self[name]
 
@@ -105,14 +105,14 @@ class _Gathered(Mapping[str, Tensor]):
 def model_card(
     model: str, data: str, identity: dict[str, Any], facts: dict[str, Any], metrics: dict[str, Any], chosen: str
 ) -> str:
-    """README.md of a trained model: equal runs give equal text, so it has no date and no place of this machine.
+    """Return README.md of a trained model. Equal runs give equal text, so it has no date and no path of this machine.
 
     Args:
         model: what training started from, as the recipe names it.
         data: the corpus, as the recipe names it.
         identity: fingerprints of model and documents, and the options, as in summary.json.
         facts: parameters, processes, data and versions, as in summary.json.
-        metrics: plain values by name, of the step whose weights these are.
+        metrics: plain values by name, of the step that gave these weights.
         chosen: which step that is, and why.
     """
     base = model if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not Path(model).is_dir() else Path(model).name

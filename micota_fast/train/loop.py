@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from micota_fast.common.json_io import write_json
-from micota_fast.common.lock import locked
 from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.model.folder import resolve_checkpoint
@@ -25,41 +24,34 @@ from micota_fast.train.stopwatch import Stopwatch, profiler
 from micota_fast.train.validation import Validation
 from micota_fast.train.world import World, join_world
 
-TRAINER_ENDS_S = 10.0  # one that was killed a moment ago may still be going
-
 
 def train(config: TrainConfig, profile: bool = False) -> bool:
     """Train as `config` says and leave in `config.out`: model/, metrics.jsonl and summary.json.
 
-    A run that was interrupted goes on from its last checkpoint: on a CPU, with as many processes and threads as before,
-    bit for bit as if it had never stopped. One that is finished is left as it is.
+    An interrupted run resumes from its last checkpoint: on a CPU, with the same numbers of processes and threads, the
+    result has the same bits as if it had never stopped. A finished run is left as it is.
 
     Args:
-        config: all of it.
-        profile: also write OUT/profile, a trace of two steps.
+        config: of the run.
+        profile: whether to write OUT/profile, a trace of two steps.
 
     Returns:
-        Whether the run is finished: False where SIGTERM or SIGUSR1 ended it early, with a checkpoint.
+        Whether the run is finished: False if SIGTERM or SIGUSR1 ended it early, with a checkpoint.
 
     Raises:
-        InputError: bad input, `config.out` holds another run or has another trainer at work in it, or
+        InputError: bad input, `config.out` contains another run or another trainer is using it, or
             `config.max_skipped_steps` steps in a row had a loss or gradient that is not finite (a checkpoint is left).
         KeyboardInterrupt: SIGINT ended it early, with a checkpoint.
     """
     require_trackers(config)
     out = Path(config.out)
     with StopSignals() as stop, join_world(config.device, config.mesh) as world, ExitStack() as lock:
-        world.on_main(lambda: _lock(out, lock))
+        world.on_main(lambda: prepare.lock(out, lock))
         with ExitStack() as stack:
             finished = _train(config, out, world, stop, profile, stack)
         if not finished and stop.by_hand:
             raise KeyboardInterrupt
         return finished
-
-
-def _lock(out: Path, stack: ExitStack) -> None:
-    """Keep other trainers away from `out`, on behalf of all ranks."""
-    stack.enter_context(locked(out / ".lock", "trainer", TRAINER_ENDS_S))
 
 
 def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, profile: bool, stack: ExitStack) -> bool:
@@ -86,7 +78,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
     start = progress["step"]
     validation.state = progress.get("validation", validation.state)
     if start < total and stop.agreed(world):
-        world.say(f"stopped before step {start + 1}; the same command goes on from there")
+        world.say(f"stopped before step {start + 1}; run the same command to resume")
         return False
     watch = Stopwatch(world.device)
     meters = Meters(config, out, world, progress, total, steps, flops_per_token, watch)
@@ -97,7 +89,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
             break
         watch.lap("data")
         batches, normalizer, n_supervised, n_tokens = steps.step(step)
-        batches += [DUMMY_BATCH] * (steps.micro_steps(step) - len(batches))  # every rank must join in the collectives
+        batches += [DUMMY_BATCH] * (steps.micro_steps(step) - len(batches))  # every rank must join the collectives
         loss = torch.zeros((), device=world.device)
         for number, batch in enumerate(batches, start=1):
             last_micro_step(model, number == len(batches))
@@ -140,8 +132,8 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
             meters.close()
             checkpoints.wait()
             if too_many_skipped:
-                raise InputError(_skipped_too_many(meters.skipped["in_a_row"], done, folder))
-            world.say(f"stopped after step {done}, which {folder} holds; the same command goes on from there")
+                raise InputError(meters.describe_skipped(done, folder))
+            world.say(f"stopped after step {done}, which {folder} contains; run the same command to resume")
             return False
 
     checkpoints.wait()
@@ -161,12 +153,3 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
     world.on_main(lambda: write_json(out / "summary.json", summary, 2, finite=False))
     checkpoints.discard()
     return True
-
-
-def _skipped_too_many(skipped: int, step: int, folder: Path) -> str:
-    return (
-        f"{skipped} steps in a row, the last of them {step}, had a loss or a gradient that is not finite; they changed "
-        f"nothing and are named above, with their documents. {folder} holds the state before them. A lower `lr`, more "
-        f"`warmup_ratio`, other documents or a sound checkpoint to start from may help (delete {folder.parent.parent} "
-        f"to start over)"
-    )

@@ -1,4 +1,4 @@
-"""What a rank's memory must hold, worked out from shapes, so that a run that cannot fit is known before it starts."""
+"""An estimate from shapes of the memory that a rank needs, so that a run that cannot fit is known before it starts."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,11 +14,11 @@ Checkpointing = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank at the worst moment, which is when the first block's backward pass begins."""
+    """Bytes on one rank at the peak, which is taken to be the start of the first block's backward pass."""
 
     state: int  # weights, gradients and both of AdamW's moments, float32, this rank's share
     gathered: int  # what FSDP holds whole: embedding and output matrix, two blocks, one block's gradient
-    activations: int  # kept from the forward pass, and one block's worked on
+    activations: int  # kept from the forward pass, plus those of the block that is being computed
     loss: int  # logits of a chunk, the float32 gradient of the output matrix, the hidden states and their gradient
 
     @property
@@ -29,15 +29,15 @@ class Memory:
 def estimate(
     model: ModelConfig, tokens: int, shards: int, mode: Checkpointing, dtype: torch.dtype, device: str
 ) -> Memory:
-    """Memory for packs of `tokens` tokens, without the allocator's gaps and the driver's own.
+    """Estimate the memory for packs of `tokens` tokens, without the allocator's gaps and the driver's own memory.
 
     Args:
         model: its shapes.
-        tokens: in a pack; a document is no longer than that.
+        tokens: in a pack, and so the longest document.
         shards: processes that share a copy of the model.
         mode: activation checkpointing.
         dtype: compute type.
-        device: "cuda" or "cpu", which differ in how many logits the loss holds.
+        device: "cuda" or "cpu", on which the loss holds different numbers of logits.
     """
     sizes = {name: shape.numel() for name, shape in parameter_shapes(model).items()}
     block = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
@@ -55,22 +55,22 @@ def estimate(
 
 
 def kept(model: ModelConfig, mode: Checkpointing) -> int:
-    """Values a token that one block keeps for its backward pass."""
+    """Return the number of values per token that one block keeps for its backward pass."""
     H, intermediate = model.hidden_size, model.intermediate_size
     q, kv = model.num_attention_heads * model.head_dim, 2 * model.num_key_value_heads * model.head_dim
     if mode == "full":
         return H
     if mode == "selective":  # the block's input, q, k, v, attention, o, up
         return H + q + kv + q + H + intermediate
-    # Both norms' inputs and results; q, k and v as turned; attention; gate, up, their product; and before they are
-    # turned q and k, where they have norms of their own. So with kernels that keep no more than they must.
+    # Both norms' inputs and results; q, k and v after rotation; attention; gate, up, their product; and q and k before
+    # rotation, if they have norms of their own. This holds for kernels that keep no more than they must.
     return 4 * H + q + kv + q + 3 * intermediate + (q + kv // 2 if model.qk_norm else 0)
 
 
 def longest_pack(
     model: ModelConfig, capacity: float, shards: int, mode: Checkpointing, dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """Tokens in the largest pack, a multiple of 1024, that `capacity` bytes of a GPU hold; 0: none fits."""
+    """Return the most tokens in a pack, a multiple of 1024, that fit into `capacity` bytes of a GPU; 0: none fits."""
     fixed = estimate(model, 0, shards, mode, dtype, "cuda").total
     each = estimate(model, 1, shards, mode, dtype, "cuda").total - fixed
     return max(0, int((capacity - fixed) / each) // 1024 * 1024)

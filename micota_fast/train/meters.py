@@ -1,4 +1,4 @@
-"""What people watch: progress lines, a row of metrics.jsonl a step, TensorBoard and Weights & Biases on request."""
+"""What people watch: progress lines, a row of metrics.jsonl per step, TensorBoard and Weights & Biases on request."""
 
 import importlib
 import math
@@ -24,7 +24,7 @@ from micota_fast.train.world import World
 
 
 def memory(device: torch.device) -> dict[str, int]:
-    """Bytes that this process holds and has held at most: of the device, or (CPU) of the host."""
+    """Return the bytes that this process holds and has held at most: of the device or, on a CPU, of the host."""
     if device.type == "cuda":
         return {
             "allocated": torch.cuda.memory_allocated(device),
@@ -35,14 +35,14 @@ def memory(device: torch.device) -> dict[str, int]:
 
 
 class Meters:
-    """Collects each step's figures on the device and reads those of several steps together.
+    """Collects the figures of each step on the device and reads those of several steps at once.
 
     Args:
         config: `tensorboard`, `wandb`, `dtype`, `compile`.
         out: the run's folder.
         world: the processes; only the main one writes.
-        progress: of the checkpoint that the run goes on from: "step", after which rows of metrics.jsonl are cut off, as
-            those steps are done again, and "skipped", as `skipped` was.
+        progress: of the checkpoint that the run resumes from: "step", after which rows of metrics.jsonl are cut off, as
+            those steps are done again, and "skipped", the value of `skipped`.
         total: steps of the run.
         steps: what is trained on: how full the packs are, and which documents to blame.
         flops_per_token: forward and backward, for the model-FLOP utilisation.
@@ -84,7 +84,7 @@ class Meters:
     def record(
         self, loss: Tensor, grad_norm: Tensor, step: int, epoch: float, lr: float, supervised: int, tokens: int
     ) -> None:
-        """Take note of a step without waiting for the device.
+        """Record a step without waiting for the device.
 
         Args:
             loss: over all ranks, a 0-d tensor.
@@ -100,13 +100,13 @@ class Meters:
     def report(self, validation_loss: float | None = None) -> None:
         """Print and write the steps recorded since the last report; all ranks see the same figures.
 
-        The only place of a run's steady course where the host waits for the device.
+        This is the only place in the loop where the host waits for the device in every report interval.
 
         Args:
-            validation_loss: of the last step, where it was measured.
+            validation_loss: of the last step, if it was measured.
 
         Raises:
-            InputError: on all ranks, where metrics.jsonl could not be written.
+            InputError: on all ranks, if metrics.jsonl could not be written.
         """
         figures = torch.stack(self._figures).tolist()
         now = time.perf_counter()
@@ -149,7 +149,7 @@ class Meters:
         )
 
     def _timing(self, now: float) -> dict[str, Any]:
-        """Speeds since the last report, seconds since start and until the end at this pace, phases and memory."""
+        """Return speeds since the last report, seconds since the start and left at this pace, phases and memory."""
         seconds = max(now - self._since, 1e-9)
         tokens = sum(row["tokens"] for row in self._rows)
         self._tokens += tokens
@@ -183,7 +183,7 @@ class Meters:
         phases = " ".join(f"{phase} {seconds / whole:.0%}" for phase, seconds in timing["phase_s"].items())
         sizes = ", ".join(f"{size:.1f} {name}" for name, size in timing["memory_gb"].items())
         step = " | ".join([*parts, f"left {duration(timing['left_s'])}"])
-        return f"    time: {phases} | memory, GB: {sizes}\n{step}"  # the step last, where whoever follows a log looks
+        return f"    time: {phases} | memory, GB: {sizes}\n{step}"  # the step last, where people who follow a log look
 
     def _track(self, row: dict[str, Any]) -> None:
         flat = {key: value for key, value in row.items() if key != "step" and value is not None}
@@ -195,14 +195,23 @@ class Meters:
         if self._wandb is not None:
             self._wandb.log(flat, step=row["step"])
 
+    def describe_skipped(self, step: int, folder: Path) -> str:
+        """Explain why the run ends after `step`, with its state in `folder`: too many steps in a row were skipped."""
+        return (
+            f"{self.skipped['in_a_row']} steps in a row, the last of them {step}, had a loss or a gradient that is not "
+            f"finite; they changed nothing and are named above, with their documents. {folder} contains the state "
+            f"before them. A lower `lr`, a higher `warmup_ratio`, other documents or a sound checkpoint to start from "
+            f"may help (delete {folder.parent.parent} to start over)"
+        )
+
     def sync(self) -> None:
-        """Bring metrics.jsonl to the disk: a checkpoint must not be ahead of it."""
+        """Sync metrics.jsonl to the disk: a checkpoint must not be ahead of it."""
         if self._world.is_main:
             with writing(self._path):
                 os.fsync(self._file.fileno())
 
     def close(self) -> dict[str, float]:
-        """End the files; returns the speed of the whole run since `start`."""
+        """Close the files; return the speed since the start of this process."""
         seconds = time.perf_counter() - self._started
         if self._world.is_main:
             self._file.close()
@@ -214,7 +223,7 @@ class Meters:
 
 
 def require_trackers(config: TrainConfig) -> None:
-    """Raise InputError where TensorBoard or wandb is asked for and not installed."""
+    """Raise InputError if TensorBoard or wandb is requested and not installed."""
     for wanted, module, name in (
         (config.tensorboard, "torch.utils.tensorboard", "tensorboard"),
         (config.wandb is not None, "wandb", "wandb"),
@@ -223,7 +232,7 @@ def require_trackers(config: TrainConfig) -> None:
             try:
                 importlib.import_module(module)
             except ImportError:
-                raise InputError(f"`{name}` needs a package that is not here: pip install {name}") from None
+                raise InputError(f"`{name}` needs a package that is not installed: pip install {name}") from None
 
 
 def _trackers(config: TrainConfig, out: Path, start: int) -> tuple[Any, Any]:
@@ -240,7 +249,7 @@ def _trackers(config: TrainConfig, out: Path, start: int) -> tuple[Any, Any]:
 
 
 def _keep_steps(path: Path, steps: int) -> None:
-    """Cut the file after the row of step `steps`: later rows, or a torn one, were written after the checkpoint."""
+    """Truncate the file after the row of step `steps`: later or torn rows were written after the checkpoint."""
     if not path.exists():
         return
     kept = 0
@@ -263,7 +272,7 @@ def _last_row(path: Path) -> dict[str, Any]:
 
 
 def duration(seconds: float) -> str:
-    """1:02:03 or 2:03; "?" where unknown."""
+    """Format seconds as 1:02:03 or 2:03, or as "?" if they are not finite."""
     if not math.isfinite(seconds):
         return "?"
     minutes, s = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""AdamW: which parameters it trains, its learning rate, and steps that wait for nothing and survive a bad gradient."""
+"""AdamW: which parameters it trains, its learning rate, and steps that never wait and that survive a bad gradient."""
 
 import difflib
 import fnmatch
@@ -13,7 +13,7 @@ from micota_fast.errors import InputError
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> int:
-    """Keep the parameters whose names match a pattern (as the shell's: * ? [seq]) as they are; returns how many values.
+    """Freeze the parameters whose names match a shell pattern (* ? [seq]); return the number of frozen values.
 
     Raises:
         InputError: a pattern matches no parameter, or nothing is left to train.
@@ -32,7 +32,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> int:
 
 
 def make_optimizer(model: nn.Module, config: TrainSettings) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), fused; matrices decay, vectors (norms and biases) do not."""
+    """Make a fused AdamW (Loshchilov & Hutter 2019); matrices decay, vectors (norms and biases) do not."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -42,7 +42,7 @@ def make_optimizer(model: nn.Module, config: TrainSettings) -> torch.optim.AdamW
 
 
 def learning_rate(step: int, total: int, config: TrainSettings) -> float:
-    """Learning rate of step 0 <= step < total.
+    """Return the learning rate of step 0 <= step < total.
 
     Rises linearly over the first ceil(warmup_ratio * total) steps, of which the last has the peak, then falls along a
     half cosine (Loshchilov & Hutter 2017), which starts from the peak and would reach min_lr_ratio * lr at `total`.
@@ -55,9 +55,9 @@ def learning_rate(step: int, total: int, config: TrainSettings) -> float:
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients down to an L2 norm of at most `max_norm`; returns the norm before that, a 0-d tensor.
+    """Scale all gradients down to an L2 norm of at most `max_norm`; return the norm before that, a 0-d tensor.
 
-    Nothing waits for the device. With sharded gradients the norm is that over all ranks.
+    Never waits for the device. If gradients are sharded, the norm is that over all ranks.
     """
     params = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
@@ -68,10 +68,10 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def step_if_finite(optimizer: torch.optim.AdamW, loss: Tensor, grad_norm: Tensor) -> None:
-    """One step of the optimizer; none, with weights and moments as they were, if loss or norm is not finite.
+    """Make one step of the optimizer; leave weights and moments as they were if loss or norm is not finite.
 
-    The fused kernel itself reads on the device whether to do anything, by the attribute through which
-    `torch.amp.GradScaler` tells it, so nothing waits. Both figures are to be equal on all ranks.
+    The fused kernel itself reads on the device whether to do anything, from the attribute that `torch.amp.GradScaler`
+    sets for it, so the host never waits. Both figures must be equal on all ranks.
     """
     optimizer.found_inf = 1.0 - (loss + grad_norm).isfinite().float()  # type: ignore[attr-defined]
     optimizer.step()

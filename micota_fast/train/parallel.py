@@ -1,4 +1,4 @@
-"""The model spread over the processes. FSDP2 does the work: one process is the same code with one shard."""
+"""The model sharded over the processes by FSDP2. One process runs the same code with one shard."""
 
 import itertools
 
@@ -18,8 +18,8 @@ def parallelize(model: PackedLoss, config: TrainSettings, world: World) -> None:
     """Checkpoint, compile and shard `model` in place, as the configuration says.
 
     Parameters stay float32 and sharded over the processes that share a copy. Each block is gathered in the compute type
-    for its forward and backward pass, while the one before it computes; gradients are summed in float32, over the
-    shards and, where there are several copies, over those. One process computing in float32 needs none of it.
+    for its forward and backward pass, while the block before it computes. Gradients are summed in float32, over the
+    shards and then over the copies, if there are several. One process that computes in float32 needs no sharding.
     """
     blocks = model.decoder.model.layers
     for block in blocks:
@@ -48,7 +48,7 @@ def parallelize(model: PackedLoss, config: TrainSettings, world: World) -> None:
 
 
 def compiled_graphs() -> str:
-    """What torch.compile has made of the blocks so far: one graph without a break is as it should be."""
+    """Report what torch.compile has made of the blocks so far: one graph without a break is as it should be."""
     from torch._dynamo.utils import counters  # takes a second to import, and has been where something was compiled
 
     made, breaks = counters["stats"]["unique_graphs"], counters["graph_break"]
@@ -57,11 +57,11 @@ def compiled_graphs() -> str:
 
 
 def last_micro_step(model: PackedLoss, last: bool) -> None:
-    """Say whether the next backward pass is a step's last: copies of the model exchange their gradients only then."""
+    """Set whether the next backward pass is the last of a step: copies of the model exchange gradients only then."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The shard of `tensor` that this rank holds, sharing its memory."""
+    """Return the shard of `tensor` that this rank holds, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,8 +1,9 @@
-"""What a training run is made of: documents, identity, model; and what it says of them before its first step."""
+"""What a training run needs before its first step: lock, documents, identity, model; and what it says about them."""
 
 import hashlib
 import platform
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from micota_fast import __version__
 from micota_fast.chat.encoding import Chat
 from micota_fast.common.fingerprint import of_file
+from micota_fast.common.lock import locked
 from micota_fast.config import loader
 from micota_fast.config.train import TrainConfig
 from micota_fast.data import tokenise
@@ -32,9 +34,20 @@ from micota_fast.train.optim import freeze
 from micota_fast.train.packed_loss import PackedLoss, choose_loss
 from micota_fast.train.world import World
 
+TRAINER_ENDS_S = 10.0  # a trainer that was killed a moment ago may still be there
+
+
+def lock(out: Path, stack: ExitStack) -> None:
+    """Keep other trainers away from `out` until `stack` is closed. Call it on rank 0, for all ranks.
+
+    Raises:
+        InputError: another trainer is using it, or it cannot be written.
+    """
+    stack.enter_context(locked(out / ".lock", "trainer", TRAINER_ENDS_S))
+
 
 def load_documents(config: TrainConfig, source: Path, out: Path) -> tuple[Documents, Documents | None]:
-    """To train on, and held out."""
+    """Load the documents to train on, and those held out for validation (None if there are none)."""
     chat = Chat.from_checkpoint(source, config.chat)
     limit = config.max_doc_tokens or config.pack_tokens
     options = (chat, limit, config.over_length, config.skip_bad_rows)
@@ -47,7 +60,7 @@ def load_documents(config: TrainConfig, source: Path, out: Path) -> tuple[Docume
 def run_identity(
     config: TrainConfig, source: Path, documents: Documents, held_out: Documents | None, world: World
 ) -> dict[str, Any]:
-    """All that the result depends on: the options, and the contents (not the places) of what they name.
+    """Return everything that the result depends on: the options, and the contents (not the paths) of what they name.
 
     Raises:
         InputError: on all ranks: they do not read the same documents.
@@ -75,10 +88,10 @@ def run_identity(
 
 
 def is_finished(out: Path, identity: dict[str, Any], world: World) -> bool:
-    """Whether `out` holds this run's result, as rank 0 sees it.
+    """Return whether `out` contains this run's result, as rank 0 sees it.
 
     Raises:
-        InputError: on all ranks: it holds another run's, or summary.json is damaged.
+        InputError: on all ranks: it contains another run's result, or summary.json is damaged.
     """
 
     def look() -> bool:
@@ -98,7 +111,7 @@ def is_finished(out: Path, identity: dict[str, Any], world: World) -> bool:
 
     if not world.on_main(look):
         return False
-    world.say(f"{out} holds the finished result of this run already")
+    world.say(f"{out} already contains the finished result of this run")
     if world.is_main:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)  # killed between writing summary.json and their removal
     return True
@@ -125,11 +138,11 @@ def build_model(config: TrainConfig, source: Path, world: World) -> PackedLoss:
 def load_initial_weights(model: PackedLoss, config: TrainConfig, source: Path, world: World) -> None:
     """Give the model, sharded or not, memory on this rank's device and the weights that training starts from.
 
-    A device never holds more than this rank's shards, and its host one tensor beside them: what is too large for one
-    device can be trained on several.
+    A device never holds more than this rank's shards, and its host never more than one tensor besides: what is too
+    large for one device can be trained on several.
 
     Raises:
-        InputError: on all ranks, where one of them cannot read its weights.
+        InputError: on all ranks, if one of them cannot read its weights.
     """
     model.to_empty(device=world.device)
     mistake = None
@@ -155,13 +168,13 @@ def plan_steps(config: TrainConfig, documents: Documents, model: PackedLoss, wor
 
 
 def mean_context(documents: Documents) -> float:
-    """Length of the document that a token lies in, on average over tokens: attention's cost is linear in it."""
+    """Return the length of a token's document, averaged over tokens: the cost of attention is linear in it."""
     lengths = documents.lengths.astype(np.float64)
     return float((lengths**2).sum() / lengths.sum())
 
 
 def run_facts(model: PackedLoss, documents: Documents, steps: PackedSteps, total: int, world: World) -> dict[str, Any]:
-    """What summary.json says besides results; equal in every run of one identity, except where versions differ."""
+    """Return what summary.json says besides results; equal in every run of one identity, except for versions."""
     return {
         "parameters": model.decoder.num_params(),
         "attention": model.backend,
@@ -187,7 +200,7 @@ def run_facts(model: PackedLoss, documents: Documents, steps: PackedSteps, total
 def introduce(
     config: TrainConfig, facts: dict[str, Any], model: ModelConfig, documents: Documents, world: World
 ) -> None:
-    """Say what is trained on what, and what looks wrong about it."""
+    """Print what is trained on what, and what looks wrong about it."""
     data = facts["data"]
     start = "fresh weights" if config.init == "random" else "pre-trained"
     copies = f", {world.replicas} copies of the model" if world.replicas > 1 else ""
@@ -198,7 +211,7 @@ def introduce(
         f"{data['truncated']} truncated for length, {data['rejected']} bad), {data['tokens']:,} tokens, "
         f"{data['supervised']:,} supervised\n"
         f"packs: {data['packs']:,} of {config.pack_tokens:,} tokens, {data['efficiency']:.1%} filled; "
-        f"{data['steps_per_epoch']:,} steps an epoch, {facts['steps']:,} in all"
+        f"{data['steps_per_epoch']:,} steps per epoch, {facts['steps']:,} in all"
     )
     if world.size > 1:
         world.say(
@@ -211,20 +224,20 @@ def introduce(
     if over:
         world.say(
             f"WARNING: {over:,} documents (longest: {int(documents.lengths.max()):,} tokens) go past the model's "
-            f"max_position_embeddings of {positions:,}, which it was not made for and where a server ends an answer. "
+            f"max_position_embeddings of {positions:,}: it was not made for them, and a server ends an answer there. "
             f"Raise that (and RoPE's scaling) in the config.json of {config.model}, or set max_doc_tokens"
         )
 
 
 def _memory(config: TrainConfig, model: ModelConfig, world: World) -> str:
-    """What this rank's GPU will hold, by the shapes, beside what it has."""
+    """Compare what this rank's GPU will hold, according to the model's shapes, with what it has."""
     dtype, shards = getattr(torch, config.dtype), world.size // world.replicas
     need = estimate(model, config.pack_tokens, shards, config.activation_checkpointing, dtype, "cuda")
     there = torch.cuda.get_device_properties(world.device).total_memory
     text = (
-        f"memory: {need.total / 1e9:.1f} GB of {there / 1e9:.1f} by the model's shapes: weights, gradients and moments "
-        f"{need.state / 1e9:.1f}, gathered {need.gathered / 1e9:.1f}, activations {need.activations / 1e9:.1f}, loss "
-        f"{need.loss / 1e9:.1f}"
+        f"memory: {need.total / 1e9:.1f} GB of {there / 1e9:.1f} by an estimate from shapes: weights, gradients and "
+        f"moments {need.state / 1e9:.1f}, gathered {need.gathered / 1e9:.1f}, activations "
+        f"{need.activations / 1e9:.1f}, loss {need.loss / 1e9:.1f}"
     )
     if need.total > 0.95 * there:
         fits = longest_pack(model, 0.9 * there, shards, config.activation_checkpointing, dtype)

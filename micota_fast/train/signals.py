@@ -1,4 +1,4 @@
-"""Ending early on request: the step at hand is finished and kept, and all processes decide alike."""
+"""Ending early on request: the current step is finished and saved, and all processes make the same decision."""
 
 import contextlib
 import os
@@ -15,11 +15,11 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """Notes the signals that ask for an end, however often each comes; a third Ctrl-C ends the process at once."""
+    """Records the signals that ask the run to end; a third Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self._received: list[int] = []
-        self.by_hand = False  # after `agreed`: whether Ctrl-C was among them, so whatever started us is to stop, too
+        self.by_hand = False  # after `agreed`: whether Ctrl-C was among them, so the caller should stop as well
 
     def __enter__(self) -> "StopSignals":
         self._before = {n: signal.signal(n, self._note) for n in STOPPING}
@@ -40,7 +40,7 @@ class StopSignals:
             raise KeyboardInterrupt
 
     def agreed(self, world: World) -> bool:
-        """Whether any process was asked to end, the same answer on all. Takes the hosts' time, never the device's."""
+        """Return whether any process was asked to end, the same on all. Never waits for the device."""
         asked = torch.tensor([bool(self._received), signal.SIGINT in self._received], dtype=torch.int32)
         if world.hosts is not None:
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=world.hosts)

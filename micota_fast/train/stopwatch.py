@@ -15,7 +15,7 @@ from micota_fast.train.world import World
 class Stopwatch:
     """Splits time into phases: on CUDA as the device's stream runs them, by events; elsewhere by the clock.
 
-    A device that waits for its host shows as time of the phase that kept it waiting.
+    Time in which a device waits for its host counts for the phase that kept it waiting.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -23,7 +23,7 @@ class Stopwatch:
         self._laps: list[tuple[str, torch.cuda.Event | float]] = []
 
     def lap(self, phase: str) -> None:
-        """What follows belongs to `phase`."""
+        """Start `phase`; it lasts until the next call."""
         self._laps.append((phase, self._now()))
 
     def _now(self) -> torch.cuda.Event | float:
@@ -34,7 +34,7 @@ class Stopwatch:
         return event
 
     def read(self) -> dict[str, float]:
-        """Seconds of each phase since the last read, the one at hand included. Waits for the device."""
+        """Return the seconds of each phase since the last read, including the current one. Waits for the device."""
         if not self._laps:
             return {}
         self.lap(self._laps[-1][0])
@@ -56,7 +56,7 @@ class Stopwatch:
 def profiler(out: Path, world: World) -> Iterator[torch.profiler.profile]:
     """Trace two steps, after two to warm up, into OUT/profile/rank-NNNNN.json.gz, which Perfetto and Chrome open.
 
-    Call `step()` on what is yielded after each step. A run that ends before has no trace, and says so.
+    Call `step()` on the yielded object after each step. A run that ends before that has no trace, and says so.
     """
     path = out / "profile" / f"rank-{world.rank:05d}.json.gz"
     written = False  # one of an earlier start may be there

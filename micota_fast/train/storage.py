@@ -1,7 +1,7 @@
-"""How a resume checkpoint lies on the disk: a safetensors file from each rank, and a manifest.
+"""The files of a resume checkpoint: a safetensors file from each rank, and a manifest.
 
-`torch.distributed.checkpoint` says which rank writes what; torch's own storage would write and read pickles. The header
-of a file has, beside each tensor's shape, its offsets in the whole one under the key where torch's
+`torch.distributed.checkpoint` decides which rank writes what; torch's own storage would write and read pickles. Besides
+each tensor's shape, the header of a file has its offsets in the whole tensor, under the key where torch's
 `HuggingFaceStorageReader` looks for them.
 """
 
@@ -29,21 +29,21 @@ from micota_fast.errors import InputError
 from micota_fast.model.safetensors_io import code_of, memory_of
 from micota_fast.model.safetensors_writer import SafetensorsFile
 
-_MEND = "mend it and give the same command again to go on from the last checkpoint"
-_SLACK = 1 << 20  # bytes beside the tensors: headers and manifest
+_MEND = "fix this and run the same command to resume from the last checkpoint"
+_SLACK = 1 << 20  # bytes besides the tensors: headers and manifest
 
 
 class CheckpointWriter(StorageWriter):
     """Writes each rank's part of a checkpoint into one safetensors file, and then the manifest, from rank 0.
 
-    A file is streamed and hashed as it goes: nothing is held twice. `dcp.save` raises an error of any rank on all. To
-    be used in a `with` statement, at whose end nothing is left of a checkpoint that failed.
+    A file is hashed while it is written, so nothing is held twice. `dcp.save` raises an error of any rank on all. Use
+    it in a `with` statement, at whose end nothing is left of a checkpoint that failed.
 
     Args:
-        folder: appears when all is in it and on the disk, in place of what was there.
+        folder: appears once everything is in it and synced, in place of what was there.
         rank: of this process.
         manifest: JSON values; the files' sizes and digests are added to it.
-        published: called on rank 0 when `folder` is there.
+        published: called on rank 0 once `folder` is there.
     """
 
     def __init__(self, folder: Path, rank: int, manifest: dict[str, Any], published: Callable[[], None]) -> None:
@@ -60,10 +60,10 @@ class CheckpointWriter(StorageWriter):
         self._open.__exit__(kind, error, traceback)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing is kept between saves."""
+        """Do nothing: no state is kept between saves."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Rank 0 makes the folder to fill; the others learn its name from the plan."""
+        """Make the folder to fill, on rank 0; the others learn its name from the plan."""
         if is_coordinator:
             self._aside = self._open.enter_context(whole_folder(self._folder))
 
@@ -71,7 +71,7 @@ class CheckpointWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On rank 0, which knows what all will write: is there room?"""
+        """Check, on rank 0, that there is room for what all ranks will write."""
         pieces = [item.tensor_data for plan in plans for item in plan.items if item.tensor_data is not None]
         sizes = (piece.chunk.sizes.numel() * piece.properties.dtype.itemsize for piece in pieces)
         require_room(self._aside.parent, _SLACK + sum(sizes))
@@ -88,7 +88,7 @@ class CheckpointWriter(StorageWriter):
         return result
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0, when all have written."""
+        """Write the manifest and publish the folder: called on rank 0 when all ranks have written."""
         files = {r.index.fqn: {"bytes": r.size_in_bytes, "sha256": r.storage_data} for rank in results for r in rank}
         path = self._aside / "manifest.json"
         write_json(path, self._manifest | {"files": files}, 2, finite=False)
@@ -103,7 +103,7 @@ class CheckpointWriter(StorageWriter):
 
 
 def _write_safetensors(path: Path, tensors: dict[str, Tensor], offsets: dict[str, list[int]]) -> tuple[int, str]:
-    """Write and sync; returns size in bytes and SHA-256. `offsets`: where each tensor lies in the whole one."""
+    """Write and sync; return size in bytes and SHA-256. `offsets`: where each tensor begins in the whole one."""
     # The format wants every tensor aligned to its own type, so wide types go first.
     ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     sharding = {name: {"saved_offsets": offsets[name]} for name in ordered}
@@ -119,7 +119,7 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor], offsets: dict[str
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """The manifest and None; or None and what is wrong with it or with the list of files."""
+    """Return the manifest and None; or None and what is wrong with it or with the list of files."""
     path = folder / "manifest.json"
     try:
         text = path.read_bytes()
@@ -127,7 +127,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     except OSError as error:
         return None, f"{folder} is torn: {error}"
     if expected != f"{hashlib.sha256(text).hexdigest()}  {path.name}\n".encode():
-        return None, f"{path} is not what was written, by manifest.sha256"
+        return None, f"{path} is not what was written, according to manifest.sha256"
     try:
         manifest = parse_json(text, str(path), finite=False)
     except InputError as error:
@@ -141,7 +141,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def first_fault(folder: Path, files: list[tuple[str, dict[str, Any]]]) -> str | None:
-    """What is wrong with the first of `files` that is not as the manifest has it; None if all are."""
+    """Say what is wrong with the first of `files` that differs from the manifest; None if none does."""
     for name, recorded in files:
         path = folder / name
         try:
@@ -153,7 +153,7 @@ def first_fault(folder: Path, files: list[tuple[str, dict[str, Any]]]) -> str | 
 
 
 def require_room(folder: Path, needed: int) -> None:
-    """Raise InputError where the disk of `folder` has no room for so many bytes more."""
+    """Raise InputError if the disk of `folder` has no room for `needed` more bytes."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(f"it needs {needed:,} bytes and {free:,} are free on the disk of {folder}; {_MEND}")

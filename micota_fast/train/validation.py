@@ -17,13 +17,13 @@ from micota_fast.train.world import World
 
 
 class Validation:
-    """Measures, and remembers the lowest loss.
+    """Measures the loss on held-out documents and remembers the lowest one.
 
     Args:
         documents: held out; equal on all ranks. None: there is nothing to measure.
-        pack_tokens: tokens a pack holds at most.
+        pack_tokens: most tokens in a pack.
         world: the processes, each of which takes its share of the packs.
-        early_stop: measurements without a new lowest loss after which it is enough; None: never.
+        early_stop: number of measurements in a row without a new lowest loss after which to stop; None: never.
     """
 
     def __init__(self, documents: Documents | None, pack_tokens: int, world: World, early_stop: int | None) -> None:
@@ -32,7 +32,7 @@ class Validation:
             order, offsets = pack(documents.lengths, pack_tokens)
             packs = np.split(order, offsets[1:-1])
             mine = [packed_batch(documents, ids) for ids in packs[world.rank :: world.size]]
-            # Its weights are for training; every rank must join in the collectives.
+            # Documents' weights are for training. Every rank must join the collectives.
             self._batches = [replace(batch, token_weights=None) for batch in mine]
             self._batches += [DUMMY_BATCH] * (math.ceil(len(packs) / world.size) - len(mine))
             self._n_targets = int(documents.n_targets.sum())
@@ -41,7 +41,7 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, model: PackedLoss, step: int) -> float:
-        """Mean loss over the held-out supervised tokens after `step` steps. Waits for the device."""
+        """Return the mean loss over the held-out supervised tokens after `step` steps. Waits for the device."""
         total = torch.zeros((), device=self._world.device)
         for batch in self._batches:
             total += model(**on_device(batch, self._world), normalizer=self._n_targets)
@@ -58,5 +58,5 @@ class Validation:
 
     @property
     def enough(self) -> bool:
-        """Whether the run should end now."""
+        """Whether the run should stop now."""
         return self._early_stop is not None and self.state["since"] >= self._early_stop

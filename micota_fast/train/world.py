@@ -1,4 +1,4 @@
-"""This process among all, and how the processes of a training find each other and part."""
+"""The processes of a training: how they find each other, what each knows of itself, and how they leave."""
 
 import gc
 import os
@@ -16,28 +16,28 @@ from micota_fast.errors import InputError
 
 T = TypeVar("T")
 
-# Of groups in which ranks wait for rank 0 to hash or write a model. Who dies closes its connections, so that those who
-# wait fail at once; no more than that would have to be cut short.
+# Of groups in which ranks wait for rank 0 to hash or write a model. It need not be short: the connections of a process
+# that dies are closed, and those who wait for it fail at once.
 HOSTS_TIMEOUT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all."""
+    """This process and its place among all of them."""
 
     rank: int
     size: int
     device: torch.device
     replicas: int = 1  # copies of the model; size / replicas processes share one
-    hosts: dist.ProcessGroup | None = None  # of all, for what hosts decide: waits for no device and up to HOSTS_TIMEOUT
+    hosts: dist.ProcessGroup | None = None  # of all, for what hosts decide: never waits for a device
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that prints and writes what is not sharded."""
+        """Whether this process prints, and writes what is not sharded."""
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Print, once for all processes."""
+        """Print once for all processes."""
         if self.is_main:
             print(text, flush=True)
 
@@ -68,23 +68,23 @@ class World:
 
 @contextmanager
 def join_world(device: str, mesh: MeshConfig | None = None) -> Iterator[World]:
-    """Join the processes that torchrun started (alone without it) and leave them cleanly.
+    """Join the processes that torchrun started, or form a group of one without it, and leave cleanly.
 
     Args:
         device: "auto", "cpu" or "cuda"; each process takes the CUDA device of its local rank.
         mesh: how they share the model.
 
     Raises:
-        InputError: the mesh does not fit their number, CUDA is asked for and absent, or there are more local processes
-            than devices.
+        InputError: the mesh does not fit the number of processes, CUDA is requested and absent, or there are more local
+            processes than devices.
     """
     rank, size, local_rank = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     replicas = _replicas(mesh or MeshConfig(), size)
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: cuda is asked for and torch sees no CUDA device; choose auto or cpu")
+        raise InputError("device: cuda is requested and torch sees no CUDA device; choose auto or cpu")
     if device != "cpu" and torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise InputError(f"local rank {local_rank} has no device of its own: {torch.cuda.device_count()} are here")
+            raise InputError(f"local rank {local_rank} has no device of its own: there are {torch.cuda.device_count()}")
         chosen = torch.device("cuda", local_rank)
         _let_segments_grow()
         torch.cuda.set_device(chosen)
@@ -101,7 +101,7 @@ def join_world(device: str, mesh: MeshConfig | None = None) -> Iterator[World]:
         hosts = dist.new_group(backend="gloo", timeout=HOSTS_TIMEOUT) if size > 1 else None
         world = World(rank, size, chosen, replicas, hosts)
         yield world
-        # Without these two, gloo's threads now and then outlive what they use and the process aborts at its exit.
+        # Without these two, gloo's threads sometimes outlive what they use and the process aborts at its exit.
         world.barrier()
         gc.collect()
     finally:
@@ -121,7 +121,7 @@ def _replicas(mesh: MeshConfig, size: int) -> int:
     shard = mesh.shard or max(size // mesh.replicate, 1)
     if mesh.replicate * shard != size:
         raise InputError(
-            f"`mesh` describes {mesh.replicate} x {shard} processes (replicate x shard) and {size} are started: change "
-            f"it, or torchrun's --nnodes and --nproc-per-node"
+            f"`mesh` describes {mesh.replicate} x {shard} processes (replicate x shard), but {size} were started: "
+            f"change it, or torchrun's --nnodes and --nproc-per-node"
         )
     return mesh.replicate

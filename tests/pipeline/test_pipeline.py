@@ -311,7 +311,7 @@ def test_a_training_that_a_signal_ended_is_not_taken_for_done(
     assert states(run) == {"student": "done"}
     assert [row["step"] for row in metrics(config)] == list(range(1, 121))
     if nproc == 2:
-        assert "going on with 1 processes where 2 processes wrote" in (tmp_path / "run/student/log.txt").read_text()
+        assert "resuming with 1 processes, but 2 processes wrote" in (tmp_path / "run/student/log.txt").read_text()
 
 
 def evaluated(out: Path, *changes: str) -> dict[str, object]:

@@ -131,7 +131,7 @@ def test_one_machine(uninterrupted: TrainConfig, tmp_path: Path, launcher: Launc
     assert not any(map(_runs, trainers))
     text = launcher.log.read_text()
     assert f"$ {sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2 -m micota_fast.train" in text
-    assert "the same command goes on from there" in text
+    assert "run the same command to resume" in text
     assert checkpoint_steps(config) == [len(metrics(config))]
     assert len(metrics(config)) < STEPS
     config = replace(config, lr=uninterrupted.lr)
@@ -161,7 +161,7 @@ def test_a_lost_machine_joins_again(uninterrupted: TrainConfig, tmp_path: Path, 
     launcher.wait_until(lambda: not any(map(_runs, lost)))
     again = machine(1)
     assert [launcher.status(process) for process in (first, again)] == [0, 0], launcher.log.read_text()
-    assert "going on after step" in launcher.log.read_text()
+    assert "resuming after step" in launcher.log.read_text()
     assert result(config) == result(uninterrupted)
 
 
@@ -284,7 +284,7 @@ def test_slurm_puts_back_a_job_whose_time_is_over(
     text = launcher.log.read_text()
     assert text.count("back into the queue") == 1, "a run that is finished is not put back"
     assert "job 7, start 2, 1 machines: node[1]" in text
-    assert "going on after step" in text
+    assert "resuming after step" in text
     assert (Path(config.out) / "summary.json").exists()
     assert [row["step"] for row in metrics(config)] == list(range(1, STEPS + 1))
 

@@ -107,7 +107,7 @@ def test_state_goes_on_with_any_number_of_ranks(wrote: int, readers: tuple[int, 
     run_ranks(wrote, _save, log, out)
     for reads in readers:
         run_ranks(reads, _restore, log, out, wrote)
-        changed = f"going on with {reads} processes where {wrote} processes wrote"
+        changed = f"resuming with {reads} processes, but {wrote} processes wrote"
         assert (changed in log.read_text()) == (wrote != reads)
 
 
@@ -303,7 +303,7 @@ def test_another_version_of_torch_is_said(
             checkpoints.save({"step": 1}, model, optimizer)
         checkpoints.wait()
         assert checkpoints.restore(model, optimizer) == {"step": 1}
-        now = f"going on with 1 processes of torch {torch.__version__} where 1 processes of torch 2.0.1 wrote"
+        now = f"resuming with 1 processes of torch {torch.__version__}, but 1 processes of torch 2.0.1 wrote"
         assert now in capsys.readouterr().out
 
 
@@ -322,7 +322,9 @@ def test_another_run_is_refused_by_name(tmp_path: Path) -> None:
     with join_world("cpu") as world:
         Checkpoints(tmp_path / "out", IDENTITY, world)
         difference = r"\(options\.lr: 0\.1 there, 0\.2 here\)"
-        with pytest.raises(InputError, match=rf"unfinished run of other making, by .*/run\.json {difference}"):
+        with pytest.raises(
+            InputError, match=rf"unfinished run with different settings, according to .*/run\.json {difference}"
+        ):
             Checkpoints(tmp_path / "out", other, world)
         # A checkpoint says itself whose it is, so one that was copied here is known.
         model, optimizer = trained(world, 1)
@@ -330,7 +332,7 @@ def test_another_run_is_refused_by_name(tmp_path: Path) -> None:
             with Checkpoints(tmp_path / name, identity, world) as checkpoints:
                 folder = checkpoints.save({"step": len(name)}, model, optimizer)
         shutil.copytree(folder, tmp_path / "out" / "checkpoints" / folder.name)
-        with pytest.raises(InputError, match=rf"of other making, by .*/{folder.name}/manifest\.json \(.*0\.2 there"):
+        with pytest.raises(InputError, match=rf"different settings, .*/{folder.name}/manifest\.json \(.*0\.2 there"):
             Checkpoints(tmp_path / "out", IDENTITY, world)
 
 

@@ -76,7 +76,7 @@ def test_a_killed_run_goes_on(exact: TrainConfig, tmp_path: Path) -> None:
     wait_until(lambda: len(metrics(config)) >= 12, processes)
     kill(processes)
     finish(start_training(config), config)
-    assert "going on after step" in Path(f"{config.out}.log").read_text()
+    assert "resuming after step" in Path(f"{config.out}.log").read_text()
     for ours, theirs in zip(metrics(config), metrics(whole), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)  # attention's backward pass adds in any order
     expected = load_file(Path(whole.out) / "model" / "model.safetensors")

@@ -67,7 +67,7 @@ def test_killed_and_resumed_on_the_same_mesh_bitwise(whole: TrainConfig, tmp_pat
     kill(processes)
     finish(start_training(config, world=4), config)
     log = Path(f"{config.out}.log").read_text()
-    assert "going on after step" in log
+    assert "resuming after step" in log
     assert "rounding" not in log
     assert metrics(config) == metrics(whole)
     expected = weights_of(whole)
@@ -91,7 +91,7 @@ def test_resumed_without_copies_up_to_rounding(whole: TrainConfig, tmp_path: Pat
     config = replace(config, mesh=MeshConfig())
     finish(start_training(config, world=4), config)
     log = Path(f"{config.out}.log").read_text()
-    assert "going on with 4 processes where 4 processes and 2 copies of the model wrote" in log
+    assert "resuming with 4 processes, but 4 processes and 2 copies of the model wrote" in log
     assert "equal up to rounding" in log
     near(config, whole)
 
@@ -99,10 +99,10 @@ def test_resumed_without_copies_up_to_rounding(whole: TrainConfig, tmp_path: Pat
 @pytest.mark.parametrize(
     ("mesh", "size", "said"),
     [
-        (MeshConfig(replicate=2), 1, r"2 x 1 processes \(replicate x shard\) and 1 are started"),
-        (MeshConfig(replicate=2, shard=2), 1, r"2 x 2 processes \(replicate x shard\) and 1 are started"),
-        (MeshConfig(shard=8), 4, r"1 x 8 processes \(replicate x shard\) and 4 are started"),
-        (MeshConfig(replicate=3), 8, r"3 x 2 processes \(replicate x shard\) and 8 are started"),
+        (MeshConfig(replicate=2), 1, r"2 x 1 processes \(replicate x shard\), but 1 were started"),
+        (MeshConfig(replicate=2, shard=2), 1, r"2 x 2 processes \(replicate x shard\), but 1 were started"),
+        (MeshConfig(shard=8), 4, r"1 x 8 processes \(replicate x shard\), but 4 were started"),
+        (MeshConfig(replicate=3), 8, r"3 x 2 processes \(replicate x shard\), but 8 were started"),
     ],
     ids=str,
 )

@@ -146,7 +146,7 @@ def test_too_many_in_a_row_end_the_run_and_it_can_go_on(
     reports: dict[str, int], checkpoint: Path, tmp_path: Path
 ) -> None:
     config = config_with(checkpoint, tmp_path, [3, 4, 5], max_skipped_steps=3, epochs=1.0, packs_per_step=1, **reports)
-    with pytest.raises(InputError, match=r"^3 steps in a row, the last of them 5, .*step-00000005 holds the state"):
+    with pytest.raises(InputError, match=r"^3 steps in a row, the last of them 5, .*step-00000005 contains the state"):
         train(config)
     assert checkpoint_steps(config)[-1] == 5
     assert not (Path(config.out) / "model").exists()

@@ -150,7 +150,7 @@ def test_training_with_frozen_parameters(
     wait_until(lambda: bool(checkpoint_steps(killed)), processes)
     kill(processes)
     finish(start_training(killed, world=2), killed)
-    assert "going on after step" in Path(f"{killed.out}.log").read_text()
+    assert "resuming after step" in Path(f"{killed.out}.log").read_text()
 
     before, after, sharded, resumed = (
         load_file(folder / "model.safetensors") for folder in (checkpoint, *(tmp_path / n / "model" for n in "12k"))

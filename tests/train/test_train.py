@@ -177,7 +177,7 @@ def test_outputs(trained: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFix
     # Finished: said, and nothing written.
     written = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     assert train(trained)
-    assert "holds the finished result of this run already" in capsys.readouterr().out
+    assert "already contains the finished result of this run" in capsys.readouterr().out
     assert written == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     with pytest.raises(InputError, match=r"holds the result of another run \(options\.epochs: 2\.0 there, 1\.0 here\)"):
         train(dataclasses.replace(trained, epochs=1.0))

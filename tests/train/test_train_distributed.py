@@ -85,7 +85,7 @@ def test_two_killed_ranks_go_on_as_any_number(two: TrainConfig, tmp_path: Path) 
         shutil.copytree(config.out, other.out)
         finish(start_training(other, world=ranks), other)
         log = Path(f"{other.out}.log").read_text()
-        assert f"going on with {name} where 2 processes wrote" in log
+        assert f"resuming with {name}, but 2 processes wrote" in log
         assert "equal up to rounding" in log
         near(other, two)
     finish(start_training(config, world=2), config)
@@ -109,7 +109,7 @@ def test_two_ranks_in_bfloat16(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     wait_until(lambda: len(metrics(killed)) >= 5, processes)
     kill(processes[::-1])
     finish(start_training(killed, world=2), killed)
-    assert "going on after step" in Path(f"{killed.out}.log").read_text()
+    assert "resuming after step" in Path(f"{killed.out}.log").read_text()
     assert result(killed) == result(two)
 
 

@@ -29,7 +29,7 @@ from helpers.training_runs import (
 )
 from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
-from micota_fast.train import loop
+from micota_fast.train import prepare
 from micota_fast.train.loop import train
 
 STEPS = 40
@@ -177,7 +177,7 @@ def test_twenty_kills(uninterrupted: TrainConfig, qwen2_checkpoint: Path, tmp_pa
     finish(start_training(config, world=2), config)
     log = Path(f"{config.out}.log").read_text()
     assert "trying the checkpoint before it" in log
-    resumed = {line for line in log.splitlines() if line.startswith("going on after step")}
+    resumed = {line for line in log.splitlines() if line.startswith("resuming after step")}
     assert len(resumed) >= 5, "the kills fell where they prove little"
     same(config, uninterrupted)
 
@@ -216,7 +216,7 @@ def test_one_trainer_at_a_time(
     go = tmp_path / "go"
     first = start_training(config, before=partial(moments.at_file, 0, SUMMARY, partial(moments.wait_for, go)))
     wait_until((Path(config.out) / "model").exists, first)  # and it stays there
-    monkeypatch.setattr(loop, "TRAINER_ENDS_S", 0.3)
+    monkeypatch.setattr(prepare, "TRAINER_ENDS_S", 0.3)
     before = time.monotonic()
     with pytest.raises(InputError, match=r"another trainer holds .*out/\.lock"):
         train(config)
@@ -261,7 +261,7 @@ def test_an_unfinished_run_of_other_making_is_refused(qwen2_checkpoint: Path, tm
     assert "options.lr: 0.01 there, 0.002 here" in log
     assert f"choose another `out`, or delete {config.out} to start over" in log
     (tmp_path / "corpus.jsonl").open("a").write('{"problem": "1 + 1", "completion": "2"}\n')
-    with pytest.raises(InputError, match=r"unfinished run of other making.*\(documents: "):
+    with pytest.raises(InputError, match=r"unfinished run with different settings.*\(documents: "):
         train(config)
 
 

@@ -98,7 +98,7 @@ def test_stopped_again_and_again(uninterrupted: TrainConfig, tmp_path: Path) -> 
         kill(processes)
         assert statuses == [stop.status] * 2, (name, log.read_text())
         assert checkpoint_steps(config)[-1] == len(metrics(config)) == stop.step, (name, log.read_text())
-        assert "the same command goes on from there" in log.read_text()
+        assert "run the same command to resume" in log.read_text()
     last = partial(
         moments.in_turn,
         (
@@ -152,6 +152,6 @@ def test_sigterm_to_torchrun(qwen2_checkpoint: Path, tmp_path: Path) -> None:
             if "micota_fast.train" in process.cmdline():
                 process.kill()
     text = (tmp_path / "log").read_text()
-    assert "the same command goes on from there" in text
+    assert "run the same command to resume" in text
     assert "SIGTERM: stopping after this step" in text
     assert checkpoint_steps(config) == [len(metrics(config))]

@@ -159,7 +159,7 @@ def test_killed_and_resumed_it_stops_alike(stopped: TrainConfig, tmp_path: Path)
         wait_until(lambda until=until: max(checkpoint_steps(config), default=0) >= until, processes)  # type: ignore[misc]
         kill(processes)
     finish(start_training(config, world=2), config)
-    assert Path(f"{config.out}.log").read_text().count("going on after step") == 2
+    assert Path(f"{config.out}.log").read_text().count("resuming after step") == 2
     assert metrics(config) == metrics(stopped)
     assert summary_of(config) | {"timing": None} == summary_of(stopped) | {"timing": None}
     assert all(torch.equal(tensor, weights_of(stopped)[name]) for name, tensor in weights_of(config).items())

@@ -51,7 +51,7 @@ def _export(world: World, source: Path, out: Path) -> None:
 def _identity(world: World, config: TrainConfig, source: Path) -> None:
     documents, _ = prepare.load_documents(config, source, Path(config.out))
     impatient()
-    prepare.sha256 = partial(slowly, prepare.sha256)
+    prepare.of_file = partial(slowly, prepare.of_file)
     prepare.run_identity(config, source, documents, None, world)
 
 
