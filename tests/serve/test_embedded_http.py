@@ -34,7 +34,7 @@ def embedded(qwen2_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     ("body", "message"),
     [
         (b"{", "not JSON"),
-        ([1], "must be a JSON object"),
+        ([1], "expected a JSON object"),
         ({"text": "a", "input_ids": [5]}, "exactly one of"),  # a real SGLang takes input_ids
         ({"text": "a", "sampling_params": {"temprature": 0}}, "temprature is unknown"),
         ({"text": "a", "sampling_params": {"regex": "a*"}}, "not supported"),

@@ -271,28 +271,23 @@ def test_requests_are_refused_before_no_file_is_left(monkeypatch: pytest.MonkeyP
 # -- numbers that are not finite -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["rms_norm_eps", "rope_theta", "tensor"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_checkpoint_that_is_not_finite_is_not_served(
-    tmp_path: Path, qwen2_checkpoint: Path, where: str, value: float
-) -> None:
+@pytest.mark.parametrize("where", ["config.json", "model.layers.1.mlp.up_proj.weight"])
+def test_a_checkpoint_that_is_not_finite_is_not_served(tmp_path: Path, qwen2_checkpoint: Path, where: str) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(qwen2_checkpoint, checkpoint)
-    if where == "tensor":
-        name = "model.layers.1.mlp.up_proj.weight"
-        tensors = load_file(checkpoint / "model.safetensors")
-        tensors[name][3, 5] = value
-        save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    if where == "config.json":
+        config = json.loads((checkpoint / where).read_text())
+        (checkpoint / where).write_text(json.dumps({**config, "rms_norm_eps": math.nan}))
     else:
-        name = where
-        config = json.loads((checkpoint / "config.json").read_text())
-        (config if where in config else config["rope_parameters"])[where] = value
-        (checkpoint / "config.json").write_text(json.dumps(config))
+        tensors = load_file(checkpoint / "model.safetensors")
+        tensors[where][3, 5] = math.nan
+        save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     command = [sys.executable, "-m", "micota_fast.serve.embedded", "--model", str(checkpoint)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 2
-    assert name in ended.stderr
-    assert "damaged" in ended.stderr or f"{value}" in ended.stderr.lower() or "not a number" in ended.stderr
+    assert where in ended.stderr
+    assert "NaN" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_denormal_temperatures_are_greedy(server: Server) -> None:
