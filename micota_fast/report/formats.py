@@ -25,6 +25,7 @@ from micota_fast.statistics.intervals import Estimate
 AVERAGE = "Average"
 _QUANTILES = ("p10", "p50", "p90")
 _SPREAD = ("mean", "sd", *_QUANTILES)
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 _LATEX_CHARACTERS = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -216,8 +217,13 @@ def _csv(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(heads)
-    writer.writerows(rows)
+    writer.writerows([_cell(value) for value in row] for row in rows)
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Keep a name from being a formula in a spreadsheet, as OWASP says ("CSV Injection"); numbers stay numbers."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def report_json(

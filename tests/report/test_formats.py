@@ -77,6 +77,14 @@ class TestCsv:
         assert [row["arm"] for row in rows] == ["base", "short", "mid"]
         assert float(rows[2]["truncated"]) == pytest.approx(8 / 1200)
 
+    @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@sum", "\t=1", "＝1"])
+    def test_a_name_is_never_a_formula_and_a_number_stays_one(self, config: ReportConfig, name: str) -> None:
+        run(dataclasses.replace(config, arms={name: config.arms["mid"]}, corpora={name: config.corpora["long"]}))
+        for file in ("table.csv", "answers.csv", "corpora.csv"):
+            rows = list(csv.reader(io.StringIO((Path(config.out) / file).read_text())))
+            assert f"'{name}" in [row[0] for row in rows]
+            assert all(cell.lstrip("-").replace(".", "").isdigit() for row in rows for cell in row if cell[:1] == "-")
+
 
 class TestMarkdown:
     @pytest.mark.parametrize(
