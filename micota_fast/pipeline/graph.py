@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from micota_fast.common.records import benchmark_file
 from micota_fast.config import loader
 from micota_fast.config.corpus import FilterConfig, FilterSettings, MixConfig
 from micota_fast.config.evaluation import AlignConfig, BenchmarkConfig, ContaminationConfig, EvaluateConfig
@@ -48,7 +49,7 @@ class Stage:
     settings: Any  # the options of its verb (`stages.Verb.options`)
     inputs: tuple[Artefact, ...]
     outputs: tuple[str, ...]  # relative to the stage's folder; it is done when all are there
-    files: dict[str, str] = dataclasses.field(default_factory=dict)  # written into its folder before it starts
+    files: dict[str, str] = dataclasses.field(default_factory=dict)  # YAML, written into its folder before it starts
     # Folder that it makes -> options that its contents do not depend on (a.b: `b` of `a`, or of each of its items).
     lasting: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
@@ -207,7 +208,16 @@ class _Graph:
             raise InputError(f"{where}: {error}") from None
         if source.limit is not None:
             sweep.limit = min(source.limit, sweep.limit or source.limit)
-        self._add(Stage(stage, "length-sweep", sweep, (*inputs, problems), ("model", "sweep.json"), files))
+        self._add(
+            Stage(
+                stage,
+                "length-sweep",
+                sweep,
+                (*inputs, problems),
+                ("model", "sweep.json", "sweep.md", "sweep.svg", "sweep.png"),
+                files,
+            )
+        )
 
     def corpus(self, name: str) -> Artefact:
         spec = self.recipe.corpora[name]
@@ -222,7 +232,8 @@ class _Graph:
     def _generated(self, stage: str, name: str) -> None:
         completions = self._answers(name)
         settings = self._filter(name, completions)
-        self._add(Stage(stage, "filter", settings, (completions,), ("corpus.jsonl", "corpus.jsonl.counts.json")))
+        outputs = ("corpus.jsonl", "corpus.jsonl.counts.json", "corpus.jsonl.rejects.jsonl")
+        self._add(Stage(stage, "filter", settings, (completions,), outputs))
 
     def _filter(self, name: str, completions: Artefact) -> FilterConfig:
         spec = self.recipe.corpora[name].generate
@@ -261,7 +272,9 @@ class _Graph:
             out=completions.location,
             accept={field.name: rules[field.name] for field in dataclasses.fields(FilterSettings)},
         )
-        self._add(Stage(stage, "generate", settings, (model, problems), ("completions.jsonl",)))
+        self._add(
+            Stage(stage, "generate", settings, (model, problems), ("completions.jsonl", "completions.jsonl.meta.json"))
+        )
 
     def _mixed(self, stage: str, name: str) -> None:
         shares = self.recipe.corpora[name].mix
@@ -302,7 +315,9 @@ class _Graph:
         if built.judge is not None:
             inputs.append(self._checkpoint(built.judge.model, "evaluate.judge.model"))
             built.judge.model = inputs[-1].location
-        self._add(Stage(stage, "evaluate", built, tuple(inputs), ("results.json", "rows"), lasting=lasting))
+        answers = [f"completions/{benchmark_file(benchmark.name)}" for benchmark in built.benchmarks]
+        outputs = ("results.json", "rows", *answers, *(f"{file}.meta.json" for file in answers))
+        self._add(Stage(stage, "evaluate", built, tuple(inputs), outputs, lasting=lasting))
 
     def _report(self) -> None:
         recipe = self.recipe
@@ -339,8 +354,10 @@ class _Graph:
             notes=recipe.notes,
             provenance=versions(),
         )
-        outputs = ("report.html", "answers.html", "table.md", "report.json")
-        self._add(Stage("report", "report", settings, tuple(inputs), outputs))
+        outputs = ["report.html", "answers.html", "table.md", "table.tex", "table.csv", "answers.csv", "report.json"]
+        outputs += ["plots", *(["corpora.csv"] if corpora else [])]
+        outputs += ["contamination.csv"] if contamination is not None else []
+        self._add(Stage("report", "report", settings, tuple(inputs), tuple(outputs)))
 
     def _contamination(self) -> Artefact | None:
         """Add the search for benchmark problems in what is trained on; None if nothing is trained."""

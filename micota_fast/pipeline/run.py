@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from micota_fast.common.files import remove_whole, whole_folder, write_atomic, writing
+import yaml
+
+from micota_fast.common.files import reading, remove_whole, whole_folder, write_atomic, writing
 from micota_fast.common.fingerprint import Fingerprints, differences, of_json
 from micota_fast.common.json_io import as_read_back, read_json_if_there, write_json
 from micota_fast.common.lock import RUN_ENDS_S, locked
@@ -109,12 +111,17 @@ class Run:
         self.fingerprints = Fingerprints(folder / "fingerprints.json")
 
     def statuses(self) -> dict[str, Status]:
-        """Return the state of every stage, in order; changes nothing."""
+        """Return the state of every stage, in order; changes nothing.
+
+        Raises:
+            InputError: the folder cannot be read, or a done.json or making.json in it is damaged.
+        """
         found: dict[str, Status] = {}
-        for stage in self.stages:
-            found[stage.name] = self._status(stage, {name: found[name].state for name in stage.needs})
-        if self.folder.is_dir():
-            self.fingerprints.save()
+        with reading(self.folder):
+            for stage in self.stages:
+                found[stage.name] = self._status(stage, {name: found[name].state for name in stage.needs})
+            if self.folder.is_dir():
+                self.fingerprints.save()
         return found
 
     def run(self, say: Callable[[str], None]) -> None:
@@ -177,8 +184,9 @@ class Run:
             "options": placeless(loader.identity(stage.settings)),
             "inputs": list(contents.values()),
         }
-        if stage.files:
-            identity["files"] = placeless(stage.files)
+        if stage.files:  # parsed: YAML folds or escapes a path by its length and characters
+            parsed = {name: placeless(yaml.safe_load(text)) for name, text in stage.files.items()}
+            identity["files"] = {name: yaml.safe_dump(content, sort_keys=False) for name, content in parsed.items()}
         return dict(as_read_back(identity))
 
     def _content(self, artefact: Artefact) -> str:
