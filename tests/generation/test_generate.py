@@ -116,7 +116,7 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(
     generate.run(config(qwen2_checkpoint, problems, corpus, nobody, concurrency=1))
     assert "done already" in capsys.readouterr().out
     assert corpus.stat().st_mtime_ns == before.st_mtime_ns
-    with pytest.raises(InputError, match=r"belongs to another run \(it differs in: sampling\)"):
+    with pytest.raises(InputError, match=r"belongs to another run \(it differs in: sampling\.temperature\)"):
         generate.run(config(qwen2_checkpoint, problems, corpus, nobody, temperature=0.9))
     with pytest.raises(InputError, match=r"it differs in: problems"):
         generate.run(config(qwen2_checkpoint, problems, corpus, nobody, limit=3))
