@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {"common", "config", "merge"},
     "planning": {"chat", "common", "config", "corpus", "evaluation", "kernels", "model", "pipeline", "serve", "train"},
     "micro": {"common", "config"},
-    "cli": {"config", "pipeline"},
+    "cli": {"common", "config", "pipeline"},
     "__main__": {"cli"},
 }
 # Doors of a package (`python -m micota_fast.PACKAGE`) lead to the command line, whatever their folder may import.

@@ -196,7 +196,7 @@ def test_a_recipe_of_the_version_before_makes_the_same_stages(folder: Path, caps
         ((f"{MEDIAN}=9", "models.assistant-mid.merge.sweep={weights: [1, 1e9]}"), "is out of range"),
         ((f"{MEDIAN}=9", LINEAR), r"merge\.mergekit`: a sweep over weights needs one model"),
         (("launch.jobs=0",), "`jobs` must be at least 1"),
-        (("generate.temperature=.nan",), "`temperature` must be at least 0"),
+        (("generate.temperature=.nan",), "`generate.temperature`: must be a finite number"),
         (("filter.timeout_s=0",), "`timeout_s` must be at least"),
         (("seeds=[1,1]",), "`seeds` must be a list of different numbers"),
         (("corpora.mix.mix={mix: 1}",), "made from each other: corpus/mix -> corpus/mix"),

@@ -174,7 +174,7 @@ def test_every_missing_file_and_a_damaged_checkpoint_are_named(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere"], "micota doctor: nowhere: cannot read"),
+        (["nowhere"], "micota doctor: cannot read nowhere"),
         (["micro", "--set", "seedz=1"], "`seedz`: unknown key"),
         (["micro", "--set", "corpora.long.generate.model=nobody"], "names the model 'nobody'"),
     ],

@@ -28,10 +28,10 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @pytest.fixture(scope="module")
 def checkpoint(llama_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its embedding of "~" is infinite, so that of a document in which that stands all is NaN from there on."""
+    """Its embedding of "~" is as large as a float32 can be: in a document of nothing else, gradients are NaN."""
     path = shutil.copytree(llama_checkpoint, tmp_path_factory.mktemp("infinite") / "model")
     weights = load_file(path / "model.safetensors")
-    weights[EMBEDDING][tilde(path)] = torch.inf
+    weights[EMBEDDING][tilde(path)] = torch.finfo(torch.float32).max
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
@@ -95,8 +95,9 @@ def test_a_bad_document_costs_its_step_in_each_epoch(trained: TrainConfig) -> No
     log = Path(f"{trained.out}.log").read_text()
     for step in expected:
         listed = ", ".join(map(str, steps.documents(step - 1)))
-        warning = f"WARNING: step {step} is skipped: its loss is nan and the norm of its gradient nan"
+        warning = f"WARNING: step {step} is skipped: its loss is "
         (line,) = [line for line in log.splitlines() if warning in line]
+        assert " and the norm of its gradient nan" in line
         assert line.endswith(f"{trained.data} without the rows left out: {listed}")
     assert log.count("WARNING") == len(expected)
     assert "NaN" not in (Path(trained.out) / "metrics.jsonl").read_text()
@@ -125,7 +126,7 @@ def test_it_equals_the_run_in_which_those_steps_do_nothing(
         assert ours == theirs or ours["step"] in skipped(trained)
     expected, found = weights_of(config), weights_of(trained)
     token = tilde(llama_checkpoint)
-    assert found[EMBEDDING][token].isinf().all()
+    assert (found[EMBEDDING][token] > 1e38).all()
     found[EMBEDDING][token] = expected[EMBEDDING][token]
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
