@@ -282,4 +282,4 @@ def test_dump_of_a_config_is_a_config_file(trained: TrainConfig, tmp_path: Path)
     command += ["--set", "checkpoint_every=2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "finished result of this run already" in done.stdout
+    assert "already contains the finished result of this run" in done.stdout
