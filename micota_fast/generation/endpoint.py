@@ -119,7 +119,7 @@ class Endpoint:
         self.load: Load | None = None
         self.info = ServerInfo()
         self.down: str | None = NOT_ASKED
-        self.heard = False  # it has replied, be it that it is not ready yet
+        self.heard = False  # it was up once, or has said that it is not up yet
         self.answered = 0
         self.unchecked = 0  # answers since it was last asked which model it serves
         self.written_then = 0  # answers that the run had written by then
@@ -140,6 +140,7 @@ class Endpoint:
     def up(self) -> None:
         """It answers."""
         self.down = None
+        self.heard = True
         self._work_again()
 
     def succeeded(self) -> None:
@@ -295,7 +296,7 @@ class Endpoint:
                 status, content = await self._exchange(session, "GET", path, PAGE_BYTES)
         except (aiohttp.ClientError, TimeoutError, OSError, EOFError, ValueError) as error:
             raise RetryableError(f"{type(error).__name__}: {error}") from None
-        self.heard = self.heard or status == 200 or status in UNAVAILABLE_STATUSES
+        self.heard = self.heard or status in UNAVAILABLE_STATUSES
         return status, content
 
     async def _exchange(
