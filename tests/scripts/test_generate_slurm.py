@@ -77,7 +77,7 @@ def test_a_job_whose_time_is_over_goes_on_where_it_was(tmp_path: Path, qwen2_che
         job.send_signal(signal.SIGUSR1)
         assert job.wait(60) == 0, log.read_text()
         assert (tmp_path / "requeue").exists(), log.read_text()
-        assert all(server.gone() for server in servers)
+        wait_for(lambda: all(server.gone() for server in servers), 20)
         assert not out.exists()
         (tmp_path / "requeue").unlink()
         job = start()
@@ -86,7 +86,7 @@ def test_a_job_whose_time_is_over_goes_on_where_it_was(tmp_path: Path, qwen2_che
         job.terminate()
         job.wait(30)
     assert not (tmp_path / "requeue").exists(), "what is finished is not put back"
-    assert all(server.gone() for server in servers)
+    wait_for(lambda: all(server.gone() for server in servers), 20)
     assert len(re.findall("^job 7, start", log.read_text(), re.MULTILINE)) == 2
     rows = read_completions(out)
     assert [(row.id, row.sample) for row in rows] == [(f"p{i}", s) for i in range(PROBLEMS) for s in range(SAMPLES)]
