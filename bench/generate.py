@@ -23,6 +23,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -80,19 +81,29 @@ def write_problems(path: Path, number: int) -> None:
     write_rows(path, (Problem(f"p{i}", f"{i}: {text}", "5") for i in range(number)))
 
 
+def write_model(folder: Path) -> None:
+    """The teacher's tokenizer and template, with a context that holds the longest answers."""
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TEACHER / name, folder)
+    config = json.loads((TEACHER / "config.json").read_text()) | {"max_position_embeddings": 32_768}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def measure_client(
     name: str, folder: Path, number: int, samples: int, concurrency: int, tokens: int, hold_s: float
 ) -> Row:
     """Figures of one run, those of the server with them."""
     with tempfile.TemporaryDirectory(dir=folder) as run:
         write_problems(Path(run) / "problems.jsonl", number)
+        write_model(Path(run) / "model")
         settings = {
-            "model": str(TEACHER),
+            "model": f"{run}/model",
             "problems": f"{run}/problems.jsonl",
             "out": f"{run}/out.jsonl",
             "samples": samples,
             "temperature": 1.0,
-            "max_new_tokens": 512,
+            "max_new_tokens": tokens,
             "concurrency": concurrency,
             "core": CORES[0],
         }

@@ -22,7 +22,8 @@ def answer(tokens: int) -> bytes:
         "e2e_latency": 0.1,
     }
     words = [f"w{i % 1000:03} " for i in range(tokens)]
-    return json.dumps({"text": "".join(words), "output_ids": list(range(tokens)), "meta_info": meta}).encode()
+    ids = [i % 32 for i in range(tokens)]  # of any vocabulary
+    return json.dumps({"text": "".join(words), "output_ids": ids, "meta_info": meta}).encode()
 
 
 def response(body: bytes, status: bytes = b"200 OK") -> bytes:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from helpers.training_runs import (
@@ -28,9 +27,10 @@ from micota_fast.chat.encoding import Chat
 from micota_fast.config.train import TrainConfig
 from micota_fast.data.tokenise import load_documents
 from micota_fast.errors import InputError
-from micota_fast.train import loop
+from micota_fast.train import loop, prepare
 from micota_fast.train.checkpoint import Checkpoints
 from micota_fast.train.loop import train
+from micota_fast.train.packed_loss import PackedLoss
 
 
 def held_out(folder: Path, rows: int, seed: int = 1) -> str:
@@ -184,14 +184,21 @@ def test_ended_in_the_export_it_is_not_trained_further(
     assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(config).items())
 
 
-def test_a_loss_that_is_not_finite_is_never_the_best(llama_checkpoint: Path, tmp_path: Path) -> None:
-    checkpoint = shutil.copytree(llama_checkpoint, tmp_path / "infinite")
-    weights = load_file(checkpoint / "model.safetensors")
-    (token,) = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode("~", add_special_tokens=False).ids
-    weights["model.embed_tokens.weight"][token] = math.inf
-    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+def test_a_loss_that_is_not_finite_is_never_the_best(
+    llama_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight that only the held-out row uses is infinite once the checkpoint, in which none may be, has been read."""
+    (token,) = Tokenizer.from_file(str(llama_checkpoint / "tokenizer.json")).encode("~", add_special_tokens=False).ids
+    load = prepare.load_initial_weights
+
+    def load_and_break(model: PackedLoss, *args: Any) -> None:
+        load(model, *args)
+        with torch.no_grad():
+            model.decoder.model.embed_tokens.weight[token] = math.inf
+
+    monkeypatch.setattr(prepare, "load_initial_weights", load_and_break)
     (tmp_path / "held-out.jsonl").write_text('{"problem": "~", "completion": "1"}\n')
-    config = train_config(checkpoint, tmp_path, validation_data=str(tmp_path / "held-out.jsonl"), early_stop=3)
+    config = train_config(llama_checkpoint, tmp_path, validation_data=str(tmp_path / "held-out.jsonl"), early_stop=3)
     train(config)
     assert losses_of(config) == {1: None, 2: None, 3: None}
     assert "NaN" not in (Path(config.out) / "metrics.jsonl").read_text()
