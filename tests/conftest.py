@@ -1,6 +1,7 @@
 """Fixtures that many tests share: one tiny checkpoint per family, made once a session. Do not write to them."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from helpers.paths import HELPERS
 
 # Processes that tests start find `helpers` and, where the package is not installed, the package.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HELPERS.parent), os.environ.get("PYTHONPATH", "")]))
+
+# Where a shell started the tests in the background SIGINT is ignored, and what they start would ignore a Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on CPU tensors

@@ -26,7 +26,7 @@ def differing(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str, str, str
     return [(*pair, str(ours[pair]), their) for pair, their in zip(settled, theirs, strict=True) if ours[pair] != their]
 
 
-@pytest.mark.parametrize("seed_and_number", [(0, 80), pytest.param((1, 5000), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed_and_number", [(0, 80), pytest.param((1, 1500), marks=pytest.mark.slow)])
 def test_generated_pairs(seed_and_number: tuple[int, int]) -> None:
     seed, number = seed_and_number
     source = Spellings(seed)
@@ -187,7 +187,7 @@ def test_symmetric(seed: int) -> None:
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark files at {DATA}")
-@pytest.mark.parametrize("number", [100, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_gold_answers_against_each_other(number: int) -> None:
     golds: dict[str, None] = {}
     for name in FILES:

@@ -108,7 +108,7 @@ def test_equal_spellings_decide_before_values() -> None:
     assert not certainly_differ([sympy.Integer(1), "1"], [sympy.Integer(2), "1"])
 
 
-PARTS = 8  # of the thorough test; each is one process of math-verify's, which some pairs take seconds
+PARTS = 4  # of the thorough test; each is one process of math-verify's, which some pairs take seconds
 
 
 @pytest.mark.parametrize(
