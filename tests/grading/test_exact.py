@@ -26,16 +26,18 @@ def differing(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str, str, str
     return [(*pair, str(ours[pair]), their) for pair, their in zip(settled, theirs, strict=True) if ours[pair] != their]
 
 
-@pytest.mark.parametrize("seed_and_number", [(0, 80), pytest.param((1, 1500), marks=pytest.mark.slow)])
-def test_generated_pairs(seed_and_number: tuple[int, int]) -> None:
-    seed, number = seed_and_number
+@pytest.mark.parametrize(
+    ("seed", "number", "asked"), [(0, 80, 80), pytest.param(1, 5000, 1500, marks=pytest.mark.slow)]
+)
+def test_generated_pairs(seed: int, number: int, asked: int) -> None:
+    """Of `number` pairs most are settled, and of the first `asked` all as math-verify, which is slow, does."""
     source = Spellings(seed)
     pairs = [source.pair() for _ in range(number)]
     settled = Counter(settle(normalise(answer), normalise(gold)) for answer, gold in pairs)
     assert settled["correct"] > number // 3
     assert settled["wrong"] > number // 10
     assert settled[None] < number // 8
-    assert differing(pairs) == []
+    assert differing(pairs[:asked]) == []
 
 
 # Where reading by the rules of mathematics or TeX would give another verdict than math-verify's.
