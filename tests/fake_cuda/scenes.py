@@ -1,0 +1,206 @@
+"""What the tests run, each in a process of its own: `python -m fake_cuda.scenes NAME JSON`, which prints JSON last."""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fake_cuda.session import Session
+
+
+def controls() -> dict[str, list[str]]:
+    """Do one thing after the other and return, by name, which waits were seen."""
+    session = Session(world=1)
+    from fake_cuda.controls import NO_WAIT, WAITS
+    from fake_cuda.watch import provoke
+
+    found = {}
+    with session.running():
+        for name, operation in (WAITS | NO_WAIT).items():
+            session.waits.found.clear()
+            provoke(operation)
+            found[name] = [wait.what for wait in session.waits.found]
+    return found
+
+
+ON_GPU: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "pack_tokens": 256}
+
+# What a step may be made of besides documents that every rank has; see `steps`.
+FEATURES: dict[str, dict[str, Any]] = {
+    "row filter": {"row_filter": 0.1},
+    "hybrid sharding": {"mesh": {"replicate": 2}},
+    "dummy batch": {"packs_per_step": 9},  # of eight ranks one has a second pack
+    "freeze": {"freeze": ["model.embed_tokens.*", "*.layers.0.*"]},
+    "two micro-steps": {"packs_per_step": 16},
+}
+
+
+def steps(checkpoint: str, folder: str, attention: str, cells: list[list[str]]) -> dict[str, Any]:
+    """Train three steps in each cell and return the waits, and what else tells that the cell was what it says.
+
+    Args:
+        checkpoint: to start from.
+        folder: for files.
+        attention: the option, or one of `flash.VERSIONS`.
+        cells: pairs of activation checkpointing and one of `FEATURES`.
+    """
+    flash = attention.startswith("flash")
+    session = Session(world=8, attention=attention if flash else None)
+    from helpers.training_runs import train_config, write_corpus
+    from micota_fast.config.train import MeshConfig
+
+    batches = _note_batches()
+    found = {}
+    write_corpus(Path(folder) / "corpus.jsonl", rows=160)
+    for mode, feature in cells:
+        options = dict(FEATURES[feature])
+        if "mesh" in options:
+            options["mesh"] = MeshConfig(**options["mesh"])
+        config = train_config(
+            Path(checkpoint),
+            Path(folder),
+            **{
+                "out": f"{folder}/{mode}-{feature}",
+                **ON_GPU,
+                "attention": "auto" if flash else attention,
+                "activation_checkpointing": mode,
+                "packs_per_step": 8,
+                "max_steps": 2,
+                "log_every": 2,
+                "checkpoint_every": 100,
+                **options,
+            },
+        )
+        batches.clear()
+        session.launches.counts.clear()
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert session.train(config)
+        found[f"{mode}, {feature}"] = {
+            "waits": session.seen(),
+            "micro_steps": len(batches) / 2,
+            "dummies": batches.count("dummy"),
+            "launches": dict(session.launches.counts),
+            "frozen": said.getvalue().count("frozen: "),
+            "replicas": 2 if "2 copies of the model" in said.getvalue() else 1,
+            "attention": _attention(said.getvalue()),
+        }
+    return found
+
+
+def _attention(said: str) -> str:
+    """Return which attention the log names: a backend, or one of `flash.VERSIONS`."""
+    line = next(line for line in said.splitlines() if line.startswith("attention: "))
+    version = re.search(r"flash \(FlashAttention (\d)", line)
+    return f"flash {version[1]}" if version else line.split()[1]
+
+
+def whole_run(checkpoint: str, folder: str) -> dict[str, Any]:
+    """Train five steps on eight ranks with everything that a run has, and return what it left.
+
+    Args:
+        checkpoint: to start from.
+        folder: for files.
+    """
+    session = Session(world=8)
+    from helpers.training_runs import train_config, write_corpus
+
+    held_out = write_corpus(Path(folder) / "held_out.jsonl", rows=30, seed=1)
+    write_corpus(Path(folder) / "corpus.jsonl", rows=160)
+    options = ON_GPU | {"packs_per_step": 8, "max_steps": 5, "log_every": 2, "checkpoint_every": 2}
+    config = train_config(
+        Path(checkpoint),
+        Path(folder),
+        **options,
+        validation_data=str(held_out),
+        validate_every=3,
+        activation_checkpointing="selective",
+        compile=False,
+    )
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        finished = session.train(config)
+    return {"finished": finished, "waits": session.seen(), "said": said.getvalue(), "peak": session.ledger.peak}
+
+
+def resumed_run(checkpoint: str, folder: str) -> dict[str, Any]:
+    """Stop a run of one rank by SIGTERM in its third step, finish it, and return both runs.
+
+    With one rank, torch's planner has all shards: checkpoints are written, checked and read by what really does it.
+    """
+    session = Session(world=1)
+    import os
+    import signal
+
+    from helpers.training_runs import checkpoint_steps, train_config, write_corpus
+    from micota_fast.train import loop
+
+    held_out = write_corpus(Path(folder) / "held_out.jsonl", rows=5, seed=1)
+    options = ON_GPU | {"packs_per_step": 2, "log_every": 2, "early_stop": 3, "validate_every": 2}
+    config = train_config(Path(checkpoint), Path(folder), **options, validation_data=str(held_out), epochs=3)
+    steps_begun = 0
+    learning_rate = loop.learning_rate
+
+    def counted(*args: Any) -> float:
+        nonlocal steps_begun
+        steps_begun += 1
+        if steps_begun == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate(*args)
+
+    loop.learning_rate = counted
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        stopped, first = session.train(config), session.seen()
+        left = checkpoint_steps(config)
+        finished, second = session.train(config), session.seen()
+    return {
+        "finished": [stopped, finished],
+        "waits": first + second,
+        "checkpoints": left,
+        "steps": steps_begun,
+        "said": said.getvalue(),
+    }
+
+
+def peak(model: str, folder: str, pack_tokens: int, world: int, mode: str) -> dict[str, Any]:
+    """Return the bytes that rank 0 holds at most in a step, by the ledger and by the estimate, and where that is."""
+    session = Session(world)
+    from dataclasses import asdict
+
+    import torch
+
+    from fake_cuda.full_width import train_steps
+    from micota_fast.planning.shapes import known_shapes
+    from micota_fast.train.memory import estimate
+
+    train_steps(session, model, folder, pack_tokens, None, activation_checkpointing=mode)
+    shape = known_shapes(model)
+    assert shape is not None
+    need = estimate(shape, pack_tokens, world, mode, torch.bfloat16, "cuda")
+    return {"peak": session.ledger.peak, "at": session.ledger.at_peak, "estimate": need.total, "parts": asdict(need)}
+
+
+def _note_batches() -> list[str]:
+    """Return a list that grows with each batch that goes to the device: "pack" or "dummy"."""
+    from micota_fast.train import loop
+    from micota_fast.train.packed_loss import DUMMY_BATCH
+
+    seen: list[str] = []
+    on_device = loop.on_device
+
+    def noted(batch: Any, world: Any) -> Any:
+        seen.append("dummy" if batch is DUMMY_BATCH else "pack")
+        return on_device(batch, world)
+
+    loop.on_device = noted
+    return seen
+
+
+SCENES: dict[str, Callable[..., Any]] = {
+    scene.__name__: scene for scene in (controls, steps, whole_run, resumed_run, peak)
+}
+
+if __name__ == "__main__":
+    print(json.dumps(SCENES[sys.argv[1]](**json.loads(sys.argv[2]))))

@@ -1,0 +1,61 @@
+"""A training step never waits for the device, whatever it is made of; `train()` runs, on eight fake CUDA ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fake_cuda.flash import VERSIONS
+from fake_cuda.scenes import FEATURES
+from fake_cuda.start import needs_compiler, run_scene
+
+pytestmark = needs_compiler
+
+MODES = ("none", "selective", "full")
+# All the waits that a run may have: phase, what, where. None is in "data", "forward", "backward" or "optimizer".
+ALLOWED = {
+    ("start", "copy to device", "model/rope.py:_apply"),
+    ("start", "copy to device", "model/safetensors_io.py:_set"),
+    ("start", "copy to device", "train/loop.py:_train"),  # session.py's, for FSDP
+    ("start", "copy to device", "train/checkpoint.py:load"),
+    ("report", "item", "train/meters.py:report"),
+    ("report", "cuda.synchronize", "train/stopwatch.py:read"),
+    ("validation", "item", "train/validation.py:measure"),
+    ("checkpoint", "cudaHostRegister", "train/staging.py:__init__"),
+    ("checkpoint_0", "Event.synchronize", "train/checkpoint.py:_write"),  # the writer's thread
+    # After the last step the phase does not change any more.
+    ("checkpoint", "cudaHostUnregister", "train/staging.py:close"),
+    ("checkpoint", "copy to device", "train/checkpoint.py:load"),  # the best weights
+    ("checkpoint", "copy to host", "model/safetensors_io.py:_write_weights"),
+}
+
+
+def unexpected(waits: list[list[Any]]) -> list[list[Any]]:
+    return [wait for wait in waits if tuple(wait[:3]) not in ALLOWED]
+
+
+def test_the_watch_sees_each_kind_of_wait_and_nothing_else() -> None:
+    from fake_cuda.controls import NO_WAIT, WAITS
+
+    found = run_scene("controls")
+    assert found.keys() == WAITS.keys() | NO_WAIT.keys()
+    assert [name for name in WAITS if not found[name]] == []
+    assert {name: found[name] for name in NO_WAIT if found[name]} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["varlen", "sdpa", *VERSIONS])
+def test_a_step_never_waits_for_the_device(attention: str, qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    cells = [[mode, feature] for mode in MODES for feature in FEATURES]
+    found = run_scene("steps", checkpoint=str(qwen2_checkpoint), folder=str(tmp_path), attention=attention, cells=cells)
+    assert len(found) == len(MODES) * len(FEATURES)
+    for cell, seen in found.items():
+        assert unexpected(seen["waits"]) == [], cell
+        waits = {tuple(wait[:3]): wait[3] for wait in seen["waits"]}
+        assert waits["report", "cuda.synchronize", "train/stopwatch.py:read"] == 1, cell  # in one of two steps
+        assert seen["attention"] == attention, cell
+        assert (seen["dummies"] > 0) == ("dummy" in cell), cell
+        assert (seen["launches"].get("grad_weight_kernel", 0) > 0) == ("row filter" in cell), cell
+        assert seen["micro_steps"] == (2 if "micro" in cell or "dummy" in cell else 1), cell
+        assert (seen["frozen"] > 0) == ("freeze" in cell), cell
+        assert seen["replicas"] == (2 if "hybrid" in cell else 1), cell
