@@ -292,7 +292,7 @@ def _eos_token_ids(values: dict[str, Any], where: Path, tokenizer: Tokenizer) ->
     value = values.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for i in ids:
-        if not isinstance(i, int) or isinstance(i, bool) or i < 0 or tokenizer.id_to_token(i) is None:
+        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 1 << 31 or tokenizer.id_to_token(i) is None:
             raise InputError(f"{where}: key 'eos_token_id': {i!r} is not the id of a token in tokenizer.json")
     return ids
 

@@ -163,9 +163,10 @@ def load_chat_template(checkpoint: Path) -> ChatTemplate | None:
         if value is None:
             continue
         if isinstance(value, list):
-            named = {e["name"]: e.get("template") for e in value if isinstance(e, dict) and "name" in e}
+            entries = [entry for entry in value if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+            named = {entry["name"]: entry.get("template") for entry in entries}
             if "default" not in named:
-                raise InputError(f"{where}: no template is named 'default' (found: {', '.join(map(str, named))})")
+                raise InputError(f"{where}: no template is named 'default' (found: {', '.join(named)})")
             value = named["default"]
         if not isinstance(value, str):
             raise InputError(f"{where}: must be a string or a list of named templates, got {type(value).__name__}")

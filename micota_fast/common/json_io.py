@@ -16,6 +16,7 @@ MAX_DIGITS = 300  # of a whole number, so that it fits a float
 _NAMES: dict[type, str] = {dict: "a JSON object", list: "a JSON list"}
 _STRING = r'"(?:[^"\\]|\\.)*"'  # what follows it in a pattern is looked for outside of strings
 _BRACKET = re.compile(rf"{_STRING}|([\[{{])|([\]}}])", re.DOTALL)
+_KEY = re.compile(rf"(?P<text>{_STRING})(?P<key>[ \t\r\n]*:)?|(?P<open>[\[{{])|[\]}}]", re.DOTALL)
 _LONE_SURROGATE = re.compile(  # pairs, and other escapes, are passed over
     r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.DOTALL
 )
@@ -40,8 +41,8 @@ def parse_json(text: bytes | str, where: str, kind: type = dict, *, finite: bool
 
     Raises:
         InputError: it is not JSON, not of this kind, or nested more than MAX_DEPTH levels deep; or it holds a lone
-            surrogate (half a character, which UTF-8 cannot hold), a whole number of more than MAX_DIGITS digits, or a
-            number that is not finite.
+            surrogate (half a character, which UTF-8 cannot hold), a whole number of more than MAX_DIGITS digits, a
+            number that is not finite, or an object with a key given twice, of which readers take different ones.
     """
     try:
         return _parse(text, kind, finite)
@@ -120,6 +121,8 @@ def _parse(text: bytes | str, kind: type, finite: bool) -> Any:
         raise _Fault(f"not JSON: {error.msg} (column {error.colno})", error.pos) from None
     except _BadNumberError as error:
         raise _Fault(str(error), _position(re.escape(error.token), text)) from None
+    except _RepeatedKeyError as error:
+        raise _Fault(f"key {error.key[:80]!r} is given twice in one object", _second_key(text, error.key)) from None
     except RecursionError:
         raise _too_deep(text) from None
     if not isinstance(value, kind):
@@ -176,6 +179,36 @@ class _BadNumberError(Exception):
         self.token = token
 
 
+class _RepeatedKeyError(Exception):
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        raise _RepeatedKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))
+    return made
+
+
+def _second_key(text: str, key: str) -> int:
+    """Where one object holds the key for the second time."""
+    holders: list[set[str]] = [set()]
+    for found in _KEY.finditer(text):
+        if found["key"]:
+            if json.loads(found["text"]) == key:
+                if key in holders[-1]:
+                    return found.start()
+                holders[-1].add(key)
+        elif found["open"]:
+            holders.append(set())
+        elif not found["text"] and len(holders) > 1:
+            holders.pop()
+    return 0
+
+
 def _int(token: str) -> int:
     if len(token) > MAX_DIGITS:
         raise _BadNumberError(f"the whole number {token[:20]}... has {len(token)} digits", token)
@@ -193,5 +226,7 @@ def _no_constant(token: str) -> NoReturn:
     raise _BadNumberError(f"{token} is not a number", token)
 
 
-_ANY = json.JSONDecoder(parse_int=_int)
-_FINITE = json.JSONDecoder(parse_int=_int, parse_float=_finite_float, parse_constant=_no_constant)
+_ANY = json.JSONDecoder(object_pairs_hook=_object, parse_int=_int)
+_FINITE = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=_int, parse_float=_finite_float, parse_constant=_no_constant
+)

@@ -29,6 +29,7 @@ COPIED_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+_MOST_NAME, _MOST_DIMENSIONS = 1000, 64  # of a tensor: characters, and sizes, whose product has to be worked out
 # Buffers that old checkpoints carry and that the configuration alone determines.
 DERIVED_BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
@@ -83,7 +84,7 @@ def tensor_files(directory: Path | str) -> dict[str, Path]:
     files = {name: directory / file for name, file in weight_map.items()}
     for path in sorted(set(files.values())):
         listed = {name for name, file in files.items() if file == path}
-        if path.parent != directory or not path.is_file():
+        if path.parent != directory or not os.path.isfile(path):  # unlike is_file(), false also for names too long
             raise InputError(f"{index_path}: {min(listed)} should be in {path.name}, which is not in the folder")
         held = set(read_header(path))
         for name in sorted(listed - held):
@@ -145,11 +146,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _stored(name: str, entry: Any, data: int) -> StoredTensor:
-    if not name.isprintable():
+    if not name.isprintable() or len(name) > _MOST_NAME:
         raise ValueError(f"{name!r:.80} is no name of a tensor")
     try:
         code, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        good = type(code) is str and all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        numbers = (*shape, start, end)
+        good = type(code) is str and len(shape) <= _MOST_DIMENSIONS
+        good = good and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
     except (KeyError, TypeError, ValueError):
         good = False
     if not good:

@@ -75,18 +75,24 @@ def written_rope(rope: RopeConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
     A file that has only `rope_theta` and `rope_scaling` keeps them as they are: all readers understand them.
     """
     scaling, parameters = raw.get("rope_scaling"), raw.get("rope_parameters")
+    stated: dict[str, Any] = {"rope_type": rope.rope_type, "rope_theta": rope.rope_theta}
+    if rope.rope_type != "default":
+        stated["factor"] = rope.factor  # no reader but transformers 5 works it out, if it is null
     written: dict[str, Any] = {}
     if isinstance(parameters, Mapping):
         whole = {key: value for key, value in (scaling or parameters).items() if key != "type"}
-        for key, value in (("rope_type", rope.rope_type), ("rope_theta", rope.rope_theta)):
+        for key, value in stated.items():
             if whole.get(key) is None:
                 whole[key] = value
         written["rope_theta"] = rope.rope_theta
         written["rope_parameters"] = whole
         if rope.rope_type != "default":
             written["rope_scaling"] = whole
-    elif scaling and "rope_theta" in scaling:
-        written["rope_theta"] = rope.rope_theta
+    elif scaling:
+        if "rope_theta" in scaling:
+            written["rope_theta"] = rope.rope_theta
+        if "factor" in stated and scaling.get("factor") is None:
+            written["rope_scaling"] = {**scaling, "factor": rope.factor}
     return written
 
 
@@ -138,6 +144,9 @@ def _read(keys: Keys, place: Keys, theta: float, max_position_embeddings: int) -
             "rope_type", f"{rope_type!r} is not supported; supported are {', '.join(get_args(RopeType))}"
         )
     if rope_type == "default":
+        if d.get("factor") not in (None, 1):
+            stated = f"is {rope_type!r}" if names else "is missing"
+            raise place.refuse("rope_type", f"{stated}, but {place.prefix}factor is {d['factor']!r}; say which scaling")
         return RopeConfig(rope_theta=theta)
     if rope_type == "linear":
         return RopeConfig(rope_type, theta, factor=place.number("factor"))

@@ -497,6 +497,7 @@ def test_where_the_template_is_found(tmp_path: Path) -> None:
     ("keys", "message"),
     [
         ({"chat_template": None}, r"no chat template .*chat\.use_template: false"),
+        ({"chat_template": [{"name": ["default"], "template": "x"}]}, r"no template is named 'default' \(found: \)"),
         ({"chat_template": [{"name": "rag", "template": "x"}]}, r"no template is named 'default' \(found: rag\)"),
         ({"chat_template": 5}, "must be a string or a list of named templates, got int"),
         ({"chat_template": "a\n{% for %}"}, "key 'chat_template': line 2 of the chat template"),
@@ -525,6 +526,7 @@ def test_a_bad_tokenizer_config_is_named(tmp_path: Path, keys: dict[str, Any], m
             '{"eos_token_id": [2, 99999]}',
             r"generation_config\.json: key 'eos_token_id': 99999",
         ),
+        ("generation_config.json", '{"eos_token_id": [4294967296]}', r"key 'eos_token_id': 4294967296 is not the id"),
         ("generation_config.json", '{"eos_token_id": "2"}', r"generation_config\.json: key 'eos_token_id': '2'"),
         ("config.json", '{"vocab_size": 0}', r"config\.json: key 'vocab_size' must be a positive integer"),
     ],

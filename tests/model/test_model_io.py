@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from micota_fast.errors import InputError
 from micota_fast.model.attention import PackedAttention
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder, parameter_shapes
-from micota_fast.model.folder import resolve_checkpoint, tensor_files
+from micota_fast.model.folder import read_header, resolve_checkpoint, tensor_files
 from micota_fast.model.safetensors_io import init_random, load_model, save_checkpoint
 
 FAMILIES = ["qwen2", "qwen3", "llama"]
@@ -308,6 +309,19 @@ def test_a_damaged_header_is_named(copy: Path) -> None:
         load_model(copy)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"), [("a", "[" + ",".join(["9" * 290] * 60_000) + "]"), ("a", "[9223372036854775808]"), ("a" * 1001, "[]")]
+)
+def test_a_header_with_sizes_that_cannot_be_is_refused_at_once(tmp_path: Path, name: str, shape: str) -> None:
+    """The product of the first one's would take hours."""
+    header = f'{{"{name}": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 4]}}}}'.encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    before = time.monotonic()
+    with pytest.raises(InputError, match=r"^.{,300}damaged or not a safetensors file: .{,200}$"):
+        read_header(tmp_path / "x.safetensors")
+    assert time.monotonic() - before < 5
+
+
 @pytest.fixture
 def sharded(qwen2_checkpoint: Path, tmp_path: Path) -> Path:
     model = load_model(qwen2_checkpoint)
@@ -321,6 +335,14 @@ def test_an_index_that_names_a_missing_file(sharded: Path) -> None:
     with pytest.raises(
         InputError, match=rf"index\.json: model\..* should be in {gone.name}, which is not in the folder"
     ):
+        load_model(sharded)
+
+
+def test_an_index_that_names_a_file_with_too_long_a_name(sharded: Path) -> None:
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    index["weight_map"][Q_PROJ] = "a" * 300
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=rf"index\.json: {Q_PROJ} should be in a*, which is not in the folder"):
         load_model(sharded)
 
 

@@ -47,7 +47,8 @@ def spellings(draw: st.DrawFn) -> dict[str, Any]:
     theta = draw(st.sampled_from((10000.0, 1000000, 5e5)))
     d: dict[str, Any] = {"rope_type": rope_type}
     if rope_type != "default":
-        d["factor"] = draw(st.sampled_from((2, 4.0, 1.5)))
+        # 4 is also what max_position_embeddings and the original one make, which counts if YaRN's is null
+        d["factor"] = draw(st.sampled_from((2, 4.0, 1.5, *((None,) if rope_type == "yarn" else ()))))
     if rope_type == "llama3":
         d |= {"low_freq_factor": 1.0, "high_freq_factor": draw(st.sampled_from((2.0, 4.0)))}
     if rope_type == "yarn":
@@ -116,6 +117,17 @@ def test_yarn_added_to_a_file_of_transformers_5_is_kept() -> None:
     assert after["rope_parameters"] == after["rope_scaling"] == {**YARN, "rope_theta": 1e6}
 
 
+@pytest.mark.parametrize("keys", [{"rope_scaling": {**YARN}}, {"rope_parameters": {**YARN}, "rope_theta": 1e4}])
+def test_a_factor_that_the_lengths_give_is_saved_as_all_readers_need_it(keys: dict[str, Any]) -> None:
+    for holder in ("rope_scaling", "rope_parameters"):
+        if holder in keys:
+            del keys[holder]["factor"]
+    after = saved(**keys)
+    assert after["rope_scaling"]["factor"] == 4.0
+    Qwen2Config(**after)
+    assert ModelConfig.from_dict(after).rope == rope_of(**keys) == RopeConfig("yarn", 1e4, 4.0, 128)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -156,6 +168,12 @@ def test_yarn_added_to_a_file_of_transformers_5_is_kept() -> None:
         ({"rope_theta": 10**400}, "rope_theta: expected a positive number"),
         ({"rope_scaling": {**YARN, "factor": -4.0}}, r"rope_scaling\.factor: expected a positive number, found -4.0"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_scaling\.rope_type: \['yarn'\] is not supported"),
+        ({"rope_scaling": {"factor": 4.0}}, r"rope_scaling\.rope_type: is missing, but rope_scaling\.factor is 4\.0; say"),
+        (
+            {"rope_parameters": {**YARN, "rope_type": "default"}},
+            r"rope_parameters\.rope_type: is 'default', but rope_parameters\.factor is 4\.0",
+        ),
+        ({"rope_scaling": {**YARN, "rope_type": None}}, r"rope_scaling\.rope_type: is missing, but"),
         ({"rope_scaling": 5}, "rope_scaling: expected an object, found int"),
     ],
     ids=str,
