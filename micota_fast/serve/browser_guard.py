@@ -1,14 +1,17 @@
 """Web pages kept out: a browser on this machine would send their requests to a loopback server for them."""
 
 import ipaddress
+import re
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from urllib.parse import urlsplit
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from micota_fast.serve.options import BadRequest
+
+# `name`, `name:port` or `[address]:port` and nothing else: programs disagree about which part of `a@b` or `a\\@b` counts.
+_AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+))(?::\d{0,5})?", re.ASCII)
 
 
 class BrowserGuard:
@@ -32,10 +35,10 @@ class BrowserGuard:
 
     def allows(self, authority: str) -> bool:
         """Whether `name:port`, as in `Host`, is ours."""
-        try:
-            name = (urlsplit(f"//{authority}").hostname or "").rstrip(".")
-        except ValueError:
+        match = _AUTHORITY.fullmatch(authority)
+        if match is None:
             return False
+        name = (match[1] or match[2]).lower().rstrip(".")
         return name in self._names or _is_loopback(name) or (self._any_address and _is_address(name))
 
     def middleware(self) -> Middleware:
@@ -48,6 +51,9 @@ class BrowserGuard:
             for host in request.headers.getall("Host", []):
                 if not self.allows(host):
                     raise _foreign("Host", host)
+            scheme, whole_url, rest = request.raw_path.partition("://")
+            if whole_url and "/" not in scheme and not self.allows(rest.partition("/")[0]):
+                raise _foreign("URL", request.raw_path)  # its host goes before `Host` (RFC 9112, 3.2.2)
             for origin in request.headers.getall("Origin", []):
                 _, separator, authority = origin.partition("://")
                 if not separator or not self.allows(authority):

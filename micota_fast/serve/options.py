@@ -1,7 +1,8 @@
 """Every option of every endpoint: checked and passed on, without effect here, or refused by name unless it is neutral.
 
 The names are those of SGLang 0.5 (`GenerateReqInput`, `SamplingParams`, `CompletionRequest`, `ChatCompletionRequest`)
-and of OpenAI's API reference. `null` is as if the key were absent; a key that is not in the table is refused.
+and of OpenAI's API reference; and those of vLLM that its clients send with neutral values. `null` is as if the key were
+absent; a key that is not in the table is refused.
 """
 
 import reprlib
@@ -209,9 +210,10 @@ _STREAM_OPTIONS["include_obfuscation"] = _NO_EFFECT  # OpenAI's padding against 
 _DECODING: dict[str, Option] = {
     "temperature": _passed(_number(0.0, 1e6)),
     "top_p": _passed(_number(0.0, 1.0, low_allowed=False)),
-    "top_k": _passed(integer(1, "vocab_size", -1)),
+    "top_k": _passed(integer(1, "vocab_size", -1), neutral=(0,)),  # 0 as in vLLM and transformers
     "min_p": _passed(_number(0.0, 1.0)),
     "n": _passed(integer(1, MAX_ANSWERS)),
+    "stop": _passed(_stop, neutral=("", [])),
     "stop_token_ids": _passed(_token_id_set),
     "ignore_eos": _passed(boolean),
     "skip_special_tokens": _passed(boolean),
@@ -232,7 +234,6 @@ SAMPLING_PARAMS: dict[str, Option] = _DECODING | {
     "max_new_tokens": _passed(_LENGTH),
     "min_new_tokens": _passed(_LENGTH),
     "sampling_seed": _passed(integer(0, (1 << 63) - 1)),
-    "stop": _passed(_stop),
     "structural_tag": _refused(""),
     "spaces_between_special_tokens": _refused(True),
     "beam_width": _refused(1),
@@ -268,6 +269,16 @@ _SERVING: dict[str, Option] = {
     **dict.fromkeys(["routed_dp_rank", "data_parallel_rank", "return_flat_raw_top_logprobs_b64"], _NO_EFFECT),
 }
 
+_VLLM: dict[str, Option] = {
+    **dict.fromkeys(["use_beam_search", "include_stop_str_in_output", "return_tokens_as_token_ids"], _OFF),
+    **dict.fromkeys(["bad_words", "logits_processors"], _refused([])),
+    **dict.fromkeys(["truncate_prompt_tokens", "prompt_logprobs", "allowed_token_ids"], _refused()),
+    **dict.fromkeys(["kv_transfer_params", "vllm_xargs"], _refused({})),
+    "length_penalty": _refused(1),
+    "spaces_between_special_tokens": _refused(True),
+    "request_id": _NO_EFFECT,
+}
+
 _OPENAI: dict[str, Option] = (
     _DECODING
     | _SERVING
@@ -276,7 +287,6 @@ _OPENAI: dict[str, Option] = (
         "max_tokens": _passed(_LENGTH),
         "min_tokens": _passed(_LENGTH, "min_new_tokens"),
         "seed": _passed(_INT64, "sampling_seed", neutral=(-1,)),
-        "stop": _passed(_stop, neutral=("", [])),
         "stream_options": _passed(_stream_options),
         "response_format": _refused({"type": "text"}),
         "return_cached_tokens_details": _OFF,
@@ -284,6 +294,7 @@ _OPENAI: dict[str, Option] = (
         "return_token_ids": _OFF,
         **dict.fromkeys(["user", "metadata", "store", "service_tier", "safety_identifier"], _NO_EFFECT),
         **dict.fromkeys(["prompt_cache_key", "prompt_cache_retention"], _NO_EFFECT),
+        **_VLLM,
     }
 )
 
@@ -293,6 +304,7 @@ COMPLETIONS: dict[str, Option] = _OPENAI | {
     "echo": _passed(boolean),
     "logprobs": _passed(integer(0, "vocab_size")),
     "suffix": _refused(""),
+    "add_special_tokens": _refused(True),
 }
 
 CHAT_COMPLETIONS: dict[str, Option] = _OPENAI | {
@@ -301,6 +313,12 @@ CHAT_COMPLETIONS: dict[str, Option] = _OPENAI | {
     "logprobs": _passed(boolean),
     "top_logprobs": _passed(integer(0, "vocab_size")),
     "continue_final_message": _passed(boolean),
+    "add_generation_prompt": _passed(boolean),
+    "add_special_tokens": _OFF,
+    "echo": _OFF,
+    "include_reasoning": _refused(True),
+    "chat_template": _refused(),
+    "documents": _refused([]),
     "tools": _refused([]),
     "tool_choice": _refused("none", "auto"),
     "functions": _refused([]),

@@ -166,6 +166,12 @@ class RequestParser:
                     "continue_final_message needs an assistant's message at the end", "continue_final_message"
                 )
             begun = messages.pop()["content"]
+        elif not read.get("add_generation_prompt", True):
+            raise BadRequest(
+                "add_generation_prompt: false is supported with continue_final_message: true only",
+                "add_generation_prompt",
+                "unsupported_parameter",
+            )
         try:
             text = self.chat.render(messages, add_generation_prompt=True) + begun
         except InputError as error:

@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Middleware
 
+from micota_fast.common.terminal import one_line
 from micota_fast.serve.connections import KEPT_ALIVE_S, REQUEST_WAIT_S, Connections
 from micota_fast.serve.engine import EngineDead
 from micota_fast.serve.logprobs import Likeliest
@@ -76,6 +78,10 @@ def receive(connections: Connections) -> Middleware:
             if request.content_type != "application/json":
                 message = f"Content-Type must be application/json, got {request.content_type[:80]!r}"
                 raise BadRequest(message, code="unsupported_media_type", status=415)
+            encoding = request.headers.get("Content-Encoding", "identity")
+            if encoding != "identity":
+                message = f"compressed bodies are not read; send it without Content-Encoding {encoding[:80]!r}"
+                raise BadRequest(message, code="unsupported_content_encoding", status=415)
             if (request.content_length or 0) > MAX_BODY_BYTES:
                 raise _too_large()
             if connections.full:
@@ -92,6 +98,19 @@ def receive(connections: Connections) -> Middleware:
             connections.wait(connection, KEPT_ALIVE_S)
 
     return middleware
+
+
+def log_bad_requests_on_one_line() -> None:
+    """Have aiohttp log what is no HTTP without a traceback: it is the client's fault, and clients may send it often."""
+
+    def shorten(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            why = one_line(" ".join(str(error).split())[:200])
+            record.msg, record.args, record.exc_info = f"{record.getMessage()}: {why}", (), None
+        return True
+
+    logging.getLogger("aiohttp.server").addFilter(shorten)
 
 
 def _too_large() -> BadRequest:

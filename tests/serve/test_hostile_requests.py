@@ -1,6 +1,7 @@
 """Requests that would end or freeze the embedded server, or that a web page sends: refused, and the server lives."""
 
 import contextlib
+import gzip
 import http.client
 import json
 import math
@@ -151,6 +152,11 @@ def test_the_most_that_one_request_may_ask_keeps_nobody_from_being_answered(serv
         ({"Host": "10.0.0.1"}, 403),
         ({"Host": "localhost@evil.example"}, 403),
         ({"Host": "[::1"}, 403),
+        ({"Host": "evil.example@localhost"}, 403),
+        ({"Host": "localhost/evil.example"}, 403),
+        ({"Host": "localhost:http"}, 403),
+        ({"Origin": "https://evil.example\\@localhost"}, 403),
+        ({"Origin": "https://localhost/@evil.example"}, 403),
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "null"}, 403),
         ({"Origin": "http://localhost.evil.example"}, 403),
@@ -167,6 +173,41 @@ def test_web_pages_are_kept_out(server: Server, headers: dict[str, str], status:
             assert answer["error"].keys() == {"message", "type", "code", "param"}
     if "Content-Type" not in headers:
         assert server.post("/flush_cache", b"", **headers)[0] == status
+
+
+def said(server: Server, request: bytes) -> bytes:
+    """What the server says to bytes."""
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10) as connection:
+        connection.sendall(request)
+        return connection.recv(1 << 16)
+
+
+def test_a_whole_url_is_judged_by_its_host(server: Server) -> None:
+    for host, status in (("127.0.0.1", 200), ("evil.example", 403)):
+        answer = said(server, f"GET http://{host}/health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "none of these"])
+def test_compressed_bodies_are_not_unpacked(server: Server, encoding: str) -> None:
+    for body in (gzip.compress(json.dumps(params()).encode()), json.dumps(params()).encode()):
+        status, answer = server.post("/generate", body, **{"Content-Encoding": encoding})
+        assert status == 415
+        assert encoding in answer["error"]["message"]
+
+
+def test_what_is_no_http_is_the_clients_fault(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    head = b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    with serving(qwen2_checkpoint, ServeConfig(dtype="float32"), tmp_path / "log.txt") as [url]:
+        for request in (
+            head + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
+            head + b"X: a\x00b\r\n\r\n",
+            head + b"Transfer-Encoding: chunked\r\n\r\ngarbage\r\n",
+            b"GET /health HTTP/9.9\r\n\r\n",
+        ):
+            answer = said(Server(url), request)
+            assert answer.split(b" ")[1] == b"400", answer
+    assert "Traceback" not in (tmp_path / "log.txt").read_text()
 
 
 def test_a_body_without_a_type_is_refused(server: Server) -> None:

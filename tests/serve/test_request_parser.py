@@ -116,7 +116,6 @@ def test_the_bounds_themselves_are_accepted(parser: RequestParser) -> None:
         ({"sampling_params": {"stop_token_ids": 5}}, "list of integers"),
         ({"sampling_params": {"stop_token_ids": list(range(V)), "min_new_tokens": 1}}, "nothing to choose from"),
         ({"sampling_params": {"min_new_tokens": 9, "max_new_tokens": 8}}, "min_new_tokens 9 exceeds"),
-        ({"sampling_params": {"stop": ""}}, "stop must be"),
         ({"sampling_params": {"stop": ["a", ""]}}, "stop must be"),
         ({"sampling_params": {"stop": ["a"] * 100}}, "at most 64 strings"),
         ({"sampling_params": {"stop": "a" * 1000}}, "at most 256 characters"),
@@ -207,8 +206,14 @@ REFUSED = {
 OPENAI_REFUSED = {
     "response_format": {"type": "json_object"},
     "session_params": {"id": 1},
+    "use_beam_search": True,
+    "length_penalty": 0.5,
+    "include_stop_str_in_output": True,
+    "bad_words": ["a"],
+    "allowed_token_ids": [5],
+    "prompt_logprobs": 1,
 }
-COMPLETIONS_REFUSED = {"suffix": "b", "best_of": 3}
+COMPLETIONS_REFUSED = {"suffix": "b", "best_of": 3, "add_special_tokens": False}
 CHAT_REFUSED = {
     "tools": [{"type": "function"}],
     "tool_choice": "required",
@@ -217,6 +222,9 @@ CHAT_REFUSED = {
     "audio": {},
     "reasoning_effort": "high",
     "chat_template_kwargs": {"enable_thinking": False},
+    "echo": True,
+    "include_reasoning": False,
+    "chat_template": "{{ messages }}",
 }
 
 
@@ -254,9 +262,18 @@ def test_neutral_values_ask_for_nothing(parser: RequestParser) -> None:
         "stream": False,
         "stream_options": None,
         "logprobs": None,
+        "top_k": 0,
+        "use_beam_search": False,
+        "length_penalty": 1.0,
+        "include_stop_str_in_output": False,
+        "spaces_between_special_tokens": True,
+        "bad_words": [],
+        "allowed_token_ids": None,
+        "request_id": "mine",
     }
-    chat = {"tools": [], "tool_choice": "none", "parallel_tool_calls": True, "modalities": ["text"], "top_logprobs": 0}
-    text = {"echo": False, "best_of": 1, "suffix": ""}
+    chat = {"echo": False, "add_generation_prompt": True, "add_special_tokens": False, "include_reasoning": True}
+    chat |= {"tools": [], "tool_choice": "none", "parallel_tool_calls": True, "modalities": ["text"], "top_logprobs": 0}
+    text = {"echo": False, "best_of": 1, "suffix": "", "add_special_tokens": True}
     for endpoint, more in (("chat_completions", chat), ("completions", text)):
         plain = parse(parser, endpoint, {**VALID[endpoint], "max_tokens": 2, "seed": 1})
         neutral = parse(parser, endpoint, {**VALID[endpoint], "max_tokens": 2, **both, **more})
@@ -269,6 +286,16 @@ def test_neutral_values_ask_for_nothing(parser: RequestParser) -> None:
         assert parse(parser, "chat_completions", {"messages": MESSAGES, "tool_choice": value})
     assert parse(parser, "completions", {"prompt": "a", "n": 3, "best_of": 3})
     assert parse(parser, "completions", {"prompt": "a", "stop": []}).asked.prompts[0].params.stop == ()
+
+
+def test_no_generation_prompt_goes_with_a_begun_answer_only(parser: RequestParser) -> None:
+    """As vLLM's clients ask for it."""
+    begun = [*MESSAGES, {"role": "assistant", "content": "b"}]
+    both = {"messages": begun, "continue_final_message": True, "add_generation_prompt": False}
+    ids = parse(parser, "chat_completions", both).asked.prompts[0].ids
+    assert ids == parse(parser, "chat_completions", {**both, "add_generation_prompt": None}).asked.prompts[0].ids
+    error = refusal(parser, "chat_completions", {"messages": begun, "add_generation_prompt": False})
+    assert error.param == "add_generation_prompt"
 
 
 def test_options_arrive(parser: RequestParser) -> None:
