@@ -10,7 +10,7 @@ from aiohttp.typedefs import Middleware
 
 from micota_fast.serve.options import BadRequest
 
-# `name`, `name:port` or `[address]:port` and nothing else: programs disagree about which part of `a@b` or `a\\@b` counts.
+# `name`, `name:port` or `[address]:port`, nothing else: programs disagree about which part of `a@b` counts.
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+))(?::\d{0,5})?", re.ASCII)
 
 

@@ -31,7 +31,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     "NaN": (b'{"NaN":\nNaN}', r":2: NaN is not a number"),
     "infinity": (b'{"a": 1,\n"b": -Infinity}', r":2: -Infinity is not a number"),
     "a large number": (b'{"a": "1e999",\n"b": 1e999}', r":2: the number 1e999 is too large"),
-    "a key given twice": (b'{"a": {"b": "\\"b\\":"},\n"b": [{"a": 1}],\n"a": 2}', r":3: key 'a' is given twice in one object"),
+    "a key given twice": (
+        b'{"a": {"b": "\\"b\\":"},\n"b": [{"a": 1}],\n"a": 2}',
+        r":3: key 'a' is given twice in one object",
+    ),
     "a key given twice, spelt differently": (rb'{"id": 1, "x": {}, "i\u0064": 2}', r":1: key 'id' is given twice"),
     "a key given twice deep in it": (b'[{"a": 1},\n{"a": [{"c": 1, "c": 2}]}]', r":2: key 'c' is given twice"),
     "a list": (b"\n[1]", r":2: expected a JSON object, found '\[1\]'"),

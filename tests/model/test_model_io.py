@@ -310,7 +310,8 @@ def test_a_damaged_header_is_named(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("a", "[" + ",".join(["9" * 290] * 60_000) + "]"), ("a", "[9223372036854775808]"), ("a" * 1001, "[]")]
+    ("name", "shape"),
+    [("a", "[" + ",".join(["9" * 290] * 60_000) + "]"), ("a", "[9223372036854775808]"), ("a" * 1001, "[]")],
 )
 def test_a_header_with_sizes_that_cannot_be_is_refused_at_once(tmp_path: Path, name: str, shape: str) -> None:
     """The product of the first one's would take hours."""

@@ -168,7 +168,10 @@ def test_a_factor_that_the_lengths_give_is_saved_as_all_readers_need_it(keys: di
         ({"rope_theta": 10**400}, "rope_theta: expected a positive number"),
         ({"rope_scaling": {**YARN, "factor": -4.0}}, r"rope_scaling\.factor: expected a positive number, found -4.0"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_scaling\.rope_type: \['yarn'\] is not supported"),
-        ({"rope_scaling": {"factor": 4.0}}, r"rope_scaling\.rope_type: is missing, but rope_scaling\.factor is 4\.0; say"),
+        (
+            {"rope_scaling": {"factor": 4.0}},
+            r"rope_scaling\.rope_type: is missing, but rope_scaling\.factor is 4\.0; say",
+        ),
         (
             {"rope_parameters": {**YARN, "rope_type": "default"}},
             r"rope_parameters\.rope_type: is 'default', but rope_parameters\.factor is 4\.0",
