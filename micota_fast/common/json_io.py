@@ -188,8 +188,8 @@ class _RepeatedKeyError(Exception):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        seen: set[str] = set()
-        raise _RepeatedKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))
+        last = {key: place for place, (key, _) in enumerate(pairs)}
+        raise _RepeatedKeyError(next(key for place, (key, _) in enumerate(pairs) if last[key] != place))
     return made
 
 
