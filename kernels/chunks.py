@@ -30,9 +30,9 @@ TILE_ROWS = 256
 ALIGNED_BYTES = 128
 
 
-def takes_triton(hidden: Tensor) -> bool:
+def takes_triton(device: str, dtype: torch.dtype) -> bool:
     """Whether Triton's kernels run: on CUDA, except in float64, which is for tests."""
-    return hidden.is_cuda and hidden.dtype != torch.float64
+    return device == "cuda" and dtype != torch.float64
 
 
 @dataclass(frozen=True)
@@ -45,24 +45,23 @@ class Plan:
     grad_weight_dtype: torch.dtype  # float32 (float64) where chunks are summed, else the weight's
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, n_rows: int, want_weight: bool) -> "Plan":
-        """The plan for these inputs, of which only shapes, types and device count."""
-        v, h = weight.shape
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        budget = LOGITS_BYTES["cuda" if hidden.is_cuda else "cpu"]
-        if not takes_triton(hidden):
+    def of(cls, n_rows: int, h: int, v: int, dtype: torch.dtype, device: str, want_weight: bool = True) -> "Plan":
+        """Return the plan for hidden [n_rows, h] and weight [v, h] of `dtype` on a device of this type."""
+        exact = torch.promote_types(dtype, torch.float32)
+        budget = LOGITS_BYTES["cuda" if device == "cuda" else "cpu"]
+        if not takes_triton(device, dtype):
             return cls(max(1, budget // (v * exact.itemsize)), exact, v, exact)
-        aligned = ALIGNED_BYTES // hidden.dtype.itemsize
+        aligned = ALIGNED_BYTES // dtype.itemsize
         stride = math.ceil(v / aligned) * aligned
-        row_bytes = stride * hidden.dtype.itemsize
-        saved_bytes = v * h * (exact.itemsize - weight.itemsize) if want_weight else 0
+        row_bytes = stride * dtype.itemsize
+        saved_bytes = v * h * (exact.itemsize - dtype.itemsize) if want_weight else 0
         if n_rows * row_bytes <= budget + saved_bytes:
-            return cls(max(1, n_rows), hidden.dtype, stride, weight.dtype)
+            return cls(max(1, n_rows), dtype, stride, dtype)
         most = max(1, budget // row_bytes)
         unit = TILE_ROWS if most >= TILE_ROWS else 1
         n_chunks = math.ceil(n_rows / (most // unit * unit))
         # Alike, as a small last one would waste its share of reading the weight.
-        return cls(math.ceil(n_rows / (n_chunks * unit)) * unit, hidden.dtype, stride, exact)
+        return cls(math.ceil(n_rows / (n_chunks * unit)) * unit, dtype, stride, exact)
 
 
 def run(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,8 +77,9 @@ def run(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if inputs.n_supervised < n:
             rows_S, n_rows = kept_rows(kept_N, inputs.n_supervised), inputs.n_supervised
 
-    plan = Plan.of(hidden, weight, n_rows, inputs.want_weight)
-    chunk = _triton_chunk() if takes_triton(hidden) else torch_chunk
+    device = hidden.device.type
+    plan = Plan.of(n_rows, h, v, hidden.dtype, device, inputs.want_weight)
+    chunk = _triton_chunk() if takes_triton(device, hidden.dtype) else torch_chunk
     nll_N = torch.zeros(n, dtype=scale.dtype, device=hidden.device)
     # Zeros are what a chunk leaves unwritten: rows that are ignored, and rows below the threshold.
     grad_hidden = hidden.new_zeros((n, h) if inputs.want_hidden else 0)

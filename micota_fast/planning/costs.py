@@ -25,6 +25,7 @@ from micota_fast.pipeline.graph import BASE, Stage
 from micota_fast.planning.assumptions import FITS, Assumptions
 from micota_fast.planning.figures import two
 from micota_fast.planning.planner import Corpus, Cost, Model, Planner
+from micota_fast.planning.roofline import loss_seconds
 from micota_fast.planning.shapes import parameters, recomputed_flops, train_flops
 from micota_fast.serve import sglang
 from micota_fast.train.memory import estimate, kept
@@ -115,6 +116,10 @@ def train(planner: Planner, stage: Stage) -> Cost:
         if s.dtype == "bfloat16":
             run = cost.flops + recomputed_flops(model.config, tokens, corpus.context, how)
             cost.hours = run / (processes * planner.gpu.flops * planner.assumed.train_mfu) / 3600
+            loss, products = loss_seconds(s.pack_tokens, model.config.hidden_size, model.config.vocab_size, planner.gpu)
+            besides = tokens / s.pack_tokens * (loss - products)  # the loss's share that is no FLOPs of the model
+            least = (run / planner.gpu.flops + besides) / processes / 3600
+            cost.how += f", {two(least)} hours at the GPU's peak"
         if cost.memory > FITS * planner.gpu.memory:
             full = estimate(model.config, s.pack_tokens, shards, "full", dtype, "cuda").total
             cost.too_big = (

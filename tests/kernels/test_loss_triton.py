@@ -17,7 +17,6 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
@@ -44,7 +43,7 @@ def as_on_cuda() -> Iterator[None]:
             for tiles in kept_products.TILES.values():
                 for name, size in (("BLOCK_M", 32), ("BLOCK_N", 16), ("BLOCK_K", 16), ("GROUP_M", 2)):
                     patch.setitem(tiles, name, size)
-            patch.setattr(chunks, "takes_triton", lambda hidden: hidden.dtype != torch.float64)
+            patch.setattr(chunks, "takes_triton", lambda device, dtype: dtype != torch.float64)
             patch.setattr(implementation, "_checked", lambda targets, v, ignore_index, n_supervised: n_supervised)
             patch.setattr(triton_chunk, "_add_product", add_product_on_cpu)
             make_bfloat16_faithful(patch)
@@ -444,12 +443,6 @@ def test_strided_inputs() -> None:
 # What can be seen of CUDA without one
 
 
-def plan_on_cuda(n: int, h: int, v: int, dtype: torch.dtype, want_weight: bool = True) -> chunks.Plan:
-    with FakeTensorMode():  # of a tensor only shape, type and device exist
-        hidden, weight = (torch.empty(rows, h, dtype=dtype, device="cuda") for rows in (n, v))
-        return chunks.Plan.of(hidden, weight, n, want_weight)
-
-
 @FEW
 @given(
     n=st.integers(0, 100_000),
@@ -459,7 +452,7 @@ def plan_on_cuda(n: int, h: int, v: int, dtype: torch.dtype, want_weight: bool =
     want_weight=st.booleans(),
 )
 def test_the_plan_keeps_to_its_budget(n: int, h: int, v: int, dtype: torch.dtype, want_weight: bool) -> None:
-    plan = plan_on_cuda(n, h, v, dtype, want_weight)
+    plan = chunks.Plan.of(n, h, v, dtype, "cuda", want_weight)
     row_bytes = plan.row_stride * dtype.itemsize
     assert v <= plan.row_stride < v + 128
     assert row_bytes % 128 == 0
@@ -479,7 +472,7 @@ def test_the_plan_keeps_to_its_budget(n: int, h: int, v: int, dtype: torch.dtype
 
 
 def test_the_plan_of_qwen2_5_7b() -> None:
-    rows = {n: plan_on_cuda(n, 3584, 152_064, torch.bfloat16).chunk_rows for n in (8192, 16384, 32768)}
+    rows = {n: chunks.Plan.of(n, 3584, 152_064, torch.bfloat16, "cuda").chunk_rows for n in (8192, 16384, 32768)}
     assert rows == {8192: 8192, 16384: 4096, 32768: 4864}  # one chunk, four, and seven of which the last is smaller
 
 
@@ -514,7 +507,7 @@ def test_nothing_waits_for_the_device(
     row_filter: float, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On tensors without a value: what depends on one, as item(), nonzero() or a boolean index do, raises an error."""
-    monkeypatch.setattr(chunks, "takes_triton", lambda hidden: True)
+    monkeypatch.setattr(chunks, "takes_triton", lambda device, dtype: True)
     # An operator's body is not run on such tensors.
     monkeypatch.setattr(implementation, "_by_chunks", lambda *arguments: chunks.run(LossInputs(*arguments)))
     for kernels, name in (
