@@ -113,7 +113,7 @@ def ours(answers: list[Row]) -> dict[str, list[Any]]:
     from micota_fast.evaluation.evaluate import RULES
     from micota_fast.grading.grader import Grader
 
-    rules = {"gsm8k": RULES["last_number"], "math500": RULES["box"]}
+    rules = {"gsm8k": RULES["last_number"][0], "math500": RULES["box"][0]}
     with Grader() as grader:
         strict = grader.grade([(row["text"], row["gold"]) for row in answers])
     return {"paper": [rules[row["dataset"]](row["text"], row["gold"]) for row in answers], "strict": strict}

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     # Stages. They meet in files; what one takes of another is a library of it, and never the module of its verb.
     "corpus": {"common", "config", "grading", "statistics"},
     "serve": {"chat", "common", "config", "model"},
-    "generation": {"chat", "common", "config", "corpus", "model", "serve"},
+    "generation": {"chat", "common", "config", "corpus", "grading", "model", "serve"},
     "train": {"chat", "common", "config", "data", "kernels", "model"},
     "merge": {"common", "config", "model"},
     "alignment": {"chat", "common", "config", "data", "kernels", "model", "statistics"},

@@ -17,6 +17,7 @@ from micota_fast.config.corpus import FilterConfig
 from micota_fast.corpus.results import AcceptedTokens, CorpusCounts
 from micota_fast.corpus.rules import REASONS, reject_at_once, reject_graded
 from micota_fast.errors import InputError
+from micota_fast.grading.gold import GoldCheck
 from micota_fast.grading.grader import Grader
 from micota_fast.statistics.quantiles import quantiles
 
@@ -36,15 +37,17 @@ def run(config: FilterConfig) -> None:
     ROWS_AT_ONCE rows, and 24 bytes a row of the file; at the end also the text of the counts, which lists all lengths.
 
     Raises:
-        InputError: the completions cannot be read, or a file cannot be written.
+        InputError: the completions cannot be read, none of their gold answers can (see `GoldCheck`), or a file cannot be written.
     """
     out, tally = Path(config.out), _Tally()
+    golds = GoldCheck(config.completions)
     refuse_to_overwrite(out, config.completions)
     rows = iter_completions(config.completions)
     with open_atomic(out) as accepted, Grader(config.workers, config.timeout_s) as grader:
         with open_atomic(out.with_name(f"{out.name}.rejects.jsonl")) as rejected:
             while some := list(islice(rows, ROWS_AT_ONCE)):
                 for row, reason in _judged(some, config, grader):
+                    golds.take(row.id, row.answer)
                     tally.take(row, reason)
                     if reason is None:
                         accepted.write(encode_row(row))
@@ -53,6 +56,8 @@ def run(config: FilterConfig) -> None:
         counts = tally.counts(config)
         if not counts.total:
             raise InputError(f"{config.completions}: no completions")
+        if config.require_correct:
+            golds.finish()
         write_json(out.with_name(f"{out.name}.counts.json"), to_json(counts))
     why = ", ".join(f"{number} {reason}" for reason, number in counts.rejected.items() if number)
     print(f"{config.out}: {counts.accepted} of {counts.total} accepted" + (f"; rejected: {why}" if why else ""))

@@ -31,17 +31,25 @@ from micota_fast.evaluation.results import (
 )
 from micota_fast.generation.generate import Generation
 from micota_fast.generation.servers import named_urls, servers_for
+from micota_fast.grading.answers import why_unreadable
+from micota_fast.grading.gold import WhyUnreadable, check_golds
 from micota_fast.grading.grader import Grader, Verdict
-from micota_fast.grading.paper_rules import grade_by_string, grade_last_number
+from micota_fast.grading.paper_rules import (
+    grade_by_string,
+    grade_last_number,
+    why_unreadable_as_number,
+    why_unreadable_as_string,
+)
 from micota_fast.statistics.intervals import clustered_se, macro_average, mean_pass_at, wilson95
 
 # What verdicts hang on beside our own code: prompts' tokens, and the comparison of answers.
 PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy", "tokenizers")
-RULES: dict[str, Callable[[str, str], Verdict]] = {
-    "box": grade_by_string,
-    "box_zeros_trimmed": partial(grade_by_string, trim_zeros=True),
-    "last_number": grade_last_number,
+RULES: dict[str, tuple[Callable[[str, str], Verdict], WhyUnreadable]] = {  # how an answer is graded, a gold one read
+    "box": (grade_by_string, why_unreadable_as_string),
+    "box_zeros_trimmed": (partial(grade_by_string, trim_zeros=True), why_unreadable_as_string),
+    "last_number": (grade_last_number, why_unreadable_as_number),
 }
+DEFAULT_RULE = "box"
 
 
 _Graded = tuple[list[Completion], dict[str, list[Verdict]]]  # a benchmark's answers; protocol -> their verdicts
@@ -70,11 +78,13 @@ def run(config: EvaluateConfig) -> None:
 
     Raises:
         InputError: as `generation.generate`; or two benchmarks have one name, or a file holds another number of
-            problems than its benchmark has.
+            problems than its benchmark has, or none of its gold answers can be read by `config.protocol`.
     """
     named_urls(config)
     out = Path(config.out)
     jobs = _jobs(config, out)
+    for job in jobs:
+        _check_golds(config, job)
     timing: dict[str, Any] = {"generation_s": {}, "grading_s": {}}
     _generate(config, jobs, out, timing["generation_s"])
     graded = _grade(config, jobs, timing["grading_s"])
@@ -107,6 +117,14 @@ def run(config: EvaluateConfig) -> None:
     )
 
 
+def _check_golds(config: EvaluateConfig, job: _Job) -> None:
+    """Warn of gold answers that a protocol cannot read; each has its own rule."""
+    _, by_string = RULES[job.benchmark.rule or DEFAULT_RULE]
+    for protocol, why in {"strict": why_unreadable, "paper": by_string}.items():
+        golds = ((problem.id, problem.answer) for problem in job.answers.problems)
+        check_golds(golds, job.benchmark.path, why, protocol, required=protocol == config.protocol)
+
+
 def _generate(config: EvaluateConfig, jobs: Sequence[_Job], out: Path, seconds: dict[str, float]) -> None:
     """Have every benchmark answered."""
     with contextlib.ExitStack() as stack:
@@ -129,7 +147,7 @@ def _grade(config: EvaluateConfig, jobs: Sequence[_Job], seconds: dict[str, floa
             started = time.monotonic()
             rows = read_completions(job.answers.out)
             pairs = [(row.completion, row.answer) for row in rows]
-            rule = RULES[job.benchmark.rule or "box"]
+            rule, _ = RULES[job.benchmark.rule or DEFAULT_RULE]
             graded.append((rows, {"strict": grader.grade(pairs), "paper": [rule(*pair) for pair in pairs]}))
             seconds[job.benchmark.name] = round(time.monotonic() - started, 3)
     return graded

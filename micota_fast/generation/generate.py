@@ -37,6 +37,7 @@ from micota_fast.generation.journal import Journal
 from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.generation.request import sampling_params
 from micota_fast.generation.servers import named_urls, servers_for
+from micota_fast.grading.gold import check_golds
 from micota_fast.model.folder import resolve_checkpoint
 
 
@@ -44,7 +45,7 @@ def run(config: GenerateConfig) -> None:
     """Answer all problems of a file. A finished output with the same fingerprint is left as it is.
 
     Raises:
-        InputError: bad input, an output that belongs to another run, a request that a server refuses, or no server
+        InputError: bad input, no gold answer that `accept` could compare, an output that belongs to another run, a request that a server refuses, or no server
             answers any more (what was generated until then is kept).
     """
     named_urls(config)
@@ -53,6 +54,8 @@ def run(config: GenerateConfig) -> None:
         generation.clear_up()
         print(f"{config.out}: done already")
         return
+    if config.accept is not None and config.accept.require_correct:
+        check_golds(((problem.id, problem.answer) for problem in generation.problems), config.problems)
     with servers_for(config, f"{config.out}.server.log") as urls:
         meta = generation.run(urls)
     print(f"{config.out}: {meta['completions']} completions")

@@ -21,6 +21,7 @@ What they get wrong is kept, as it is in the figures to compare with:
 
 import re
 
+from micota_fast.grading.answers import why_unreadable
 from micota_fast.grading.grader import Verdict
 
 _BRACE = re.compile(r"[{}]")
@@ -49,6 +50,24 @@ def grade_last_number(completion: str, gold: str) -> Verdict:
     if not runs:
         return Verdict("no_answer", None)
     return Verdict("correct" if _bare_number(runs[-1]) == _bare_number(gold) else "wrong", runs[-1])
+
+
+def why_unreadable_as_string(gold: str) -> str | None:
+    """Say why no box would equal this gold answer by the rule of strings; None if one can. As `why_unreadable`."""
+    if "$" in gold.replace("\\$", ""):
+        return "has $ signs, which this rule compares; keep what is between them"
+    return "has a box, which this rule compares; keep its content" if "\\boxed" in gold else why_unreadable(gold)
+
+
+def why_unreadable_as_number(gold: str) -> str | None:
+    """Say why no number would equal this gold answer by GSM8K's rule; None if one can. As `why_unreadable`.
+
+    A whole solution of GSM8K can be read, as the rule takes what follows `#### `.
+    """
+    number = _bare_number(gold)
+    if not number.strip():
+        return "is empty"
+    return None if re.fullmatch(r"-?[0-9.]*[0-9][0-9.]*", number) else "is not a number and nothing else"
 
 
 def _bare_number(text: str) -> str:

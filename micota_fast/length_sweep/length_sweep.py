@@ -27,6 +27,7 @@ from micota_fast.config import loader
 from micota_fast.config.generation import GenerateConfig
 from micota_fast.config.merge import REFINEMENTS, LengthSweepConfig
 from micota_fast.errors import InputError
+from micota_fast.grading.gold import check_golds
 from micota_fast.grading.grader import Grader
 from micota_fast.length_sweep.curve import bend, measure, points_of, weight_of
 from micota_fast.length_sweep.render import DEFINITIONS, accuracy_text, findings, markdown_table, median_text, plots
@@ -58,6 +59,7 @@ def run(config: LengthSweepConfig) -> None:
     plan = read_mergekit(config.config)
     plans = {weight: plan.with_weight(weight) for weight in sorted(config.weights)}
     problems = read_problems(config.problems, config.limit)
+    check_golds(((p.id, p.answer) for p in problems), config.problems, required=False)  # lengths need none
     out = Path(config.out).absolute()
     if (out / "model").exists() and not (out / "model" / "merge.json").is_file():
         raise InputError(f"{out / 'model'} is not a merge; remove it or choose another place")

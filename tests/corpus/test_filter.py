@@ -131,6 +131,20 @@ def test_nothing_accepted(tmp_path: Path) -> None:
     assert json.loads(Path(f"{config.out}.counts.json").read_text())["tokens"]["mean"] == 0
 
 
+def test_gold_answers_that_cannot_be_read_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = replace(GOOD, id="told", answer="The answer is 7.")
+    filtered(tmp_path, [GOOD, sentence, replace(sentence, sample=1)])
+    assert "1 of 2 gold answers cannot be read" in capsys.readouterr().err  # of two problems, not of three rows
+    filtered(tmp_path, [sentence], require_correct=False)
+    assert "gold" not in capsys.readouterr().err
+
+
+def test_nothing_is_written_if_no_gold_answer_can_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"completions\.jsonl: 1 of 1 gold answers cannot be read.* 'good' .*is empty"):
+        filtered(tmp_path, [replace(GOOD, answer="")])
+    assert not list(tmp_path.glob("corpus*"))
+
+
 def test_a_bad_row_is_named(tmp_path: Path) -> None:
     write_rows(tmp_path / "completions.jsonl", [GOOD, {"id": "x"}])
     with pytest.raises(InputError, match=r"completions\.jsonl:2"):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -269,6 +270,47 @@ def test_the_protocols_differ_where_they_should(settings: EvaluateConfig, tmp_pa
             assert entry["accuracy"] == entry["protocols"][protocol]["accuracy"]
             rows = [json.loads(line) for line in (Path(settings.out) / "rows" / f"{benchmark.name}.jsonl").open()]
             assert [row["correct"] for row in rows] == [row["protocols"][protocol]["correct"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("gold", "rule", "unreadable"),
+    [
+        ("The answer is 5.", "box", ["strict", "paper"]),
+        ("", "last_number", ["strict", "paper"]),
+        ("3+2=5\n#### 5", "last_number", ["strict"]),  # whose rule takes what follows
+        ("3+2=5\n#### 5", "box_zeros_trimmed", ["strict", "paper"]),
+        ("$5$", "box", ["paper"]),
+        (r"\frac{1}{2}", "last_number", ["paper"]),
+        (r"\$5", "box", []),
+    ],
+)
+def test_each_protocol_says_before_it_asks_which_gold_answers_it_cannot_read(
+    settings: EvaluateConfig,
+    gold: str,
+    rule: Any,
+    unreadable: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def ask(*_: object) -> None:
+        raise Asked
+
+    monkeypatch.setattr(evaluate, "servers_for", ask)
+    settings.benchmarks = settings.benchmarks[:1]
+    settings.benchmarks[0].rule = rule
+    write_rows(Path(settings.benchmarks[0].path), [Problem("good", "2 + 3 =", "5"), Problem("bad", "2 + 3 =", gold)])
+    with pytest.raises(Asked):
+        run(settings)
+    warnings = capsys.readouterr().err.splitlines()
+    assert [re.search(r"1 of 2 gold .* by the (\w+) rule.*'bad'", line)[1] for line in warnings] == unreadable  # type: ignore[index]
+    write_rows(Path(settings.benchmarks[0].path), [Problem("bad", "2 + 3 =", gold)])
+    for protocol in ("strict", "paper"):
+        settings.protocol = protocol  # type: ignore[assignment]
+        with pytest.raises(InputError if protocol in unreadable else Asked):
+            run(settings)
 
 
 def test_a_set_of_the_wrong_size_is_refused(settings: EvaluateConfig, tmp_path: Path) -> None:

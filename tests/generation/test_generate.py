@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from helpers.servers import http_server
 from helpers.waiting import wait_for
 from micota_fast.common.fingerprint import Fingerprints
 from micota_fast.common.records import Completion, Problem, read_completions, write_rows
+from micota_fast.config.corpus import FilterSettings
 from micota_fast.config.generation import ChatConfig, GenerateConfig, ServeConfig
 from micota_fast.errors import InputError
 from micota_fast.generation import client as http_client
@@ -338,6 +340,33 @@ def test_what_the_server_refuses_ends_the_run_and_names_the_problem(
         generate.run(config(qwen2_checkpoint, problems, out, url, concurrency=1))
     assert len(calls) == 5
     assert rows_in(tmp_path / "out.jsonl.parts") == 4
+
+
+def test_gold_answers_that_cannot_be_read_are_named_before_a_server_starts(
+    tmp_path: Path, qwen2_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Started(Exception):
+        pass
+
+    def start(*_: object) -> None:
+        raise Started
+
+    monkeypatch.setattr(generate, "servers_for", start)
+    path = tmp_path / "problems.jsonl"
+    golds = ["The answer is 5.", "3+2=5\n#### 5", "", "{5", "5"]
+    write_rows(path, [Problem(f"p{i}", "2 + 3 =", gold) for i, gold in enumerate(golds)])
+    request = config(qwen2_checkpoint, path, tmp_path / "out.jsonl", None, accept=FilterSettings(workers=1))
+    with pytest.raises(Started):
+        generate.run(request)
+    warning = capsys.readouterr().err
+    assert re.search(r"problems\.jsonl: 4 of 5 gold answers cannot be read.*'p0' .*'p1' .*'p2' .*; \.\.\.", warning)
+    assert all(part in warning for part in ("is a sentence", "keep what follows ####", "is empty", "key 'answer'"))
+    for accept in (None, FilterSettings(require_correct=False)):
+        with pytest.raises(Started):
+            generate.run(replace(request, accept=accept))
+        assert not capsys.readouterr().err  # nothing is compared
+    with pytest.raises(InputError, match=r"problems\.jsonl: 1 of 1 gold answers cannot be read"):
+        generate.run(replace(request, limit=1))
 
 
 def test_nothing_that_could_kill_a_server_is_sent(tmp_path: Path, qwen2_checkpoint: Path, problems: Path) -> None:
