@@ -37,7 +37,8 @@ def run(config: FilterConfig) -> None:
     ROWS_AT_ONCE rows, and 24 bytes a row of the file; at the end also the text of the counts, which lists all lengths.
 
     Raises:
-        InputError: the completions cannot be read, none of their gold answers can (see `GoldCheck`), or a file cannot be written.
+        InputError: the completions cannot be read, none of their gold answers can (see `GoldCheck`), or a file cannot
+            be written.
     """
     out, tally = Path(config.out), _Tally()
     golds = GoldCheck(config.completions)
@@ -53,11 +54,11 @@ def run(config: FilterConfig) -> None:
                         accepted.write(encode_row(row))
                     else:
                         rejected.write(encode_row(asdict(row) | {"reason": reason}))
+            if config.require_correct:
+                golds.finish()
         counts = tally.counts(config)
         if not counts.total:
             raise InputError(f"{config.completions}: no completions")
-        if config.require_correct:
-            golds.finish()
         write_json(out.with_name(f"{out.name}.counts.json"), to_json(counts))
     why = ", ".join(f"{number} {reason}" for reason, number in counts.rejected.items() if number)
     print(f"{config.out}: {counts.accepted} of {counts.total} accepted" + (f"; rejected: {why}" if why else ""))

@@ -45,8 +45,8 @@ def run(config: GenerateConfig) -> None:
     """Answer all problems of a file. A finished output with the same fingerprint is left as it is.
 
     Raises:
-        InputError: bad input, no gold answer that `accept` could compare, an output that belongs to another run, a request that a server refuses, or no server
-            answers any more (what was generated until then is kept).
+        InputError: bad input, no gold answer that `accept` could compare, an output that belongs to another run, a
+            request that a server refuses, or no server answers any more (what was generated until then is kept).
     """
     named_urls(config)
     generation = Generation(config.problems, config, config.out, config.limit)
