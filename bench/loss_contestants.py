@@ -107,6 +107,20 @@ def _liger(accum_dtype: torch.dtype | None) -> Forward:
     )
 
 
+def _liger_cute() -> Forward:
+    """Liger 0.8.5 in CuTe DSL, for the GPU at hand; Hopper has a function of its own. Read, not run."""
+    package = "liger_kernel.ops.cutedsl.ops"
+    chip = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 9
+    if chip == 9:
+        hopper = importlib.import_module(f"{package}.fused_linear_cross_entropy_sm90")
+        loss = hopper.LigerFusedLinearCrossEntropySM90Function.apply
+        return lambda given: loss(given.hidden, given.weight, given.targets, IGNORE_INDEX, "mean")
+    if chip != 10:
+        raise ImportError("its kernels are for Hopper (sm_90) and Blackwell (sm_100)")
+    blackwell = importlib.import_module(f"{package}.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
+    return lambda given: blackwell.apply(given.hidden, given.weight, given.targets, None, None, IGNORE_INDEX)[0]
+
+
 def _cce(exact: bool) -> Forward:
     """Filters small gradients by default. Exact: neither filtered nor summed in bfloat16.
 
@@ -145,6 +159,7 @@ CONTESTANTS = (
     Contestant("torch chunked", "torch", _torch),
     Contestant("liger", "liger-kernel", lambda: _liger(None), needs_gpu=True),
     Contestant("liger, fp32 dW", "liger-kernel", lambda: _liger(torch.float32), needs_gpu=True),
+    Contestant("liger, CuTe DSL", "liger-kernel", _liger_cute, needs_gpu=True),
     Contestant("cce", "cut-cross-entropy", lambda: _cce(exact=False), needs_gpu=True),
     Contestant("cce, exact", "cut-cross-entropy", lambda: _cce(exact=True), needs_gpu=True),
     Contestant("quack", "quack-kernels", _quack, needs_gpu=True),
