@@ -44,8 +44,8 @@ def equal(gold: list[Any], answer: list[Any]) -> bool:
         return False
     if _verify(gold, answer):
         return True
-    with_unit = [_with_imaginary_unit(parsed) for parsed in (gold, answer)]
-    return with_unit != [gold, answer] and _verify(*with_unit)
+    complex_ = [_as_complex(parsed) for parsed in (gold, answer)]
+    return complex_ != [gold, answer] and _verify(*complex_)
 
 
 def _verify(gold: list[Any], answer: list[Any]) -> bool:
@@ -53,12 +53,16 @@ def _verify(gold: list[Any], answer: list[Any]) -> bool:
     return bool(verify(gold, answer, timeout_seconds=None, allow_set_relation_comp=True))
 
 
-def _with_imaginary_unit(parsed: list[Any]) -> list[Any]:
+def _as_complex(parsed: list[Any]) -> list[Any]:
+    """With `i` as the imaginary unit and all others real, which math-verify takes them for unless it sees an `i`."""
     if not parsed or not isinstance(parsed[0], sympy.Basic | sympy.MatrixBase):
         return parsed
-    unit = {symbol: sympy.I for symbol in parsed[0].free_symbols if symbol.name == "i"}
+    symbols = {
+        symbol: sympy.I if symbol.name == "i" else sympy.Symbol(symbol.name, real=True)
+        for symbol in parsed[0].free_symbols
+    }
     # the spelling is left out: it was compared before
-    return [parsed[0].xreplace(unit)] if unit else parsed
+    return [parsed[0].xreplace(symbols)] if any(old != new for old, new in symbols.items()) else parsed
 
 
 def _numerically_equal(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
-from micota_fast.grading.reading import read
+from micota_fast.grading.reading import has_bare_i, read
 from micota_fast.grading.sums import ONE, Sum, has_other_zeros, is_constant, is_rational, plus, rational, to_float
 from micota_fast.grading.values import (
     Answer,
@@ -39,6 +39,8 @@ def settle(answer: str, gold: str) -> Literal["correct", "wrong"] | None:
     try:
         equal = None if a is None or b is None else _equal(a, b)
     except OverflowError:  # no float holds it
+        return None
+    if equal and has_bare_i(answer) != has_bare_i(gold):  # symbols of two kinds to math-verify
         return None
     return None if equal is None else "correct" if equal else "wrong"
 

@@ -34,12 +34,16 @@ def judge(answer: str, gold: str) -> Settled | list[Pair]:
         if settled is not None:
             return settled
     answer, gold = map(_without_letter, (answer, gold))
+    if _of_different_kinds(answer, gold):
+        return "wrong"
     pair = without_units(answer, gold)
     if pair is None:
         return "wrong"
     answer, gold = (_in_words_to_digits(_radians(text)) for text in pair)
     answer, gold = _one_kind_of_angle(answer, gold)
     answer, gold = _solved(answer), _solved(gold)
+    if bool(_FUNCTION.match(answer)) != bool(_FUNCTION.match(gold)):
+        answer, gold = _FUNCTION.sub("", answer), _FUNCTION.sub("", gold)
     answer, gold = _one_kind_of_vector(_coordinates(answer, gold), _coordinates(gold, answer))
     return _percentages(answer, gold)
 
@@ -52,7 +56,7 @@ def _without_braces(text: str) -> str:
 # Choices.
 
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|xi|pi|rho|sigma|tau|phi|chi|psi|omega"
-_LETTER = re.compile(rf"[A-Za-z]|\\(?i:{_GREEK})")
+_LETTER = re.compile(rf"(?:[A-Za-z]|\\(?i:{_GREEK}))(?:_\w|_\{{\w{{1,3}}\}})?'*")
 _NAME = re.compile(r"[A-Z]{3,}")
 _COMMAND = r"\\(?:text|textbf|textit|textrm|mathrm|mbox)"
 _CHOICE = re.compile(
@@ -68,10 +72,11 @@ _SEVERAL = re.compile(r"(?:\\text\{)?([A-H](?:(?:, ?| and |\\text\{ and \}|, and
 
 
 def _letters(answer: str, gold: str) -> Settled | None:
-    """Single letters are symbols, and their case matters; so does the order in names such as ABC."""
+    """Single letters are symbols: their case, index and primes matter; so does the order in names such as ABC."""
     for pattern in (_LETTER, _NAME):
         if pattern.fullmatch(answer) and pattern.fullmatch(gold):
-            return "wrong"  # they are not the same, or `judge` would know
+            a, b = (re.sub("[{}]", "", text) for text in (answer, gold))
+            return "correct" if a == b else "wrong"
     return None
 
 
@@ -135,6 +140,10 @@ def _bare_words(text: str) -> str | None:
 
 
 _SYMBOLS = {"infinity": "\\infty", "positive infinity": "\\infty", "infinitely many": "\\infty"}
+_SYMBOLS |= dict.fromkeys(
+    ["all real number", "all real", "real number", "set of all real number"], "(-\\infty,\\infty)"
+)
+_SYMBOLS |= dict.fromkeys(["set of real number", "any real number"], "(-\\infty,\\infty)")
 _SYMBOLS |= {"negative infinity": "-\\infty", "no solution": "\\emptyset", "empty set": "\\emptyset"}
 
 
@@ -218,14 +227,31 @@ def _lists(answer: str, gold: str) -> Settled | None:
     if "," not in answer or "," not in gold or re.search(r"[()\[\]{}]", answer + gold):
         return None
     a, b = (sorted(text.split(",")) for text in (answer, gold))
-    return "wrong" if len(a) == len(b) and set(a) == set(b) and a != b else None
+    return "wrong" if len(a) <= len(b) and set(a) == set(b) and a != b else None
 
 
 # What is compared as mathematics, in one spelling.
 
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis|operatorname\{cis\})")
 _ANGLE = re.compile(r"(?<![\d.])(\d{1,6}(?:\.\d{1,6})?)\^\\circ")
+_DEGREES_OF_PI = re.compile(r"\\pi.*\^\\circ")
+_MINUTES = re.compile(r"\d'")
+_MODULUS = re.compile(r"(?:\\[pb]?mod|\\text\{ ?mod ?\}) ?\{?(\d+)\}?\)?$")
 _CIS = re.compile(r"\\(?:cis|operatorname\{cis\}) ?(?:\(([^()]+)\)|(\\frac\{[^{}]+\}\{[^{}]+\}|\d*\\pi))")
+
+
+def _of_different_kinds(answer: str, gold: str) -> bool:
+    """Whether one is in degrees of pi, in minutes of arc, to a modulus, or goes on with dots, and the other does not."""
+    texts = (answer, gold)
+    if any(map(_DEGREES_OF_PI.search, texts)) and not any(map(_TRIGONOMETRIC.search, texts)):
+        return not all("\\pi" in text and "^\\circ" in text for text in texts)
+    listed = ["\\ldots" in text for text in texts]
+    if listed[0] != listed[1] and all("," in text for text in texts):  # a list that goes on is another list
+        return True
+    if any("^\\circ" in text for text in texts) and bool(_MINUTES.search(answer)) != bool(_MINUTES.search(gold)):
+        return True
+    moduli = [_MODULUS.search(text) for text in texts]
+    return all(moduli) and len({match[1] for match in moduli if match}) == 2
 
 
 def _radians(text: str) -> str:
@@ -281,15 +307,17 @@ _SIDE = r"(-?[^<>=,]+?)"
 _OR = r"(?:\\text\{ ?or ?\}| or |\\lor ?|\\vee ?)"
 _LOW_HIGH = re.compile(rf"([a-z])(<|\\leq? ?){_SIDE}{_OR}\1(>|\\geq? ?){_SIDE}")
 _HIGH_LOW = re.compile(rf"([a-z])(>|\\geq? ?){_SIDE}{_OR}\1(<|\\leq? ?){_SIDE}")
+_BETWEEN = re.compile(rf"{_SIDE}(<|\\leq? ?)[a-z](<|\\leq? ?){_SIDE}")
 _NUMBER_FIRST = re.compile(r"(-?[\d.]+)=([a-z])")
 _FACTORIAL = re.compile(r"(\d+)!=(-?[\d.,]+)")
-_RESIDUE = re.compile(r"(-?\d+) ?\(?\\p?mod ?\{?\d+\}?\)?")
+_RESIDUE = re.compile(r"(?:[a-z] ?\\equiv ?)?(-?\d+) ?\(?(?:\\[pb]?mod|\\text\{ ?mod ?\}) ?\{?\d+\}?\)?")
 _COMPREHENSION = re.compile(r"\\\{([a-z])(?:\\in ?\\mathbb\{R\})? ?(?:\\mid|\||:) ?([^{}]*\1[^{}]*)\\\}")
+_FUNCTION = re.compile(r"[a-zA-Z]\([a-z]\)=")
 _POINT = re.compile(r"[A-Z](\(.+,.+\))")
 
 
 def _solved(text: str) -> str:
-    """Inequalities joined by "or" as a union, 5 = x as x = 5, 5! = 120 as 120, P(1, 2) as (1, 2)."""
+    """Inequalities joined by "or" as a union of intervals, 5 = x as x = 5, 5! = 120 as 120, P(1, 2) as (1, 2)."""
     if match := _NUMBER_FIRST.fullmatch(text):
         return f"{match[2]}={match[1]}"
     if match := _FACTORIAL.fullmatch(text):
@@ -300,6 +328,13 @@ def _solved(text: str) -> str:
         return match[2]
     if match := _POINT.fullmatch(text):
         return match[1]
+    parts = [_BETWEEN.fullmatch(part) for part in re.split(_OR, text)]
+    if len(parts) > 1 and all(parts):
+        return "\\cup".join(
+            f"{'(' if part[2] == '<' else '['}{part[1]},{part[4]}{')' if part[3] == '<' else ']'}"
+            for part in parts
+            if part
+        )
     match = _LOW_HIGH.fullmatch(text)
     if match:
         low, high, ends = match[3], match[5], (match[2], match[4])
@@ -311,12 +346,15 @@ def _solved(text: str) -> str:
 
 
 _DECIMAL = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?")
+_PROPER_FRACTION = re.compile(r"-?(?:\\frac\{\d+\}\{\d+\}|\\frac\d\d|\d+/\d+)")
 _PERCENT = re.compile(r"(.+?) ?(?:\\?%|\\text\{ ?(?:percent|%|\\%) ?\}|percent)")
 
 
 def _percentages(answer: str, gold: str) -> list[Pair]:
     """50% answers 50, if the question asks for per cent, and one half."""
     a, b = _PERCENT.fullmatch(answer), _PERCENT.fullmatch(gold)
+    if a and _DECIMAL.fullmatch(a[1]) and _PROPER_FRACTION.fullmatch(gold):  # 0.75% is not 3/4, for all that 75% is
+        return [(_hundredth(a[1]), gold)]
     if bool(a) == bool(b):
         return [(a[1], b[1])] if a and b else [(answer, gold)]
     percent, other = (a[1], gold) if a else (b[1], answer) if b else ("", "")

@@ -38,7 +38,7 @@ _UNIT = re.compile(
     r"(?:\^\d|\^\{\d\})?$"
 )
 _PLAIN_UNIT = re.compile(r"([^a-zA-Z]*\d) (?:cm|mm|km|m|kg|g|feet|inches|miles|hours|minutes|days|years|degrees)")
-_NOT_A_UNIT = re.compile(r"\b(?:and|or)\b|perc|pct|inf|sqrt")
+_NOT_A_UNIT = re.compile(r"\b(?:and|or)\b|^ ?(?:factorial|squared|cubed|half)\b|perc|pct|inf|sqrt")
 _CHOICE = re.compile(
     r"\((?P<a>[A-Z])\)|(?P<b>[A-Z])|\\text(?:bf|rm|it)?\{(?:\((?P<c>[A-Z])\)|(?P<d>[A-Za-z][A-Za-z ]*))\}"
 )
@@ -48,8 +48,7 @@ _MATRIX = re.compile(r"\\begin\{([pb])matrix\}(.+)\\end\{\1matrix\}")
 # math-verify strips what it takes for a unit off the end (2t is 2, 2ab is 2); these letters certainly are none
 _MAYBE_UNIT = re.compile(r"[\d}\s]\s*(?![abixyznkpqruvw]$|xyz?$|yz$)[a-z]+$")
 _THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")
-# In 2+i but not in 2+3i: math-verify then takes no symbol of the answer for real.
-_COMPLEX = re.compile(r"\bi\b")
+_BARE_I = re.compile(r"\bi\b")
 _MAYBE_COMPLEX = re.compile(r"\\(?:frac|sqrt)(?:\{.*\})?\d.*(?<![a-z])i(?![a-z])")  # it puts braces around the digits
 
 
@@ -64,6 +63,11 @@ def read(answer: str) -> Answer | None:
         return None
 
 
+def has_bare_i(answer: str) -> bool:
+    """Whether math-verify sees an `i`, as in 2+i but not in 2+3i, and then takes no symbol of the answer for real."""
+    return _BARE_I.search(answer) is not None
+
+
 def _read_answer(answer: str) -> Answer:
     if choice := _CHOICE.fullmatch(answer):
         return _word(next(filter(None, choice.groups())), bare=choice.lastgroup in ("a", "b"))
@@ -73,8 +77,7 @@ def _read_answer(answer: str) -> Answer:
         answer = answer[: unit.start()]
     if plain_unit := _PLAIN_UNIT.fullmatch(answer):
         answer = plain_unit[1]
-    mark = "'" if _COMPLEX.search(answer) else ""
-    if not mark and _MAYBE_COMPLEX.search(answer):
+    if not has_bare_i(answer) and _MAYBE_COMPLEX.search(answer):
         raise NotReadable
     if match := _NUMBER.fullmatch(answer):
         sign = (-1 if match["sign"] else 1) * (-1 if match["late"] else 1)
@@ -100,12 +103,12 @@ def _read_answer(answer: str) -> Answer:
     if _MAYBE_UNIT.search(answer) or ("\\frac" in answer and re.search(r"\}\d", answer)):
         raise NotReadable
     if match := _ASSIGNED.fullmatch(answer):
-        assigned = _read_list(match[2], mark) if "," in match[2] else Number(_item(match[2], mark))
+        assigned = _read_list(match[2]) if "," in match[2] else Number(_item(match[2]))
         if isinstance(assigned, Ordered):
             raise NotReadable
-        return Assigned(match[1] + mark, assigned)
+        return Assigned(match[1], assigned)
     if match := _EQUATION.fullmatch(answer):
-        left, right = read_sum(match[1], mark), read_sum(match[2], mark)
+        left, right = read_sum(match[1]), read_sum(match[2])
         return Equation(plus(left, right, -1), right)
     if "\\cup" in answer:
         return _read_union(answer)
@@ -113,8 +116,8 @@ def _read_answer(answer: str) -> Answer:
         parts = [_read_list(f"({part})") for part in answer[1:-1].split("),(")]
         return Several(tuple(part for part in parts if isinstance(part, Ordered)))
     if "," in answer:
-        return _read_list(answer, mark)
-    return Number(read_sum(answer, mark))
+        return _read_list(answer)
+    return Number(read_sum(answer))
 
 
 def _places(digits: str) -> int:
@@ -127,7 +130,7 @@ def _word(text: str, bare: bool) -> Word:
     return Word(text.replace(" ", "").lower())
 
 
-def _read_list(answer: str, mark: str = "") -> Ordered | Unordered:
+def _read_list(answer: str) -> Ordered | Unordered:
     if answer[0] in "([" and answer[-1] in ")]":
         items = answer[1:-1].split(",")
         ends = [None if item == infinity else _constant_item(item) for item, infinity in _with_infinity(items)]
@@ -139,7 +142,7 @@ def _read_list(answer: str, mark: str = "") -> Ordered | Unordered:
         answer = answer[2:-2]
     elif _THOUSANDS.search(answer):  # one number or two
         raise NotReadable
-    values = [_item(item, mark) for item in answer.split(",")]
+    values = [_item(item) for item in answer.split(",")]
     distinct = [value for at, value in enumerate(values) if value not in values[:at]]
     sure = all(same_sum(x, y) is False for at, x in enumerate(distinct) for y in distinct[:at])
     return Unordered(tuple(distinct), repeated=len(distinct) < len(values) or not sure)
@@ -184,10 +187,10 @@ def _with_infinity(items: list[str]) -> list[tuple[str, str]]:
     return [(items[0], "-\\infty"), (items[1], "\\infty")]
 
 
-def _item(item: str, mark: str = "") -> Sum:
+def _item(item: str) -> Sum:
     if match := _RATIO.fullmatch(item):
         return number(Fraction(int(match[1]), int(match[2])))
-    return read_sum(_ITEM_DEGREES.sub("", item), mark)
+    return read_sum(_ITEM_DEGREES.sub("", item))
 
 
 def _constant_item(item: str) -> Sum:

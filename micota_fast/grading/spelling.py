@@ -37,7 +37,13 @@ _MARKUP = (
     (re.compile(r"(?<=\d)(?:\{,\}|\\,|\\ )(?=\d{3}(?!\d))"), ""),  # 1{,}000 and 1\,000
     (re.compile(r"(?<!\\)\\(?:[,;:> ]|q?quad(?![a-zA-Z]))|~"), " "),
     (re.compile(r"\\hspace\{[^{}]*\}|</?(?:b|i|em|strong)>"), ""),
+    (re.compile(r"\\(?:text|mathrm)\{([0-9A-F]+)\}(?=_)"), r"\1"),  # \text{2A}_{16}
+    (re.compile(r"\\mathrm\{([ei])\}"), r"\1"),
     (re.compile(r"\\(?:dots|cdots)(?![a-zA-Z])"), r"\\ldots"),
+    (re.compile(r"\\\\\[\d*\.?\d+ ?(?:mm|cm|pt|em|ex)\]"), r"\\\\"),  # a matrix's rows set apart
+    (re.compile(r"\\not ?(=|\\in(?![a-zA-Z]))"), lambda match: "\\ne " if match[1] == "=" else "\\notin "),
+    (re.compile(r"\\log_(?:e|\{e\})(?![a-zA-Z])"), r"\\ln"),
+    (re.compile(r"(?<=\\circ)\{\}"), ""),
     (re.compile(r"\\lbrace(?![a-zA-Z])"), r"\\{"),
     (re.compile(r"\\rbrace(?![a-zA-Z])"), r"\\}"),
     (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
@@ -62,6 +68,9 @@ _NOTATION = (
     (re.compile(r"(?<![\\a-zA-Z])sqrt\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"(?<=\d) ?[xX] ?(?=10\^)"), r"\\times "),
     (re.compile(r"(?<=\d)\^\{?o\}?(?![a-zA-Z])"), r"^\\circ"),
+    (re.compile(r"\\frac ?(\d|\\pi(?![a-zA-Z])) ?(?=\\pi(?![a-zA-Z]))"), r"\\frac{\1}"),  # \frac1\pi
+    (re.compile(r"\\frac ?\\pi(?![a-zA-Z]) ?"), r"\\frac{\\pi}"),  # \frac\pi3
+    (re.compile(r"(\\frac\{[^{}]*\}) ?(\\pi(?![a-zA-Z])|\d)"), r"\1{\2}"),
 )
 # All of an answer.
 _WHOLE = (
@@ -75,7 +84,7 @@ _WHOLE = (
     (re.compile(r"\\text\{(?: ?[Tt]he)? ?(?:final )?[Aa]nswer(?: is|:) ?([^{}]+)\}"), r"\\text{\1}"),
 )
 _MIXED = re.compile(r"(-?\d{1,6}) (\d{1,6})/(\d{1,6})")
-_REPEATING = re.compile(r"(-?)(\d{0,9})\.(\d{0,9})\\overline\{?(\d{1,9})\}?")
+_REPEATING = re.compile(r"(-?)(\d{0,9})\.(\d{0,9})\\(?:overline|bar|dot) ?\{?(\d{1,9})\}?(\\?%|\^\\circ)?")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\{( ?-?\\?\$?\d[^{}]*)\}")
 _ROWS = re.compile(r"\[(\[[^][]+\](?:,\[[^][]+\])*)\]")
 _SPACED_LIST = re.compile(r" ?(-?\d+(?:, +-?\d+)+)[ .,]*")
@@ -140,10 +149,10 @@ def _spelled_whole(answer: str) -> str:
     if (match := _MIXED.fullmatch(answer)) and int(match[2]) < int(match[3]):
         return f"{match[1]}\\frac{{{match[2]}}}{{{match[3]}}}"
     if match := _REPEATING.fullmatch(answer):
-        sign, whole, fixed, period = match.groups()
+        sign, whole, fixed, period, unit = match.groups()
         value = Fraction(int(whole + fixed or "0")) + Fraction(int(period), 10 ** len(period) - 1)
         value /= 10 ** len(fixed)
-        return f"{sign}\\frac{{{value.numerator}}}{{{value.denominator}}}"
+        return f"{sign}\\frac{{{value.numerator}}}{{{value.denominator}}}{unit or ''}"
     if match := _ROWS.fullmatch(answer):
         rows = [row.replace(",", "&") for row in match[1][1:-1].split("],[")]
         return "\\begin{pmatrix}" + "\\\\".join(rows) + "\\end{pmatrix}"

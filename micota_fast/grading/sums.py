@@ -24,10 +24,8 @@ class NotReadable(Exception):
 _TOKEN = re.compile(r"\\(?:frac|sqrt|pi|cdot|times)(?![a-zA-Z]) ?|\d+|[abckmnpqrstuvwxyzi]|[-+/^(){}]")
 
 
-def read_sum(text: str, mark: str = "") -> Sum:
+def read_sum(text: str) -> Sum:
     r"""The value of LaTeX such as `\frac{3+\sqrt{5}}{2}` or `2x^2-1`, spelled as by `answers.normalise`.
-
-    `mark` is appended to the name of every symbol.
 
     Raises:
         NotReadable: it is outside the grammar, or too large.
@@ -36,7 +34,7 @@ def read_sum(text: str, mark: str = "") -> Sum:
     tokens = [token.rstrip() for token in _TOKEN.findall(text)]
     if len("".join(tokens)) != len(text.replace(" ", "")) or re.search(r"[^a-z0-9] | [^a-z0-9]", text):
         raise NotReadable  # something between the tokens
-    parser = _Parser(tokens, mark)
+    parser = _Parser(tokens)
     value = parser.sum()
     if parser.peek() or any(symbol[0] == "i" and power != 1 for _, powers in value for symbol, power in powers):
         raise NotReadable  # a power of i may be the number -1
@@ -46,9 +44,8 @@ def read_sum(text: str, mark: str = "") -> Sum:
 class _Parser:
     """Recursive descent over sums of products; raises NotReadable where TeX and math-verify might read otherwise."""
 
-    def __init__(self, tokens: list[str], mark: str) -> None:
+    def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
-        self.mark = mark
         self.at = 0
 
     def peek(self) -> str:
@@ -133,7 +130,7 @@ class _Parser:
         if token == "\\pi":
             return {(1, (("π", 1),)): Fraction(1)}, token
         if token.isalpha():
-            return {(1, ((token + self.mark, 1),)): Fraction(1)}, token
+            return {(1, ((token, 1),)): Fraction(1)}, token
         if token == "(":
             value = self.sum()
             self.expect(")")

@@ -33,19 +33,24 @@ _UNITS = {
 }
 _OTHER_SHORT = {"mph", "kph", "lbs", "deg", "rpm", "hrs", "mins", "secs", "usd"}
 _SET_APART = {"m", "g", "s", "h", "L", "l"}  # units if a space stands before them: 5 m, but not 5m
-_MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_MULTIPLES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 _NO_UNIT = re.compile(
-    r"\b(?:and|or|to|not|no|than|less|more|if|th|st|nd|rd|mod|percent|percentage|pct|infinity|inf|sqrt|am|pm)\b|[ap]\.m"
+    r"\b(?:and|or|to|not|no|than|less|more|if|th|st|nd|rd|mod|percent|percentage|pct|infinity|inf|sqrt|am|pm)\b"
+    r"|[ap]\.m|^(?:factorial|squared|cubed|half|halves|thirds|fourths|tenths|hundredths)\b"
 )
 _COMMAND = r"\\(?:text|mbox|mathrm|textrm|operatorname)\{"
 _POWER = r"(?:\^(?:\{(?P<p>\d)\}|(?P<q>\d)))?"
 _IN_COMMAND = re.compile(rf"(?<=.){_COMMAND}(?P<unit>[A-Za-z€£₹¥¢ ./]+)\}}{_POWER}$")
+_IN_TWO_COMMANDS = re.compile(rf"(?<=[A-Za-z])\}}/{_COMMAND}(?=[A-Za-z]+\}}(?:\^\{{?\d\}}?)?$)")  # \text{m}/\text{s}^2
 _QUOTIENT = re.compile(rf"(?<=[\d}})])\\frac\{{{_COMMAND}[A-Za-z ]+\}}\}}\{{{_COMMAND}[A-Za-z ]+\}}(?:\^\d)?\}}$")
 _SPACED = re.compile(rf"(?:(?<=\d)|(?<=\\pi)) (?P<unit>[A-Za-z]+(?:[ /][A-Za-z]+)*){_POWER}$")
 _ATTACHED = re.compile(rf"(?<=\d)(?P<unit>[A-Za-z]{{2,4}}){_POWER}$")
 _TEMPERATURE = re.compile(rf"\^\\circ(?:{_COMMAND} ?(?P<a>[CF])\}}| ?(?P<b>[CF]))$")
-_QUALIFIED = re.compile(rf"{_COMMAND}[^{{}}]*\b(?:or|and|not|than)\b[^{{}}]*\}}$")  # 5 or more
+_QUALIFIED = re.compile(  # 5 or more, 4 squared
+    rf"{_COMMAND}(?:[^{{}}]*\b(?:or|and|not|than)\b| ?(?:factorial|squared|cubed|half|halves|thirds|fourths|tenths)\b)"
+    r"[^{}]*\}$"
+)
 _VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
 _SIGN_BEFORE = re.compile(r"(?P<minus>-?)(?:US)?(?P<unit>\\?\$|[€£₹¥]|(?:Rs|USD|EUR)\.? ?)(?=-?[\d.])")
 _SIGN_BEHIND = re.compile(r"(?<=\d)(?P<unit>\\?\$|[€£₹¥¢])$")
@@ -62,13 +67,14 @@ def split(answer: str) -> tuple[str, str]:
         return answer[: match.start()], "celsius" if "C" in (match["a"], match["b"]) else "fahrenheit"
     if match := _QUOTIENT.search(answer):
         return answer[: match.start()], "quotient"
+    answer = _IN_TWO_COMMANDS.sub("/", answer)
     for pattern in (_IN_COMMAND, _SPACED, _ATTACHED):
         if (match := pattern.search(answer)) and _is_unit(name := match["unit"].strip(), pattern):
             value = answer[: match.start()].rstrip()
             if pattern is not _IN_COMMAND and _VARIABLE.search(value):
                 return answer, ""
             if name in _MULTIPLES:
-                return f"{value}\\cdot 10^{{{_MULTIPLES[name]}}}", ""
+                return f"{value}\\cdot {_MULTIPLES[name]}", ""
             power = match["p"] or match["q"]
             return value, f"{name}^{power}" if power else name
     return answer, ""

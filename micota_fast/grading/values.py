@@ -88,7 +88,7 @@ def is_interval(answer: Ordered) -> bool:
 
 def same_sum(a: Sum, b: Sum) -> bool | None:
     """Exact equality; None where numbers are so near, or so large, that 15 digits might not tell them apart."""
-    if is_symbol(a) and is_symbol(b) and _bare(a) == _bare(b):  # compared as written, which 1x and x are not alike
+    if is_symbol(a) and a == b:  # compared as written, which 1x and x are not alike
         return None
     if a == b:
         return True
@@ -102,9 +102,3 @@ def same_sum(a: Sum, b: Sum) -> bool | None:
         return None
     sizes = [abs(float(coefficient)) for coefficient in plus(a, b, -1).values()]
     return False if max(sizes) < LARGEST and min(sizes) > SMALLEST else None
-
-
-def _bare(symbol: Sum) -> str:
-    """Its name without the mark."""
-    ((_, ((name, _),)),) = symbol
-    return name.rstrip("'")

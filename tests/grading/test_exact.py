@@ -36,7 +36,7 @@ def test_generated_pairs(seed: int, number: int, asked: int) -> None:
     settled = Counter(settle(normalise(answer), normalise(gold)) for answer, gold in pairs)
     assert settled["correct"] > number // 3
     assert settled["wrong"] > number // 10
-    assert settled[None] < number // 8
+    assert settled[None] < number * 13 // 100
     assert differing(pairs[:asked]) == []
 
 
