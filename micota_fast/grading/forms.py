@@ -241,7 +241,7 @@ _CIS = re.compile(r"\\(?:cis|operatorname\{cis\}) ?(?:\(([^()]+)\)|(\\frac\{[^{}
 
 
 def _of_different_kinds(answer: str, gold: str) -> bool:
-    """Whether one is in degrees of pi, in minutes of arc, to a modulus, or goes on with dots, and the other does not."""
+    """Whether one is in degrees of pi or minutes of arc, to a modulus, or goes on with dots, and the other is not."""
     texts = (answer, gold)
     if any(map(_DEGREES_OF_PI.search, texts)) and not any(map(_TRIGONOMETRIC.search, texts)):
         return not all("\\pi" in text and "^\\circ" in text for text in texts)
