@@ -61,9 +61,10 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears whole or not at all: aside in the same directory, fsync, rename.
 
     Raises:
-        InputError: the directory cannot be written or the disk is full.
+        InputError: the directory cannot be written or the disk is full; or the path cannot be a file, or is a device.
     """
     with writing(path):
+        _check_place(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         aside, fd = _make_aside(path, _FILE)
         try:
@@ -94,9 +95,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
     When the block ends, `out` must be absent or an empty folder; a block that replaces `out` removes it last.
 
     Raises:
-        InputError: the directory cannot be written or the disk is full.
+        InputError: the directory cannot be written or the disk is full; or the path cannot be a folder, or is a device.
     """
     with writing(out):
+        _check_place(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         aside, fd = _make_aside(out, _FOLDER)
         try:
@@ -159,6 +161,13 @@ def refuse_to_overwrite(out: str | Path, *inputs: str | Path) -> None:
 def _free_bytes(place: Path) -> int:
     there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
     return shutil.disk_usage(there).free
+
+
+def _check_place(path: Path) -> None:
+    if path.name in ("", ".."):
+        raise InputError(f"cannot write {path}: it is a folder that is in use; name a place in it")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"cannot write {path}: it is a device, pipe or socket, which a rename would replace")
 
 
 def _make_aside(path: Path, kind: str) -> tuple[Path, int]:

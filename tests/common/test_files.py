@@ -56,6 +56,26 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_neither_file_nor_folder_is_not_replaced(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    monkeypatch.chdir(tmp_path)
+    for place, why in (
+        (pipe, "a device, pipe"),
+        (tmp_path / "link", "a device, pipe"),
+        (Path("/"), "in use"),
+        (Path(), "in use"),
+    ):
+        with pytest.raises(InputError, match=f"^cannot write {place}: it is .*{why}"):
+            write(kind, place, "new")
+    assert pipe.is_fifo()
+    assert names(tmp_path) == ["link", "pipe"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_a_killed_writer_left_goes_and_what_another_one_is_writing_stays(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed = start_writer(kind, out)
