@@ -1,6 +1,12 @@
-"""An estimate from shapes of the memory that a rank needs, so that a run that cannot fit is known before it starts."""
+"""An estimate from shapes of the memory that a rank needs, so that a run that cannot fit is known before it starts.
 
+The formulas were found and are tested by counting the bytes of a step on fake CUDA ranks (tests/fake_cuda); no GPU has
+confirmed them.
+"""
+
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -11,15 +17,18 @@ from micota_fast.model.decoder import parameter_shapes
 
 Checkpointing = Literal["none", "selective", "full"]
 
+SMALL = 0.01  # of the activations: token ids, statistics of norms, what the allocator rounds up
+
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank at the peak, which is taken to be the start of the first block's backward pass."""
+    """Bytes on one rank at one moment of a step."""
 
-    state: int  # weights, gradients and both of AdamW's moments, float32, this rank's share
-    gathered: int  # what FSDP holds whole: embedding and output matrix, two blocks, one block's gradient
-    activations: int  # kept from the forward pass, plus those of the block that is being computed
-    loss: int  # logits of a chunk, the float32 gradient of the output matrix, the hidden states and their gradient
+    moment: str
+    state: int  # weights, both of AdamW's moments and the gradients there are by now, float32, this rank's share
+    gathered: int  # what FSDP holds whole: parameters, and gradients on their way to the shards
+    activations: int  # kept from the forward pass, and those of the block that is being computed
+    loss: int  # logits of a chunk, the output matrix's gradient, the hidden states and their gradient
 
     @property
     def total(self) -> int:
@@ -38,39 +47,106 @@ def estimate(
         mode: activation checkpointing.
         dtype: compute type.
         device: "cuda" or "cpu", on which the loss holds different numbers of logits.
+
+    Returns:
+        That of the moment that needs most.
     """
-    sizes = {name: shape.numel() for name, shape in parameter_shapes(model).items()}
-    block = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
-    total = sum(sizes.values())
-    root = total - block * model.num_hidden_layers
+    return max(moments(model, tokens, shards, mode, dtype, device), key=lambda memory: memory.total)
+
+
+def moments(
+    model: ModelConfig, tokens: int, shards: int, mode: Checkpointing, dtype: torch.dtype, device: str
+) -> list[Memory]:
+    """Return the memory at each moment of a step that can need most; see `estimate`.
+
+    Between the last block and the first, the backward pass frees kept activations and makes gradients, at equal pace.
+    """
+    total, block = _parameters(model)
+    root = total - block * model.num_hidden_layers  # embedding, last norm and output matrix: whole all the time
     head = model.vocab_size * model.hidden_size
-    low = dtype.itemsize
+    low, layers = dtype.itemsize, model.num_hidden_layers
+    before, after = 12 * total // shards, 16 * total // shards  # without gradients, and with all
     whole = shards == 1 and dtype == torch.float32  # then the model is not wrapped, and nothing is gathered
-    return Memory(
-        state=16 * total // shards,
-        gathered=0 if whole else low * (root + 3 * block),
-        activations=tokens * low * (model.num_hidden_layers * kept(model, mode) + kept(model, "none")),
-        loss=LOGITS_BYTES[device] + 4 * head + 2 * tokens * model.hidden_size * low,
+    kept_T, computed_T = (
+        round(tokens * low * values * (1 + SMALL)) for values in (kept(model, mode), _computed(model, mode))
     )
+    hidden_TH = tokens * low * model.hidden_size
+    logits = min(LOGITS_BYTES[device], tokens * model.vocab_size * max(low, 4 if device == "cpu" else 0))
+
+    def gathered(parameters: int, gradients: int = 0) -> int:
+        """Of parameters in the compute type; of gradients also the float32 copy that is summed over the shards."""
+        return 0 if whole else low * parameters + (low + 4) * gradients
+
+    # The gradient of the output matrix is summed in float32, and in the end copied to the compute type.
+    summed = 4 * head + max(logits, low * head if low < 4 else 0)
+    passed_on = 0 if whole else low * head
+    return [
+        Memory("the loss", before, gathered(root + block), layers * kept_T + hidden_TH, summed + 2 * hidden_TH),
+        Memory(
+            "the backward pass of the last block",
+            before,
+            gathered(root + 2 * block),
+            layers * kept_T + computed_T,
+            low * head,
+        ),
+        Memory(  # while the gradients of the last one are summed over the shards, in float32
+            "the backward pass of the last block but one",
+            before + 4 * block // shards,
+            gathered(root + 2 * block) + (0 if whole else 4 * block),
+            (layers - 1) * kept_T + computed_T,
+            low * head,
+        ),
+        Memory(
+            "the backward pass of the first block",
+            after,
+            gathered(root + 2 * block, block),
+            kept_T + computed_T,
+            passed_on,
+        ),
+        Memory("the embedding's gradient", after, gathered(root, root), hidden_TH, 0),
+    ]
+
+
+@lru_cache
+def _parameters(model: ModelConfig) -> tuple[int, int]:
+    """Return the number of parameters of the model, and of a block."""
+    sizes = {name: shape.numel() for name, shape in parameter_shapes(model).items()}
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
 
 
 def kept(model: ModelConfig, mode: Checkpointing) -> int:
     """Return the number of values per token that one block keeps for its backward pass."""
-    H, intermediate = model.hidden_size, model.intermediate_size
-    q, kv = model.num_attention_heads * model.head_dim, 2 * model.num_key_value_heads * model.head_dim
+    H, intermediate, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
+    q, kv = heads * model.head_dim, 2 * model.num_key_value_heads * model.head_dim
+    sums = 2 * heads  # of attention's softmax, one float32 per head
     if mode == "full":
         return H
     if mode == "selective":  # the block's input, q, k, v, attention, o, up
-        return H + q + kv + q + H + intermediate
-    # Both norms' inputs and results; q, k and v after rotation; attention; gate, up, their product; and q and k before
-    # rotation, if they have norms of their own. This holds for kernels that keep no more than they must.
-    return 4 * H + q + kv + q + 3 * intermediate + (q + kv // 2 if model.qk_norm else 0)
+        return H + q + kv + q + sums + H + intermediate
+    # Both norms' inputs and results; q, k and v after rotation, cos and sin; attention; gate, up, their product; and q
+    # and k before rotation, if they have norms of their own. For kernels that keep no more than they must.
+    rotated = q + kv + 2 * model.head_dim
+    return 4 * H + rotated + q + sums + 3 * intermediate + (q + kv // 2 if model.qk_norm else 0)
+
+
+def _computed(model: ModelConfig, mode: Checkpointing) -> int:
+    """Return the number of values per token in a block's backward pass besides those that it kept."""
+    q, kv = model.num_attention_heads * model.head_dim, 2 * model.num_key_value_heads * model.head_dim
+    again = kept(model, "none") - kept(model, mode)
+    if mode == "selective":
+        again += q + kv // 2  # rotated q and k, beside the kept ones
+    return again + model.hidden_size + model.intermediate_size  # gradients of the output and of the SwiGLU
 
 
 def longest_pack(
     model: ModelConfig, capacity: float, shards: int, mode: Checkpointing, dtype: torch.dtype = torch.bfloat16
 ) -> int:
     """Return the most tokens in a pack, a multiple of 1024, that fit into `capacity` bytes of a GPU; 0: none fits."""
-    fixed = estimate(model, 0, shards, mode, dtype, "cuda").total
-    each = estimate(model, 1, shards, mode, dtype, "cuda").total - fixed
-    return max(0, int((capacity - fixed) / each) // 1024 * 1024)
+
+    def fits(thousands: int) -> bool:
+        return estimate(model, 1024 * thousands, shards, mode, dtype, "cuda").total <= capacity
+
+    most = 1
+    while fits(most):
+        most *= 2
+    return 1024 * bisect_left(range(1, most), True, key=lambda thousands: not fits(thousands))

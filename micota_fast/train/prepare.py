@@ -235,8 +235,8 @@ def _memory(config: TrainConfig, model: ModelConfig, world: World) -> str:
     need = estimate(model, config.pack_tokens, shards, config.activation_checkpointing, dtype, "cuda")
     there = torch.cuda.get_device_properties(world.device).total_memory
     text = (
-        f"memory: {need.total / 1e9:.1f} GB of {there / 1e9:.1f} by an estimate from shapes: weights, gradients and "
-        f"moments {need.state / 1e9:.1f}, gathered {need.gathered / 1e9:.1f}, activations "
+        f"memory: {need.total / 1e9:.1f} GB of {there / 1e9:.1f} by an estimate from shapes, most at {need.moment}: "
+        f"weights, gradients and moments {need.state / 1e9:.1f}, gathered {need.gathered / 1e9:.1f}, activations "
         f"{need.activations / 1e9:.1f}, loss {need.loss / 1e9:.1f}"
     )
     if need.total > 0.95 * there:

@@ -1,6 +1,7 @@
 """`train()` of a model at its full width, until its second step is done: documents and weights are made up."""
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ def train_steps(
         pack_tokens: of each pack, all of them filled by documents of different lengths.
         layers: of the model; None: as many as it has.
         options: further ones of training.
+
+    Returns:
+        By phase of the last step, the most bytes on the device, and in which function of ours that was.
     """
     from micota_fast.config.train import TrainConfig
     from micota_fast.model import safetensors_io
@@ -37,8 +41,9 @@ def train_steps(
 
     shape = known_shapes(model)
     assert shape is not None
-    source = Path(folder) / "checkpoint"
-    source.mkdir(exist_ok=True)
+    run = Path(tempfile.mkdtemp(dir=folder))
+    source = run / "checkpoint"
+    source.mkdir()
     described = shape.to_dict("bfloat16") | ({} if layers is None else {"num_hidden_layers": layers})
     (source / "config.json").write_text(json.dumps(described), encoding="utf-8")
     packs = int(session.world * STEPS)
@@ -47,14 +52,16 @@ def train_steps(
     safetensors_io.draw_weights = lambda *_: None
 
     begun = 0
+    peaks = {}
     lap = Stopwatch.lap
 
     def counted(watch: Stopwatch, phase: str) -> None:
         nonlocal begun
+        peaks[session.waits.phase] = session.ledger.peak, session.ledger.at_peak
+        session.ledger.restart()
         lap(watch, phase)
         if phase == "data":
             begun += 1
-            session.ledger.restart()
         if phase == "report" and begun == STEPS:
             raise _StepsDone
 
@@ -63,7 +70,7 @@ def train_steps(
     config = TrainConfig(
         model=str(source),
         data="",
-        out=f"{folder}/out",
+        out=str(run / "out"),
         init="random",
         device="cuda",
         pack_tokens=pack_tokens,
@@ -78,13 +85,13 @@ def train_steps(
     except _StepsDone:
         pass
     Stopwatch.lap = lap  # type: ignore[method-assign]
+    return {phase: peaks[phase] for phase in ("data", "forward", "backward", "optimizer")}
 
 
 def _lengths(pack_tokens: int) -> list[int]:
-    """Documents that fill a pack: the longest takes half of it, and the lengths are no multiples of anything."""
-    long = pack_tokens // 2 - 3
-    short = pack_tokens // 7 - 2
-    return [long, short, short, pack_tokens - long - 2 * short]
+    """Documents that fill a pack, each half as long as the one before, so that packs come out as they were meant."""
+    rest = [pack_tokens // 15 * share for share in (4, 2, 1)]
+    return [pack_tokens - sum(rest), *rest]
 
 
 def _documents(packs: Sequence[Sequence[int]], vocabulary: int) -> Any:

@@ -164,22 +164,26 @@ def resumed_run(checkpoint: str, folder: str) -> dict[str, Any]:
     }
 
 
-def peak(model: str, folder: str, pack_tokens: int, world: int, mode: str) -> dict[str, Any]:
-    """Return the bytes that rank 0 holds at most in a step, by the ledger and by the estimate, and where that is."""
-    session = Session(world)
-    from dataclasses import asdict
+def peaks(world: int, folder: str, cells: list[list[Any]]) -> list[dict[str, Any]]:
+    """Return for each cell, by phase of a step, the bytes that rank 0 holds at most, and in which function of ours.
 
-    import torch
+    Args:
+        world: processes that share a model.
+        folder: for files.
+        cells: lists of a model's name, tokens of a pack, activation checkpointing, and layers (None: all).
+    """
+    session = Session(world)
+    import gc
 
     from fake_cuda.full_width import train_steps
-    from micota_fast.planning.shapes import known_shapes
-    from micota_fast.train.memory import estimate
 
-    train_steps(session, model, folder, pack_tokens, None, activation_checkpointing=mode)
-    shape = known_shapes(model)
-    assert shape is not None
-    need = estimate(shape, pack_tokens, world, mode, torch.bfloat16, "cuda")
-    return {"peak": session.ledger.peak, "at": session.ledger.at_peak, "estimate": need.total, "parts": asdict(need)}
+    found = []
+    for model, pack_tokens, mode, layers in cells:
+        run = train_steps(session, model, folder, pack_tokens, layers, activation_checkpointing=mode)
+        found.append(run)
+        gc.collect()
+        session.require_empty()
+    return found
 
 
 def _note_batches() -> list[str]:
@@ -199,7 +203,7 @@ def _note_batches() -> list[str]:
 
 
 SCENES: dict[str, Callable[..., Any]] = {
-    scene.__name__: scene for scene in (controls, steps, whole_run, resumed_run, peak)
+    scene.__name__: scene for scene in (controls, steps, whole_run, resumed_run, peaks)
 }
 
 if __name__ == "__main__":

@@ -60,6 +60,10 @@ class Session:
         with self.running():
             return train(config)
 
+    def require_empty(self) -> None:
+        """Check that nothing of a run that is over is left on the device: the next one is counted from nothing."""
+        assert self.ledger.now < 1 << 20, f"{self.ledger.now:,} bytes are left on the device"
+
     def seen(self) -> list[list[Any]]:
         """Return the waits as JSON values: phase, what, where, how often."""
         return [[*wait_, count] for wait_, count in self.waits.found.items()]

@@ -68,6 +68,9 @@ class FakeCuda(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(not issubclass(FakeTensor, kind) for kind in types):
             return NotImplemented  # a DTensor: it comes back with the tensors that it is made of
+        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        if fake is not None and fake is not self.fake:
+            return func(*args, **kwargs)  # DTensor asks for a shape, with fake tensors of its own
         leaves = tree_leaves((args, kwargs))
         on_device = [x for x in leaves if isinstance(x, FakeTensor)]
         device = kwargs.get("device")

@@ -16,7 +16,7 @@ from micota_fast.model.config import ModelConfig
 from micota_fast.model.pointwise import TORCH
 from micota_fast.model.safetensors_io import load_model
 from micota_fast.train.activation_checkpointing import checkpoint_activations
-from micota_fast.train.memory import Checkpointing, estimate, kept, longest_pack
+from micota_fast.train.memory import Checkpointing, estimate, kept, longest_pack, moments
 
 TOKENS = 512
 QWEN_7B = ModelConfig.from_dict(
@@ -82,11 +82,33 @@ def test_what_a_block_keeps(family: str, how: Checkpointing, dtype: torch.dtype,
 
 
 def test_of_qwen_7b() -> None:
-    assert [kept(QWEN_7B, how) * 2 // 1000 for how in ("none", "selective", "full")] == [158, 68, 7]
-    one, eight = (estimate(QWEN_7B, 16384, n, "selective", torch.bfloat16, "cuda") for n in (1, 8))
-    assert one.state == 8 * eight.state == 16 * 7_615_616_512
-    assert one.activations == eight.activations
-    assert 50e9 < eight.total < 60e9 < one.state
+    assert [kept(QWEN_7B, how) * 2 // 1000 for how in ("none", "selective", "full")] == [159, 68, 7]
+    one, eight = (moments(QWEN_7B, 16384, n, "selective", torch.bfloat16, "cuda") for n in (1, 8))
+    for alone, shared in zip(one, eight, strict=True):
+        assert alone.state == pytest.approx(8 * shared.state, rel=1e-9)
+        assert (alone.gathered, alone.activations, alone.loss) == (shared.gathered, shared.activations, shared.loss)
+    assert [one[0].state, one[-1].state] == [12 * 7_615_616_512, 16 * 7_615_616_512]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "how", "moment"),
+    [
+        (16384, "none", "the loss"),
+        (32768, "selective", "the backward pass of the last block"),
+        (131072, "full", "the backward pass of the last block but one"),
+        (16384, "full", "the backward pass of the first block"),
+        (2048, "full", "the embedding's gradient"),
+    ],
+)
+def test_each_moment_can_need_most(tokens: int, how: Checkpointing, moment: str) -> None:
+    need = estimate(QWEN_7B, tokens, 8, how, torch.bfloat16, "cuda")
+    assert need.moment == moment
+    assert need.total == max(m.total for m in moments(QWEN_7B, tokens, 8, how, torch.bfloat16, "cuda"))
+
+
+def test_one_process_in_float32_gathers_nothing() -> None:
+    for memory in moments(QWEN_7B, 1024, 1, "none", torch.float32, "cpu"):
+        assert memory.gathered == 0
 
 
 def test_the_longest_pack_is_the_last_that_fits() -> None:

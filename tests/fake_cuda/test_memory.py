@@ -1,0 +1,84 @@
+"""The bytes on the device in a step of models at their full width, against the estimate and README's table of packs."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fake_cuda.start import needs_compiler, run_scene
+from helpers.paths import ROOT
+from micota_fast.model.config import ModelConfig
+from micota_fast.planning.shapes import known_shapes
+from micota_fast.train.memory import longest_pack, moments
+
+MODES = ("none", "selective", "full")
+MODELS = ("0.5B", "1.5B", "3B", "7B", "14B")
+FILLED = 0.9  # of the GPU's memory, in README's table
+
+
+def shape_of(size: str) -> ModelConfig:
+    shape = known_shapes(name_of(size))
+    assert shape is not None
+    return shape
+
+
+def name_of(size: str) -> str:
+    return f"Qwen/Qwen2.5-{size}"
+
+
+def readme_table() -> list[tuple[str, int, int, str, int]]:
+    """What README says: model, GPU memory in GB, processes, checkpointing, the longest pack in units of 1024 tokens."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text += "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+    found = []
+    for row in re.findall(r"^\| (\d+) GB \| (\d+) \| (.*) \|$", text, re.MULTILINE):
+        for size, cell in zip(MODELS, row[2].split(" | "), strict=True):
+            packs = (["–"] * 2) if cell == "–" else cell.replace("k", "").replace(",", "").split(" / ")
+            for mode, pack in zip(("selective", "full"), packs, strict=True):
+                found.append((size, int(row[0]), int(row[1]), mode, 0 if pack == "–" else int(pack)))
+    return found
+
+
+def test_readme_says_what_the_estimate_gives() -> None:
+    table = readme_table()
+    assert len(table) == 6 * len(MODELS) * 2
+    for size, gigabytes, processes, mode, pack in table:
+        fits = longest_pack(shape_of(size), FILLED * gigabytes * 1e9, processes, mode)  # type: ignore[arg-type]
+        assert fits == 1024 * pack, (size, gigabytes, processes, mode)
+
+
+def check(size: str, tokens: int, processes: int, mode: Any, layers: int | None, peaks: dict[str, Any]) -> None:
+    """Compare the peak of a step with the estimate, and that of the loss with its own."""
+    config = shape_of(size)
+    if layers is not None:
+        config = ModelConfig.from_dict(config.to_dict("bfloat16") | {"num_hidden_layers": layers})
+    expected = moments(config, tokens, processes, mode, torch.bfloat16, "cuda")
+    peak = max(value for value, _ in peaks.values())
+    share = peak / max(memory.total for memory in expected)
+    assert 0.8 <= share <= 1.0, f"{size} {tokens} {processes} {mode}: {share:.3f} of the estimate"
+    if peaks["forward"][1] == "forward, kernels/chunks.py:run":
+        assert 0.8 <= peaks["forward"][0] / expected[0].total <= 1.02, (size, tokens, processes, mode)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_qwen_7b_on_eight_ranks_needs_what_is_estimated(tmp_path: Path) -> None:
+    cells = [["7B", 16384, mode, None] for mode in MODES]
+    found = run_scene("peaks", world=8, folder=str(tmp_path), cells=[[name_of(cell[0]), *cell[1:]] for cell in cells])
+    for (size, tokens, mode, layers), peaks in zip(cells, found, strict=True):
+        check(size, tokens, 8, mode, layers, peaks)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("processes", [1, 8])
+def test_the_packs_of_readme_need_what_is_estimated(processes: int, tmp_path: Path) -> None:
+    """Of each model two layers, in full width; more of them need more of the same, as the test above shows."""
+    cells = [[size, 1024 * pack, mode, 2] for size, _, n, mode, pack in readme_table() if n == processes and pack]
+    found = run_scene(
+        "peaks", world=processes, folder=str(tmp_path), cells=[[name_of(cell[0]), *cell[1:]] for cell in cells]
+    )
+    for (size, tokens, mode, layers), peaks in zip(cells, found, strict=True):
+        check(size, tokens, processes, mode, layers, peaks)
