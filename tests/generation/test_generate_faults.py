@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from helpers.disks import small_file_system
 from helpers.faulty_server import FAULTS, FaultyServer, Plan, answer, expected, key
 from helpers.ports import free_port
 from helpers.waiting import wait_for
@@ -472,14 +473,8 @@ def test_twenty_kills_at_random(config: Configure, tmp_path: Path, clean: bytes)
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with small_file_system(tmp_path / "disk", "1m") as disk:
+        yield disk
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.disks import small_file_system
 from micota_fast.common.records import encode_row
 from micota_fast.errors import InputError
 from micota_fast.generation import journal as module
@@ -436,14 +437,8 @@ def test_of_a_row_that_is_there_twice_the_first_stays(interrupted: Path) -> None
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with small_file_system(tmp_path / "disk", "256k") as disk:
+        yield disk
 
 
 def fill(journal: Journal) -> None:

@@ -1,11 +1,13 @@
 """Tiny Hugging Face checkpoints for tests, made on the spot with transformers. Nothing is downloaded."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -14,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 # As Qwen2.5-Instruct has them: documents end with the first, turns with the third.
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 320
+REMOVED = "REMOVED"  # in place of a key's value, for `edit_config`
 
 CHAT_TEMPLATE = (
     "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
@@ -107,3 +110,17 @@ def make_tokenizer(directory: Path | str) -> Tokenizer:
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return tokenizer
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    """Change keys of config.json; those that become REMOVED go."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != REMOVED}))
+
+
+def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Apply `change` to the tensors of a checkpoint of one file, by name."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

@@ -155,10 +155,6 @@ class Tab:
             self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **named)
             self.call("Input.dispatchKeyEvent", type="keyUp", **named)
 
-    def screenshot(self, file: Path, full: bool = True) -> None:
-        picture = self.call("Page.captureScreenshot", captureBeyondViewport=full)["data"]
-        file.write_bytes(base64.b64decode(picture))
-
     def printed(self) -> bytes:
         """The page as PDF, A4."""
         return base64.b64decode(self.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)["data"])

@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from helpers.ports import free_port
 from micota_fast.config.generation import ChatConfig
 from micota_fast.config.train import TrainConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["helpers.preload"])
@@ -90,6 +93,20 @@ def start_training(config: TrainConfig, world: int = 1, before: Callable[..., No
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         processes.append(fork(_child, config, {k: str(v) for k, v in env.items()}, before))
     return processes
+
+
+def weights_of(config: TrainConfig) -> "dict[str, Tensor]":
+    """The trained model's tensors by name."""
+    from safetensors.torch import load_file  # imports torch, which the tests of the scripts do without
+
+    return load_file(Path(config.out) / "model" / "model.safetensors")
+
+
+def flip(path: Path) -> None:
+    """Turn over one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def finish(processes: list[BaseProcess], config: TrainConfig) -> None:

@@ -1,6 +1,5 @@
 """Model Breadcrumbs (arXiv 2312.06795): the largest and the smallest entries of a task vector are dropped."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from helpers.merge_arrays import Array, f32, merge_arrays
-from helpers.mergekit_parity import assert_near, make_models, needs_mergekit, ours_and_theirs
-from micota_fast.merge import tensor_merge
+from helpers.mergekit_parity import assert_near, needs_mergekit, ours_and_theirs
 from micota_fast.merge.mergekit import parse_mergekit
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
 METHODS = ("breadcrumbs", "breadcrumbs_ties")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_chunks() -> Iterator[None]:
-    """So that a few hundred elements are several chunks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensor_merge, "CHUNK", 64)
-        yield
 
 
 def kept(delta: Array, density: float, gamma: float) -> list[bool]:
@@ -112,11 +104,6 @@ CASES: dict[str, dict[str, Any]] = {
     "normalized": {"models": TWO, "parameters": {"normalize": True, "lambda": 0.9}},
     "rescaled": {"models": TWO, "parameters": {"rescale": True}},
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @needs_mergekit

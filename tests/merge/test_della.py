@@ -1,6 +1,6 @@
 """DELLA (arXiv 2406.11617): the larger an entry of a task vector is in its row, the likelier it stays."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,18 @@ from helpers.mergekit_parity import (
     SEED,
     assert_near,
     assert_same_moments,
-    make_models,
     needs_mergekit,
     ours_and_theirs,
 )
 from micota_fast.errors import InputError
-from micota_fast.merge import kernels, tensor_merge
+from micota_fast.merge import kernels
 from micota_fast.merge.mergekit import MergePlan, parse_mergekit
 from micota_fast.merge.methods import mask_key
 from micota_fast.merge.settings import depth_of
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
 METHODS = ("della", "della_linear")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_chunks() -> Iterator[None]:
-    """So that a few hundred elements are several chunks, whose borders lie within rows."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensor_merge, "CHUNK", 64)
-        yield
 
 
 def probabilities(delta: Tensor, density: float, epsilon: float) -> Tensor:
@@ -139,11 +132,6 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "not rescaled": {"models": TWO, "parameters": {"rescale": False, "lambda": 0.9}},
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @needs_mergekit

@@ -1,6 +1,5 @@
 """The arithmetic of merging: kernels bit for bit, each method by hand and against plain torch, and what all share."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,19 +16,13 @@ from micota_fast.errors import InputError
 from micota_fast.merge import kernels, methods, tensor_merge
 from micota_fast.merge.methods import METHODS, mask_key
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
 EVERY = tuple(METHODS)
 SPARSE = tuple(name for name, spec in METHODS.items() if spec.sparsify is not None)
 AT_BASE = tuple(name for name, spec in METHODS.items() if spec.starts_at_base)
 # Those that the reference computes; others have a reference in a test of their own.
 IN_REFERENCE = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_chunks() -> Iterator[None]:
-    """So that a few hundred elements are several chunks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensor_merge, "CHUNK", 64)
-        yield
 
 
 # multiples of 1/64: float32 sums and halves of them are exact, so equality can be asked for exactly

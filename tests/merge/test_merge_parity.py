@@ -16,7 +16,6 @@ from helpers.mergekit_parity import (
     assert_near,
     assert_same_moments,
     by_mergekit,
-    make_models,
     needs_mergekit,
     ours_and_theirs,
     write_config,
@@ -78,11 +77,6 @@ DARE = {
     "dare_ties by place": ("dare_ties", BY_PLACE),
     "dare_ties, not rescaled": ("dare_ties", {"models": TWO, "parameters": {"rescale": False, "normalize": True}}),
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 def dare_masks(plan: MergePlan, ours: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,6 @@
 """Hostile and unusual checkpoints: named before anything of the size that they state is built."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from helpers.checkpoints import edit_config, edit_tensors
 from micota_fast.errors import InputError
 from micota_fast.model.checks import checked_config
 from micota_fast.model.config import ModelConfig
@@ -19,23 +19,6 @@ from micota_fast.model.safetensors_io import check_savable, load_model, save_che
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
-
-
-@pytest.fixture
-def copy(qwen2_checkpoint: Path, tmp_path: Path) -> Path:
-    """A checkpoint that the test may damage."""
-    return Path(shutil.copytree(qwen2_checkpoint, tmp_path / "copy"))
-
-
-def edit_config(directory: Path, **changes: Any) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_tensors(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 SIZES = (

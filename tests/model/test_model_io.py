@@ -4,17 +4,17 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.checkpoints import VOCAB_SIZE, make_checkpoint
+from helpers.checkpoints import REMOVED, VOCAB_SIZE, edit_config, edit_tensors, make_checkpoint
 from micota_fast.chat.encoding import Chat
 from micota_fast.config.generation import ChatConfig
 from micota_fast.errors import InputError
@@ -42,25 +42,6 @@ def hf_logits(directory: Path, ids: Tensor) -> Tensor:
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
-
-
-def edit_config(directory: Path, **changes: Any) -> None:
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    config.update(changes)
-    path.write_text(json.dumps({key: value for key, value in config.items() if value != "REMOVE"}))
-
-
-def edit_tensors(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-@pytest.fixture
-def copy(qwen2_checkpoint: Path, tmp_path: Path) -> Path:
-    """A checkpoint that the test may damage."""
-    return Path(shutil.copytree(qwen2_checkpoint, tmp_path / "copy"))
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -100,7 +81,7 @@ def test_a_checkpoint_of_transformers_4_opens_in_both(tmp_path: Path) -> None:
     expected = ModelConfig.from_checkpoint(source)
     old = {key: value for key, value in new.items() if key != "rope_theta"}
     old["type"] = old.pop("rope_type")
-    edit_config(source, rope_parameters="REMOVE", dtype="REMOVE")
+    edit_config(source, rope_parameters=REMOVED, dtype=REMOVED)
     edit_config(source, rope_theta=700.0, rope_scaling=old, torch_dtype="float32")
     config = ModelConfig.from_checkpoint(source)
     assert config == expected
@@ -395,12 +376,12 @@ def test_pickled_weights_are_not_read(copy: Path) -> None:
     ("change", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, r"architectures: \['GPT2LMHeadModel'\] is not supported"),
-        ({"architectures": "REMOVE"}, "architectures: None is not supported"),
-        ({"hidden_size": "REMOVE"}, "hidden_size: missing"),
+        ({"architectures": REMOVED}, "architectures: None is not supported"),
+        ({"hidden_size": REMOVED}, "hidden_size: missing"),
         ({"hidden_size": -4}, "hidden_size: expected a positive integer, found -4"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers: expected a positive integer, found 2.5"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
-        ({"num_key_value_heads": "REMOVE"}, "num_key_value_heads is missing"),
+        ({"num_key_value_heads": REMOVED}, "num_key_value_heads is missing"),
         ({"hidden_size": 66}, "hidden_size=66 is no multiple of num_attention_heads=4"),
         ({"head_dim": 15}, "head_dim=15 is odd"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false, found 'yes'"),
@@ -408,7 +389,7 @@ def test_pickled_weights_are_not_read(copy: Path) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config: quantised"),
         ({"attention_dropout": 0.1}, "attention_dropout: 0.1 is not supported"),
         (
-            {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 8, "layer_types": "REMOVE"},
+            {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 8, "layer_types": REMOVED},
             "use_sliding_window: sliding-window attention is not supported",
         ),
         ({"layer_types": ["sliding_attention"] * 2}, "layer_types: 'sliding_attention' is not supported"),
@@ -416,7 +397,7 @@ def test_pickled_weights_are_not_read(copy: Path) -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rope_scaling\.rope_type: 'dynamic' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, r"rope_scaling\.factor: missing"),
         ({"rope_parameters": [1]}, "rope_parameters: expected an object, found list"),
-        ({"rope_theta": "x", "rope_parameters": "REMOVE"}, "rope_theta: expected a positive number, found 'x'"),
+        ({"rope_theta": "x", "rope_parameters": REMOVED}, "rope_theta: expected a positive number, found 'x'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
     ],
     ids=str,

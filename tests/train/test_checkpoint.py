@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from helpers.ranks import run_ranks, start_ranks
+from helpers.training_runs import flip
 from micota_fast.errors import InputError
 from micota_fast.train.checkpoint import Checkpoints
 from micota_fast.train.packed_loss import PackedLoss
@@ -123,10 +124,10 @@ def test_replicas_are_written_once(tmp_path: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "flip rank-00000.safetensors": lambda folder: _flip(folder / "rank-00000.safetensors"),
-    "flip rank-00001.safetensors": lambda folder: _flip(folder / "rank-00001.safetensors"),
-    "flip manifest.json": lambda folder: _flip(folder / "manifest.json"),
-    "flip manifest.sha256": lambda folder: _flip(folder / "manifest.sha256"),
+    "flip rank-00000.safetensors": lambda folder: flip(folder / "rank-00000.safetensors"),
+    "flip rank-00001.safetensors": lambda folder: flip(folder / "rank-00001.safetensors"),
+    "flip manifest.json": lambda folder: flip(folder / "manifest.json"),
+    "flip manifest.sha256": lambda folder: flip(folder / "manifest.sha256"),
     "cut rank-00001.safetensors": lambda folder: os.truncate(folder / "rank-00001.safetensors", 300),
     "cut manifest.json": lambda folder: os.truncate(folder / "manifest.json", 40),
     "remove rank-00001.safetensors": lambda folder: (folder / "rank-00001.safetensors").unlink(),
@@ -137,12 +138,6 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
         folder / "rank-00000.safetensors", folder / "rank-00002.safetensors"
     ),
 }
-
-
-def _flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def _survive_damages(world: World, tmp: Path) -> None:
@@ -196,7 +191,7 @@ def test_without_a_whole_checkpoint_a_run_starts_over_and_says_so(
             for step in steps:
                 folder = checkpoints.save({"step": step}, model, optimizer)
                 checkpoints.wait()
-                _flip(folder / "rank-00000.safetensors")
+                flip(folder / "rank-00000.safetensors")
             assert checkpoints.restore(model, optimizer) is None
             assert "WARNING: no whole checkpoint is left; starting over" in capsys.readouterr().out
             names = sorted(path.name for path in folder.parent.glob("*step*"))

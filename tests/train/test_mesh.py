@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.ranks import run_ranks
-from helpers.training_runs import checkpoint_steps, finish, kill, metrics, start_training, train_config, wait_until
+from helpers.training_runs import (
+    checkpoint_steps,
+    finish,
+    kill,
+    metrics,
+    start_training,
+    train_config,
+    wait_until,
+    weights_of,
+)
 from micota_fast.config.train import MeshConfig, TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.model.safetensors_io import load_model
@@ -22,10 +30,6 @@ from micota_fast.train.parallel import last_micro_step, parallelize
 from micota_fast.train.world import World, join_world
 
 TWO_BY_TWO = MeshConfig(replicate=2)
-
-
-def weights_of(config: TrainConfig) -> dict[str, torch.Tensor]:
-    return load_file(Path(config.out) / "model" / "model.safetensors")
 
 
 def run(checkpoint: Path, folder: Path, name: str, **options: Any) -> TrainConfig:

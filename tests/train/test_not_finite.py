@@ -13,7 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from helpers.training_runs import checkpoint_steps, finish, metrics, start_training, train_config, write_corpus
+from helpers.training_runs import (
+    checkpoint_steps,
+    finish,
+    metrics,
+    start_training,
+    train_config,
+    weights_of,
+    write_corpus,
+)
 from micota_fast.chat.encoding import Chat
 from micota_fast.config.loader import dump
 from micota_fast.config.train import TrainConfig
@@ -60,10 +68,6 @@ def config_with(checkpoint: Path, folder: Path, bad_steps: Iterable[int] = (), *
 def plan_steps(config: TrainConfig) -> PackedSteps:
     documents = load_documents(config.data, Chat.from_checkpoint(config.model, config.chat), config.pack_tokens)
     return PackedSteps(documents, config.pack_tokens, config.packs_per_step, seed=config.seed)
-
-
-def weights_of(config: TrainConfig) -> dict[str, torch.Tensor]:
-    return load_file(Path(config.out) / "model" / "model.safetensors")
 
 
 def skipped(config: TrainConfig) -> list[int]:

@@ -13,9 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
 
-from helpers.training_runs import metrics, train_config
+from helpers.training_runs import metrics, train_config, weights_of
 from micota_fast.chat.encoding import Chat
 from micota_fast.config.loader import dump
 from micota_fast.config.train import TrainConfig
@@ -35,10 +34,6 @@ CPU = World(0, 1, torch.device("cpu"))
 def load_corpus(config: TrainConfig) -> Documents:
     chat = Chat.from_checkpoint(config.model, config.chat)
     return load_documents(config.data, chat, config.pack_tokens)
-
-
-def weights_of(config: TrainConfig) -> dict[str, torch.Tensor]:
-    return load_file(Path(config.out) / "model" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")

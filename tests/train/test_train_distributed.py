@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from helpers.ranks import run_ranks
 from helpers.training_runs import (
@@ -21,6 +20,7 @@ from helpers.training_runs import (
     start_training,
     train_config,
     wait_until,
+    weights_of,
     write_corpus,
 )
 from micota_fast.config.loader import dump
@@ -30,10 +30,6 @@ from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.train.loop import train
 from micota_fast.train.prepare import load_documents, run_identity
 from micota_fast.train.world import World
-
-
-def weights_of(config: TrainConfig) -> dict[str, torch.Tensor]:
-    return load_file(Path(config.out) / "model" / "model.safetensors")
 
 
 def near(one: TrainConfig, other: TrainConfig) -> None:

@@ -4,7 +4,6 @@ import json
 import random
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,9 +15,11 @@ from typing import Any
 import pytest
 
 from helpers import moments
+from helpers.disks import small_file_system
 from helpers.training_runs import (
     checkpoint_steps,
     finish,
+    flip,
     kill,
     metrics,
     result,
@@ -182,12 +183,6 @@ def test_twenty_kills(uninterrupted: TrainConfig, qwen2_checkpoint: Path, tmp_pa
     same(config, uninterrupted)
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
 def test_of_four_ranks_three_survive_and_end(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     config = run_config(qwen2_checkpoint, tmp_path)
     processes = start_training(config, world=4)
@@ -268,14 +263,8 @@ def test_an_unfinished_run_of_other_making_is_refused(qwen2_checkpoint: Path, tm
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB: room for three checkpoints of 1 MB and the model of 0.3 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with small_file_system(tmp_path / "disk", "8m") as disk:
+        yield disk
 
 
 @pytest.mark.slow

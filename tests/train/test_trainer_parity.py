@@ -10,11 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
-from helpers.training_runs import finish, metrics, start_training, train_config, write_corpus
+from helpers.training_runs import finish, metrics, start_training, train_config, weights_of, write_corpus
 from micota_fast.chat.encoding import Chat
 from micota_fast.config.train import TrainConfig
 from micota_fast.data.batches import PackedBatch, PackedSteps
@@ -25,10 +24,6 @@ from micota_fast.train.loop import train
 def plan_steps(config: TrainConfig) -> tuple[Documents, PackedSteps]:
     documents = load_documents(config.data, Chat.from_checkpoint(config.model, config.chat), config.pack_tokens)
     return documents, PackedSteps(documents, config.pack_tokens, config.packs_per_step, seed=config.seed)
-
-
-def weights_of(config: TrainConfig) -> dict[str, Tensor]:
-    return load_file(Path(config.out) / "model" / "model.safetensors")
 
 
 def hf_model(config: TrainConfig, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:

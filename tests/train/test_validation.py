@@ -21,6 +21,7 @@ from helpers.training_runs import (
     start_training,
     train_config,
     wait_until,
+    weights_of,
     write_corpus,
 )
 from micota_fast.chat.encoding import Chat
@@ -62,10 +63,6 @@ def plain_loss(config: TrainConfig) -> float:
 def losses_of(config: TrainConfig) -> dict[int, float]:
     """By step."""
     return {row["step"]: row["validation_loss"] for row in metrics(config) if "validation_loss" in row}
-
-
-def weights_of(config: TrainConfig) -> dict[str, torch.Tensor]:
-    return load_file(Path(config.out) / "model" / "model.safetensors")
 
 
 def summary_of(config: TrainConfig) -> dict[str, Any]:
