@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "serve": {"chat", "common", "config", "model"},
     "generation": {"chat", "common", "config", "corpus", "grading", "model", "serve"},
     "train": {"chat", "common", "config", "data", "kernels", "model"},
-    "merge": {"common", "config", "model"},
+    "merge": {"chat", "common", "config", "model"},
     "alignment": {"chat", "common", "config", "data", "kernels", "model", "statistics"},
     "evaluation": {"common", "config", "generation", "grading", "model", "statistics"},
     "length_sweep": {"common", "config", "generation", "grading", "merge", "report", "statistics"},

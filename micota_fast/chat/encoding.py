@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from micota_fast.chat.limits import OverLimitError
 from micota_fast.chat.template import ChatTemplate, Message, load_chat_template, special_tokens
+from micota_fast.chat.tokenizer import ForeignTokenizer, TextError
 from micota_fast.common.json_io import read_json_if_there
 from micota_fast.config.generation import ChatConfig
 from micota_fast.errors import InputError
@@ -38,7 +40,7 @@ class Chat:
     """A tokenizer, a chat template and the way a problem is put to the model.
 
     Attributes:
-        tokenizer: the checkpoint's `tokenizers.Tokenizer`, with truncation and padding switched off.
+        tokenizer: the checkpoint's.
         eos_ids: every id that ends an answer: the tokenizer's `eos_token` first, then generation_config.json's and
             config.json's `eos_token_id`, then the token with which the template ends an assistant's turn.
         vocab_size: rows of the model's embedding (config.json's `vocab_size`); the tokenizer's size where config.json
@@ -47,7 +49,7 @@ class Chat:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: ForeignTokenizer,
         template: ChatTemplate | None,
         config: ChatConfig,
         eos_ids: Sequence[int],
@@ -61,9 +63,9 @@ class Chat:
         self._config = config
         self._where = where
         self._turn_tail = self._end_of_turn = ""
-        token_ids = tokenizer.get_vocab(with_added_tokens=True)
+        token_ids = tokenizer.library.get_vocab(with_added_tokens=True)
         token_texts = {i: text for text, i in token_ids.items()}
-        special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+        special = [t.content for t in tokenizer.library.get_added_tokens_decoder().values() if t.special]
         if template is not None:
             special += [token_texts[i] for i in eos_ids]
             self._turn_tail, self._end_of_turn = _probe_end_of_turn(template, special)
@@ -80,13 +82,13 @@ class Chat:
         self._bare_prefix = ""
         if template is None:
             self._turn_tail = self._end_of_turn = stop_texts[0]
-            if tokenizer.encode(self._end_of_turn, add_special_tokens=False).ids != [self.eos_ids[0]]:
+            if tokenizer.encode([self._end_of_turn])[0].tolist() != [self.eos_ids[0]]:
                 raise InputError(f"{where}/tokenizer.json: stop token {self._end_of_turn!r} is not an added token")
             # A model whose tokenizer puts a BOS before bare text was pre-trained on it; templates write their own.
-            with_special = tokenizer.encode("", add_special_tokens=True).ids
-            if bos_token is not None and with_special[:1] == [tokenizer.token_to_id(bos_token)]:
+            with_special = tokenizer.encode([""], add_special_tokens=True)[0].tolist()
+            if bos_token is not None and with_special[:1] == [tokenizer.library.token_to_id(bos_token)]:
                 self._bare_prefix = bos_token
-        two = [i for text in "ab" for i in tokenizer.encode(text, add_special_tokens=False).ids]
+        two = np.concatenate(tokenizer.encode(["a", "b"])).tolist()
         if tokenizer.decode(two, skip_special_tokens=False) != "ab":
             raise InputError(
                 f"{where}/tokenizer.json: the tokenizer adds to every piece of text it is given, as Llama 2's does a "
@@ -99,8 +101,8 @@ class Chat:
         """Read tokenizer.json, tokenizer_config.json, the template and the stop ids of a Hugging Face checkpoint.
 
         Raises:
-            InputError: a file is missing or malformed (with file and key), or the checkpoint has no template and
-                `config.use_template` asks for one.
+            InputError: a file is missing or malformed (with file and key), the checkpoint has no template and
+                `config.use_template` asks for one, or template or tokenizer take more time or memory than honest ones.
         """
         path = Path(path)
         tokenizer_path = path / "tokenizer.json"
@@ -109,12 +111,7 @@ class Chat:
                 f"{tokenizer_path} does not exist: a checkpoint needs its fast tokenizer "
                 f"(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)"
             )
-        try:
-            tokenizer = Tokenizer.from_file(str(tokenizer_path))
-        except Exception as error:  # the library raises bare Exception for whatever it cannot read
-            raise InputError(f"{tokenizer_path}: cannot be read as a tokenizer: {error}") from None
-        tokenizer.no_truncation()  # some checkpoints are published with the settings of their last use
-        tokenizer.no_padding()
+        tokenizer = ForeignTokenizer(tokenizer_path)
         template = None
         if config.use_template:
             template = load_chat_template(path)
@@ -127,15 +124,15 @@ class Chat:
         tokens = special_tokens(read_json_if_there(config_path) or {}, config_path)
         eos_ids: list[int] = []
         if "eos_token" in tokens:
-            eos_id = tokenizer.token_to_id(tokens["eos_token"])
+            eos_id = tokenizer.library.token_to_id(tokens["eos_token"])
             if eos_id is None:
                 raise InputError(f"{config_path}: eos_token {tokens['eos_token']!r} is not in tokenizer.json")
             eos_ids.append(eos_id)
         model_config = read_json_if_there(path / "config.json") or {}
         for name in ("generation_config.json", "config.json"):
             values = model_config if name == "config.json" else read_json_if_there(path / name) or {}
-            eos_ids += _eos_token_ids(values, path / name, tokenizer)
-        vocab_size = model_config.get("vocab_size", tokenizer.get_vocab_size(with_added_tokens=True))
+            eos_ids += _eos_token_ids(values, path / name, tokenizer.library)
+        vocab_size = model_config.get("vocab_size", tokenizer.library.get_vocab_size(with_added_tokens=True))
         if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
             raise InputError(f"{path / 'config.json'}: key 'vocab_size' must be a positive integer, not {vocab_size!r}")
         return cls(tokenizer, template, config, eos_ids, vocab_size, tokens.get("bos_token"), str(path))
@@ -166,8 +163,15 @@ class Chat:
         Raises:
             InputError: the template refuses the messages, or there is no template to render more than that.
         """
+        return self._render([(messages, add_generation_prompt)])[0]
+
+    def _render(self, conversations: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
+        """`render` of several conversations, which takes hardly longer than one."""
         if self._template is not None:
-            return self._template.render(messages, add_generation_prompt)
+            return self._template.render(conversations)
+        return [self._bare(messages) for messages, _ in conversations]
+
+    def _bare(self, messages: Sequence[Message]) -> str:
         roles = [message["role"] for message in messages]
         if roles not in (["user"], ["user", "assistant"]):
             raise InputError(
@@ -202,16 +206,15 @@ class Chat:
                 f"{self._template_where()}: the chat template puts no special token after an assistant's message, so a "
                 f"model trained on it would never stop: add eos_token to the template"
             )
-        full = self.render(messages, add_generation_prompt=False)
+        last = len(messages) - 1
+        last_prompt, full = self._prompt_and_answered(messages, last)
         segments: list[Segment] = []
         done = 0
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             turn = f"message {index + 1} (assistant)"
-            prompt = self.render(messages[:index], add_generation_prompt=True)
-            last = index == len(messages) - 1
-            answered = full if last else self.render(messages[: index + 1], add_generation_prompt=False)
+            prompt, answered = (last_prompt, full) if index == last else self._prompt_and_answered(messages, index)
             if not answered.startswith(prompt):
                 raise InputError(
                     f"{turn}: the chat template of {self._template_where()} renders the answered conversation unlike "
@@ -236,13 +239,25 @@ class Chat:
             done = end
         return segments
 
+    def _prompt_and_answered(self, messages: Sequence[Message], index: int) -> list[str]:
+        """The text that an assistant's message is generated from, and the text that ends with it."""
+        return self._render([(messages[:index], True), (messages[: index + 1], False)])
+
     def encode_segments(self, conversations: Sequence[Sequence[Segment]]) -> list[Encoded]:
-        """Tokenise many conversations at once, in the tokenizer's own threads; no token is added to the text's own."""
+        """Tokenise many conversations at once, in the tokenizer's own threads; no token is added to the text's own.
+
+        Raises:
+            TextError: with the index of the first conversation that the tokenizer fails on.
+        """
         texts = [segment.text for segments in conversations for segment in segments]
-        pieces = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        try:
+            pieces = iter(self.tokenizer.encode(texts))
+        except TextError as error:
+            owners = [number for number, segments in enumerate(conversations) for _ in segments]
+            raise TextError(str(error), owners[error.index]) from None
         encoded = []
         for segments in conversations:
-            ids = [np.asarray(next(pieces).ids, dtype=np.int32) for _ in segments]
+            ids = [next(pieces) for _ in segments]
             mask = np.repeat([segment.supervised for segment in segments], [len(piece) for piece in ids])
             encoded.append(Encoded(np.concatenate(ids), mask))
         return encoded
@@ -250,11 +265,11 @@ class Chat:
     def encode_prompt(self, problem: str) -> list[int]:
         """The ids sent to the model to have a problem answered; raises InputError as `prompt_messages`."""
         text = self.render(self.prompt_messages(problem), add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode([text])[0].tolist()
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return self.tokenizer.decode(ids, skip_special_tokens)
 
     def _control_token(self, message: Message) -> str | None:
         """A control token that the text of a message would turn into; None: there is none."""
@@ -276,13 +291,19 @@ def _probe_end_of_turn(template: ChatTemplate, special: Sequence[str]) -> tuple[
     """What a template writes after an assistant's last message, and the first special token in that ("": none).
 
     A template that cannot render the probe can still prompt; `Chat.segments` then reports it.
+
+    Raises:
+        OverLimitError: it takes more time or memory than an honest one.
     """
     probe = "An answer to probe for."
     messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": probe}]
     try:
-        _, found, tail = template.render(messages, add_generation_prompt=False).rpartition(probe)
+        _, answered = template.render([(messages[:1], True), (messages, False)])
+    except OverLimitError:
+        raise
     except InputError:
         return "", ""
+    _, found, tail = answered.rpartition(probe)
     pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
     match = re.search(pattern, tail) if found and pattern else None
     return tail, match.group() if match else ""

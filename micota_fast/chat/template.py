@@ -1,74 +1,22 @@
-"""A checkpoint's own Jinja chat template, compiled in a sandbox with what `transformers` offers to templates.
+"""A checkpoint's chat template, found in its files and rendered in the limited process (`rendering` says how)."""
 
-The environment follows "Chat templates" in the transformers documentation: `trim_blocks`, `lstrip_blocks`, `break` and
-`continue`, `{% generation %}` blocks, `raise_exception`, `strftime_now` and a `tojson` that leaves HTML as it is.
-"""
-
-import json
+import io
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-
+from micota_fast.chat.limits import Allowance, Handle
 from micota_fast.common.json_io import read_json_if_there
 from micota_fast.errors import InputError
 
-# What `strftime_now` tells a template: Llama 3's templates write today's date into the system message, so that the
-# same rows would make other tokens tomorrow. They themselves fall back to this day where there is no clock.
-TEMPLATE_DATE = datetime(2024, 7, 26)
+MIB = 1 << 20
+MAX_SOURCE_BYTES = 1 << 20  # of chat_template.jinja; the longest published ones have some 30,000
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
-class _GenerationBlocks(Extension):
-    """Parses `{% generation %} ... {% endgeneration %}`, whose body is rendered as if the tags were not there."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-class _PublicNamespace(Namespace):
-    """`namespace()` that stores no underscored name: the sandbox guards reading such names, not writing them."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:  # no named `self`: a template may pass that word
-        self, *rest = args
-        Namespace.__init__(self)
-        for name, value in dict(*rest, **kwargs).items():
-            self[name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if str(name).startswith("_"):
-            raise jinja2.sandbox.SecurityError(f"namespace attribute {name!r} begins with an underscore")
-        super().__setitem__(name, value)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 class ChatTemplate:
-    """A compiled template.
+    """A template that has been compiled.
 
     Args:
         source: the Jinja text.
@@ -76,47 +24,26 @@ class ChatTemplate:
         special_tokens: names such as `bos_token` and their text, visible to the template.
 
     Raises:
-        InputError: the template does not parse.
+        InputError: the template does not parse, or takes more time or memory than an honest one.
     """
 
     def __init__(self, source: str, where: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlocks]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals.update(
-            raise_exception=_raise_exception, strftime_now=TEMPLATE_DATE.strftime, namespace=_PublicNamespace
-        )
         self.where = where
-        self._special_tokens = dict(special_tokens)
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise InputError(f"{where}: line {error.lineno} of the chat template: {error.message}") from None
-        except Exception as error:  # such as RecursionError: the compiler has limits that Jinja's grammar has not
-            why = f"{type(error).__name__}: {error}"
-            raise InputError(f"{where}: the chat template cannot be compiled ({why})") from None
+        self._handle = Handle(where, "open_template", Allowance(1.5, 512 * MIB), source, where, dict(special_tokens))
+        self._handle.open()
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """The text of a conversation, with the header of the assistant's next turn if asked for.
+    def render(self, conversations: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
+        """The text of each conversation, with the header of the assistant's next turn if asked for.
 
         Raises:
-            InputError: the template refuses the conversation (`raise_exception`) or fails on it.
+            InputError: the template refuses a conversation (`raise_exception`) or fails on it.
+            OverLimitError: it takes more time or memory than an honest one.
         """
-        try:
-            return self._template.render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._special_tokens,
-            )
-        except jinja2.TemplateError as error:
-            raise InputError(f"{self.where}: the chat template refuses the conversation: {error.message}") from None
-        except Exception as error:  # whatever a template does wrong is a fault of the checkpoint, not of this project
-            raise InputError(
-                f"{self.where}: the chat template fails on the conversation: {type(error).__name__}: {error}"
-            ) from None
+        asked = [([dict(message) for message in messages], header) for messages, header in conversations]
+        characters = sum(len(value) for messages, _ in asked for message in messages for value in message.values())
+        allowance = Allowance(0.5 + 2e-6 * characters, 256 * MIB + 64 * characters)
+        texts: list[str] = self._handle.run("render", allowance, asked)
+        return texts
 
 
 def special_tokens(tokenizer_config: Mapping[str, Any], where: Path) -> dict[str, str]:
@@ -138,15 +65,15 @@ def special_tokens(tokenizer_config: Mapping[str, Any], where: Path) -> dict[str
 
 
 def load_chat_template(checkpoint: Path) -> ChatTemplate | None:
-    """The checkpoint's template, from the first of chat_template.jinja, chat_template.json and tokenizer_config.json.
+    """Read the template from the first of chat_template.jinja, chat_template.json and tokenizer_config.json.
 
     Of several named templates (a list in tokenizer_config.json) the one called "default" is taken.
 
     Returns:
-        None where the checkpoint has no template.
+        None if the checkpoint has no template.
 
     Raises:
-        InputError: a file or key is not what it should be, or the template does not parse.
+        InputError: a file or key is not what it should be, or the template does not parse or breaks its limits.
     """
     config_path = checkpoint / "tokenizer_config.json"
     tokenizer_config = read_json_if_there(config_path) or {}
@@ -154,9 +81,15 @@ def load_chat_template(checkpoint: Path) -> ChatTemplate | None:
     jinja_path = checkpoint / "chat_template.jinja"
     if jinja_path.is_file():
         try:
-            return ChatTemplate(jinja_path.read_text(encoding="utf-8"), str(jinja_path), tokens)
+            with jinja_path.open("rb") as file:
+                content = file.read(MAX_SOURCE_BYTES + 1)
+            if len(content) > MAX_SOURCE_BYTES:
+                raise InputError(f"{jinja_path}: is larger than {MAX_SOURCE_BYTES} bytes, which no chat template is")
+            # any line end becomes a newline, as in `read_text`
+            source = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{jinja_path}: cannot be read: {error}") from None
+        return ChatTemplate(source, str(jinja_path), tokens)
     for path in (checkpoint / "chat_template.json", config_path):
         value = (read_json_if_there(path) or {}).get("chat_template")
         where = f"{path}: key 'chat_template'"

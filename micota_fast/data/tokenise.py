@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from micota_fast.chat.encoding import Chat, Encoded, Segment
+from micota_fast.chat.tokenizer import TextError
 from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import read_lines, write_rows
 from micota_fast.data.rows import to_messages
@@ -117,7 +118,15 @@ def load_documents(
 
     def tokenise(batch: list[_Row]) -> None:
         nonlocal dropped, truncated
-        for row, (ids, supervised) in zip(batch, chat.encode_segments([r.segments for r in batch]), strict=True):
+        while True:
+            try:
+                encoded = chat.encode_segments([row.segments for row in batch])
+                break
+            except TextError as reason:
+                tokenise(batch[: reason.index])  # an earlier line may hold an earlier error
+                reject(batch[reason.index].where, batch[reason.index].line, reason)
+                batch = batch[reason.index + 1 :]
+        for row, (ids, supervised) in zip(batch, encoded, strict=True):
             try:
                 _check(ids, supervised, chat)
             except InputError as reason:
@@ -191,9 +200,10 @@ def _weight(row: dict[str, Any]) -> float:
 def _check(ids: NDArray[np.int32], supervised: NDArray[np.bool_], chat: Chat) -> None:
     if ids.max(initial=0) >= chat.vocab_size:
         worst = int(ids.max())
+        token = chat.tokenizer.library.id_to_token(worst)
         raise InputError(
-            f"token {chat.tokenizer.id_to_token(worst)!r} has id {worst}, but the model's vocabulary (config.json: "
-            f"vocab_size) ends at {chat.vocab_size - 1}: tokenizer and model do not belong together"
+            f"token {token!r} has id {worst}, but the model's vocabulary (config.json: vocab_size) ends at "
+            f"{chat.vocab_size - 1}: tokenizer and model do not belong together"
         )
     if not supervised[1:].any():
         raise InputError("no supervised token: the assistant's text gives no token that another one precedes")

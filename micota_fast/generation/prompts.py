@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from micota_fast.chat.encoding import Chat
+from micota_fast.chat.tokenizer import TextError
 from micota_fast.common.json_io import read_json_if_there, write_json
 from micota_fast.errors import InputError
 from micota_fast.generation.problem_file import ProblemFile
@@ -88,9 +89,14 @@ class Prompts:
             except InputError as error:
                 texts.append("")
                 refusals.append(str(error))
-        encoded = self.chat.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for problem, tokens, refusal in zip(some, encoded, refusals, strict=True):
-            yield problem.id, tokens.ids, refusal
+        while True:
+            try:
+                encoded = self.chat.tokenizer.encode(texts)
+                break
+            except TextError as error:
+                texts[error.index], refusals[error.index] = "", str(error)
+        for problem, ids, refusal in zip(some, encoded, refusals, strict=True):
+            yield problem.id, ids.tolist(), refusal
 
     def _unsendable(self, ids: Sequence[int], longest: int, context_length: int) -> str | None:
         # An id outside the vocabulary kills an SGLang server.

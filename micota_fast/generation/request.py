@@ -51,9 +51,9 @@ class Asker:
         self._params = sampling_params(config)
         self._model_name = model_name(model)
         # A character of four bytes is escaped as twelve, a control character of one as six.
-        longest = max(len(token.encode()) for token in prompts.chat.tokenizer.get_vocab(with_added_tokens=True))
+        longest = max(len(token.encode()) for token in prompts.chat.tokenizer.library.get_vocab(with_added_tokens=True))
         self._token_bytes = 3 * longest + 6
-        self._thinking_end = prompts.chat.tokenizer.encode(config.thinking_end, add_special_tokens=False).ids
+        self._thinking_end = prompts.chat.tokenizer.encode([config.thinking_end])[0].tolist()
         known = prompts.chat.vocab_size
         # Either would kill an SGLang server.
         if config.thinking_budget is not None and max(self._thinking_end) >= known:

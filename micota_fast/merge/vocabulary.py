@@ -3,6 +3,7 @@
 import filecmp
 from pathlib import Path
 
+from micota_fast.chat.tokenizer import read_vocabulary
 from micota_fast.errors import InputError
 
 
@@ -50,15 +51,10 @@ def difference(base: Path, model: Path) -> str | None:
 
 def _vocabulary(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
     """Ids of the regular tokens, and of all."""
-    from tokenizers import Tokenizer
-
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{path} is missing; it says whether the embeddings have one vocabulary")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise InputError(f"{path}: not a tokenizer: {error}") from None
+    tokenizer = read_vocabulary(path)
     every = tokenizer.get_vocab(with_added_tokens=True)
     # An added token that also stands in the regular vocabulary counts as added.
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}

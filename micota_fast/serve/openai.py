@@ -29,7 +29,7 @@ class OpenAI:
 
     def __init__(self, engine: AsyncEngine, parser: RequestParser, served_model_name: str) -> None:
         self._engine, self._parser, self._served_model_name = engine, parser, served_model_name
-        self._texts = TokenTexts(engine.chat.tokenizer)
+        self._texts = TokenTexts(engine.chat.tokenizer.library)
 
     async def completions(self, http: web.Request) -> web.StreamResponse:
         """Complete texts."""

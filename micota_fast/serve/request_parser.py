@@ -87,8 +87,8 @@ class RequestParser:
     def __init__(self, chat: Chat, limits: Limits, has_template: bool) -> None:
         self.chat, self.limits, self._has_template = chat, limits, has_template
         # Byte-level vocabularies write each byte as one character; an added token stands there as its own text.
-        longest = max(len(token.encode()) for token in chat.tokenizer.get_vocab(with_added_tokens=True))
-        if chat.tokenizer.normalizer is not None:
+        longest = max(len(token.encode()) for token in chat.tokenizer.library.get_vocab(with_added_tokens=True))
+        if chat.tokenizer.library.normalizer is not None:
             longest *= NORMALIZATION_FACTOR
         self._max_text_bytes = longest * limits.context_length
 
@@ -233,11 +233,10 @@ class RequestParser:
         """Ids of texts of which none is too long for the context by its bytes alone."""
         for text in texts:
             self._check_bytes(key, len(text.encode()))
-        try:  # unlike `encode`, this lets other threads run
-            encoded = self.chat.tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-        except Exception as error:
+        try:
+            return [ids.tolist() for ids in self.chat.tokenizer.encode(texts, add_special_tokens)]
+        except InputError as error:
             raise BadRequest(f"{key} cannot be tokenised: {error}", key) from None
-        return [item.ids for item in encoded]
 
     def _check_bytes(self, key: str, size: int) -> None:
         if size > self._max_text_bytes:

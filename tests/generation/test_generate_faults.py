@@ -325,7 +325,7 @@ def test_a_thinking_budget_ends_the_thought(config: Configure, tmp_path: Path, q
         generate.run(request)
         asked = [line["body"] for line in server.asked]
     chat = Chat.from_checkpoint(qwen2_checkpoint, CHAT)
-    end = chat.tokenizer.encode("\n</think>\n\n", add_special_tokens=False).ids
+    end = chat.tokenizer.encode(["\n</think>\n\n"])[0].tolist()
     asked_first = {tuple(body["input_ids"]): body for body in asked}
     kinds: Counter[str] = Counter()
     for row in read_completions(request.out):
