@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 LENGTH = struct.Struct("<Q")  # before each message, which is marshalled: both ends are one interpreter
 MAX_MESSAGE = 2000  # characters of an error, which may quote the template's own text
-MAX_GROWTH, MAX_ADDED = 20, 1 << 20  # a rendered text is at most so many times its messages' and characters longer
+# A rendered text is at most MAX_GROWTH times as long as its messages, and MAX_ADDED characters; the tokens of a text
+# are at most MAX_GROWTH for each byte, and MAX_SPECIAL.
+MAX_GROWTH, MAX_ADDED, MAX_SPECIAL = 20, 1 << 20, 100
 
 # What every tokenizer is tried on: letters of several scripts, digits, white space, what normalizers decompose.
 GENERAL_TEXT = (
@@ -34,7 +36,6 @@ GENERAL_TEXT = (
 )
 RUN = 64  # repeats that a pattern which takes exponential time cannot bear
 MAX_ADDED_TOKENS = 200_000  # speech models add some ten thousand
-MAX_SPECIAL = 100  # tokens that a post-processor sets around a text
 MAX_STRINGS, MAX_STRING, MAX_CHARACTERS = 100, 1000, 200  # of a tokenizer's own strings, in the texts it is tried on
 
 
@@ -82,9 +83,9 @@ class _Commands:
         texts = probe_texts(parts)
         for text in texts:
             tried.encode(text, add_special_tokens=False)
-        alone, processed = (len(tried.encode(texts[0], add_special_tokens=special).ids) for special in (False, True))
-        if processed > 2 * alone + MAX_SPECIAL:
-            raise InputError(f"its post_processor makes {processed} tokens of {alone}")
+        size, tokens = len(texts[0].encode()), len(tried.encode(texts[0], add_special_tokens=True).ids)
+        if tokens > MAX_GROWTH * size + MAX_SPECIAL:  # its normalizer grows the text, or its post-processor repeats it
+            raise InputError(f"it makes {tokens} tokens of {size} bytes, which takes more memory than there is")
         if tried.decoder is not None:
             for text in texts:
                 tried.decoder.decode([text])
