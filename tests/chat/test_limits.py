@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat.test_chat import CHATML, CHECKPOINTS, QWEN25, chat_of, conversation, make_chat_checkpoint
-from tokenizers import pre_tokenizers
 
+from helpers.chats import (
+    CHATML,
+    CHECKPOINTS,
+    LATE_TEMPLATE,
+    LATE_TEXT,
+    QWEN25,
+    chat_of,
+    conversation,
+    make_chat_checkpoint,
+    sequence,
+    split,
+    with_late_pattern,
+    with_parts,
+)
 from micota_fast.chat.limits import PROCESS, OverLimitError
 from micota_fast.chat.rendering import Renderer
 from micota_fast.chat.tokenizer import TextError, read_vocabulary
@@ -46,14 +58,6 @@ def replaced(pattern: str, content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
 
 
-def split(pattern: str) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-def sequence(kind: str, *parts: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "Sequence", kind: list(parts)}
-
-
 PREPENDED = {"type": "Prepend", "prepend": "b" * 1000}
 WHOLE = {"Sequence": {"id": "A", "type_id": 0}}
 ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -79,22 +83,6 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
     },
     "decoder": {"decoder": sequence("decoders", *[replaced("a", "a" * 1000)] * 4)},
 }
-# Nothing that is tried at load looks like this.
-LATE_TEMPLATE = "{% if 'BOOM' in messages[0].content %}{{ lipsum(10**7) }}{% endif %}" + QWEN25
-LATE_PATTERN = "zebra[0-9](a|a)*b"
-LATE_TEXT = "zebra5" + "a" * 64 + "!b"
-
-
-def with_parts(folder: Path, **parts: Any) -> Path:
-    """A checkpoint whose tokenizer has these parts."""
-    path = make_chat_checkpoint(folder) / "tokenizer.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **parts}))
-    return path
-
-
-def with_late_pattern(folder: Path) -> Path:
-    byte_level = json.loads(pre_tokenizers.ByteLevel(add_prefix_space=False).__getstate__())
-    return with_parts(folder, pre_tokenizer=sequence("pretokenizers", split(LATE_PATTERN), byte_level))
 
 
 def rows(path: Path, *problems: str) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from helpers.chats import LATE_TEMPLATE, LATE_TEXT, with_late_pattern, write_config
 from helpers.servers import sglang_python
 from micota_fast.chat.encoding import Chat
 from micota_fast.config.generation import ChatConfig
@@ -296,6 +297,20 @@ def test_no_generation_prompt_goes_with_a_begun_answer_only(parser: RequestParse
     assert ids == parse(parser, "chat_completions", {**both, "add_generation_prompt": None}).asked.prompts[0].ids
     error = refusal(parser, "chat_completions", {"messages": begun, "add_generation_prompt": False})
     assert error.param == "add_generation_prompt"
+
+
+def test_text_on_which_template_or_tokenizer_explode_is_refused_and_the_next_is_read(tmp_path: Path) -> None:
+    folder = with_late_pattern(tmp_path / "c").parent
+    write_config(folder, eos_token="<|im_end|>", chat_template=LATE_TEMPLATE)
+    parser = RequestParser(Chat.from_checkpoint(folder, ChatConfig()), Limits(V, CONTEXT), True)
+    for endpoint, body, file in (
+        ("generate", {"text": LATE_TEXT}, "tokenizer.json"),
+        ("completions", {"prompt": ["a", LATE_TEXT]}, "tokenizer.json"),
+        ("chat_completions", {"messages": [{"role": "user", "content": LATE_TEXT}]}, "tokenizer.json"),
+        ("chat_completions", {"messages": [{"role": "user", "content": "BOOM"}]}, "tokenizer_config.json"),
+    ):
+        assert file in str(refusal(parser, endpoint, body))
+        assert parse(parser, "generate", {"text": "a"}).prompts
 
 
 def test_options_arrive(parser: RequestParser) -> None:
