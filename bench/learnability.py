@@ -7,7 +7,7 @@ Worlds of `micota_fast/micro`, each with problems of its own and models pre-trai
 32,300 documents of pre-training: terse (short), thorough (long), and even (the mixture). Each student is trained, by
 the micro recipe's own settings, on nine corpora: long, three merges between assistant and fine-tuned assistant (weights
 0.85, 0.8, 0.75), short, long:short 1:4, mid:short 1:1, its own right answers, and the bare final answers. A run of
-`micota run` a student, in a folder a world, makes all of it: interrupted, the same command goes on.
+`micota run` a student, in one folder per world, makes all of it: interrupted, the same command resumes.
 
 What is compared, each under the untrained student: nats an answer (the score of
 `micota_fast/alignment/learnability.py`, chosen before any of these worlds was run), perplexity, tokens, departures an

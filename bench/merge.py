@@ -1,4 +1,4 @@
-"""How fast are three checkpoints merged, in how much memory, beside mergekit and beside a plain copy of the bytes?
+"""How fast are three checkpoints merged, in how much memory, next to mergekit and to a plain copy of the bytes?
 
     .venv/bin/python bench/merge.py [--quick] [--json FILE] [--mergekit-python PATH] [--dir DIR]
 

@@ -31,7 +31,7 @@ ALIGNED_BYTES = 128
 
 
 def takes_triton(device: str, dtype: torch.dtype) -> bool:
-    """Whether Triton's kernels run: on CUDA, except in float64, which is for tests."""
+    """Return whether Triton's kernels run: on CUDA, except in float64, which is for tests."""
     return device == "cuda" and dtype != torch.float64
 
 

@@ -66,7 +66,7 @@ def grad_hidden_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One tile of out[rows[:count]] = grad[rows[:count]] @ weight."""
+    """Compute one tile of out[rows[:count]] = grad[rows[:count]] @ weight."""
     tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.cdiv(H, BLOCK_N), GROUP_M)
     count = tl.load(count_ptr)
     if tile_m * BLOCK_M >= count:
@@ -104,7 +104,7 @@ def grad_weight_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One tile of total (+)= grad[rows[:count]].T @ hidden[rows[:count]]."""
+    """Compute one tile of total (+)= grad[rows[:count]].T @ hidden[rows[:count]]."""
     tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(V, BLOCK_M), tl.cdiv(H, BLOCK_N), GROUP_M)
     count = tl.load(count_ptr)
     v = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -33,7 +33,7 @@ def linear_cross_entropy(
     token_weights: Tensor | None = None,
     row_filter: float = 0.0,
 ) -> Tensor:
-    """Negative log-likelihood of `targets` under `softmax(hidden @ weight.T)`.
+    """Compute the negative log-likelihood of `targets` under `softmax(hidden @ weight.T)`.
 
     Logits are products of the inputs' type, summed in float32 and rounded to the inputs' type, as a dense head rounds
     them. Softmax, loss and the sum over rows of the weight's gradient are float32 (float64 for float64 inputs). The

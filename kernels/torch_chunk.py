@@ -18,7 +18,7 @@ def torch_chunk(
     grad_VH: Tensor | None,
     first: bool,
 ) -> None:
-    """Loss of each row, and the gradients of sum(scale * loss).
+    """Compute the loss of each row, and the gradients of sum(scale * loss).
 
     Args:
         hidden_CH, weight_VH, target_C: of these rows.

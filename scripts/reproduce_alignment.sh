@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The analysis of alignment (arXiv 2507.01887, the perplexity of long, mid and short CoT under the untrained student):
-# how likely and how long each corpus is, beside the accuracy that training on it brings.
+# how likely and how long each corpus is, next to the accuracy that training on it brings.
 #
 #   bash scripts/reproduce_alignment.sh --model-size 7b --data-dir DIR [--gpus 8]
 #   bash scripts/reproduce_alignment.sh --micro

@@ -9,10 +9,10 @@
 #   --set KEY=VALUE            further changes of the recipe, as for `micota run`; may be repeated
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-# The header of the script that was called is its help: from its second line to the first that is no comment.
+# The header of the script that was called is its help: from its second line to the first that is not a comment.
 show_help() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"; sed -n '3,/^\./{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 
-bad_usage() { echo "error: $*; --help tells what can be said" >&2; exit 2; }
+bad_usage() { echo "error: $*; --help lists the options" >&2; exit 2; }
 
 read_options() {
     size=7b gpus="" data_dir="" run="" dry="" changes=()
@@ -32,7 +32,7 @@ read_options() {
             --micro) size=micro; shift ;;
             --dry-run) dry=1; shift ;;
             -h | --help) show_help; exit 0 ;;
-            *) bad_usage "$1 is no option" ;;
+            *) bad_usage "$1 is not an option" ;;
         esac
     done
     case "$size" in
@@ -73,7 +73,7 @@ run_recipe() {
         if [ -x "$VENV/bin/micota" ]; then
             "${command[@]}" --dry-run
         else
-            echo "(the stages can be told once $VENV is there; without --dry-run it is made first)"
+            echo "(the stages can be listed once $VENV exists; without --dry-run it is made first)"
         fi
         return
     fi

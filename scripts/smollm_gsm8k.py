@@ -1,4 +1,4 @@
-"""The two steps of the SmolLM2 on GSM8K run that are no stage of the pipeline: its rows, and its held-out loss.
+"""The two steps of the SmolLM2 on GSM8K run that are not a stage of the pipeline: its rows, and its held-out loss.
 
 python scripts/smollm_gsm8k.py rows --data-dir DIR --out FOLDER
 python scripts/smollm_gsm8k.py heldout --before FILE --after FILE --out FILE

@@ -27,7 +27,7 @@ for name in NNODES NODE_RANK MASTER_ADDR; do
 done
 require_trainer
 nproc="$(count_processes)"
-# Where torchrun shares one store over all starts, who is number 0 among them tells its address only at the first, and a
+# If torchrun shares one store over all starts, number 0 among them publishes its address only at the first, and a
 # machine that joins later waits for it in vain (torch 2.13).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 is_host=false

@@ -27,7 +27,7 @@ def writing(place: str | Path, needed: int | None = None) -> Iterator[None]:
 
     Args:
         place: what the block writes.
-        needed: about how many bytes it writes, to be named beside those that are free when they are too few.
+        needed: about how many bytes it writes, to be named next to those that are free when they are too few.
 
     Raises:
         InputError: the block raised OSError.
@@ -58,7 +58,7 @@ def reading(place: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears whole or not at all: aside in the same directory, fsync, rename.
+    """Open a file to write that appears whole or not at all: aside in the same directory, fsync, rename.
 
     Raises:
         InputError: the directory cannot be written or the disk is full; or the path cannot be a file, or is a device.
@@ -90,7 +90,7 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that appears as `out` whole or not at all: aside in the same directory, fsync, rename.
+    """Make a folder to fill that appears as `out` whole or not at all: aside in the same directory, fsync, rename.
 
     When the block ends, `out` must be absent or an empty folder; a block that replaces `out` removes it last.
 
@@ -131,7 +131,7 @@ def remove_whole(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """fsync all files and folders in a folder, and it."""
+    """Sync to the disk all files and folders in a folder, and it."""
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
             sync(Path(root, name))
@@ -139,7 +139,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync a file or folder."""
+    """Sync a file or folder to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -13,13 +13,13 @@ from micota_fast.errors import InputError
 
 
 def of_json(value: Any) -> str:
-    """sha256 of a JSON value, independent of key order."""
+    """Return the sha256 of a JSON value, independent of key order."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()  # file names need not be UTF-8
 
 
 def of_file(path: Path) -> str:
-    """sha256 of a file's bytes.
+    """Return the sha256 of a file's bytes.
 
     Raises:
         OSError: the file cannot be read.
@@ -63,7 +63,7 @@ class Fingerprints:
                 self._known = {name: state for name, state in known.items() if _is_state(state)}
 
     def of(self, path: Path) -> str:
-        """sha256 of a file's bytes, or of the names and hashes of all files in a folder.
+        """Return the sha256 of a file's bytes, or of the names and hashes of all files in a folder.
 
         Raises:
             InputError: the path cannot be read.

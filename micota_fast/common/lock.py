@@ -29,7 +29,7 @@ def locked(
         path: of the lock file.
         who: holds it, such as "trainer", for the message to another one.
         wait_s: seconds to wait for another holder.
-        say: is told when a wait begins.
+        say: called with a message when a wait begins.
 
     Raises:
         InputError: another one holds it for `wait_s` seconds, or the file cannot be made.

@@ -103,7 +103,7 @@ class _Guard:
         self.alarms = 0
 
     def run(self) -> int:
-        """Returns the exit status."""
+        """Run the command and return its exit status."""
         # The handlers come before the death signal, which may be due at once.
         signal.signal(signal.SIGALRM, self._on_alarm)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -134,7 +134,7 @@ def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
 def iter_completions(path: str | Path) -> Iterator[Completion]:
     """Yield a finished file's completions in file order.
 
-    Holds 8 bytes a row, a hash of its key; whether a key occurs twice is known, and raised, after the last row.
+    Holds 8 bytes per row, a hash of its key; whether a key occurs twice is known, and raised, after the last row.
 
     Raises:
         InputError: unreadable file, bad row or duplicate (id, sample), with file:line.
@@ -190,7 +190,7 @@ def benchmark_file(name: str) -> str:
 
 
 def encode_row(row: Problem | Completion | Mapping[str, Any]) -> bytes:
-    """One JSON line with its newline, fields in declaration order.
+    """Encode a row as one JSON line with its newline, fields in declaration order.
 
     Raises:
         InputError: a text of the row is not Unicode.
@@ -200,7 +200,7 @@ def encode_row(row: Problem | Completion | Mapping[str, Any]) -> bytes:
 
 
 def model_name(model: str | Path) -> str:
-    """What a model is called in rows and results: a hub name as it is; of a folder its last component.
+    """Return what a model is called in rows and results: a hub name as it is; of a folder its last component.
 
     Trained and merged models lie in NAME/model, so where the last component is `model` the one before it.
     """

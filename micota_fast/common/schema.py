@@ -44,7 +44,7 @@ class Bounds:
     high: float = math.inf
 
     def words(self, number: str) -> str:
-        """`number` ("number", "whole number") with its article and these bounds."""
+        """Return `number` ("number", "whole number") with its article and these bounds."""
         if math.isfinite(self.high):
             return f"a {number} from {self.low:g} to {self.high:g}"
         finite = f"a {number}" if number.startswith("whole") else f"a finite {number}"

@@ -215,7 +215,7 @@ def _read(path: Path) -> str:
     with reading(path), path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
-        raise InputError(f"{path}: more than {MAX_BYTES:,} bytes, which is no file of options")
+        raise InputError(f"{path}: more than {MAX_BYTES:,} bytes, too many for a file of options")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -438,7 +438,7 @@ def _pairs(node: yaml.MappingNode, where: _Where) -> list[tuple[str, yaml.Node]]
         if not isinstance(key, yaml.ScalarNode):
             raise where.error(key, "keys must be plain names")
         if not key.value.isprintable():
-            raise where.error(key, f"{key.value!r:.60} is no key: it holds control characters")
+            raise where.error(key, f"{key.value!r:.60} cannot be a key: it holds control characters")
         if key.value in seen:
             raise where.child(key.value).error(key, "this key is given twice")
         seen.add(key.value)

@@ -7,7 +7,7 @@ from micota_fast.config.generation import SamplingSettings
 from micota_fast.config.loader import option
 from micota_fast.errors import InputError
 
-REFINEMENTS = 3  # merges beside those at `weights`, at most, that look for `target_median_tokens`
+REFINEMENTS = 3  # merges besides those at `weights`, at most, that look for `target_median_tokens`
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ letter belongs to it, as x - 7 and x + 7 are different problems):
 - 13-gram: some text of the row shares a run of 13 words with the problem, the test of GPT-3 (Brown et al. 2020, arXiv
   2005.14165, appendix C). Problems of fewer words have none.
 
-A hit is not a proof (problems share phrases) and no hit is no proof either (a paraphrase shares no 13 words).
+A hit is not a proof (problems share phrases), and no hit is not one either (a paraphrase shares no 13 words).
 """
 
 from collections import defaultdict

@@ -19,7 +19,7 @@ GROUP_CHARACTERS = 16 << 20  # of problem and completion
 
 
 def schema() -> "pyarrow.Schema":
-    """The columns: Completion's fields, by their names; nullable where None may stand. Counts are int64."""
+    """Return the columns: Completion's fields, by their names; nullable where None may stand. Counts are int64."""
     import pyarrow as pa
 
     types = {
@@ -46,7 +46,7 @@ def run(completions: str, out: str) -> None:
 def export(completions: str | Path, out: str | Path) -> int:
     """Write a JSONL file of completions as Parquet (zstd), in the same order, atomically. Returns how many there were.
 
-    Holds one row group, at most GROUP_ROWS rows, and 8 bytes a row of the file.
+    Holds one row group, at most GROUP_ROWS rows, and 8 bytes per row of the file.
 
     Raises:
         InputError: pyarrow is missing; a row is unreadable or twice there (with file:line); or `out` cannot be written.

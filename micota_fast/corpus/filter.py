@@ -34,7 +34,7 @@ def run(config: FilterConfig) -> None:
     `require_correct` asks. A comparison that hit its limit rejects as `timeout` or `crashed`.
 
     Equal input gives equal bytes. `out` appears last, so its presence means that all three files are whole. Holds
-    ROWS_AT_ONCE rows, and 24 bytes a row of the file; at the end also the text of the counts, which lists all lengths.
+    ROWS_AT_ONCE rows, and 24 bytes per row of the file; at the end also the text of the counts, with all lengths.
 
     Raises:
         InputError: the completions cannot be read, none of their gold answers can (see `GoldCheck`), or a file cannot

@@ -43,7 +43,7 @@ def run(config: MixConfig) -> None:
 
 
 def apportion(total: int, shares: Mapping[str, int]) -> dict[str, int]:
-    """Whole numbers in the ratio of `shares` that sum to `total`, by largest remainder (Hamilton's method)."""
+    """Find whole numbers in the ratio of `shares` that sum to `total`, by largest remainder (Hamilton's method)."""
     whole = sum(shares.values())
     sizes = {name: total * share // whole for name, share in shares.items()}
     by_remainder = sorted(shares, key=lambda name: -(total * shares[name] % whole))  # stable: ties keep their order

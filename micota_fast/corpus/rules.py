@@ -31,7 +31,7 @@ GRADED_AT_ONCE = 256  # pairs; a batch ends with its slowest
 
 
 def reject_at_once(row: Completion, rules: FilterSettings) -> str | None:
-    """Why an answer is rejected, by all rules but that it be correct; None: by none of them."""
+    """Return why an answer is rejected, by all rules but that it be correct; None: by none."""
     if row.finish_reason != "stop":
         return "truncated" if row.finish_reason == "length" else "aborted"
     if row.completion_tokens >= rules.max_tokens:
@@ -46,12 +46,12 @@ def reject_at_once(row: Completion, rules: FilterSettings) -> str | None:
 
 
 def reject_graded(verdict: Verdict) -> str | None:
-    """Why an answer is rejected by its grade. A comparison that hit its limit is not called wrong."""
+    """Return why an answer is rejected by its grade. A comparison that hit its limit is not called wrong."""
     return None if verdict.status == "correct" else verdict.status
 
 
 def foreign_share(answer: str, problem: str) -> float:
-    """Share of the answer's letters whose script its problem does not use; 0 where it has no letters.
+    """Return the share of the answer's letters whose script its problem does not use; 0 where it has no letters.
 
     A script is the first word of a letter's Unicode name (LATIN, CJK, CYRILLIC...). Greek and mathematical letters
     belong to no language here.
@@ -79,7 +79,7 @@ def _script(letter: str) -> str | None:
 
 
 def repeated_share(answer: str) -> float:
-    """Share of the answer's words that lie in a run of RUN_WORDS words which has occurred before, overlaps included."""
+    """Return the share of the answer's words in runs of RUN_WORDS words that occurred before, overlaps included."""
     words = answer.split()
     seen: set[int] = set()
     covered = last = 0
@@ -119,12 +119,12 @@ class Judge:
         self._grading: asyncio.Task[None] | None = None
 
     def at_once(self, row: Completion) -> Judgement | None:
-        """The judgement where it needs no comparison."""
+        """Return the judgement if it needs no comparison."""
         reason = reject_at_once(row, self._rules)
         return Judgement(reason) if reason is not None or not self._rules.require_correct else None
 
     async def compared(self, row: Completion) -> Judgement:
-        """The judgement of an answer that `at_once` left open."""
+        """Return the judgement of an answer that `at_once` left open."""
         future: asyncio.Future[Judgement] = asyncio.get_running_loop().create_future()
         self._waiting.append((row, future))
         if self._grading is None or self._grading.done():

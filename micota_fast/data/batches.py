@@ -132,7 +132,7 @@ class PackedSteps:
         self.idle_share = idle_share(self._planned.costs, packs_per_step, world)
 
     def total_steps(self, epochs: float) -> int:
-        """Steps in a number of epochs; of 2.5, the third takes the first half of its packs, up to a whole step."""
+        """Count the steps of some epochs; of 2.5, the third takes the first half of its packs, up to a whole step."""
         if not epochs > 0:
             raise InputError(f"epochs must be more than 0, not {epochs}")
         whole = math.floor(epochs)
@@ -140,7 +140,7 @@ class PackedSteps:
         return whole * self.steps_per_epoch + math.ceil(rest / self._packs_per_step)
 
     def step(self, index: int) -> Step:
-        """The step with a number, counted over all epochs from 0."""
+        """Return the step with a number, counted over all epochs from 0."""
         packs, costs = self._packs_of_step(index)
         assigned_M = assign_packs(costs, self._world)[:, self._rank]
         documents = np.concatenate(packs)
@@ -152,11 +152,11 @@ class PackedSteps:
         )
 
     def documents(self, index: int) -> NDArray[np.int64]:
-        """Indices in Documents of all that a step trains on, over all ranks, in the same order for every world size."""
+        """Return the indices in Documents of all a step trains on over all ranks, in one order for every world size."""
         return np.concatenate(self._packs_of_step(index)[0])
 
     def micro_steps(self, index: int) -> int:
-        """The most batches that any rank has in this step: how often every rank must join in collectives."""
+        """Return the most batches that any rank has in this step: how often every rank must join in collectives."""
         return math.ceil(len(self._packs_of_step(index)[0]) / self._world)
 
     def _packs_of_step(self, index: int) -> tuple[list[NDArray[np.int64]], NDArray[np.float64]]:

@@ -155,5 +155,5 @@ def pack(lengths: NDArray[Any], capacity: int) -> tuple[NDArray[np.int64], NDArr
 
 
 def efficiency(lengths: NDArray[Any], n_packs: int, capacity: int) -> float:
-    """Share of the packs' tokens that documents fill, 0 to 1."""
+    """Return the share of the packs' tokens that documents fill, 0 to 1."""
     return float(np.sum(lengths, dtype=np.int64)) / (n_packs * capacity)

@@ -27,7 +27,7 @@ _UNSUPPORTED = ("tools", "functions", "history")  # part of what the model would
 
 
 def to_messages(row: Mapping[str, Any], chat: Chat) -> list[Message]:
-    """The conversation in a row: an optional system message, then user and assistant in turn, the assistant last.
+    """Read the conversation in a row: an optional system message, then user and assistant in turn, the assistant last.
 
     Raises:
         InputError: the row is of no known format or of two, a text is not a string, a key is not supported, the roles

@@ -42,7 +42,7 @@ from micota_fast.grading.paper_rules import (
 )
 from micota_fast.statistics.intervals import clustered_se, macro_average, mean_pass_at, wilson95
 
-# What verdicts hang on beside our own code: prompts' tokens, and the comparison of answers.
+# What verdicts depend on besides our own code: prompts' tokens, and the comparison of answers.
 PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy", "tokenizers")
 RULES: dict[str, tuple[Callable[[str, str], Verdict], WhyUnreadable]] = {  # how an answer is graded, a gold one read
     "box": (grade_by_string, why_unreadable_as_string),

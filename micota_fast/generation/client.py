@@ -39,7 +39,7 @@ UNJUDGED, ACCEPTED = 0, 1  # verdicts in the journal; a rejected answer's is 2 +
 
 
 def verdict_code(judgement: Judgement) -> int:
-    """A judgement as the journal keeps it."""
+    """Return a judgement as the journal keeps it."""
     return ACCEPTED if judgement.reason is None else 2 + REASONS.index(judgement.reason)
 
 
@@ -132,7 +132,7 @@ class Client:
             )
 
     def summary(self) -> dict[str, Any]:
-        """This run's meters."""
+        """Return this run's meters."""
         return self.meters.summary(self._fleet.endpoints)
 
     def _without_suspects(self, error: BaseException) -> BaseException:
@@ -145,7 +145,7 @@ class Client:
         return InputError(
             f"{error}: it has changed its model during the run. The last {suspects} completions, written since it was "
             f"seen to serve the right one, are thrown away; {kept} are kept in {self._journal.folder}: start again "
-            f"with the right server to go on from there"
+            f"with the right server to resume from there"
         )
 
     # -- the work ----------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ class Client:
     async def _report(self, screen: Screen) -> None:
         """A progress line every PROGRESS_S."""
         if before := len(self._journal):
-            print(f"going on after {before} of {self._schedule.expected} completions", file=sys.stderr, flush=True)
+            print(f"resuming after {before} of {self._schedule.expected} completions", file=sys.stderr, flush=True)
         while True:
             await asyncio.sleep(PROGRESS_S)
             self._journal.sync()  # answers may be far apart, and only an append finds that a sync is due

@@ -88,7 +88,7 @@ class Load:
 
 
 def parse_load(body: Any) -> Load | None:
-    """SGLang's /v1/loads, its data-parallel ranks added up; None where the body is nothing of that kind."""
+    """Read SGLang's /v1/loads, its data-parallel ranks added up; None if the body is nothing of that kind."""
     try:
         ranks = body["loads"]
         usage = [used for rank in ranks if type(used := rank.get("token_usage")) in (int, float) and 0 <= used < 2]
@@ -138,19 +138,19 @@ class Endpoint:
         return self.down is None and self.in_flight < int(self.limit) and time.monotonic() >= self._rests_until
 
     def up(self) -> None:
-        """It answers."""
+        """Note that it answers."""
         self.down = None
         self.heard = True
         self._work_again()
 
     def succeeded(self) -> None:
-        """It has answered a request."""
+        """Note that it has answered a request."""
         self.answered += 1
         self.unchecked += 1
         self._work_again()
 
     def failed(self, shortest_s: float, longest_s: float) -> float:
-        """A request has failed there; returns for how many seconds it now gets no further one.
+        """Note that a request has failed there; returns for how many seconds it now gets no further one.
 
         Args:
             shortest_s: the first rest.
@@ -164,7 +164,7 @@ class Endpoint:
         return max(0.0, self._rests_until - now)
 
     def lost(self, why: str) -> None:
-        """It answers no more: everything in flight there is broken off, to be asked elsewhere."""
+        """Break off everything in flight there, to be asked elsewhere: it answers no more."""
         self.down = why
         self.load = None
         now = asyncio.get_running_loop().time()
@@ -172,7 +172,7 @@ class Endpoint:
             timeout.reschedule(now)
 
     def busy(self) -> None:
-        """It refused a request for lack of room."""
+        """Note that it refused a request for lack of room."""
         now = time.monotonic()
         if now - self._halved_at >= HALVED_EVERY_S:
             self._halved_at = now
@@ -239,14 +239,14 @@ class Endpoint:
         raise RetryableError(f"HTTP {status}: {message}", own=status not in BUSY_STATUSES)
 
     async def healthy(self, session: aiohttp.ClientSession, path: str) -> bool:
-        """Whether GET `path` answers 200."""
+        """Return whether GET `path` answers 200."""
         try:
             return (await self._get(session, path))[0] == 200
         except RetryableError:
             return False
 
     async def probe_load(self, session: aiohttp.ClientSession) -> Load | None:
-        """What it says of its load, and None where it has no such page.
+        """Ask for its load; None if it has no such page.
 
         Raises:
             RetryableError: it does not answer, or what it says is not JSON.
@@ -256,7 +256,7 @@ class Endpoint:
         return parse_load(_decoded(content, path)) if status == 200 else None
 
     async def read_info(self, session: aiohttp.ClientSession) -> None:
-        """Its settings into `info`; nothing where it does not tell (a router, say).
+        """Read its settings into `info`; nothing if it does not state them (a router, say).
 
         Raises:
             RetryableError: it does not answer, or states a setting that cannot be.
@@ -342,7 +342,7 @@ def client_session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
 
 
 def is_model(served: str, wanted: str, checkpoint: Path) -> bool:
-    """Whether a server's model is the one that is wanted.
+    """Return whether a server's model is the one that is wanted.
 
     That is the same folder or hub name; or, as another machine's folders lie elsewhere, the same last component.
     """

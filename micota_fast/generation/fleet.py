@@ -38,7 +38,7 @@ SEEDS_IGNORED = (
 
 
 class Fleet:
-    """One or several servers of one model. An async context manager; `watch` runs beside the work for each of them.
+    """One or several servers of one model. An async context manager; `watch` runs during the work for each of them.
 
     Args:
         urls: without a slash at the end.
@@ -208,12 +208,12 @@ class Fleet:
         return served
 
     def freest(self) -> Endpoint | None:
-        """The server with the most room; None: none has any."""
+        """Return the server with the most room; None: none has any."""
         free = [endpoint for endpoint in self.endpoints if endpoint.free]
         return min(free, key=lambda endpoint: endpoint.in_flight / endpoint.limit, default=None)
 
     async def any_healthy(self, path: str) -> bool:
-        """Whether any server answers GET `path`."""
+        """Return whether any server answers GET `path`."""
         return any(await asyncio.gather(*(e.healthy(self._probing, path) for e in self.endpoints)))
 
     # -- failing -----------------------------------------------------------------------------------------------------
@@ -254,15 +254,15 @@ class Fleet:
             print(f"{endpoint.url}: {why}; {limit}", file=sys.stderr, flush=True)
 
     def answered(self) -> None:
-        """Something was answered: the next failure is told again."""
+        """Note that something was answered: the next failure is reported again."""
         self._said_failing = False
 
     def given_up(self, silent_s: float, why: str) -> InputError:
-        """The error that ends a run whose servers no longer answer."""
+        """Return the error that ends a run whose servers no longer answer."""
         urls = ", ".join(endpoint.url for endpoint in self.endpoints)
         return InputError(
             f"{urls} {'has' if len(self.endpoints) == 1 else 'have'} given no answer for {silent_s:.0f} s (last: "
-            f"{why}); {len(self._journal)} completions are kept in {self._journal.folder}: start again to go on from "
+            f"{why}); {len(self._journal)} completions are kept in {self._journal.folder}: start again to resume from "
             f"there"
         )
 

@@ -132,7 +132,7 @@ class Generation:
         return made_by
 
     def is_finished(self) -> bool:
-        """Whether OUT is complete, unchanged since it was written (sha256, rows), and the answer to this request.
+        """Return whether OUT is complete, unchanged since its writing (sha256, rows), and the answer to this request.
 
         Raises:
             InputError: a file is there that belongs to another request, or to an unknown one.
@@ -220,7 +220,7 @@ class Generation:
 
 
 def model_fingerprint(path: Path, hashes: Fingerprints) -> str:
-    """SHA-256 over the names and contents of a checkpoint's files, weights included: frozen models differ in little.
+    """Hash (SHA-256) names and contents of a checkpoint's files, weights included: frozen models differ in little.
 
     Several files are read at once, so a 60 GB checkpoint takes as long as its disk or page cache does.
 

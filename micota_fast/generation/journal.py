@@ -44,7 +44,7 @@ _OPEN_SEGMENTS = 64  # by `rows`, at a time
 
 
 class Journal:
-    """Append rows to a folder, and go on with what an interrupted run has left there.
+    """Append rows to a folder, and resume from what an interrupted run has left there.
 
     Memory stays bounded: the index is mapped from its file, and membership takes a bit a row.
 
@@ -148,7 +148,7 @@ class Journal:
             if size < end:
                 raise InputError(
                     f"{path} ends at byte {size}, but {self._index.path} names rows up to byte {end}; "
-                    f"delete {self._index.path.name} to go on with the rows that are there"
+                    f"delete {self._index.path.name} to resume with the rows that are there"
                 )
         if (last := n_segments - 1) in spans:
             for _ in self.rows(np.arange(spans[last][0], len(self._index))):
@@ -165,7 +165,7 @@ class Journal:
 
         Args:
             n_segments: how many there are.
-            synced: so many rows are known to have been on the disk.
+            synced: number of rows that are known to have been on the disk.
             rebuild: the index is missing, so nobody knows what was: a bad line before a good one is taken for damage.
         """
         while True:
@@ -201,7 +201,7 @@ class Journal:
                 left -= len(block)
         return InputError(
             f"{path}:{number}: the row at byte {offset} is damaged (it does not match its checksum); "
-            f"to go on without it, delete that line and {self.folder / 'index.bin'}"
+            f"to resume without it, delete that line and {self.folder / 'index.bin'}"
         )
 
     def _open_segment(self, segment: int) -> None:
@@ -275,7 +275,7 @@ class Journal:
             self._index.settle(problem, sample, verdict)
 
     def settle_entry(self, entry: int, verdict: int) -> None:
-        """As `settle`, for a row whose place in `entries` is known: no search."""
+        """Settle a row as `settle` does, by its place in `entries`: no search."""
         with self._errors():
             self._index.settle_record(entry, verdict)
 
@@ -320,7 +320,7 @@ class Journal:
         return len(self._index)
 
     def contains(self, problem: int, sample: int) -> bool:
-        """Whether the row of this key is there."""
+        """Return whether the row of this key is there."""
         return self._index.has(problem, sample)
 
     @property

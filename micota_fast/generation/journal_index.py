@@ -57,7 +57,7 @@ class Index:
         return self._written + len(self._pending) // _SIZE
 
     def has(self, problem: int, sample: int) -> bool:
-        """Whether there is a record of this key."""
+        """Return whether there is a record of this key."""
         return self._pairs.has(problem, sample)
 
     def take_up(self) -> tuple[dict[int, tuple[int, int]], int]:
@@ -158,7 +158,7 @@ class Index:
             self._verdict_changed = False
 
     def entries(self) -> NDArray[Any]:
-        """The file's records [N] of dtype ENTRY, read-only, mapped: they take no memory of the process's own."""
+        """Map the file's records [N] of dtype ENTRY, read-only: they take no memory of the process's own."""
         if len(self._mapped) != self._written:
             self._mapped = np.frombuffer(mmap.mmap(self._fd, self._written * _SIZE, access=mmap.ACCESS_READ), ENTRY)
         return self._mapped
@@ -230,7 +230,7 @@ def _find(entries: NDArray[Any], problem: int, sample: int) -> int | None:
 
 
 def write_at(fd: int, data: bytes, offset: int) -> None:
-    """Write all of it: a disk that fills up takes a part first and tells at the next attempt.
+    """Write all of it: a disk that fills up takes a part first and reports it at the next attempt.
 
     Raises:
         OSError: the disk is full or fails.

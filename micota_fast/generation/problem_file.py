@@ -25,11 +25,11 @@ _DTYPES = ("<u8", "<u4", "i1")  # of offsets, sizes and levels
 class ProblemFile:
     """A file of problems that is checked once, when it is opened, and then read where it is asked for.
 
-    The file must not change while it is open. While it is checked about 30 bytes a problem are held, then 13.
+    The file must not change while it is open. While it is checked about 30 bytes per problem are held, then 13.
 
     Args:
         path: JSONL of `Problem`.
-        limit: only the first so many problems count.
+        limit: only the first N problems count.
         cache: a file, made if missing, in which the outcome of the check is kept. While the problems' bytes are the
             same (their sha256 is taken at every opening), they are not checked again.
 

@@ -37,7 +37,7 @@ class Meters:
         self.completion_tokens += completion_tokens
 
     def judge(self, reason: str | None) -> None:
-        """An answer was judged: why it is rejected, or None."""
+        """Count an answer that was judged: why it is rejected, or None."""
         self.judged += 1
         if reason is not None:
             self.rejected[reason] += 1
@@ -45,7 +45,7 @@ class Meters:
             self.accepted += 1
 
     def line(self, expected: int, endpoints: Sequence[Endpoint]) -> str:
-        """One line; speeds are those of the last minute."""
+        """Format one line; speeds are those of the last minute."""
         now = time.monotonic()
         self._window.append((now, self.done, self.prompt_tokens, self.completion_tokens))
         while len(self._window) > 2 and now - self._window[0][0] > WINDOW_S:
@@ -130,7 +130,7 @@ class Screen:
         self._stream.flush()
 
     def end(self) -> None:
-        """The last line stays."""
+        """End the display; the last line stays."""
         if self._shown:
             self._stream.write("\n")
             self._stream.flush()

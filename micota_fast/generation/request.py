@@ -19,13 +19,13 @@ LOGPROB_BYTES = 96  # of a triple of log-probability, id and null
 
 
 def derive_seed(seed: int, problem_id: str, sample: int) -> int:
-    """The sampling seed of one answer: 31 bits that depend on nothing but the arguments."""
+    """Return the sampling seed of one answer: 31 bits that depend on nothing but the arguments."""
     digest = hashlib.sha256(f"{seed}\0{problem_id}\0{sample}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
 def sampling_params(config: SamplingSettings) -> dict[str, Any]:
-    """`sampling_params` of every request, seeds left out."""
+    """Return `sampling_params` of every request, seeds left out."""
     params: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     if config.temperature > 0:
         params |= {"top_p": config.top_p, "top_k": config.top_k}
@@ -67,10 +67,10 @@ class Asker:
     async def answer(
         self, endpoint: Endpoint, session: aiohttp.ClientSession, wanted: Wanted, context_length: int
     ) -> tuple[Completion, dict[str, Any]]:
-        """The row of one answer, and what is kept beside the row's own fields.
+        """Return the row of one answer, and what is kept next to the row's own fields.
 
         With a thinking budget the answer is asked for up to the budget; a thought that has not ended by then is ended
-        with `thinking_end`, and the model goes on from there with what is left of `max_new_tokens`.
+        with `thinking_end`, and the model continues from there with what is left of `max_new_tokens`.
 
         Raises:
             RetryableError: another try may succeed.
@@ -100,7 +100,7 @@ class Asker:
         return row, {"completion_ids": [i for part in parts for i in part.ids], "top_logprobs": places}
 
     def row(self, wanted: Wanted, reason: str, text: str, tokens: int) -> Completion:
-        """The row of an answer."""
+        """Return the row of an answer."""
         problem = self._prompts.problem(wanted.problem)
         return Completion(
             id=problem.id,

@@ -16,7 +16,7 @@ class Wanted:
 
 
 class Schedule:
-    """Hands out the answers that are still wanted, and is told what became of them.
+    """Hands out the answers that are still wanted, and takes note of what became of them.
 
     Problems come in an order in which the longest answers are likely to begin early, so that the end of a run does not
     wait for a few: by falling `level` where the file gives one, then by falling length of their text.
@@ -25,7 +25,7 @@ class Schedule:
     still lacks accepted ones, so it ends with the shortest run of samples 0, 1, ... that holds `enough` accepted ones
     (or with all of them): which answers exist then depends on the answers alone, not on their order of arrival.
 
-    About 18 bytes a problem.
+    About 18 bytes per problem.
 
     Args:
         levels: [problems] int8, -1 where unknown.
@@ -66,7 +66,7 @@ class Schedule:
         self._reopened: deque[int] = deque()
 
     def next(self) -> Wanted | None:
-        """The next answer to ask for; None if none is wanted before another one is `done`."""
+        """Return the next answer to ask for; None if none is wanted before another one is `done`."""
         if self._first:
             wanted = self._first.popleft()
             return self._hand_out(wanted.problem, wanted.sample)
@@ -90,7 +90,7 @@ class Schedule:
         return None
 
     def done(self, wanted: Wanted, accepted: bool) -> None:
-        """An answer has come and been judged; without rules every one is accepted."""
+        """Count an answer that has come and been judged; without rules every one is accepted."""
         self._in_flight -= 1
         self._under_way[wanted.problem] -= 1
         self._accepted[wanted.problem] += accepted

@@ -30,7 +30,7 @@ class Source(NamedTuple):
     start: int  # first byte in the file
 
     def not_finite(self, start: int, stop: int) -> InputError:
-        """What to say where elements [start, stop) are not all finite."""
+        """Return the error for elements [start, stop), which are not all finite."""
         exponent, mantissa = {"F32": (0x7F800000, 23), "F16": (0x7C00, 10), "BF16": (0x7F80, 7)}[self.code]
         bits: NDArray[Any] = self.elements[start:stop].view(np.uint32 if self.code == "F32" else np.uint16)
         fractions = bits[bits & exponent == exponent] & ((1 << mantissa) - 1)
@@ -91,7 +91,7 @@ class Checkpoint:
 
 
 def match(models: Sequence[Checkpoint], one_tokenizer: bool) -> dict[str, tuple[Source, ...]]:
-    """The tensors of all models (the first of them gives the shapes), in the order of their names.
+    """Return the tensors of all models (the first of them gives the shapes), in the order of their names.
 
     If one model has a head of its own and others are tied, the latter's embedding is their head too. Embeddings and
     heads may differ in their number of rows, as those of one tokenizer's family do by padding.

@@ -83,7 +83,7 @@ def keep_all(count: int) -> Drops:
 
 @compiled
 def widen_bfloat16(source: NDArray[np.uint16], out: Floats) -> bool:
-    """bfloat16 bits to float32; False where one is NaN or infinite."""
+    """Convert bfloat16 bits to float32; False if one is NaN or infinite."""
     bits = out.view(np.uint32)
     bad = np.uint32(0)
     for i in range(source.size):
@@ -95,7 +95,7 @@ def widen_bfloat16(source: NDArray[np.uint16], out: Floats) -> bool:
 
 @compiled
 def widen_float16(source: NDArray[np.uint16], out: Floats) -> bool:
-    """IEEE half bits to float32; False where one is NaN or infinite."""
+    """Convert IEEE half bits to float32; False if one is NaN or infinite."""
     bits = out.view(np.uint32)
     bad = np.uint32(0)
     # A subnormal number is an integer times 2^-24; a normal one's exponent is re-biased by 127 - 15.
@@ -113,7 +113,7 @@ def widen_float16(source: NDArray[np.uint16], out: Floats) -> bool:
 
 @compiled
 def widen_float32(source: Floats, out: Floats) -> bool:
-    """A copy; False where an element is NaN or infinite."""
+    """Copy; False if an element is NaN or infinite."""
     bits = out.view(np.uint32)
     bad = np.uint32(0)
     for i in range(source.size):
@@ -124,7 +124,7 @@ def widen_float32(source: Floats, out: Floats) -> bool:
 
 @compiled
 def narrow_bfloat16(source: Floats, out: NDArray[np.uint16]) -> bool:
-    """float32 to bfloat16 bits, to nearest, ties to even; False where a result is NaN or infinite."""
+    """Round float32 to bfloat16 bits, to nearest, ties to even; False if a result is NaN or infinite."""
     bits = source.view(np.uint32)
     bad = np.uint32(0)
     for i in range(source.size):
@@ -137,7 +137,7 @@ def narrow_bfloat16(source: Floats, out: NDArray[np.uint16]) -> bool:
 
 @compiled
 def narrow_float16(source: Floats, out: NDArray[np.uint16]) -> bool:
-    """float32 to IEEE half bits, to nearest, ties to even; False where a result is NaN or infinite."""
+    """Round float32 to IEEE half bits, to nearest, ties to even; False if a result is NaN or infinite."""
     bits = source.view(np.uint32)
     bad = np.uint32(0)
     for i in range(source.size):
@@ -155,7 +155,7 @@ def narrow_float16(source: Floats, out: NDArray[np.uint16]) -> bool:
 
 @compiled
 def narrow_float32(source: Floats, out: Floats) -> bool:
-    """A copy; False where an element is NaN or infinite."""
+    """Copy; False if an element is NaN or infinite."""
     return widen_float32(source, out)
 
 
@@ -397,7 +397,7 @@ def add_agreeing_task_vectors(
     kept: Floats,
     out: Floats,
 ) -> None:
-    """As `add_task_vectors`, but of each element only those weighted deltas that have the sign of their sum (TIES).
+    """Add as `add_task_vectors`, but of each element only those weighted deltas with the sign of their sum (TIES).
 
     Args:
         normalize: divide by the sum of the weights that took part, where it is not 0.
@@ -458,7 +458,7 @@ def _mix_in(rows: Floats, n: int, digests: Digests) -> None:
 
 @compiled
 def products(tensors: Tensors, start: int, stop: int, sums: Doubles) -> int:
-    """Of two tensors: a·a, b·b and a·b, into `sums` [3]."""
+    """Compute of two tensors a·a, b·b and a·b, into `sums` [3]."""
     rows, places = np.empty((2, ROW), np.float32), np.zeros((3, ROW))
     for low in range(start, stop, ROW):
         n = min(ROW, stop - low)
@@ -526,7 +526,7 @@ def magnitudes(tensors: Tensors, start: int, stop: int, drops: Drops, sums: Doub
 
 @compiled
 def count_magnitudes(tensors: Tensors, start: int, stop: int, counts: NDArray[np.uint32]) -> int:
-    """Histograms of the task vectors, added to `counts` [task vectors, 2^COARSE_BITS]."""
+    """Add histograms of the task vectors to `counts` [task vectors, 2^COARSE_BITS]."""
     count = tensors.codes.size - 1
     rows = np.empty((count + 1, ROW), np.float32)
     for low in range(start, stop, ROW):
@@ -542,7 +542,7 @@ def count_magnitudes(tensors: Tensors, start: int, stop: int, counts: NDArray[np
 
 @compiled
 def count_within(tensors: Tensors, start: int, stop: int, bins: Ints, counts: NDArray[np.uint32], sums: Doubles) -> int:
-    """Histograms of what lies in one bin of each task vector's, added to `counts` [task vectors, 2^FINE_BITS].
+    """Add histograms of what lies in one bin of each task vector's to `counts` [task vectors, 2^FINE_BITS].
 
     Into `sums` [task vectors, 2], if it has room, the sum of magnitudes and that of the magnitudes in higher bins.
     """
@@ -640,7 +640,7 @@ def merge(
     out_VB: NDArray[np.uint8],
     digests: Digests,
 ) -> int:
-    """The results of V lists of weights, by one of WEIGHTED_SUM, TASK_VECTORS, AGREEING, as bytes of type `code`.
+    """Merge by V lists of weights, by one of WEIGHTED_SUM, TASK_VECTORS, AGREEING, into bytes of type `code`.
 
     Returns OVERFLOW where a result is not finite in that type.
     """
@@ -675,7 +675,7 @@ def merge(
 
 @compiled
 def copy(tensors: Tensors, start: int, stop: int, code: int, out: NDArray[np.uint8], digests: Digests) -> int:
-    """The elements of one tensor, as bytes of type `code`. Returns OVERFLOW where one is not finite in it."""
+    """Write the elements of one tensor as bytes of type `code`. Returns OVERFLOW if one is not finite in it."""
     rows = np.empty((1, ROW), np.float32)
     for low in range(start, stop, ROW):
         n = min(ROW, stop - low)

@@ -47,7 +47,7 @@ def merge(config: MergeConfig) -> None:
 
     Config and tokenizer are the base's. merge.json in each names the plan, the seed, a fingerprint of each input's
     tensors and the versions. Equal inputs give equal bytes, however they are sharded and whatever the number of threads
-    (OMP_NUM_THREADS; else one a core). Memory: some MiB a thread, beside the pages of the inputs.
+    (OMP_NUM_THREADS; else one per core). Memory: some MiB per thread, besides the pages of the inputs.
     A former merge at OUT is replaced; anything else there is left alone and is an error.
 
     Raises:
@@ -68,7 +68,7 @@ def merge(config: MergeConfig) -> None:
 
 
 def merge_plans(plans: dict[str, MergePlan], out: Path, seed: int, max_shard_bytes: int = 5_000_000_000) -> None:
-    """Plans that differ in weights alone, in one reading of the inputs; each into the folder of `out` that names it.
+    """Merge by plans that differ in weights alone, reading the inputs once; each into its folder of `out`.
 
     Args:
         plans: by folder; a sole plan's may be "", which is `out` itself.

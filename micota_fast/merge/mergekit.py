@@ -131,13 +131,13 @@ class MergePlan:
         return scalars
 
     def filters(self) -> list[str]:
-        """The parts of names by which parameters hold for some tensors only."""
+        """Return the parts of names by which parameters hold for some tensors only."""
         of_inputs = (setting for entry in self.inputs for setting in entry.settings.values())
         settings = (*of_inputs, self.normalize, self.rescale, self.lambda_)
         return sorted({case.filter for setting in settings for case in setting if case.filter is not None})
 
     def with_weight(self, weight: float) -> "MergePlan":
-        """The plan with another weight (slerp: `t`) of its one model.
+        """Return the plan with another weight (slerp: `t`) of its one model.
 
         Raises:
             InputError: the plan merges several models, or by linear, whose weights are shares of the models.
@@ -152,7 +152,7 @@ class MergePlan:
         return replace(self, inputs=(replace(entry, settings={**entry.settings, "weight": setting}),))
 
     def describe(self, base: str, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """The plan as a file would say it; `base` and `inputs` say more about the models and replace their places."""
+        """Describe the plan as a file would; `base` and `inputs` say more about the models and replace their places."""
         return {
             "method": self.method,
             "base": base,
@@ -180,14 +180,14 @@ def read_mergekit(path: Path | str) -> MergePlan:
     folder = Path(path).parent
 
     def located(model: str) -> str:
-        """A folder relative to the file, where there is one; else the name as it stands."""
+        """Return a folder relative to the file if there is one, else the name as it stands."""
         return str(folder / model) if (folder / model).is_dir() else model
 
     return _plan(load(MergekitFile, path), str(path), located)
 
 
 def parse_mergekit(content: dict[str, Any], source: str) -> MergePlan:
-    """The same of a file's content that stands elsewhere. Model names stay as they are.
+    """Read the content of such a file that stands elsewhere. Model names stay as they are.
 
     Args:
         source: named in errors.

@@ -5,13 +5,13 @@ from micota_fast.model.dtypes import CODES, DTYPES
 
 
 def result_code(codes: set[str], dtype: str | None) -> str:
-    """safetensors' code of a result's type: as asked, else the one of the inputs, else the one that holds them all."""
+    """Return safetensors' code of a result's type: as asked, else the inputs', else the one that holds them all."""
     if dtype is not None:
         return CODES[dtype]
     return next(iter(codes)) if len(codes) == 1 else "F32"
 
 
 def overflow(where: str, code: str) -> InputError:
-    """What to say where a result does not fit its type."""
+    """Return the error for a result that does not fit its type."""
     advice = "use out_dtype: bfloat16 or float32" if code == "F16" else "the weights are too large"
     return InputError(f"{where}: the result overflows {DTYPES[code].name}; {advice}")

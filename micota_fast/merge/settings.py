@@ -60,7 +60,7 @@ def truth(key: str, value: Any) -> Scalar:
 
 
 def read_setting(key: str, value: Any, scalar: Callable[[str, Any], Scalar]) -> Setting:
-    """A parameter's value in a file: a scalar, a list of scalars, a mapping {filter, value}, or a list of those.
+    """Read a parameter's value in a file: a scalar, a list of scalars, a mapping {filter, value}, or a list of those.
 
     Args:
         key: named in errors.
@@ -94,7 +94,7 @@ def _values(key: str, value: Any, scalar: Callable[[str, Any], Scalar]) -> tuple
 
 
 def value_at(setting: Setting, tensor: str, depth: float) -> Scalar | None:
-    """What holds for a tensor; None where no case fits its name.
+    """Return what holds for a tensor; None if no case fits its name.
 
     Args:
         depth: 0 at the first layer to 1 at the last. Numbers are interpolated linearly between the gradient's points,
@@ -112,7 +112,7 @@ def value_at(setting: Setting, tensor: str, depth: float) -> Scalar | None:
 
 
 def depth_of(tensor: str, num_layers: int) -> float:
-    """Where a tensor stands between the first layer (0) and the last (1).
+    """Return where a tensor stands between the first layer (0) and the last (1).
 
     What belongs to no layer (embedding, final norm, head) counts as the first, and a sole layer as the last.
     """
@@ -123,7 +123,7 @@ def depth_of(tensor: str, num_layers: int) -> float:
 
 
 def plain(setting: Setting) -> Any:
-    """As a file would say it."""
+    """Write it as a file would say it."""
     shown = [list(case.values) if len(case.values) > 1 else case.values[0] for case in setting]
     if len(setting) == 1 and setting[0].filter is None:
         return shown[0]

@@ -98,7 +98,7 @@ SIZES: dict[str, Size] = {
 
 
 def problem_rows(prefix: str, chains: list[world.Chain]) -> list[Problem]:
-    """Rows of a problem file; ids count from ``prefix-000``."""
+    """Return the rows of a problem file; ids count from ``prefix-000``."""
     return [
         Problem(f"{prefix}-{i:03d}", c.problem(), c.answer(), level=len(c.steps), subject=world.SUBJECT)
         for i, c in enumerate(chains)
@@ -106,7 +106,7 @@ def problem_rows(prefix: str, chains: list[world.Chain]) -> list[Problem]:
 
 
 def split_seed(world_number: int) -> int:
-    """The seed of a world's train split and benchmarks."""
+    """Return the seed of a world's train split and benchmarks."""
     return world.SPLIT_SEED + world_number
 
 
@@ -119,7 +119,7 @@ def write_problems(out_dir: Path, world_number: int = 0) -> None:
 
 
 def question(chain: world.Chain) -> str:
-    """The user's message of the whole pipeline: the problem and the request to reason."""
+    """Return the user's message of the whole pipeline: the problem and the request to reason."""
     return chain.problem() + QUESTION_SUFFIX
 
 
@@ -149,20 +149,20 @@ WRITERS: dict[str, Writer] = {
 
 
 def corpus(kind: str, rows: int, seed: int, world_number: int = 0) -> Iterator[Row]:
-    """``rows`` training rows in OpenAI's chat format, over problems that are never held out in that world."""
+    """Return ``rows`` training rows in OpenAI's chat format, over problems that are never held out in that world."""
     rng = random.Random(f"{seed}-{kind}")
     for _, chain in zip(range(rows), world.pretraining_chains(rng, split_seed(world_number)), strict=False):
         yield WRITERS[kind](chain, rng)
 
 
 def make_tokenizer() -> Tokenizer:
-    """The tokenizer of all three models, trained on a sample of everything they will read."""
+    """Make the tokenizer of all three models, trained on a sample of everything they will read."""
     texts = ["\n".join(m["role"] + "\n" + m["content"] for m in row["messages"]) for row in corpus("mixture", 3000, 0)]
     return train_bpe(texts)
 
 
 def write_blank_checkpoint(size: Size, tokenizer: Tokenizer, out_dir: Path) -> None:
-    """A checkpoint folder without weights: config.json and the tokenizer's files, from which the trainer starts."""
+    """Write a checkpoint without weights, from which the trainer starts: config.json and the tokenizer's files."""
     out_dir.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, out_dir, CONTEXT)
     config: dict[str, Any] = {
@@ -193,7 +193,7 @@ def write_blank_checkpoint(size: Size, tokenizer: Tokenizer, out_dir: Path) -> N
 
 
 def train_config(model: Path, data: Path, out: Path, size: Size, number: int, world_number: int = 0) -> TrainConfig:
-    """The trainer's options for phase ``number``: float32 throughout; the last phase stores bfloat16, as it ships."""
+    """Return the trainer's options for phase ``number``: float32; the last phase stores bfloat16, as it ships."""
     phase = size.phases[number]
     return TrainConfig(
         model=str(model),
@@ -216,7 +216,7 @@ def train_config(model: Path, data: Path, out: Path, size: Size, number: int, wo
 
 
 def phase_seed(size: Size, number: int, world_number: int = 0) -> int:
-    """Seed of a phase's corpus, of the order of its documents and, in the first phase, of the weights."""
+    """Return the seed of a phase's corpus, of the order of its documents and, in the first phase, of the weights."""
     return 1000 * world_number + 100 * size.seed + number
 
 

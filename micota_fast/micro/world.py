@@ -35,33 +35,33 @@ class Chain:
     steps: tuple[int, ...]
 
     def values(self) -> list[int]:
-        """What the jar holds modulo 10, at first and after each step; ``len(steps) + 1`` numbers."""
+        """Return what the jar holds modulo 10, at first and after each step; ``len(steps) + 1`` numbers."""
         values = [self.first]
         for step in self.steps:
             values.append((values[-1] + step) % MODULUS)
         return values
 
     def facts(self) -> str:
-        """What is given: ``A jar holds 7. Ann+5 Bob-8.``"""
+        """Return what is given: ``A jar holds 7. Ann+5 Bob-8.``"""
         changes = " ".join(f"{name}{step:+d}" for name, step in zip(NAMES, self.steps, strict=False))
         return f"A jar holds {self.first}. {changes}."
 
     def problem(self) -> str:
-        """The text of the problem."""
+        """Return the text of the problem."""
         return f"{self.facts()} How many modulo 10?"
 
     def answer(self) -> str:
-        """The right final answer."""
+        """Return the right final answer."""
         return str(self.values()[-1])
 
 
 def random_chain(rng: random.Random, n_steps: int) -> Chain:
-    """A chain of ``n_steps`` steps, uniform over all such chains."""
+    """Draw a chain of ``n_steps`` steps, uniform over all such chains."""
     return Chain(rng.randrange(MODULUS), tuple(rng.choice((-1, 1)) * rng.randint(1, 9) for _ in range(n_steps)))
 
 
 def is_hard(value: int, step: int) -> bool:
-    """Whether ``value + step`` leaves 0..9, so that it wraps around."""
+    """Return whether ``value + step`` leaves 0..9, so that it wraps around."""
     return not 0 <= value + step < MODULUS
 
 
@@ -81,7 +81,7 @@ LONG = Thoroughness(restate=1.0, check_easy=1.0, check_hard=1.0, verify=1.0, sli
 
 
 def random_thoroughness(rng: random.Random, slip: float) -> Thoroughness:
-    """A writer drawn from the general mixture: terse, thorough, careful only where it is hard, or anything between."""
+    """Draw a writer from the general mixture: terse, thorough, careful only where it is hard, or anything between."""
     kind = rng.random()
     if kind < 0.2:
         return SHORT
@@ -93,12 +93,12 @@ def random_thoroughness(rng: random.Random, slip: float) -> Thoroughness:
 
 
 def varied_thoroughness(rng: random.Random, slip: float) -> Thoroughness:
-    """A writer who makes each decision for itself, so that every length between terse and thorough is common."""
+    """Draw a writer who makes each decision for itself: every length between terse and thorough is common."""
     return Thoroughness(float(rng.random() < 0.5), rng.random(), rng.random(), float(rng.random() < 0.5), slip)
 
 
 def write_solution(chain: Chain, how: Thoroughness, rng: random.Random) -> str:
-    """A chain of thought for ``chain`` that ends in its boxed answer. Slips happen only where a check mends them."""
+    """Write a chain of thought for ``chain`` that ends in its boxed answer. Slips happen only if a check mends them."""
     parts = []
     if rng.random() < how.restate:
         parts.append(f"Let me restate. {chain.facts()}\n")
@@ -125,7 +125,7 @@ def _line(value: int, name: str, step: int, result: int) -> str:
 
 
 def benchmarks(split_seed: int = SPLIT_SEED) -> dict[str, list[Chain]]:
-    """The held-out problems, by benchmark name, easiest first. Always the same ones for a seed; no two are equal."""
+    """Make the held-out problems, by benchmark name, easiest first: the same for a seed, no two equal."""
     rng = random.Random(f"{split_seed}-benchmarks")
     return {name: _distinct(rng, [n_steps] * BENCHMARK_SIZE, set()) for name, n_steps in BENCHMARK_STEPS.items()}
 
@@ -136,7 +136,7 @@ def held_out(split_seed: int = SPLIT_SEED) -> frozenset[Chain]:
 
 
 def train_problems(split_seed: int = SPLIT_SEED) -> list[Chain]:
-    """The train split: as many problems of each benchmark's length, in mixed order, none of them held out."""
+    """Make the train split: as many problems of each benchmark's length, in mixed order, none of them held out."""
     rng = random.Random(f"{split_seed}-train")
     lengths = list(BENCHMARK_STEPS.values()) * (TRAIN_SIZE // len(BENCHMARK_STEPS))
     rng.shuffle(lengths)

@@ -109,7 +109,7 @@ def _why_missing(name: str, stored: Stored) -> str:
 
 
 def check_tied(config: ModelConfig, stored: Stored, directory: Path) -> None:
-    """Check that a head which is stored beside the embedding that it is tied to holds the same numbers.
+    """Check that a stored head holds the same numbers as the embedding that it is tied to.
 
     Some tools write the tied matrix twice, and not always in the same dtype.
 

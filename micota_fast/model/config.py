@@ -145,7 +145,7 @@ class ModelConfig:
         return _dtype_name(self.raw.get("dtype")) or _dtype_name(self.raw.get("torch_dtype"))
 
     def to_dict(self, dtype_name: str) -> dict[str, Any]:
-        """The config.json to save: the one that was read, with the dtype of the saved tensors.
+        """Return the config.json to save: the one that was read, with the dtype of the saved tensors.
 
         transformers 5 keeps the dtype in `dtype` and RoPE in `rope_parameters`; transformers 4 and the tools built on
         it read `torch_dtype`, `rope_theta` and `rope_scaling`. Both are written.

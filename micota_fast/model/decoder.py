@@ -137,7 +137,7 @@ class Decoder(nn.Module):
         return module.weight
 
     def num_params(self) -> int:
-        """Number of parameters, a tied matrix counted once."""
+        """Return the number of parameters, a tied matrix counted once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, seqlen: float) -> float:

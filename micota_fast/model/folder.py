@@ -16,7 +16,7 @@ from micota_fast.model.dtypes import DTYPES
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# What a folder needs beside weights and config.json to tokenise, to render a chat and to know where to stop.
+# What a folder needs besides weights and config.json to tokenise, to render a chat and to know where to stop.
 COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -44,7 +44,7 @@ class StoredTensor(NamedTuple):
 
 
 def resolve_checkpoint(name_or_path: str | Path) -> Path:
-    """A local folder as it is; a name like "Qwen/Qwen2.5-3B-Instruct" from the Hugging Face hub or its local cache.
+    """Return a local folder as it is; a name like "Qwen/Qwen2.5-3B-Instruct" from the Hugging Face hub or its cache.
 
     Raises InputError where there is neither.
     """
@@ -71,7 +71,7 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
 
 
 def tensor_files(directory: Path | str) -> dict[str, Path]:
-    """Which file holds each tensor of a checkpoint. Raises InputError naming a file that is missing or damaged."""
+    """Find the file of each tensor of a checkpoint. Raises InputError naming a file that is missing or damaged."""
     directory = Path(directory)
     index_path, path = directory / INDEX, directory / SINGLE
     if path.is_file():  # as in transformers, it goes before an index
@@ -122,7 +122,7 @@ def stored_tensors(directory: Path | str) -> dict[str, tuple[Path, StoredTensor]
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, in the header's order.
+    """Read the tensors of a safetensors file, in the header's order.
 
     A file starts with the header's length (u64, little-endian) and the header (JSON); the tensors fill the rest.
 
@@ -147,7 +147,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _stored(name: str, entry: Any, data: int) -> StoredTensor:
     if not name.isprintable() or len(name) > _MOST_NAME:
-        raise ValueError(f"{name!r:.80} is no name of a tensor")
+        raise ValueError(f"{name!r:.80} is not the name of a tensor")
     try:
         code, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = (*shape, start, end)

@@ -47,7 +47,7 @@ def choose_pointwise(device: torch.device, compiled: bool) -> tuple[Pointwise, s
 
 
 def liger() -> Pointwise:
-    """Liger-Kernel's, by the signatures that releases 0.5 to 0.8 share.
+    """Return Liger-Kernel's, by the signatures that releases 0.5 to 0.8 share.
 
     Raises:
         ImportError: it is not installed.

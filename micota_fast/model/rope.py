@@ -11,7 +11,7 @@ from micota_fast.model.rope_config import RopeConfig
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
-    """Rotation per position of each pair of channels.
+    """Compute the rotation per position of each pair of channels.
 
     Returns `inv_freq[head_dim/2]` (fp32, CPU, radians per token) and the factor on cos and sin (1.0 but for yarn).
     """
@@ -42,7 +42,7 @@ def _yarn(rope: RopeConfig, inv_freq: Tensor, head_dim: int) -> Tensor:
     """YaRN's "NTK-by-parts" (arXiv 2309.00071, section 3.2), the ramp being linear in the channel's index."""
 
     def channel_of(turns: float) -> float:
-        """Index of the pair that makes so many turns over the original context."""
+        """Index of the pair that makes `turns` turns over the original context."""
         wavelength = rope.original_max_position_embeddings / (turns * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(rope.rope_theta))
 
@@ -87,7 +87,7 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def forward(self, position_ids_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin `[T, 1, head_dim/2]` in `dtype`; angles and functions in fp32 as in transformers."""
+        """Compute cos and sin `[T, 1, head_dim/2]` in `dtype`; angles and functions in fp32 as in transformers."""
         angle_TR = position_ids_T.float()[:, None] * self.inv_freq
         cos_TR, sin_TR = angle_TR.cos() * self.attention_factor, angle_TR.sin() * self.attention_factor
         return cos_TR.to(dtype)[:, None], sin_TR.to(dtype)[:, None]

@@ -38,7 +38,7 @@ def load_model(
 
 
 def shapes_only(config: ModelConfig, dtype: torch.dtype) -> Decoder:
-    """A decoder on torch's meta device: no memory yet, and none of torch's own initialisation, to be overwritten.
+    """Build a decoder on torch's meta device: no memory yet, and no initial weights that would be overwritten.
 
     To be sharded, or not, then given memory (`Module.to_empty`), then weights (`read_weights`, `draw_weights`).
     """
@@ -110,7 +110,7 @@ def _check_finite(value: Tensor, where: str) -> None:
 def init_random(
     config: ModelConfig, seed: int, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """A decoder with fresh weights: see `draw_weights`."""
+    """Build a decoder with fresh weights: see `draw_weights`."""
     model = shapes_only(config, _as_dtype(dtype, config)).to_empty(device=device)
     draw_weights(model, seed)
     return model

@@ -24,7 +24,7 @@ class SafetensorsFile:
     Args:
         path: must not exist.
         layout: all tensors, in their order in the file.
-        metadata: texts for the header, beside the `format` that transformers wants.
+        metadata: texts for the header, besides the `format` that transformers wants.
 
     Attributes:
         header: the file's first bytes.

@@ -223,7 +223,7 @@ class Planner:
         return Corpus(rows, prompt, answer, length + (self.assumed.length_cv * answer) ** 2 / length)
 
     def on_gpu(self, device: str) -> bool:
-        """Whether a stage that is told to run on `device` runs on a GPU."""
+        """Return whether a stage whose `device` option is this runs on a GPU."""
         return self.gpu is not None and device != "cpu"
 
 

@@ -367,6 +367,6 @@ def plot_files(figures: Iterable[Drawn]) -> dict[str, bytes]:
 
 
 def is_plot_file(name: str) -> bool:
-    """Whether a file of this name can be from `plot_files`."""
+    """Return whether a file of this name can be from `plot_files`."""
     names = "|".join(entry.name + r"\d+" * entry.several for entry in FIGURES)
     return re.fullmatch(rf"({names})(-.*)?\.(svg|png)", name) is not None

@@ -105,7 +105,7 @@ class Summary:
         return self.best
 
     def gap(self, a: Arm, b: Arm) -> Comparison:
-        """The average of `a` minus that of `b`."""
+        """Return the average of `a` minus that of `b`."""
         return self.gaps[a.name, b.name] if (a.name, b.name) in self.gaps else self.gaps[b.name, a.name].reversed()
 
 

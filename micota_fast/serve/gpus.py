@@ -15,7 +15,7 @@ def environments(config: ServeConfig) -> list[dict[str, str]]:
     """An environment for each server: the visible GPUs dealt out evenly, in their order; all of them to a single one.
 
     Raises:
-        InputError: there are too few, or it cannot be told how many there are.
+        InputError: there are too few, or their number cannot be found out.
     """
     base = sglang.environment() if config.engine == "sglang" else dict(os.environ)
     shared = [base] * config.replicas

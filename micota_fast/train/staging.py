@@ -37,7 +37,7 @@ class Staging:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._pinned_at, end, 0))
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether `tensors` have the names, shapes and dtypes that it was made for."""
+        """Return whether `tensors` have the names, shapes and dtypes that it was made for."""
         return {name: (t.shape, t.dtype) for name, t in tensors.items()} == {
             name: (t.shape, t.dtype) for name, t in self.tensors.items()
         }
