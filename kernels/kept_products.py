@@ -20,7 +20,7 @@ TILES: dict[int, dict[str, Any]] = {
 
 
 def grad_hidden_of_kept(grad_CV: Tensor, weight_VH: Tensor, rows_C: Tensor, count: Tensor, out_CH: Tensor) -> None:
-    """out[kept] = grad[kept] @ weight, kept = rows_C[:count]; the other rows of `out` stay as they are."""
+    """Compute out[kept] = grad[kept] @ weight, kept = rows_C[:count]; the other rows of `out` stay as they are."""
     (c, v), h = grad_CV.shape, weight_VH.shape[1]
     tiles = TILES[grad_CV.element_size()]
     grid = (triton.cdiv(c, tiles["BLOCK_M"]) * triton.cdiv(h, tiles["BLOCK_N"]),)
@@ -32,7 +32,7 @@ def grad_hidden_of_kept(grad_CV: Tensor, weight_VH: Tensor, rows_C: Tensor, coun
 def grad_weight_of_kept(
     grad_CV: Tensor, hidden_CH: Tensor, rows_C: Tensor, count: Tensor, total_VH: Tensor, first: bool
 ) -> None:
-    """total = grad[kept].T @ hidden[kept], kept = rows_C[:count], or += for all but the first chunk."""
+    """Compute total = grad[kept].T @ hidden[kept], kept = rows_C[:count], or += for all but the first chunk."""
     v, h = total_VH.shape
     tiles = dict(TILES[grad_CV.element_size()])
     tiles["num_stages"] = 2 * tiles["num_stages"] - 1  # as far ahead, with the rows' indices loaded before the rows

@@ -16,7 +16,7 @@ def dense_linear_cross_entropy(
     reduction: Literal["none", "sum", "mean"] = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Same meaning as `linear_cross_entropy`; keeps all N x V logits, softmax in float32 (float64 stays float64).
+    """Compute what `linear_cross_entropy` does; keeps all N x V logits, softmax in float32 (float64 stays float64).
 
     Give it float64 inputs for a reference of full precision.
     """

@@ -28,7 +28,7 @@ def triton_chunk(
     grad_VH: Tensor | None,
     first: bool,
 ) -> None:
-    """As `torch_chunk`, with logits of the inputs' type and `grad_VH` float32 or, for a lone chunk, of the weight's."""
+    """Do as `torch_chunk`; logits have the inputs' type, `grad_VH` float32 or, for a lone chunk, the weight's."""
     torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
     want_gradient = grad_CH is not None or grad_VH is not None
     softmax_rows[(len(target_C),)](
@@ -90,7 +90,7 @@ def softmax_rows(
     FILTER: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Loss of one row, then scale * (softmax - onehot) in place of its logits. One program a row.
+    """Compute the loss of one row, then scale * (softmax - onehot) in place of its logits. One program per row.
 
     The maximum and the sum of exponentials are kept together over one pass (arXiv 1805.02867). With FILTER, rows that
     are ignored or of at most `threshold` keep their logits, which nobody reads again.

@@ -4,8 +4,10 @@ There are no exceptions: a rule that fails here is mended in the code, or change
 """
 
 import ast
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +56,31 @@ HOLDS = {
 }
 
 STAGE_FOLDERS = {"corpus", "serve", "generation", "train", "merge", "alignment", "evaluation", "length_sweep", "report"}
+FOLDERS_OF_TESTS = {"bench", "fake_cuda", "helpers", "scripts"}  # besides those of the packages
+# What is done in one place: a call -> the modules that may make it.
+ONE_PLACE = {
+    "fcntl.flock": {"micota_fast.common.files", "micota_fast.common.lock"},
+    "hashlib.file_digest": {"micota_fast.common.fingerprint"},
+    # Ours by the table of verbs; the others load packages that may be absent.
+    "importlib.import_module": {
+        "micota_fast.pipeline.stages",
+        "micota_fast.model.attention",
+        "micota_fast.train.meters",
+    },
+    "json.dump": set(),
+    "json.load": set(),
+    # Between a process and its worker; the last is the worker that reads what may be hostile, within its limits.
+    "json.loads": {
+        "micota_fast.common.json_io",
+        "micota_fast.grading.grader",
+        "micota_fast.grading.worker",
+        "micota_fast.chat.worker",
+    },
+    "os.rename": set(),
+    "os.replace": set(),
+    "save_file": set(),
+}
+
 VERB_MODULES = {row.function.partition(":")[0] for row in VERBS.values()}
 
 
@@ -193,6 +220,67 @@ def private_names(tree: ast.AST) -> Iterator[str]:
         else:
             continue
         yield from filter(is_private, names)
+
+
+def test_what_has_one_place_is_done_nowhere_else() -> None:
+    wrong = [
+        f"{where(module, node.lineno)} calls {called}"
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and module not in ONE_PLACE.get(called := ast.unparse(node.func), {module})
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_is_defined_that_nothing_uses() -> None:
+    """Functions, classes, methods and constants whose name stands nowhere else but in tests. Overrides do not count."""
+    texts = [file.read_text(encoding="utf-8") for file in MODULES.values()]
+    for program in ("bench/*.py", "scripts/*", "pyproject.toml"):
+        texts += [file.read_text(encoding="utf-8") for file in ROOT.glob(program) if file.is_file()]
+    seen = Counter(word for text in texts for word in re.findall(r"\w+", text))
+    unused = [
+        f"{where(module, node.lineno)}: {name}"  # type: ignore[attr-defined]
+        for module, tree in TREES.items()
+        for name, node in definitions(tree)
+        if seen[name] == 1
+    ]
+    assert not unused, "\n".join(unused)
+
+
+def definitions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """What a module defines by name, without special methods and those of classes that have bases."""
+    overriding = {
+        child for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.bases for child in node.body
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node not in overriding:
+            if not node.name.startswith("__"):
+                yield node.name, node
+        elif isinstance(node, ast.Assign) and node in tree.body:
+            yield from ((target.id, node) for target in node.targets if isinstance(target, ast.Name))
+
+
+def test_no_function_is_written_twice() -> None:
+    """Neither in the package nor in the tests: the body of one is the other's, to the letter."""
+    found: dict[str, list[str]] = {}
+    for file in [*MODULES.values(), *sorted((ROOT / "tests").rglob("*.py"))]:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name != "_":  # registered with torch
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                text = "\n".join(map(ast.unparse, body))
+                if len(text) > 80:
+                    found.setdefault(text, []).append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert not [places for places in found.values() if len(places) > 1]
+
+
+def test_the_tests_mirror_the_packages() -> None:
+    packages = {folder(module) for module in MODULES if module.count(".") > 1} | {"kernels"}
+    tested = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert tested == packages | FOLDERS_OF_TESTS
+    loose = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    assert loose == {"test_architecture", "test_cli", "test_hostile_rows"}, (
+        "a test belongs into the folder of a package"
+    )
 
 
 def test_options_and_common_need_neither_torch_nor_a_server() -> None:

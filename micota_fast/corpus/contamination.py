@@ -137,7 +137,7 @@ class _Table:
         self._sorted = np.array(sorted(self._grams), np.uint64)
 
     def hits(self, texts: list[bytes]) -> Iterator[tuple[int, int, bool]]:
-        """(text, problem, whether it is the whole of both) of every match."""
+        """Yield (text, problem, whether it is the whole of both) for every match."""
         data, ends = _joined(texts)
         whole, grams, of = _hash_all(data, ends)
         for text, value in enumerate(whole.tolist()):

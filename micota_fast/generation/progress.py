@@ -68,7 +68,7 @@ class Meters:
         return "  ".join(parts)
 
     def gpu_seconds(self, endpoints: Sequence[Endpoint]) -> float | None:
-        """GPU-seconds an accepted answer (an answer, where nothing is judged) has taken; None: no GPUs are known of."""
+        """Return GPU-seconds per accepted answer (per answer, if nothing is judged); None: no GPUs are known of."""
         gpus = [endpoint.info.gpus for endpoint in endpoints]
         got = self.done - self.done_before if self.accepted is None else self.accepted - self.accepted_before
         if None in gpus or got <= 0:
@@ -76,7 +76,7 @@ class Meters:
         return sum(number or 0 for number in gpus) * (time.monotonic() - self.started) / got
 
     def summary(self, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
-        """For OUT.meters.json: this run's figures."""
+        """Return this run's figures, for OUT.meters.json."""
         seconds = time.monotonic() - self.started
         return {
             "seconds": round(seconds, 3),

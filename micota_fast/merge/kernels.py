@@ -161,7 +161,7 @@ def narrow_float32(source: Floats, out: Floats) -> bool:
 
 @compiled
 def digest(row: Floats) -> np.uint64:
-    """A 64-bit number that tells rows apart, no defence against forgery: the NH hash (Black et al. 1999, UMAC) with a
+    """Hash a row to 64 bits, no defence against forgery: the NH hash (Black et al. 1999, UMAC) with a
     Weyl sequence for a key."""
     bits = row.view(np.uint32)
     half = (bits.size + 1) // 2
@@ -177,14 +177,14 @@ def digest(row: Floats) -> np.uint64:
 
 @compiled
 def subtract(tensor: Floats, base: Floats) -> None:
-    """tensor -= base: the task vector."""
+    """Compute tensor -= base: the task vector."""
     for i in range(base.size):
         tensor[i] -= base[i]
 
 
 @compiled
 def random_words(key: tuple[int, int], start: int, out: Words) -> None:
-    """Elements start, start + 1, ... of a stream of uniform 32-bit words: Philox 4x32-10 (Salmon et al. 2011).
+    """Draw elements start, start + 1, ... of a stream of uniform 32-bit words: Philox 4x32-10 (Salmon et al. 2011).
 
     Element i is word i mod 4 of the output for the counter i div 4. `start` and the size of `out` are multiples of 4.
     """
@@ -366,7 +366,7 @@ def _add_agreeing(delta: Floats, weight: np.float32, total: Floats, mixed: Float
 
 @compiled
 def weighted_sum(tensors_KR: Floats, weights_K: Floats, divisor: np.float32, out: Floats) -> None:
-    """sum_k weights[k] tensors[k] / divisor, by fused multiply-adds in order (mergekit's, where the CPU has them)."""
+    """Compute sum_k weights[k] tensors[k] / divisor, by fused multiply-adds in order (mergekit's, if the CPU can)."""
     out[:] = 0
     for k in range(weights_K.size):
         _add_fused(tensors_KR[k, : out.size], weights_K[k], out)
@@ -378,7 +378,7 @@ def weighted_sum(tensors_KR: Floats, weights_K: Floats, divisor: np.float32, out
 def add_task_vectors(
     base: Floats, deltas_KR: Floats, weights_K: Floats, divisor: np.float32, lambda_: np.float32, out: Floats
 ) -> None:
-    """base + lambda sum_k weights[k] deltas[k] / divisor."""
+    """Compute base + lambda sum_k weights[k] deltas[k] / divisor."""
     out[:] = 0
     for k in range(weights_K.size):
         _add(deltas_KR[k, : out.size], weights_K[k], out)

@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE over ``texts``: 256 bytes, three special tokens, and the words that occur, at most 512 in all."""
+    """Train a byte-level BPE on ``texts``: 256 bytes, three special tokens, and the words that occur; at most 512."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

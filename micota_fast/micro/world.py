@@ -131,7 +131,7 @@ def benchmarks(split_seed: int = SPLIT_SEED) -> dict[str, list[Chain]]:
 
 
 def held_out(split_seed: int = SPLIT_SEED) -> frozenset[Chain]:
-    """Every benchmark problem: what neither the train split nor pre-training may contain."""
+    """Return every benchmark problem: what neither the train split nor pre-training may contain."""
     return frozenset(chain for chains in benchmarks(split_seed).values() for chain in chains)
 
 
@@ -144,7 +144,7 @@ def train_problems(split_seed: int = SPLIT_SEED) -> list[Chain]:
 
 
 def pretraining_chains(rng: random.Random, split_seed: int = SPLIT_SEED) -> Iterator[Chain]:
-    """Endless chains of 1 to ``MAX_STEPS`` steps, none of them held out."""
+    """Yield endless chains of 1 to ``MAX_STEPS`` steps, none of them held out."""
     excluded = held_out(split_seed)
     while True:
         chain = random_chain(rng, rng.randint(1, MAX_STEPS))

@@ -21,7 +21,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 @torch.library.custom_op("micota::cpu_attention", mutates_args=())
 def cpu_attention(q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token sees those of its own document up to itself; scores are scaled by 1/sqrt(d).
+    """Let each token attend to those of its own document up to itself; scores are scaled by 1/sqrt(d).
 
     Args:
         q_TNd, k_TKd, v_TKd: on the CPU; query heads n to n + N/K - 1 share key head n K/N.
@@ -48,7 +48,7 @@ def _(q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor, cu_seqlens: Tensor) -> tuple[
 def cpu_attention_backward(
     grad_TNd: Tensor, q_TNd: Tensor, k_TKd: Tensor, v_TKd: Tensor, out_TNd: Tensor, lse_TN: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Compute the gradients of q, k and v."""
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_TNd, k_TKd, v_TKd)]
     for document in _documents(cu_seqlens):
         tensors = [_batch(x, document) for x in (grad_TNd, q_TNd, k_TKd, v_TKd, out_TNd)]

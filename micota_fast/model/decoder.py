@@ -106,7 +106,7 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, attend: Attend) -> Tensor:
-        """Hidden states after the final norm.
+        """Compute the hidden states after the final norm.
 
         Args:
             input_ids_T: int64 `[T]`, tokens of any number of documents, one after the other.
@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, seqlen: float) -> float:
-        """FLOPs of forward and backward for one token of a document of `seqlen` tokens.
+        """Count the FLOPs of forward and backward for one token of a document of `seqlen` tokens.
 
         6 for each weight of a matrix product (PaLM, arXiv 2204.02311, appendix B; the embedding's look-up costs none,
         the output projection does), and 12·layers·heads·head_dim for each key a query sees, which under a causal mask

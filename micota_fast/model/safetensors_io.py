@@ -117,7 +117,7 @@ def init_random(
 
 
 def draw_weights(model: Decoder, seed: int) -> None:
-    """Fresh weights as transformers draws them: normal(0, initializer_range), biases 0, norms 1; fixed by `seed`.
+    """Draw fresh weights as transformers does: normal(0, initializer_range), biases 0, norms 1; fixed by `seed`.
 
     Every dtype, device and way of sharding gets the same ones.
     """
