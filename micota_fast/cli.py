@@ -48,6 +48,15 @@ def _run(arguments: Sequence[str]) -> int:
             raise
         print(f"micota {verb}: {_indented(str(error.filename))}: {error.strerror}", file=sys.stderr)
         return 2
+    except UnicodeEncodeError as error:
+        if error.encoding != sys.getfilesystemencoding():
+            raise
+        print(
+            f"micota {verb}: {_indented(error.object)}: this locale's encoding of file names, {error.encoding}, lacks a "
+            f"character of it; set LC_ALL=C.UTF-8 or PYTHONUTF8=1",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         resume = "" if verb == "serve" else "; run the same command to resume"
         print(f"micota {verb}: interrupted{resume}", file=sys.stderr)

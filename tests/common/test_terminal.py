@@ -95,3 +95,13 @@ def test_a_name_that_is_too_long_is_said(verb: str, tmp_path: Path, capsys: pyte
     }[verb]
     assert main([verb, *options]) == 2
     assert "File name too long" in capsys.readouterr().err
+
+
+def test_a_name_that_the_locale_cannot_spell_is_said_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "options.yaml").write_text("completions: é.jsonl\nout: out\n", encoding="utf-8")
+    command = [sys.executable, "-m", "micota_fast", "filter", str(tmp_path / "options.yaml")]
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ended = subprocess.run(command, env=os.environ | locale, capture_output=True, check=False)
+    assert ended.returncode == 2
+    assert rb"micota filter: \xe9.jsonl: this locale's encoding of file names, ascii, lacks a character" in ended.stderr
+    assert b"PYTHONUTF8=1" in ended.stderr
