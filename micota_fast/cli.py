@@ -52,8 +52,8 @@ def _run(arguments: Sequence[str]) -> int:
         if error.encoding != sys.getfilesystemencoding():
             raise
         print(
-            f"micota {verb}: {_indented(error.object)}: this locale's encoding of file names, {error.encoding}, lacks a "
-            f"character of it; set LC_ALL=C.UTF-8 or PYTHONUTF8=1",
+            f"micota {verb}: {_indented(error.object)}: this locale's encoding of file names, {error.encoding}, lacks a"
+            f" character of it; set LC_ALL=C.UTF-8 or PYTHONUTF8=1",
             file=sys.stderr,
         )
         return 2
