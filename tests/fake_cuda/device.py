@@ -8,7 +8,7 @@ CUDA build's own C++ does between an operation and its kernel.
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,17 +135,18 @@ def _face(runtime: _Runtime, on_wait: Callable[[str], None], memory: Callable[[]
     def current_stream(device: Any = None) -> torch.Stream:
         return torch.accelerator.current_stream(where(device))
 
-    @contextlib.contextmanager
-    def stream(chosen: torch.Stream | None) -> Iterator[None]:
-        if chosen is None:
-            yield
-            return
-        before = current_stream()
-        torch.accelerator.set_stream(chosen)
-        try:
-            yield
-        finally:
-            torch.accelerator.set_stream(before)
+    class StreamContext(contextlib.AbstractContextManager[None]):
+        """The current stream for a stretch; None: the one that is current already."""
+
+        def __init__(self, chosen: torch.Stream | None) -> None:
+            self._chosen = chosen
+
+        def __enter__(self) -> None:
+            self._before = current_stream()
+            torch.accelerator.set_stream(self._chosen or self._before)
+
+        def __exit__(self, *_: object) -> None:
+            torch.accelerator.set_stream(self._before)
 
     class device(contextlib.AbstractContextManager[None]):
         """The current device for a stretch; None or a negative index: the one that is current already."""
@@ -187,8 +188,8 @@ def _face(runtime: _Runtime, on_wait: Callable[[str], None], memory: Callable[[]
             stream_id=0, device_index=where(device).index, device_type=1
         ),
         "set_stream": torch.accelerator.set_stream,
-        "stream": stream,
-        "StreamContext": stream,
+        "stream": StreamContext,
+        "StreamContext": StreamContext,
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda device=None: on_wait("cuda.synchronize"),
         "empty_cache": lambda: on_wait("cuda.empty_cache"),  # cudaFree waits for the device

@@ -1,4 +1,4 @@
-"""`train()` of a model at its full width, until its second step is done: documents and weights are made up."""
+"""`train()` of a model at its full width, until its first step is done: documents and weights are made up."""
 
 import json
 import tempfile
@@ -10,16 +10,12 @@ import numpy as np
 
 from fake_cuda.session import Session
 
-STEPS = 2  # in the first one the optimizer has no moments yet
 
-
-class _StepsDone(Exception):
+class _StepDone(Exception):
     """Raised where the real run would go on to write checkpoints of gigabytes."""
 
 
-def train_steps(
-    session: Session, model: str, folder: str, pack_tokens: int, layers: int | None, **options: Any
-) -> None:
+def train_step(session: Session, model: str, folder: str, pack_tokens: int, layers: int | None, **options: Any) -> None:
     """Run two steps of one full pack per process; afterwards the ledger has the peak of the second.
 
     Args:
@@ -31,8 +27,10 @@ def train_steps(
         options: further ones of training.
 
     Returns:
-        By phase of the last step, the most bytes on the device, and in which function of ours that was.
+        By phase of the step, the most bytes on the device, and in which function of ours that was.
     """
+    import torch
+
     from micota_fast.config.train import TrainConfig
     from micota_fast.model import safetensors_io
     from micota_fast.planning.shapes import known_shapes
@@ -46,26 +44,28 @@ def train_steps(
     source.mkdir()
     described = shape.to_dict("bfloat16") | ({} if layers is None else {"num_hidden_layers": layers})
     (source / "config.json").write_text(json.dumps(described), encoding="utf-8")
-    packs = int(session.world * STEPS)
-    documents = _documents([_lengths(pack_tokens) for _ in range(packs)], shape.vocab_size)
+    documents = _documents([_lengths(pack_tokens) for _ in range(session.world)], shape.vocab_size)
     prepare.load_documents = lambda *_: (documents, None)
     safetensors_io.draw_weights = lambda *_: None
 
-    begun = 0
     peaks = {}
-    lap = Stopwatch.lap
+    lap, make_optimizer = Stopwatch.lap, loop.make_optimizer
 
     def counted(watch: Stopwatch, phase: str) -> None:
-        nonlocal begun
         peaks[session.waits.phase] = session.ledger.peak, session.ledger.at_peak
         session.ledger.restart()
         lap(watch, phase)
-        if phase == "data":
-            begun += 1
-        if phase == "report" and begun == STEPS:
-            raise _StepsDone
+        if phase == "report":
+            raise _StepDone
 
-    Stopwatch.lap = counted  # type: ignore[method-assign]
+    def with_moments(*args: Any) -> torch.optim.AdamW:
+        optimizer = make_optimizer(*args)
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device="cuda"), **moments}
+        return optimizer
+
+    Stopwatch.lap, loop.make_optimizer = counted, with_moments  # type: ignore[method-assign]
     session.ledger.note = session.waits.place
     config = TrainConfig(
         model=str(source),
@@ -82,9 +82,9 @@ def train_steps(
     try:
         with session.running():
             loop.train(config)
-    except _StepsDone:
+    except _StepDone:
         pass
-    Stopwatch.lap = lap  # type: ignore[method-assign]
+    Stopwatch.lap, loop.make_optimizer = lap, make_optimizer  # type: ignore[method-assign]
     return {phase: peaks[phase] for phase in ("data", "forward", "backward", "optimizer")}
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -131,7 +132,6 @@ def resumed_run(checkpoint: str, folder: str) -> dict[str, Any]:
     With one rank, torch's planner has all shards: checkpoints are written, checked and read by what really does it.
     """
     session = Session(world=1)
-    import os
     import signal
 
     from helpers.training_runs import checkpoint_steps, train_config, write_corpus
@@ -175,14 +175,95 @@ def peaks(world: int, folder: str, cells: list[list[Any]]) -> list[dict[str, Any
     session = Session(world)
     import gc
 
-    from fake_cuda.full_width import train_steps
+    from fake_cuda.full_width import train_step
 
     found = []
     for model, pack_tokens, mode, layers in cells:
-        run = train_steps(session, model, folder, pack_tokens, layers, activation_checkpointing=mode)
+        run = train_step(session, model, folder, pack_tokens, layers, activation_checkpointing=mode)
         found.append(run)
         gc.collect()
         session.require_empty()
+    return found
+
+
+def launches(folder: str, chips: list[int], models: list[str]) -> dict[str, Any]:
+    """Run a step of each model, in full width, and return its Triton launches and what they compile to.
+
+    Args:
+        folder: for files.
+        chips: compute capabilities to compile for.
+        models: names on the hub.
+    """
+    session = Session(8, chips=tuple(chips))
+    from fake_cuda.full_width import train_step
+    from helpers.cubins import inspect_cubin
+
+    for model in models:
+        # A pack of odd length; the row filter has kernels of its own.
+        for options in ({}, {"row_filter": 0.1}, {"dtype": "float32", "attention": "sdpa"}):
+            train_step(session, model, folder, 4099, 2, **options)
+    compiled = [
+        {"name": each.name, "chip": each.chip, **inspect_cubin(each.kernel, Path(folder))}
+        for each in session.launches.compiled.values()
+    ]
+    return {"counts": dict(session.launches.counts), "compiled": compiled}
+
+
+def graphs(checkpoint: str, attention: str, modes: list[str]) -> dict[str, Any]:
+    """Compile the blocks as `parallelize` does, and return what dynamo counted over packs of three lengths, by mode.
+
+    torch compiles nothing under a dispatch mode of others, so a block is called outside of it. Its graphs are made for
+    both passes and run operation by operation (`aot_eager`); what inductor makes of them is not seen.
+    """
+    session = Session(world=1, attention=attention if attention.startswith("flash") else None)
+    import torch
+    from torch._dynamo.utils import counters
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    from micota_fast.config.train import TrainSettings
+    from micota_fast.model.attention import choose_backend
+    from micota_fast.model.config import ModelConfig
+    from micota_fast.model.safetensors_io import shapes_only
+    from micota_fast.train.packed_loss import PackedLoss
+    from micota_fast.train.parallel import parallelize
+    from micota_fast.train.world import World
+
+    def compile_outside(module: torch.nn.Module, **options: Any) -> None:
+        compiled = torch.compile(module._call_impl, backend="aot_eager", **options)
+
+        def call(*args: Any) -> Any:
+            with _disable_current_modes():
+                return compiled(*args)
+
+        module._compiled_call_impl = call
+
+    torch.nn.Module.compile = compile_outside  # type: ignore[method-assign]
+    shape = ModelConfig.from_checkpoint(checkpoint)
+    device = torch.device("cuda", 0)
+    backend, why = choose_backend("auto", device, torch.bfloat16, shape.head_dim)
+    found: dict[str, Any] = {"attention": f"{backend}, {why}"}
+    for mode in modes:
+        torch._dynamo.reset()
+        counters.clear()
+        model = PackedLoss(shapes_only(shape, torch.bfloat16), backend)
+        # In float32 one process is not sharded; the parameters are bfloat16, as those that FSDP gathers.
+        settings = TrainSettings(compile=True, dtype="float32", activation_checkpointing=mode)  # type: ignore[arg-type]
+        made = []
+        with session.running():
+            parallelize(model, settings, World(0, 1, device))
+            model.to_empty(device=device)
+            for lengths in ((100, 28), (64, 30, 7), (201,)):
+                total = sum(lengths)
+                ids_T = torch.zeros(total, dtype=torch.int64, device=device)
+                cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
+                model(ids_T, ids_T, ids_T, None, cu_seqlens, lengths, total, float(total)).backward()
+                made.append(counters["stats"]["unique_graphs"])
+        found[mode] = {
+            "graphs": made,
+            "breaks": list(counters["graph_break"]),
+            "backward": counters["aot_autograd"]["ok"],
+            "gradients": all(parameter.grad is not None for parameter in model.parameters()),
+        }
     return found
 
 
@@ -203,8 +284,9 @@ def _note_batches() -> list[str]:
 
 
 SCENES: dict[str, Callable[..., Any]] = {
-    scene.__name__: scene for scene in (controls, steps, whole_run, resumed_run, peaks)
+    scene.__name__: scene for scene in (controls, steps, whole_run, resumed_run, peaks, launches, graphs)
 }
 
 if __name__ == "__main__":
-    print(json.dumps(SCENES[sys.argv[1]](**json.loads(sys.argv[2]))))
+    print(json.dumps(SCENES[sys.argv[1]](**json.loads(sys.argv[2]))), flush=True)
+    os._exit(0)  # the interpreter's own end sometimes meets a thread of autograd, one for each device, and aborts

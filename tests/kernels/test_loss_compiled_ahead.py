@@ -15,12 +15,9 @@ from typing import Any
 
 import pytest
 
+from helpers.cubins import SHARED_LIMIT
+
 CHIPS = {80: "A100", 90: "H100", 100: "B200"}  # compute capability
-SHARED_LIMIT = {
-    80: 163 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-}  # of a block; CUDA C programming guide, compute capabilities
 # What multiplies tiles of bfloat16 into float32 on tensor cores.
 TENSOR_CORES = {80: r"HMMA\.16816\.F32\.BF16", 90: r"HGMMA\.64x\d+x16\.F32\.BF16", 100: r"UTCHMMA"}
 PADDED, ODD = 2 * 8192, 2 * 8192 + 7  # columns: of a vocabulary padded as they are, and of one that is not
@@ -55,6 +52,7 @@ def compile_all(out: Path) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
+    from helpers.cubins import inspect_cubin
     from micota_fast.kernels import triton_chunk
 
     chip, call, found = 0, {}, {}
@@ -77,7 +75,7 @@ def compile_all(out: Path) -> None:
         compiled = run(kernel, *args, grid=grid, warmup=True, **options)
         flags = {name: options[name] for name in ("WANT_GRADIENT", "FILTER", "FIRST") if name in options}
         if compiled.hash not in found:
-            facts = inspect(out.parent / "kernel.cubin", compiled, call["listed"])
+            facts = inspect_cubin(compiled, out.parent, call["listed"])
             what = {"name": kernel.__name__, "chip": chip, "flags": flags, **call["what"]}
             found[compiled.hash] = asdict(Kernel(**what, **facts))
 
@@ -115,26 +113,6 @@ def compile_all(out: Path) -> None:
             launch(dtype, PADDED, grad_VH=weight.float(), threshold=0.1)
             launch(dtype, PADDED, grad_VH=weight.float(), threshold=0.1, first=False)
     out.write_text(json.dumps(list(found.values())))
-
-
-def inspect(cubin: Path, compiled: Any, listed: bool) -> dict[str, Any]:
-    """What cuobjdump, which comes with Triton, says of a compiled kernel."""
-    from triton.backends import nvidia
-
-    cubin.write_bytes(compiled.asm["cubin"])
-    command = [Path(nvidia.__file__).parent / "bin" / "cuobjdump", "--dump-resource-usage", cubin]
-    command += ["--dump-sass"] if listed else []
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
-    assert used is not None, text[:2000]
-    registers, stack, shared, local = map(int, used.groups())
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE)
-    return {
-        "registers": registers,
-        "spilled": stack + local,
-        "shared": shared + compiled.metadata.shared,
-        "instructions": names if listed else None,
-    }
 
 
 pytestmark = pytest.mark.slow  # every kernel is compiled first
