@@ -29,6 +29,26 @@ install() {
         fail "pip could not install $*; its message is above"
 }
 
+# An empty environment of its own in directory $2 for the script $1, where `install` then installs. When an earlier call of
+# the same script has finished there (`environment_is_complete`), the script ends here.
+start_environment() {
+    VENV="$2" STAMP="$(sha256sum "$1" | cut -d' ' -f1) $2"
+    if [ "$(cat "$VENV/installed" 2>/dev/null || true)" = "$STAMP" ]; then
+        echo "$VENV is there already"
+        exit
+    fi
+    local python
+    python="$(find_python)"
+    echo "Making $VENV with $("$python" --version)"
+    rm -rf "$VENV" # half of one, or an older one
+    "$python" -m venv "$VENV" || fail "could not make $VENV; on Debian or Ubuntu: apt-get install python3-venv"
+}
+
+environment_is_complete() {
+    echo "$STAMP" > "$VENV/installed"
+    du -sh "$VENV" | sed 's/\t/ of disk: /'
+}
+
 prepare_environment() {
     local extras="$1" python stamp wanted
     [ "$(uname -s)" = Linux ] || echo "note: made for Linux; this is $(uname -s)" >&2

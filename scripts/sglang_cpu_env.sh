@@ -17,22 +17,14 @@ PACKAGES=(
     requests psutil setproctitle pybase64 pydantic python-multipart partial_json_parser pillow prometheus-client regex
     scipy einops interegular IPython xxhash zstandard watchfiles tqdm tiktoken openai==2.8.0 openai-harmony==0.0.4 gguf
     compressed-tensors==0.18.0 blobfile cloudpickle dill numba==0.65.1 jsonschema soundfile sentencepiece
+    datasets==5.2.0 # for sglang.bench_serving
 )
 WITHOUT_DEPENDENCIES=( # ... then what would bring CUDA, or pin another torch
     triton==3.6.0 xgrammar==0.2.7 apache-tvm-ffi==0.1.11 torchvision==0.28.0 sglang==0.5.23 sglang-router==0.3.2
 )
 
-# A second call finds the stamp of the same script in the same place.
-wanted="$(sha256sum "${BASH_SOURCE[0]}" | cut -d' ' -f1) $DIR"
-if [ "$(cat "$DIR/installed" 2>/dev/null || true)" = "$wanted" ]; then
-    echo "$DIR is there already"
-    exit
-fi
-python="$(find_python)"
-echo "Making $DIR with $("$python" --version): SGLang 0.5.23 and sglang-router 0.3.2 for a CPU (about 70 s, 2.7 GB)"
-rm -rf "$DIR" # half of one, or an older one
-"$python" -m venv "$DIR" || fail "could not make $DIR; on Debian or Ubuntu: apt-get install python3-venv"
-VENV="$DIR" # where `install` installs
+echo "SGLang 0.5.23 and sglang-router 0.3.2 for a CPU: about 70 s, 2.7 GB"
+start_environment "${BASH_SOURCE[0]}" "$DIR"
 install "${PACKAGES[@]}"
 install --no-deps "${WITHOUT_DEPENDENCIES[@]}"
 
@@ -70,5 +62,4 @@ echo "import torchvision_stub" > "$site/torchvision_stub.pth"
 
 "$DIR/bin/python" -c 'import sglang_router, torchvision, sglang.srt.server_args' ||
     fail "what was installed in $DIR does not import; see above"
-echo "$wanted" > "$DIR/installed"
-du -sh "$DIR" | sed 's/\t/ of disk: /'
+environment_is_complete

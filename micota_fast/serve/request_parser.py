@@ -75,6 +75,19 @@ class AskedOpenAI:
     usage_always: bool = False
 
 
+@dataclass(frozen=True)
+class _Names:
+    """What an endpoint calls the options of which an error may speak."""
+
+    prompt: str
+    max_new_tokens: str
+    min_new_tokens: str
+    top_logprobs: str
+
+
+_COMPLETIONS = _Names("prompt", "max_tokens", "min_tokens", "logprobs")
+
+
 class RequestParser:
     """Reads the bodies of all endpoints. Methods may take seconds and touch nothing shared: call them in a thread.
 
@@ -99,7 +112,8 @@ class RequestParser:
         read = self._read(body, options.GENERATE)
         if ("text" in read) == ("input_ids" in read):
             raise BadRequest("exactly one of text and input_ids must be given", "text")
-        if "text" in read:
+        key = "text" if "text" in read else "input_ids"
+        if key == "text":
             is_list, texts = _as_list("text", read["text"], str)
             prompts = self._encode("text", texts, add_special_tokens=True)
         else:
@@ -108,12 +122,14 @@ class RequestParser:
         listed = params if isinstance(params, list) else [params] * len(prompts)
         if len(listed) != len(prompts):
             raise BadRequest(f"{len(listed)} sampling_params for {len(prompts)} prompts", "sampling_params")
+        names = _Names(key, "max_new_tokens", "min_new_tokens", "top_logprobs_num")
         parsed = [self.sampling_params(values) for values in (listed if isinstance(params, list) else listed[:1])]
         parsed *= 1 if isinstance(params, list) else len(prompts)
         return self._asked(
             prompts,
             parsed,
             read.get("rid"),
+            names,
             is_list=is_list or any(p.n > 1 for p in parsed),
             stream=read.get("stream", False),
             logprobs=read.get("return_logprob", False),
@@ -138,11 +154,12 @@ class RequestParser:
                 "best_of is not supported by this engine (only 1 or n)", "best_of", "unsupported_parameter"
             )
         room = self.limits.context_length - max(map(len, prompts))
-        params = self._openai_params(read, read.get("max_tokens", min(COMPLETION_TOKENS, max(1, room))))
+        params = self._openai_params(read, read.get("max_tokens", min(COMPLETION_TOKENS, max(1, room))), _COMPLETIONS)
         asked = self._asked(
             prompts,
             [params] * len(prompts),
             read.get("rid"),
+            _COMPLETIONS,
             stream=read.get("stream", False),
             logprobs=logprobs is not None,
             logprobs_from=0 if echo and logprobs is not None else -1,
@@ -180,11 +197,14 @@ class RequestParser:
         if read.get("top_logprobs") and not read.get("logprobs"):
             raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
         room = max(1, self.limits.context_length - len(prompts[0]))
-        params = self._openai_params(read, read.get("max_completion_tokens", read.get("max_tokens", room)))
+        most = "max_completion_tokens" if "max_completion_tokens" in read else "max_tokens"
+        names = _Names("messages", most, "min_tokens", "top_logprobs")
+        params = self._openai_params(read, read.get(most, room), names)
         asked = self._asked(
             prompts,
             [params],
             read.get("rid"),
+            names,
             stream=read.get("stream", False),
             logprobs=read.get("logprobs", False),
             top_logprobs=read.get("top_logprobs", 0),
@@ -205,28 +225,29 @@ class RequestParser:
         """SGLang's `sampling_params`; without `sampling_seed` a random one is drawn. Raises BadRequest."""
         if not isinstance(values, Mapping):
             raise BadRequest(f"sampling_params must be an object, got {shown(values)}", "sampling_params")
-        return self._params(read_options(options.SAMPLING_PARAMS, values, self.limits, "sampling_params."))
+        read = read_options(options.SAMPLING_PARAMS, values, self.limits, "sampling_params.")
+        return self._params(read, "max_new_tokens", "min_new_tokens")
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def _read(self, body: bytes, table: Mapping[str, Option]) -> dict[str, Any]:
         return read_options(table, _json_object(body), self.limits, "")
 
-    def _openai_params(self, read: Mapping[str, Any], max_new_tokens: int) -> SamplingParams:
+    def _openai_params(self, read: Mapping[str, Any], max_new_tokens: int, names: _Names) -> SamplingParams:
         known = SamplingParams.__dataclass_fields__
         values = {key: value for key, value in read.items() if key in known}
-        return self._params(values | {"max_new_tokens": max_new_tokens})
+        return self._params(values | {"max_new_tokens": max_new_tokens}, names.max_new_tokens, names.min_new_tokens)
 
-    def _params(self, checked: Mapping[str, Any]) -> SamplingParams:
+    def _params(self, checked: Mapping[str, Any], most: str, least: str) -> SamplingParams:
         params = SamplingParams(**({"sampling_seed": secrets.randbits(63)} | dict(checked)))
         if params.min_new_tokens > params.max_new_tokens:
             raise BadRequest(
-                f"min_new_tokens {params.min_new_tokens} exceeds max_new_tokens {params.max_new_tokens}",
-                "min_new_tokens",
+                f"{least} {params.min_new_tokens} exceeds {most} {params.max_new_tokens}",
+                least,
             )
         stops = params.stop_token_ids | set(self.chat.eos_ids)
         if params.min_new_tokens and not params.ignore_eos and len(stops) >= self.limits.vocab_size:
-            raise BadRequest("stop_token_ids leave min_new_tokens nothing to choose from", "stop_token_ids")
+            raise BadRequest(f"stop_token_ids leave {least} nothing to choose from", "stop_token_ids")
         return params
 
     def _encode(self, key: str, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
@@ -267,10 +288,10 @@ class RequestParser:
             "context_length_exceeded",
         )
 
-    def _asked(self, ids: list[list[int]], params: list[SamplingParams], rid: Any, **more: Any) -> Asked:
+    def _asked(self, ids: list[list[int]], params: list[SamplingParams], rid: Any, names: _Names, **more: Any) -> Asked:
         """n answers to each prompt, each with an id and random numbers of its own."""
         if not ids:
-            raise BadRequest("the batch is empty")
+            raise BadRequest("the batch is empty", names.prompt)
         answers = sum(p.n for p in params)
         if answers > MAX_ANSWERS:
             raise _too_many(answers, "n")
@@ -285,9 +306,11 @@ class RequestParser:
         places = 0
         for prompt, wanted, name in zip(ids, params, rids, strict=True):
             if not prompt:
-                raise BadRequest("the prompt is empty")
+                raise BadRequest("the prompt is empty", names.prompt)
             if len(prompt) + max(1, wanted.max_new_tokens) > self.limits.context_length:
-                raise self._too_long(len(prompt), wanted.max_new_tokens, "max_new_tokens")
+                fits_alone = len(prompt) < self.limits.context_length
+                key = names.max_new_tokens if fits_alone else names.prompt
+                raise self._too_long(len(prompt), wanted.max_new_tokens, key)
             start = more.get("logprobs_from", -1)
             if start > len(prompt):
                 raise BadRequest(
@@ -299,7 +322,7 @@ class RequestParser:
         if more.get("logprobs") and each * places > MAX_LOGPROBS:
             raise BadRequest(
                 f"{each} log-probabilities at each of up to {places} places are more than {MAX_LOGPROBS}",
-                "top_logprobs",
+                names.top_logprobs,
             )
         return Asked(prompts, **more)
 

@@ -8,7 +8,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from aiohttp import web
@@ -27,13 +27,29 @@ def sglang_python() -> str:
 
     With $MICOTA_REQUIRE_SGLANG, as in CI, it fails instead.
     """
-    made = ROOT / ".sglang-cpu"
     if "SGLANG_PYTHON" in os.environ:
         return os.environ["SGLANG_PYTHON"]
-    if (made / "installed").is_file():
-        return str(made / "bin" / "python")
-    why = "no SGLang: bash scripts/sglang_cpu_env.sh installs one, or name its interpreter in $SGLANG_PYTHON"
-    if os.environ.get("MICOTA_REQUIRE_SGLANG"):
+    return _python_of(".sglang-cpu", "sglang_cpu_env.sh", "MICOTA_REQUIRE_SGLANG")
+
+
+def clients_python() -> str:
+    """The interpreter of scripts/real_clients_env.sh; where there is none, the test is skipped.
+
+    With $MICOTA_REQUIRE_CLIENTS, as in CI, it fails instead.
+    """
+    return _python_of(".real-clients", "real_clients_env.sh", "MICOTA_REQUIRE_CLIENTS")
+
+
+def _python_of(folder: str, script: str, required: str) -> str:
+    made = ROOT / folder
+    if not (made / "installed").is_file():
+        skip_or_fail(f"no {folder}: bash scripts/{script} makes one", required)
+    return str(made / "bin" / "python")
+
+
+def skip_or_fail(why: str, required: str) -> NoReturn:
+    """Skip the test; where the variable `required` is set, as in CI, fail it."""
+    if os.environ.get(required):
         pytest.fail(why)
     pytest.skip(why)
 

@@ -193,7 +193,16 @@ def test_errors_are_objects_with_type_code_and_param(server: Server) -> None:
         ("completions", {**TEXT, "regex": "a"}, "regex", "unsupported_parameter"),
         ("completions", {**TEXT, "temprature": 1}, "temprature", "unknown_parameter"),
         ("completions", {"max_tokens": 5}, "prompt", "missing_required_parameter"),
-        ("completions", {**TEXT, "max_tokens": 511}, "max_new_tokens", "context_length_exceeded"),
+        ("completions", {**TEXT, "max_tokens": 511}, "max_tokens", "context_length_exceeded"),
+        ("completions", {**TEXT, "min_tokens": 7}, "min_tokens", "invalid_value"),
+        ("completions", {**TEXT, "prompt": [5] * 512}, "prompt", "context_length_exceeded"),
+        ("completions", {**TEXT, "prompt": ""}, "prompt", "invalid_value"),
+        (
+            "chat/completions",
+            {**CHAT, "max_completion_tokens": 500},
+            "max_completion_tokens",
+            "context_length_exceeded",
+        ),
         ("chat/completions", {**CHAT, "temperature": -1}, "temperature", "invalid_value"),
     ):
         status, answer = server.post(f"/v1/{path}", body)
