@@ -4,7 +4,7 @@
 
 One server in its own process with the micro assistant in float32, 12 clients that ask one request after another for
 S seconds (600): native, OpenAI's, whole and streamed, single and batched, 10% that leave before the end, 1% hostile
-(soak_load.py). Apart from them a prober asks /health every 100 ms and reads the server's resident memory.
+ones (soak_load.py). Apart from them a prober asks /health every 100 ms and reads the server's resident memory.
 
 Exits with 1 unless all of this holds:
 
