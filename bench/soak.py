@@ -8,8 +8,8 @@ ones (soak_load.py). Apart from them a prober asks /health every 100 ms and read
 
 Exits with 1 unless all of this holds:
 
-- no request is lost: each well-formed one gets 200 and as many tokens as it asked for, each hostile one the refusal that
-  is declared for it; when the load has ended nothing runs or waits, and SIGTERM ends the server with status 0;
+- no request is lost: each well-formed one gets 200 and as many tokens as it asked for, each hostile one the refusal
+  that is declared for it; when the load has ended nothing runs or waits, and SIGTERM ends the server with status 0;
 - no answer to /health takes longer than 1 s;
 - memory is flat: over the time after the warm-up (the first fifth, at least 5 s), the slope of a straight line through
   its resident memory, times that time, is at most 3% of what it was at the end of the warm-up.
