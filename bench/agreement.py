@@ -10,7 +10,7 @@ minerva_math500. Answers are given to both sides as they were recorded.
 
 Ours are both protocols of `micota evaluate`. A line of FILE for every answer on which a pair disagrees, with the last
 80 characters of the answer at most; `answer_is_right` and `why` are a reader's judgement, kept from the FILE that was
-there (null where there is none), and `right` says for each protocol who agrees with the reader. Not listed but counted
+there (null if there is none), and `right` says for each protocol who agrees with the reader. Not listed but counted
 in the rows: `no_box`, as `strict` reads boxes only, so answers without one are left out of its pairs; and
 `theirs_read_none`, ours correct while theirs did not find the form of answer that it asks for (`####`, `Final Answer:
 The final answer is ...`, no dollar sign but the answer's two): ours has read the gold value, and is right by that rule.

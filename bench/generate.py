@@ -3,8 +3,8 @@
     .venv/bin/python bench/generate.py [--quick] [--only PART] [--json FILE]
 
 - client: 20,000 problems of about 100 tokens, asked of a server that answers at once with 20 tokens
-  (`trivial_server.py`, on another core where there is one). Requests per second of the client's processor time (all of
-  its process, from the call to the finished corpus, start and imports left out) and by the clock; one sample a problem,
+  (`trivial_server.py`, on another core if there is one). Requests per second of the client's processor time (all of
+  its process from the call to the finished corpus, without start and imports) and by the clock; one sample per problem,
   and four. "bare aiohttp" posts the same bodies, decodes the answers and does nothing else: the floor.
 - long: 200 in flight with answers of 8,192 tokens. At 50 tokens/s each, 1.2 of them end a second. Two runs of 20 s, in
   one of which ten times as many answers come: the difference is what an answer costs, the rest what a second costs.
@@ -198,7 +198,7 @@ async def served(url: str, prompts: list[list[int]], lengths: list[int], at_once
 
 
 def server_part(folder: Path, quick: bool, runs: int) -> list[Row]:
-    """The embedded server's speed, beside transformers'."""
+    """The embedded server's speed, next to transformers'."""
     case = Case("Qwen2-tiny" if quick else "Qwen2-14M", TINY if quick else MODEL, (10, 100), 256, 1, 1, 1)
     model = prepare(case, folder / "server").folder / "model"
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-r"""How many answers a second are graded, and are the verdicts math-verify's?
+r"""How many answers per second are graded, and are the verdicts math-verify's?
 
     .venv/bin/python bench/grade.py --data DIR [--quick] [--json FILE]
 

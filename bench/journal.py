@@ -1,8 +1,8 @@
-"""What does keeping a corpus cost beside generating it: its journal, and the file of problems?
+"""What does keeping a corpus cost next to generating it: its journal, and the file of problems?
 
     .venv/bin/python bench/journal.py [--part journal|problems] [--rows N] [--quick] [--dir DIR] [--json FILE]
 
-N rows of 280 bytes (4 samples a problem, arriving shuffled within windows of 10,000) are appended to a journal, with an
+N rows of 280 bytes (4 samples per problem, shuffled within windows of 10,000) are appended to a journal, with an
 fsync every 2 s; the journal is taken up again, read in the order of the problems, and taken up without its index. A
 file of N problems of 300 bytes is opened without a cache, making one, and with it, and then read through. Each step has
 a process of its own, whose peak resident memory and, of that at its end, anonymous memory are given: the rest is the

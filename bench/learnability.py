@@ -9,7 +9,7 @@ the micro recipe's own settings, on nine corpora: long, three merges between ass
 0.85, 0.8, 0.75), short, long:short 1:4, mid:short 1:1, its own right answers, and the bare final answers. A run of
 `micota run` a student, in one folder per world, makes all of it: interrupted, the same command resumes.
 
-What is compared, each under the untrained student: nats an answer (the score of
+What is compared, each under the untrained student: nats per answer (the score of
 `micota_fast/alignment/learnability.py`, chosen before any of these worlds was run), perplexity, tokens, departures an
 answer, rank-surprisal ratio. For each student Spearman's correlation between the measure, less being better, and
 accuracy (mean over five benchmarks and the seeds) over the corpora; +1: it ranks them as training does. Bare answers

@@ -1,4 +1,4 @@
-"""How fast is the loss, how much memory does it take, and how exact is it, beside the others?
+"""How fast is the loss, how much memory does it take, and how exact is it, next to the others?
 
     .venv/bin/python bench/loss.py [--quick | --full] [--json FILE]
 

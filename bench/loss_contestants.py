@@ -24,7 +24,7 @@ class Contestant:
 
     Attributes:
         package: the distribution it comes from.
-        load: imports it and returns the forward pass; ImportError where it is not there.
+        load: imports it and returns the forward pass; ImportError if it is not there.
         needs_gpu: it is written in Triton or CUDA alone.
         trained_only: takes part in cases with trained-like logits alone.
     """

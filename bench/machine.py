@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def version(package: str) -> str | None:
-    """Its version; None where it is not installed."""
+    """Its version; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -19,10 +19,10 @@ def version(package: str) -> str | None:
 
 
 def provenance(*packages: str) -> dict[str, object]:
-    """What every row says about its making, beside its figures.
+    """What every row says about its making, next to its figures.
 
     Args:
-        packages: distributions whose versions count; null in the row where one is not installed.
+        packages: distributions whose versions count; null in the row if one is not installed.
     """
     return {
         "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
@@ -51,7 +51,7 @@ def _commit() -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None where it does not exist, fails or prints nothing."""
+    """What a command prints; None if it does not exist, fails or prints nothing."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
     except (OSError, subprocess.CalledProcessError):

@@ -100,7 +100,7 @@ def make_models(folder: Path, config: Row) -> int:
 
 
 def write_config(folder: Path, method: str) -> Path:
-    """The mergekit file of a method, beside the checkpoints."""
+    """The mergekit file of a method, next to the checkpoints."""
     models: list[Row] = []
     for name, weight in zip(MODELS[1:], (0.6, 0.4), strict=True):
         parameters: Row = {"weight": weight}
@@ -189,7 +189,7 @@ RATIOS = {"cp": "cp", "read_write": "read, write", "mergekit": "mergekit"}
 
 
 def version_of(mergekit: str | None) -> str | None:
-    """mergekit's version in that interpreter; None where it has none."""
+    """mergekit's version in that interpreter; None if it has none."""
     if not mergekit:
         return None
     code = "import importlib.metadata as m; print(m.version('mergekit'))"

@@ -89,7 +89,7 @@ def an_epoch(lengths: NDArray[np.int64]) -> Callable[[], int]:
 
 
 def trl(lengths: NDArray[np.int64], whole: bool) -> Callable[[], int] | None:
-    """TRL; None where it is not installed."""
+    """TRL; None if it is not installed."""
     try:
         from datasets import Dataset, disable_progress_bars
         from trl import pack_dataset

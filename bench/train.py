@@ -1,9 +1,9 @@
-"""How fast does the trainer train, and in how much memory, beside TRL's and a loop written by hand?
+"""How fast does the trainer train, and in how much memory, next to TRL's and a loop written by hand?
 
     .venv/bin/python bench/train.py [--quick] [--trl-python PATH] [--json FILE]
 
 The contestants take turns (A B C A B C ...), each run in a fresh process with this one's environment, all with the same
-random weights, documents, learning rate, optimizer (AdamW) and packs a step, every token supervised. A process trains
+random weights, documents, learning rate, optimizer (AdamW) and packs per step, every token supervised. A process trains
 one pass over the documents to warm up and then the one that is timed, from the end of a step to the end of a step. The
 work on the data that a step needs is in that time; imports, loading, packing, checkpoint and export are not.
 
@@ -24,7 +24,7 @@ TRL is run by the interpreter of --trl-python, as it may live in an environment 
 that is installed there. On a CPU all have as many threads as torch has here (OMP_NUM_THREADS says how many).
 
 A contestant that is not installed is listed as absent, with the reason; one that fails is a row saying so, and the
-others go on. Rows are appended to FILE case by case.
+others continue. Rows are appended to FILE case by case.
 """
 
 import argparse

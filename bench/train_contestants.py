@@ -1,4 +1,4 @@
-"""The trainers that bench/train.py compares, and how each is run: one process a run, all on the same documents."""
+"""The trainers that bench/train.py compares, and how each is run: one process per run, all on the same documents."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""What bench/train.py runs beside our trainer, a process a run: `python train_peers.py JOB.json RESULT.json`.
+"""What bench/train.py runs next to our trainer, one process per run: `python train_peers.py JOB.json RESULT.json`.
 
 Imports nothing of ours, so an interpreter that has TRL and not us can run it. A job names its `program` and what that
 needs (see `train_contestants.py`, which writes them); the result is the seconds of each pass over the documents, what
@@ -68,7 +68,7 @@ class Passes:
 
 
 def peak_rss_bytes(process: int | str = "self") -> int | None:
-    """The most memory that a process has had resident (VmHWM); None where there is no /proc."""
+    """The most memory that a process has had resident (VmHWM); None if there is no /proc."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:

@@ -4,11 +4,11 @@ Memory above the inputs and their gradients:
 
 - one chunk of logits: of the inputs' type where Triton's kernels run; float32, and a copy in the inputs' type where
   that is another, where torch's own operations do (and there for bfloat16 once more what a product is rounded from);
-- the gradient of `weight` in float32 until the last chunk (V = 151,936, H = 3,584: 2.2 GB), where there are several
+- the gradient of `weight` in float32 until the last chunk (V = 151,936, H = 3,584: 2.2 GB), if there are several
   chunks: sums over chunks must not be rounded in between. On CUDA one chunk alone writes it in the weight's type, so
   such a chunk may be larger by as much memory as that saves;
 - in the backward pass the gradients as stored beside those passed on, times that of the loss. A CPU, which can look
-  without waiting, passes on the stored ones where that is 1.
+  without waiting, passes on the stored ones if that is 1.
 """
 
 import math
@@ -118,6 +118,6 @@ def run(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _triton_chunk() -> Callable[..., None]:
-    from .triton_chunk import triton_chunk  # where there is no GPU there need be no Triton
+    from .triton_chunk import triton_chunk  # without a GPU there need be no Triton
 
     return triton_chunk

@@ -25,7 +25,7 @@ def torch_chunk(
         scale: factor of each row [C], or of all (0-d).
         logits_CV: to be overwritten; float32, or float64 for float64 inputs.
         ignore_index: target of rows that add nothing.
-        threshold: rows of at most this loss stay out of the gradients where it is above 0.
+        threshold: rows of at most this loss stay out of the gradients if it is above 0.
         nll_C: out, the loss of each row, 0 where ignored.
         grad_CH: out, if wanted; rows below the threshold stay as they are.
         grad_VH: written by the first chunk, added to by the others, if wanted; the type of `logits_CV`.

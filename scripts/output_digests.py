@@ -10,7 +10,7 @@ recipe `micro`, which takes minutes.
 
 Every file that a verb writes counts, and so does its name. What differs between two runs of the same code is left out:
 the files in LEFT_OUT and, in those of CHANGING, these keys. What stays of a stage's done.json says what it was made of:
-where that changes, `micota run` makes the stage again.
+if that changes, `micota run` makes the stage again.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 #   bash scripts/reproduce_ablation_length.sh --model-size 7b --data-dir DIR [--gpus 8]
 #   bash scripts/reproduce_ablation_length.sh --micro
 #
-# Uses the corpora of reproduce_table1.sh where that has run in the same folder, and trains and evaluates five more
+# Uses the corpora of reproduce_table1.sh if that has run in the same folder, and trains and evaluates five more
 # students a seed. The report of the main table is set aside and comes back when its script is called again.
 #
 # Needs, 3b and 7b: what reproduce_table1.sh needs. Estimates of `micota plan` for 8 H100 and all stages, those of the

@@ -96,7 +96,7 @@ def main() -> int:
     rows = steps.add_parser("rows", help="training, held-out and test rows from GSM8K's files")
     rows.add_argument("--data-dir", type=Path, required=True, help="folder of gsm8k_train.jsonl and gsm8k_test.jsonl")
     rows.add_argument("--out", type=Path, required=True, help="folder to write")
-    heldout = steps.add_parser("heldout", help="held-out loss before and after; exit status 1 where it did not fall")
+    heldout = steps.add_parser("heldout", help="held-out loss before and after; exit status 1 if it did not fall")
     heldout.add_argument("--before", type=Path, required=True, help="the base model's alignment of the held-out rows")
     heldout.add_argument("--after", type=Path, required=True, help="the trained model's")
     heldout.add_argument("--out", type=Path, required=True, help="JSON file to write")

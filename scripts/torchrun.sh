@@ -11,7 +11,7 @@ trap 'echo "stopped before training started"; exit 0' TERM USR1
 
 require_trainer() {
     "$python" -c 'import micota_fast.config.loader, importlib.util; assert importlib.util.find_spec("torch")' 2>/dev/null ||
-        fail "$python cannot import torch and micota_fast; bash scripts/train.sh makes .venv where it is not there, and" \
+        fail "$python cannot import torch and micota_fast; bash scripts/train.sh makes .venv if it is missing, and" \
             "PYTHON=/path/to/python names another interpreter"
 }
 

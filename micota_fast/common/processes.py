@@ -57,7 +57,7 @@ def spawn(
 ) -> subprocess.Popen[bytes]:
     """Start `command` in a process group of its own that ends with this process.
 
-    Returns the guard's Popen: its return code is the command's (128 + n where signal n ended it, 127 where it could not
+    Returns the guard's Popen: its return code is the command's (128 + n if signal n ended it, 127 if it could not
     be started), and it ends only after everything that the command has started has ended. The guard, not the command,
     inherits `pass_fds`: a lock among them is held until then. End it with `stop()`.
     """

@@ -65,7 +65,7 @@ def run(config: FilterConfig) -> None:
 
 
 def _judged(rows: list[Completion], config: FilterConfig, grader: Grader) -> Sequence[tuple[Completion, str | None]]:
-    """Each row, with `correct` set where it was graded, and why it is rejected."""
+    """Yield each row, with `correct` set if it was graded, and why it is rejected."""
     judged = [(row, reject_at_once(row, config)) for row in rows]
     if config.require_correct:
         open_ = [i for i, (_, reason) in enumerate(judged) if reason is None]

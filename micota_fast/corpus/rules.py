@@ -51,7 +51,7 @@ def reject_graded(verdict: Verdict) -> str | None:
 
 
 def foreign_share(answer: str, problem: str) -> float:
-    """Return the share of the answer's letters whose script its problem does not use; 0 where it has no letters.
+    """Return the share of the answer's letters whose script its problem does not use; 0 if it has no letters.
 
     A script is the first word of a letter's Unicode name (LATIN, CJK, CYRILLIC...). Greek and mathematical letters
     belong to no language here.

@@ -33,7 +33,7 @@ class PackedBatch:
     position_ids: torch.Tensor  # int64 [T], from 0 in each document
     cu_seqlens: torch.Tensor  # int32 [B+1], where each document begins, and T
     lengths: tuple[int, ...]  # tokens of each document, [B]
-    targets: torch.Tensor  # int64 [T]: the next token where it is supervised and of the same document, else -100
+    targets: torch.Tensor  # int64 [T]: the next token if it is supervised and of the same document, else -100
     token_weights: torch.Tensor | None  # float32 [T], factor of each target's loss; None: Documents has no weights
     n_supervised: int  # targets that are not -100
     doc_ids: tuple[int, ...]  # index in Documents of each, [B]

@@ -164,7 +164,7 @@ class Client:
         )
 
     async def _judge_left_over(self) -> None:
-        """Answers that a killed run had written but not judged, where it matters."""
+        """Answers that a killed run had written but not judged, if it matters."""
         if self._judge is None or self._enough is None:
             return
         entries = self._journal.entries

@@ -272,7 +272,7 @@ class Endpoint:
                 return
 
     async def served_model(self, session: aiohttp.ClientSession) -> str | None:
-        """Name or folder of what it serves; None where it does not tell.
+        """Name or folder of what it serves; None if it does not tell.
 
         Raises:
             RetryableError: it does not answer, is not up yet, or what it says cannot be a name.

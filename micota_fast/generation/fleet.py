@@ -191,7 +191,7 @@ class Fleet:
                 )
 
     async def _check_model(self, endpoint: Endpoint) -> str | None:
-        """What it serves; None where it does not tell.
+        """What it serves; None if it does not tell.
 
         Raises:
             RetryableError: it does not answer.
@@ -228,7 +228,7 @@ class Fleet:
         return any(endpoint.heard for endpoint in self.endpoints)
 
     def is_down(self, endpoint: Endpoint, why: str) -> None:
-        """Take a server out; give the run up where none has been there for too long.
+        """Take a server out; give the run up if none has been there for too long.
 
         Raises:
             InputError: nobody has answered for longer than the patience.

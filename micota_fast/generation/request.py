@@ -91,7 +91,7 @@ class Asker:
                 ids = [*prompt, *(i for part in parts for i in part.ids)]
                 parts.append(await self._ask(endpoint, session, wanted, ids, rest))
             elif len(parts) > 1:
-                parts.pop()  # no room to go on from it
+                parts.pop()  # no room to continue from it
         text, tokens = "".join(part.text for part in parts), sum(part.tokens for part in parts)
         row = self.row(wanted, parts[-1].reason, text, tokens)
         if not self._config.top_logprobs:

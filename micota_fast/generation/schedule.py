@@ -78,7 +78,7 @@ class Schedule:
 
     def _next_problem(self) -> int | None:
         """The problem whose next sample comes next."""
-        # Problems whose answers were rejected are hard ones: they go on before new ones begin.
+        # Problems whose answers were rejected are hard ones: they continue before new ones begin.
         while self._reopened:
             if self._wants(self._reopened[0]):
                 return self._reopened[0]

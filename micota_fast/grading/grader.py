@@ -37,7 +37,7 @@ Status = Literal["correct", "wrong", "no_answer", "timeout", "crashed"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """`status` and the answer as it stood in the box (None where there was no complete box).
+    """`status` and the answer as it stood in the box (None if there was no complete box).
 
     `timeout`: the comparison used up its time; `crashed`: it ran out of memory or took its worker down. Neither says
     anything about the answer, so both are counted apart from `wrong`.

@@ -94,7 +94,7 @@ def last_box(text: str) -> str | None:
 
 
 def box_content(box: str) -> str | None:
-    r"""Without the command and the braces; None where an `\fbox{` stands elsewhere than at the start."""
+    r"""Without the command and the braces; None if an `\fbox{` stands elsewhere than at the start."""
     if "\\fbox{" in box:
         return box[len("\\fbox{") : -1] if box.startswith("\\fbox{") else None
     if box.startswith("\\boxed "):

@@ -59,7 +59,7 @@ def as_mergekit(plan: MergePlan, names: Mapping[str, str], out_dtype: str | None
 
 
 def _for_mergekit(value: Any) -> Any:
-    """`rescale` in mergekit's words, where it has them."""
+    """`rescale` in mergekit's words, if it has them."""
     if isinstance(value, list):
         return [_for_mergekit(item) for item in value]
     if isinstance(value, dict):

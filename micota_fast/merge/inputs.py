@@ -70,7 +70,7 @@ class Checkpoint:
         self._files.clear()
 
     def untie(self) -> None:
-        """Give the model a head of its own, where it has none: its embedding."""
+        """Give the model a head of its own, if it has none: its embedding."""
         if self.config.tie_word_embeddings:
             self._tensors[HEAD] = self._tensors[EMBEDDING]
 
@@ -97,7 +97,7 @@ def match(models: Sequence[Checkpoint], one_tokenizer: bool) -> dict[str, tuple[
     heads may differ in their number of rows, as those of one tokenizer's family do by padding.
 
     Args:
-        one_tokenizer: check that the models share one, also where nothing in their shapes says otherwise.
+        one_tokenizer: check that the models share one, also if nothing in their shapes says otherwise.
 
     Raises:
         InputError: naming file and tensor: one is missing, of another shape or of no float type; the models are of

@@ -400,7 +400,7 @@ def add_agreeing_task_vectors(
     """Add as `add_task_vectors`, but of each element only those weighted deltas with the sign of their sum (TIES).
 
     Args:
-        normalize: divide by the sum of the weights that took part, where it is not 0.
+        normalize: divide by the sum of the weights that took part, if it is not 0.
         total, kept: room for a row each.
     """
     total[:] = 0
@@ -642,7 +642,7 @@ def merge(
 ) -> int:
     """Merge by V lists of weights, by one of WEIGHTED_SUM, TASK_VECTORS, AGREEING, into bytes of type `code`.
 
-    Returns OVERFLOW where a result is not finite in that type.
+    Returns OVERFLOW if a result is not finite in that type.
     """
     models = tensors.codes.size
     rows, words = np.empty((models, ROW), np.float32), np.empty(ROW, np.uint32)

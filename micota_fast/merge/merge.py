@@ -102,7 +102,7 @@ def _bring_back(former: Path, out: Path) -> None:
 
 
 def _foreign(out: Path) -> Path | None:
-    """Something at `out` that no merge writes; None where it is an empty folder, a merge, or a sweep of them."""
+    """Something at `out` that no merge writes; None if it is an empty folder, a merge, or a sweep of them."""
     if not out.is_dir():
         return out
     inside = sorted(out.iterdir())
@@ -198,7 +198,7 @@ class _Running:
         self._chunks: list[Future[Any]] | None = None
 
     def next_pass(self, pool: Executor, done: "SimpleQueue[_Running]") -> int:
-        """Start the next pass with the results of the last; its number of chunks, 0 where there is none.
+        """Start the next pass with the results of the last; its number of chunks, 0 if there is none.
 
         Raises what a chunk of the last pass has raised.
         """

@@ -1,7 +1,7 @@
 """The merge methods: for each, what its file may say and how its task vectors are thinned out and put together.
 
 A method is an entry of `METHODS`, read by the check of a file (mergekit.py), by the arithmetic (tensor_merge.py) and by
-the model card. A new one touches this file and its test, and kernels.py where it needs arithmetic of its own.
+the model card. A new one touches this file and its test, and kernels.py if it needs arithmetic of its own.
 
 Sources: the papers named in `METHODS`; slerp: Shoemake 1985. Where implementations differ, the order of operations is
 mergekit 0.1.5's: sparsify -> rescale -> weight -> sign consensus -> sum -> normalize -> lambda -> add to the base.

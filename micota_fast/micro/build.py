@@ -36,7 +36,7 @@ Row = dict[str, list[dict[str, str]]]
 
 @dataclass(frozen=True)
 class Phase:
-    """One run of the trainer: one epoch over ``rows`` documents of one kind, one pack a step."""
+    """One run of the trainer: one epoch over ``rows`` documents of one kind, one pack per step."""
 
     kind: str  # a key of WRITERS
     rows: int
@@ -111,7 +111,7 @@ def split_seed(world_number: int) -> int:
 
 
 def write_problems(out_dir: Path, world_number: int = 0) -> None:
-    """Write train.jsonl and one file a benchmark."""
+    """Write train.jsonl and one file per benchmark."""
     out_dir.mkdir(parents=True, exist_ok=True)
     split = split_seed(world_number)
     for name, chains in {"train": world.train_problems(split), **world.benchmarks(split)}.items():

@@ -5,7 +5,7 @@ what is left modulo 10. A solution writes one line a person (``7 Ann+5=2``: from
 local decisions, so that long, mid and short chains of thought are all natural and a writer can sit anywhere between:
 
 * at the start: restate the problem, or not;
-* after each step: go on, or check the step by undoing it (a check that fails leads to a second attempt);
+* after each step: continue, or check the step by undoing it (a check that fails leads to a second attempt);
 * at the end: go through all steps again, or not.
 
 A :class:`Thoroughness` holds one probability for each decision. ``SHORT`` takes none of them, ``LONG`` takes all.

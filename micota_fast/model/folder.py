@@ -46,7 +46,7 @@ class StoredTensor(NamedTuple):
 def resolve_checkpoint(name_or_path: str | Path) -> Path:
     """Return a local folder as it is; a name like "Qwen/Qwen2.5-3B-Instruct" from the Hugging Face hub or its cache.
 
-    Raises InputError where there is neither.
+    Raises InputError if there is neither.
     """
     path = Path(name_or_path)
     if path.is_dir():

@@ -121,7 +121,7 @@ def _refuse_partial(place: Keys) -> None:
 
 
 def _one(places: Sequence[Keys], key: str, read: Callable[[Keys], T]) -> T | None:
-    """The value of a key that several places may state; None where none does."""
+    """The value of a key that several places may state; None if none does."""
     stating = [place for place in places if place.d.get(key) is not None]
     values = [read(place) for place in stating]
     for place, value in zip(stating, values, strict=True):

@@ -216,7 +216,7 @@ def _write_weights(
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor on the CPU, without a copy where it is contiguous."""
+    """Return the bytes of a tensor on the CPU, without a copy if it is contiguous."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -111,7 +111,7 @@ class Planner:
 
     Args:
         launch: processes of a training stage.
-        gpu: runs everything that is not told to run on a CPU; None: there is none.
+        gpu: runs every stage whose options do not ask for a CPU; None: there is none.
         assumed: what shapes do not say.
         answer_tokens: mean length of answers by name of a corpus, or of the untouched student's ("base").
         done: seconds that each finished stage took, by name; their outputs are read.

@@ -122,7 +122,7 @@ class _Choice:
         }
 
     def _logprobs(self) -> dict[str, Any] | None:
-        """Of the places since the last call; None where none are wanted."""
+        """Of the places since the last call; None if none are wanted."""
         request = self._answer.request
         if not request.return_logprob:
             return None

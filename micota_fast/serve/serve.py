@@ -200,7 +200,7 @@ def _address(host: str) -> str:
 
 
 def _free_ports(config: ServeConfig) -> list[int]:
-    """`config.port` and those after it, or free ones where it is 0. A server already there would be taken for ours.
+    """`config.port` and those after it, or free ones if it is 0. A server already there would be taken for ours.
 
     Raises:
         InputError: a port is taken, or the host is none of this machine's addresses.
