@@ -1,7 +1,7 @@
-"""The server and the programs that people point at one: OpenAI's SDK, bench_serving, guidellm.
+"""The server and the programs that people point at one: OpenAI's SDK, lm-evaluation-harness, bench_serving, guidellm.
 
 Each runs as it is published, in an environment of its own (scripts/real_clients_env.sh, scripts/sglang_cpu_env.sh), and
-must agree with what the server's native endpoint says of the same problems.
+must agree with what the server's native endpoint, `micota evaluate` or transformers say of the same problems.
 
 Of SGLang's bench_serving 0.5.23 `--backend sglang-oai` cannot be used with a server that sends what it asks for: usage
 in streams, and reads `choices[0]` of the event that brings it, where OpenAI has no choices.
@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from helpers.openai_session import GREEDY, MESSAGES, PROMPTS
 from helpers.paths import HELPERS, ROOT
 from helpers.servers import Server, clients_python, sglang_python, skip_or_fail
 from helpers.waiting import wait_for
 from micota_fast.chat.encoding import Chat
-from micota_fast.config.generation import ChatConfig, ServeConfig
+from micota_fast.common.records import read_completions
+from micota_fast.config.evaluation import BenchmarkConfig, EvaluateConfig
+from micota_fast.config.generation import TEACHER_PROMPT, ChatConfig, ServeConfig
+from micota_fast.evaluation import evaluate
 from micota_fast.serve.serve import serving
 
 pytestmark = pytest.mark.slow
@@ -30,6 +34,8 @@ MICRO = ROOT / "micota_fast" / "micro"
 MODEL = MICRO / "checkpoints" / "assistant"
 NAME = "org/micro"
 PROBLEMS_PER_LEVEL = 8
+MAX_NEW_TOKENS = 44  # too few for some answers, which are wrong then
+CHOICES = [f"\\boxed{{{digit}}}" for digit in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +152,91 @@ def test_errors_are_the_sdks_own_exceptions_with_the_parameter(session: Any) -> 
         "model": ["NotFoundError", 404, "invalid_request_error", "model_not_found", "model"],
         "endpoint": ["NotFoundError", 404, "invalid_request_error", None, None],
     }
+
+
+# -- lm-evaluation-harness -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def harness(server: Server, problems: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("lm-eval")
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(problems)}},
+        "test_split": "test",
+        "doc_to_text": TEACHER_PROMPT.replace("{problem}", "{{problem}}"),
+    }
+    box = {"function": "regex", "regex_pattern": r"\\boxed\{(.*?)\}", "group_select": -1}
+    generate = {
+        **common,
+        "task": "generate",
+        "output_type": "generate_until",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["<|im_end|>"], "max_gen_toks": MAX_NEW_TOKENS, "temperature": 0},
+        "filter_list": [{"name": "box", "filter": [box, {"function": "take_first"}]}],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    choose = {
+        **common,
+        "task": "choose",
+        "output_type": "multiple_choice",
+        "doc_to_choice": CHOICES,
+        "doc_to_target": "{{answer | int}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "tasks").mkdir()
+    for task in (generate, choose):
+        (folder / "tasks" / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
+    arguments = [str(HELPERS / "lm_eval_run.py"), server.url, NAME, str(MODEL), str(folder / "tasks")]
+    return json.loads(client(clients_python(), arguments, folder).splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["local-chat-completions", "local-completions"])
+def test_the_harness_finds_the_accuracy_of_micota_evaluate(
+    name: str, harness: Any, server: Server, problems: Path, tmp_path: Path
+) -> None:
+    config = EvaluateConfig(
+        model=str(MODEL),
+        url=server.url,
+        out=str(tmp_path),
+        max_new_tokens=MAX_NEW_TOKENS,
+        benchmarks=[BenchmarkConfig(name="mixed", path=str(problems))],
+    )
+    evaluate.run(config)
+    results = json.loads((tmp_path / "results.json").read_text())["benchmarks"]["mixed"]
+    assert 0 < results["accuracy"] < 1
+    task = harness[name]["generate"]
+    assert task["metrics"]["exact_match,box"] == pytest.approx(results["accuracy"], abs=1e-12)
+    own = {row.id: row.completion for row in read_completions(tmp_path / "completions" / "mixed.jsonl")}
+    assert {sample["doc"]["id"]: sample["resps"][0][0] for sample in task["samples"]} == own
+
+
+def test_the_harness_gets_the_likelihoods_of_a_plain_forward_pass(harness: Any) -> None:
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float64)
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    right = 0
+    samples = harness["local-completions"]["choose"]["samples"]
+    assert len(samples) == 5 * PROBLEMS_PER_LEVEL
+    for sample in samples:
+        wanted = []
+        for (given, choice), response in zip(sample["arguments"], sample["resps"], strict=True):
+            # The harness counts white space at the end of what is given as part of the choice.
+            context = tokenizer.encode(given.rstrip(), add_special_tokens=False).ids
+            whole = tokenizer.encode(given + choice, add_special_tokens=False).ids
+            assert whole[: len(context)] == context
+            with torch.inference_mode():
+                logprobs = model(torch.tensor([whole])).logits[0].log_softmax(-1)[len(context) - 1 : -1]
+            ids = torch.tensor(whole[len(context) :])
+            wanted.append(logprobs.gather(1, ids[:, None]).sum().item())
+            [[logprob, is_greedy]] = response
+            assert float(logprob) == pytest.approx(wanted[-1], abs=1e-4)
+            assert str(is_greedy) == str(bool((logprobs.argmax(-1) == ids).all()))
+        right += wanted.index(max(wanted)) == int(sample["doc"]["answer"])
+    assert harness["local-completions"]["choose"]["metrics"]["acc,none"] == pytest.approx(right / len(samples))
 
 
 # -- load generators -------------------------------------------------------------------------------------------------
