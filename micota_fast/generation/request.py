@@ -48,7 +48,10 @@ class Asker:
 
     def __init__(self, prompts: Prompts, config: SamplingSettings, model: str) -> None:
         self._prompts, self._config = prompts, config
-        self._params = sampling_params(config)
+        # They follow from checkpoint and prompt, so they are no part of what tells one generation from another. A
+        # server knows those of generation_config.json alone, and a base model trained on chats never stops by them.
+        stops = [i for i in prompts.chat.eos_ids if i < prompts.chat.vocab_size]
+        self._params = sampling_params(config) | {"stop_token_ids": stops}
         self._model_name = model_name(model)
         # A character of four bytes is escaped as twelve, a control character of one as six.
         longest = max(len(token.encode()) for token in prompts.chat.tokenizer.library.get_vocab(with_added_tokens=True))

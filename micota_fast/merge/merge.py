@@ -17,6 +17,7 @@ import numba
 import numpy as np
 
 import micota_fast
+from micota_fast.chat.end_tokens import GENERATION_CONFIG, end_token_file, shared_end_tokens
 from micota_fast.common.files import sync_tree, whole_folder, writing
 from micota_fast.common.json_io import write_json
 from micota_fast.common.lock import locked
@@ -253,6 +254,7 @@ def _describe(
             except OSError as error:
                 raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
             (folder / path.name).write_bytes(copied)
+    _write_end_tokens(folder, base.folder, [model.folder for model in models.values()])
     about = [{"model": models[entry.model].name, "fingerprint": fingerprints[entry.model]} for entry in plan.inputs]
     report = {
         "plan": plan.describe(base.name, about),
@@ -265,3 +267,16 @@ def _describe(
     config = as_mergekit(plan, names, dtype)
     (folder / CONFIG).write_text(config, encoding="utf-8")
     (folder / CARD).write_text(card(plan, names, config), encoding="utf-8")
+
+
+def _write_end_tokens(folder: Path, base: Path, models: list[Path]) -> None:
+    """Have generation_config.json name every token that ends an answer of one of the models."""
+    if not (base / "tokenizer.json").is_file():
+        return
+    try:
+        files = end_token_file(base, shared_end_tokens([base, *models]))
+    except InputError as error:  # what cannot be read for that can still be merged
+        print(f"merge: {GENERATION_CONFIG} is that of {base}, without further end tokens: {error}", file=sys.stderr)
+        return
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")

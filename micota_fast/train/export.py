@@ -23,7 +23,7 @@ def export(
     source: Path,
     out: Path,
     world: World,
-    card: str,
+    files: Mapping[str, str],
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
@@ -36,7 +36,7 @@ def export(
         source: the checkpoint they were trained from: its tokenizer, chat template and generation_config are copied.
         out: replaced if it exists; it appears whole or not at all.
         world: the processes.
-        card: text of README.md.
+        files: names and texts of what else the folder holds, in place of copies of the same name.
         dtype: to store; None: the one that config.json states.
         max_shard_bytes: largest size of a file.
 
@@ -51,9 +51,7 @@ def export(
         try:
             remove_whole(out)
             require_room(out.parent, size)
-            save_checkpoint(
-                weights, decoder.config, source, out, dtype, max_shard_bytes, extra_files={"README.md": card}
-            )
+            save_checkpoint(weights, decoder.config, source, out, dtype, max_shard_bytes, extra_files=files)
         except (InputError, OSError) as error:
             raise InputError(
                 f"{out} ({size:,} bytes of weights) could not be written: {error}. The checkpoints are kept: run the "

@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def _export(world: World, source: Path, tmp: Path) -> None:
     for name, options in OPTIONS.items():
-        export(sharded(source, world), source, tmp / name, world, "card\n", **options)
+        export(sharded(source, world), source, tmp / name, world, {"README.md": "card\n"}, **options)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])  # tied embeddings, and not
@@ -71,10 +71,11 @@ def test_streamed_from_three_ranks_equals_the_whole(
 
 def _measure(world: World, source: Path, out: Path) -> None:
     decoder = sharded(source, world)
-    export(decoder, source, out / "first", world, "card\n", max_shard_bytes=8_000_000)  # what is only made once is made
+    card = {"README.md": "card\n"}
+    export(decoder, source, out / "first", world, card, max_shard_bytes=8_000_000)  # what is only made once is made
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
     before = _status("VmRSS")
-    export(decoder, source, out / "second", world, "card\n", max_shard_bytes=8_000_000)
+    export(decoder, source, out / "second", world, card, max_shard_bytes=8_000_000)
     (out / f"peak-{world.rank}").write_text(str(_status("VmHWM") - before))
 
 
@@ -100,7 +101,7 @@ def test_no_rank_holds_the_whole_model(tmp_path: Path) -> None:
 
 def _fail(world: World, source: Path, out: Path) -> None:
     with pytest.raises(InputError, match=r"model \(.*bytes.*\) could not be written: .*checkpoints are kept"):
-        export(sharded(source, world), source, out / "file" / "model", world, "card\n")
+        export(sharded(source, world), source, out / "file" / "model", world, {"README.md": "card\n"})
 
 
 def test_an_error_of_rank_0_is_an_error_on_all(qwen2_checkpoint: Path, tmp_path: Path) -> None:

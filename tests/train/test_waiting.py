@@ -45,7 +45,7 @@ def _export(world: World, source: Path, out: Path) -> None:
         fully_shard(module, mesh=mesh)
     impatient()
     safetensors_io.save_file = partial(slowly, save_file)
-    export(decoder, source, out, world, "card\n", max_shard_bytes=150_000)
+    export(decoder, source, out, world, {"README.md": "card\n"}, max_shard_bytes=150_000)
 
 
 def _identity(world: World, config: TrainConfig, source: Path) -> None:
