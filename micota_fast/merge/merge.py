@@ -271,10 +271,11 @@ def _describe(
 
 def _write_end_tokens(folder: Path, base: Path, models: list[Path]) -> None:
     """Have generation_config.json name every token that ends an answer of one of the models."""
-    if not (base / "tokenizer.json").is_file():
+    with_tokenizer = [model for model in (base, *models) if (model / "tokenizer.json").is_file()]
+    if base not in with_tokenizer:
         return
     try:
-        files = end_token_file(base, shared_end_tokens([base, *models]))
+        files = end_token_file(base, shared_end_tokens(with_tokenizer))
     except InputError as error:  # what cannot be read for that can still be merged
         print(f"merge: {GENERATION_CONFIG} is that of {base}, without further end tokens: {error}", file=sys.stderr)
         return
