@@ -42,7 +42,8 @@ class Chat:
     Attributes:
         tokenizer: the checkpoint's.
         eos_ids: every id that ends an answer: the tokenizer's `eos_token` first, then generation_config.json's and
-            config.json's `eos_token_id`, then the token with which the template ends an assistant's turn.
+            config.json's `eos_token_id`, then the token with which the template ends an assistant's turn. The model has
+            a row for each of them.
         vocab_size: rows of the model's embedding (config.json's `vocab_size`); the tokenizer's size where config.json
             does not say.
     """
@@ -69,7 +70,7 @@ class Chat:
         if template is not None:
             special += [token_texts[i] for i in eos_ids]
             self._turn_tail, self._end_of_turn = _probe_end_of_turn(template, special)
-            if self._end_of_turn:
+            if self._end_of_turn and token_ids[self._end_of_turn] < vocab_size:  # else the model cannot write it
                 eos_ids = [*eos_ids, token_ids[self._end_of_turn]]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
         if not self.eos_ids:
@@ -120,6 +121,10 @@ class Chat:
                     f"{path}: no chat template (chat_template.jinja, or key 'chat_template' in tokenizer_config.json): "
                     f"add one, or set `chat.use_template: false` to send prompts as bare text"
                 )
+        model_config = read_json_if_there(path / "config.json") or {}
+        vocab_size = model_config.get("vocab_size", tokenizer.library.get_vocab_size(with_added_tokens=True))
+        if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
+            raise InputError(f"{path / 'config.json'}: key 'vocab_size' must be a positive integer, not {vocab_size!r}")
         config_path = path / "tokenizer_config.json"
         tokens = special_tokens(read_json_if_there(config_path) or {}, config_path)
         eos_ids: list[int] = []
@@ -127,14 +132,14 @@ class Chat:
             eos_id = tokenizer.library.token_to_id(tokens["eos_token"])
             if eos_id is None:
                 raise InputError(f"{config_path}: eos_token {tokens['eos_token']!r} is not in tokenizer.json")
+            if eos_id >= vocab_size:
+                raise InputError(
+                    f"{config_path}: eos_token {tokens['eos_token']!r} has the id {eos_id}; {_known(vocab_size)}"
+                )
             eos_ids.append(eos_id)
-        model_config = read_json_if_there(path / "config.json") or {}
         for name in ("generation_config.json", "config.json"):
             values = model_config if name == "config.json" else read_json_if_there(path / name) or {}
-            eos_ids += _eos_token_ids(values, path / name, tokenizer.library)
-        vocab_size = model_config.get("vocab_size", tokenizer.library.get_vocab_size(with_added_tokens=True))
-        if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
-            raise InputError(f"{path / 'config.json'}: key 'vocab_size' must be a positive integer, not {vocab_size!r}")
+            eos_ids += _eos_token_ids(values, path / name, tokenizer.library, vocab_size)
         return cls(tokenizer, template, config, eos_ids, vocab_size, tokens.get("bos_token"), str(path))
 
     def prompt_messages(self, problem: str) -> list[Message]:
@@ -309,13 +314,19 @@ def _probe_end_of_turn(template: ChatTemplate, special: Sequence[str]) -> tuple[
     return tail, match.group() if match else ""
 
 
-def _eos_token_ids(values: dict[str, Any], where: Path, tokenizer: Tokenizer) -> list[int]:
+def _eos_token_ids(values: dict[str, Any], where: Path, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     value = values.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for i in ids:
-        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 1 << 31 or tokenizer.id_to_token(i) is None:
+        if type(i) is not int or not 0 <= i < 1 << 31 or tokenizer.id_to_token(i) is None:
             raise InputError(f"{where}: key 'eos_token_id': {i!r} is not the id of a token in tokenizer.json")
+        if i >= vocab_size:
+            raise InputError(f"{where}: key 'eos_token_id': {i} is {tokenizer.id_to_token(i)!r}; {_known(vocab_size)}")
     return ids
+
+
+def _known(vocab_size: int) -> str:
+    return f"the model knows only {vocab_size} (vocab_size in config.json): tokenizer and model do not belong together"
 
 
 def _ends_with(text: str, content: str) -> bool:

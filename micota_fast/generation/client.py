@@ -34,6 +34,7 @@ from micota_fast.generation.schedule import Schedule, Wanted
 
 POISONED_AFTER = 8  # failures of one request on a server that answers others meanwhile, that are the request's fault
 PROGRESS_S = 5.0
+CONFIRM_S = 5.0  # for which a run that fails waits for its servers to say what they serve
 MOST_JUDGED = 4096  # answers that wait for their judgement before no more are asked for
 UNJUDGED, ACCEPTED = 0, 1  # verdicts in the journal; a rejected answer's is 2 + its reason's place in REASONS
 
@@ -120,7 +121,8 @@ class Client:
                     for watcher in watchers:
                         watcher.cancel()
             except BaseExceptionGroup as errors:
-                raise self._without_suspects(errors.exceptions[0]) from None  # any others are the first one's echo
+                # Any others are the first one's echo.
+                raise await self._without_suspects(errors.exceptions[0]) from None
             finally:
                 screen.end()
         if self._aborted:
@@ -135,8 +137,16 @@ class Client:
         """Return this run's meters."""
         return self.meters.summary(self._fleet.endpoints)
 
-    def _without_suspects(self, error: BaseException) -> BaseException:
+    async def _without_suspects(self, error: BaseException) -> BaseException:
         """Throw away what a server may have answered with another model; the error then says so, too."""
+        noticed = self._fleet.suspect_from is not None
+        try:  # another model may be why the run ends, and other servers may have changed theirs together with the first
+            async with asyncio.timeout(CONFIRM_S):
+                await self._fleet.confirm()
+        except TimeoutError:
+            pass
+        except InputError as found:
+            error = error if noticed else found
         kept = self._fleet.suspect_from
         if kept is None:
             return error

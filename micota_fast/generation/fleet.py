@@ -1,10 +1,10 @@
 """The servers of a run: brought in as they come up, watched while they work, and given up when none is left.
 
-Each is asked every MODEL_CHECK_S, and at the end, which model it serves. If one turns out to serve another model, the
-run ends with an error, and what was written since that server was last seen to serve the right one is to be thrown
-away (`suspect_from`): of those rows nobody can say which model wrote them. A server that says nothing of its model is
-taken on trust. So are the last answers of one that is lost and does not return before the end, and those that a run
-killed within MODEL_CHECK_S of the change has left behind.
+Each is asked every MODEL_CHECK_S, and when the run ends or fails, which model it serves. If one turns out to serve
+another model, the run ends with an error, and what was written since that server was last seen to serve the right one
+is to be thrown away (`suspect_from`): of those rows nobody can say which model wrote them. A server that says nothing
+of its model is taken on trust. So are the last answers of one that is lost and does not return before the end, and
+those that a run stopped or killed within MODEL_CHECK_S of the change has left behind.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ class Fleet:
         endpoints: the servers.
         context_length: tokens of prompt and answer together that all of them take; 0: no server is up yet.
         suspect_from: rows of the journal that were there when a server that now serves another model was last seen to
-            serve the right one; what follows them is suspect. None: no server has changed its model.
+            serve the right one; what follows them is suspect. None: no server is known to have changed its model.
     """
 
     def __init__(
@@ -176,19 +176,26 @@ class Fleet:
         """Ask each server that has answered since it was last asked once more which model it serves.
 
         Raises:
-            InputError: it is another one.
+            InputError: of one it is another; all were asked.
         """
-        for endpoint in self.endpoints:
-            try:
-                if endpoint.unchecked:
-                    await self._check_model(endpoint)
-            except RetryableError as error:
-                print(
-                    f"{endpoint.url} cannot be asked any more which model it serves ({error}): its last "
-                    f"{endpoint.unchecked} answers are taken on trust",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        errors = await asyncio.gather(*map(self._confirm, self.endpoints))
+        if found := [error for error in errors if error is not None]:
+            raise found[0]
+
+    async def _confirm(self, endpoint: Endpoint) -> InputError | None:
+        try:
+            if endpoint.unchecked:
+                await self._check_model(endpoint)
+        except RetryableError as error:
+            print(
+                f"{endpoint.url} cannot be asked any more which model it serves ({error}): its last "
+                f"{endpoint.unchecked} answers are taken on trust",
+                file=sys.stderr,
+                flush=True,
+            )
+        except InputError as error:
+            return error
+        return None
 
     async def _check_model(self, endpoint: Endpoint) -> str | None:
         """What it serves; None if it does not tell.

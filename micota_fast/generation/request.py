@@ -48,10 +48,9 @@ class Asker:
 
     def __init__(self, prompts: Prompts, config: SamplingSettings, model: str) -> None:
         self._prompts, self._config = prompts, config
-        # They follow from checkpoint and prompt, so they are no part of what tells one generation from another. A
-        # server knows those of generation_config.json alone, and a base model trained on chats never stops by them.
-        stops = [i for i in prompts.chat.eos_ids if i < prompts.chat.vocab_size]
-        self._params = sampling_params(config) | {"stop_token_ids": stops}
+        # A server stops at those that the checkpoint's files name, which lack the end of turn of a base model trained
+        # on chats. They follow from checkpoint and template, so a generation's fingerprint does without them.
+        self._params = sampling_params(config) | {"stop_token_ids": list(prompts.chat.eos_ids)}
         self._model_name = model_name(model)
         # A character of four bytes is escaped as twelve, a control character of one as six.
         longest = max(len(token.encode()) for token in prompts.chat.tokenizer.library.get_vocab(with_added_tokens=True))

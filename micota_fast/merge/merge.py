@@ -159,8 +159,11 @@ def _write(plans: list[MergePlan], folders: list[Path], seed: int, max_shard_byt
 
     fingerprints = _run(tensors())
     made_of = [_fingerprint(layout, fingerprints, i) for i in range(len(order))]
+    end_tokens = _end_tokens([model.folder for model in models.values()])
     for each, folder in zip(plans, folders, strict=True):
         _describe(each, folder, base, layout, seed, dict(zip(order, made_of, strict=True)), models)
+        for name, text in end_tokens.items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def _run(tensors: Iterator[TensorMerge]) -> dict[str, list[bytes]]:
@@ -254,7 +257,6 @@ def _describe(
             except OSError as error:
                 raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
             (folder / path.name).write_bytes(copied)
-    _write_end_tokens(folder, base.folder, [model.folder for model in models.values()])
     about = [{"model": models[entry.model].name, "fingerprint": fingerprints[entry.model]} for entry in plan.inputs]
     report = {
         "plan": plan.describe(base.name, about),
@@ -269,15 +271,23 @@ def _describe(
     (folder / CARD).write_text(card(plan, names, config), encoding="utf-8")
 
 
-def _write_end_tokens(folder: Path, base: Path, models: list[Path]) -> None:
-    """Have generation_config.json name every token that ends an answer of one of the models."""
-    with_tokenizer = [model for model in (base, *models) if (model / "tokenizer.json").is_file()]
-    if base not in with_tokenizer:
-        return
+def _end_tokens(models: list[Path]) -> dict[str, str]:
+    """Name and text of a generation_config.json that names every token which ends an answer of one of the models.
+
+    Empty if the base's, the first one's, does, or cannot be told: what no tokenizer belongs to can still be merged.
+    """
+    base, *others = models
+    with_tokenizer = [base, *(model for model in others if (model / "tokenizer.json").is_file())]
+    if not (base / "tokenizer.json").is_file():
+        return {}
     try:
-        files = end_token_file(base, shared_end_tokens(with_tokenizer))
-    except InputError as error:  # what cannot be read for that can still be merged
+        ids, notes = shared_end_tokens(with_tokenizer)
+        files = end_token_file(base, ids)
+    except InputError as error:
         print(f"merge: {GENERATION_CONFIG} is that of {base}, without further end tokens: {error}", file=sys.stderr)
-        return
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        return {}
+    for note in notes:
+        print(f"merge: {note}", file=sys.stderr)
+    if notes:
+        print(f"merge: {GENERATION_CONFIG} names the end tokens {', '.join(map(str, ids))}", file=sys.stderr)
+    return files

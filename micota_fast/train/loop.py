@@ -64,6 +64,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
     if prepare.is_finished(out, identity, world):
         return True
     checkpoints = stack.enter_context(Checkpoints(out, identity, world, config.keep_checkpoints))
+    end_tokens = world.on_main(lambda: end_token_file(source, Chat.from_checkpoint(source, config.chat).eos_ids))
     model = prepare.build_model(config, source, world)
     steps = prepare.plan_steps(config, documents, model, world)
     total = min(steps.total_steps(config.epochs), config.max_steps or sys.maxsize)
@@ -148,8 +149,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
         )
     world.say(chosen)
     card = model_card(config.model, config.data, identity, facts, metrics, chosen)
-    files = {"README.md": card} | end_token_file(source, Chat.from_checkpoint(source, config.chat).eos_ids)
-    export(model.decoder, source, out / "model", world, files, config.save_dtype)
+    export(model.decoder, source, out / "model", world, {"README.md": card} | end_tokens, config.save_dtype)
     speed = {"steps": progress["step"] - start, **meters.close()}
     results = {"final": meters.last, "validation": validation.state, "skipped_steps": meters.skipped["in_all"]}
     summary = {"identity": identity, **facts, **results, "timing": speed}

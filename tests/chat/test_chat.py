@@ -281,6 +281,15 @@ def test_stop_ids_come_from_everywhere_once(tmp_path: Path) -> None:
     assert chat.vocab_size == 512
 
 
+def test_a_stop_id_has_a_row_in_the_model(tmp_path: Path) -> None:
+    path = make_chat_checkpoint(tmp_path / "c", eos="<|endoftext|>")
+    (path / "config.json").write_text('{"vocab_size": 2}')
+    assert chat_of(path).eos_ids == (0,)  # the template's <|im_end|> is 2, which this model cannot write
+    (path / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    with pytest.raises(InputError, match=r"generation_config\.json: key 'eos_token_id': 2 is '<\|im_end\|>'; the mo"):
+        chat_of(path)
+
+
 def test_system_message_is_the_configured_one_or_the_templates(checkpoints: dict[str, Path]) -> None:
     def prompt(**config: Any) -> str:
         chat = chat_of(checkpoints["qwen2.5"], **config)
@@ -352,6 +361,13 @@ def test_a_bad_tokenizer_config_is_named(tmp_path: Path, keys: dict[str, Any], m
         ),
         ("generation_config.json", '{"eos_token_id": [4294967296]}', r"key 'eos_token_id': 4294967296 is not the id"),
         ("generation_config.json", '{"eos_token_id": "2"}', r"generation_config\.json: key 'eos_token_id': '2'"),
+        ("generation_config.json", '{"eos_token_id": [true]}', r"generation_config\.json: key 'eos_token_id': True"),
+        ("config.json", f'{{"eos_token_id": {10**30}}}', r"config\.json: key 'eos_token_id': 10{30} is not"),
+        (
+            "config.json",
+            '{"eos_token_id": [1, 2], "vocab_size": 2}',
+            r"tokenizer_config\.json: eos_token '<\|im_end\|>' has the id 2; the model knows only 2",
+        ),
         ("config.json", '{"vocab_size": 0}', r"config\.json: key 'vocab_size' must be a positive integer"),
     ],
 )

@@ -1,6 +1,7 @@
 """An answer ends where the model ends its turn, whichever engine answers and whatever the checkpoint's files name."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 from aiohttp import web
 
-from helpers.servers import http_server, sglang_config
+from helpers.servers import Server, http_server, sglang_config
 from helpers.speaking import CHAT, END_OF_TEXT, END_OF_TURN, speaking_base
 from micota_fast.chat.encoding import Chat
+from micota_fast.chat.end_tokens import end_token_file
 from micota_fast.common.records import Problem, read_completions, write_rows
 from micota_fast.config.generation import GenerateConfig, ServeConfig
 from micota_fast.generation import generate
@@ -81,7 +83,7 @@ def test_the_embedded_engine_ends_at_the_same_place(base: tuple[Path, list[int]]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_sglang_ends_at_the_same_place(
     base: tuple[Path, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,3 +91,17 @@ def test_sglang_ends_at_the_same_place(
     model, ids = base
     with serving(model, sglang_config(), tmp_path / "server.log") as (url,):
         assert answered(model, tmp_path, url) == (text_of(model, ids), "stop", WORDS + 1)
+        assert asked_plainly(url, model)[0] == "length"
+    # As training and merging save it, it ends there also for whoever names no token.
+    saved = Path(shutil.copytree(model, tmp_path / "saved"))
+    for name, text in end_token_file(model, Chat.from_checkpoint(model, CHAT).eos_ids).items():
+        (saved / name).write_text(text)
+    with serving(saved, sglang_config(), tmp_path / "saved.log") as (url,):
+        assert asked_plainly(url, saved) == ("stop", text_of(model, ids))
+
+
+def asked_plainly(url: str, model: Path) -> tuple[str, str]:
+    """Finish reason and text of a greedy answer to PROBLEM by a request that names no end."""
+    prompt = Chat.from_checkpoint(model, CHAT).encode_prompt(PROBLEM)
+    reply = Server(url).generate(input_ids=prompt, sampling_params={"temperature": 0, "max_new_tokens": 60})
+    return reply["meta_info"]["finish_reason"]["type"], reply["text"]

@@ -290,6 +290,55 @@ def test_a_model_that_changed_is_noticed_before_the_end(
     assert not Path(tmp_path / "out.jsonl").exists()
 
 
+def test_a_model_that_changed_is_noticed_when_the_run_fails_for_another_reason(
+    request_to: Any, qwen2_checkpoint: Path, qwen3_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new model refuses what the old one took, between two questions."""
+    monkeypatch.setattr(fleet, "MODEL_CHECK_S", 1e9)
+    answered = 0
+
+    async def generate_page(http: web.Request) -> web.StreamResponse:
+        nonlocal answered
+        answered += 1
+        if answered > 8:
+            return web.json_response({"error": {"message": "too long"}}, status=400)
+        return web.json_response(answer(await http.json()))
+
+    async def model(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"model_path": str(qwen3_checkpoint if answered else qwen2_checkpoint)})
+
+    with serving_app(app(generate=generate_page, model=model)) as url:
+        with pytest.raises(InputError, match=f"serves {qwen3_checkpoint}, but .* 0 are kept"):
+            generate.run(request_to(url, concurrency=1))
+    assert not Path(tmp_path / "out.jsonl").exists()
+
+
+def test_what_any_of_several_changed_servers_gave_is_thrown_away(
+    request_to: Any, qwen2_checkpoint: Path, qwen3_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both change together, and the one that is asked first came up when the other had answered already."""
+    monkeypatch.setattr(fleet, "MODEL_CHECK_S", 1e9)
+    answered = {"late": 0, "early": 0}
+
+    def server(name: str) -> web.Application:
+        async def generate_page(http: web.Request) -> web.StreamResponse:
+            while name == "early" and answered["early"] >= 8 and answered["late"] < 4:
+                await asyncio.sleep(0.005)
+            answered[name] += 1
+            return web.json_response(answer(await http.json()))
+
+        async def model(_: web.Request) -> web.StreamResponse:
+            if name == "late" and answered["early"] < 8:
+                return web.Response(status=503)
+            return web.json_response({"model_path": str(qwen3_checkpoint if answered["late"] else qwen2_checkpoint)})
+
+        return app(generate=generate_page, model=model)
+
+    with serving_app(server("late")) as late, serving_app(server("early")) as early:
+        with pytest.raises(InputError, match=r"are thrown away; 0 are kept"):
+            generate.run(request_to(late, early, concurrency=1))
+
+
 def test_a_server_that_comes_back_with_another_model_is_noticed(
     request_to: Any, qwen2_checkpoint: Path, qwen3_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
