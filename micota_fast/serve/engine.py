@@ -120,7 +120,9 @@ class Engine:
         if not params.ignore_eos:  # in SGLang it switches stop_token_ids off, too
             request.stop_ids = params.stop_token_ids | set(self.chat.eos_ids)
             if params.min_new_tokens:
-                request.suppressed_ids = torch.tensor(list(request.stop_ids), dtype=torch.int64, device=self.runner.device)
+                request.suppressed_ids = torch.tensor(
+                    list(request.stop_ids), dtype=torch.int64, device=self.runner.device
+                )
         if params.stop:  # a token holds a byte at least
             request.stop_tail = max(len(s.encode()) for s in params.stop) + CHECK_TAIL_BYTES
         return request

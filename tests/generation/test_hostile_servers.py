@@ -307,9 +307,9 @@ def test_a_model_that_changed_is_noticed_when_the_run_fails_for_another_reason(
     async def model(_: web.Request) -> web.StreamResponse:
         return web.json_response({"model_path": str(qwen3_checkpoint if answered else qwen2_checkpoint)})
 
-    with serving_app(app(generate=generate_page, model=model)) as url:
-        with pytest.raises(InputError, match=f"serves {qwen3_checkpoint}, but .* 0 are kept"):
-            generate.run(request_to(url, concurrency=1))
+    told = f"serves {qwen3_checkpoint}, but .* 0 are kept"
+    with serving_app(app(generate=generate_page, model=model)) as url, pytest.raises(InputError, match=told):
+        generate.run(request_to(url, concurrency=1))
     assert not Path(tmp_path / "out.jsonl").exists()
 
 
@@ -334,9 +334,12 @@ def test_what_any_of_several_changed_servers_gave_is_thrown_away(
 
         return app(generate=generate_page, model=model)
 
-    with serving_app(server("late")) as late, serving_app(server("early")) as early:
-        with pytest.raises(InputError, match=r"are thrown away; 0 are kept"):
-            generate.run(request_to(late, early, concurrency=1))
+    with (
+        serving_app(server("late")) as late,
+        serving_app(server("early")) as early,
+        pytest.raises(InputError, match=r"are thrown away; 0 are kept"),
+    ):
+        generate.run(request_to(late, early, concurrency=1))
 
 
 def test_a_server_that_comes_back_with_another_model_is_noticed(
