@@ -144,7 +144,7 @@ def test_killed_while_it_cuts_back_rows_never_return_by_themselves(
         monkeypatch.setattr(module.Index, "cut_back", lambda self, length: None)  # it does not come to that any more
         journal.cut_back(13)
         journal._closed = True  # nor to a sync
-    with pytest.raises(InputError, match=r"ends at byte \d+, but .*index.bin names rows.*delete index.bin to go on"):
+    with pytest.raises(InputError, match=r"ends at byte \d+, but .*index.bin names rows.*delete index.bin to resume"):
         Journal(folder, FINGERPRINT)
     (folder / "index.bin").unlink()
     with Journal(folder, FINGERPRINT) as journal:
