@@ -32,7 +32,7 @@ Digests = NDArray[np.uint64]
 ROW = 1024  # elements; a multiple of 4, as `random_words` makes them
 COARSE_BITS, FINE_BITS = 16, 15  # the 31 bits of a magnitude, as `histogram` and `histogram_within` take them
 F32, F16, BF16 = 0, 1, 2
-CODES = {"F32": F32, "F16": F16, "BF16": BF16}
+KINDS = {"F32": F32, "F16": F16, "BF16": BF16}
 KEEP_ALL, AT_RANDOM, SMALLEST, OUTSIDE, CHOSEN = 0, 1, 2, 3, 4
 WEIGHTED_SUM, TASK_VECTORS, AGREEING = 0, 1, 2
 DONE, OVERFLOW = -1, -2
@@ -45,7 +45,7 @@ class Tensors(NamedTuple):
     """One tensor of every model: where its first element lies, and its type, [models]."""
 
     addresses: Ints
-    codes: Ints  # of CODES
+    codes: Ints  # of KINDS
 
 
 class Drops(NamedTuple):
@@ -112,7 +112,7 @@ def widen_float16(source: NDArray[np.uint16], out: Floats) -> bool:
 
 
 @compiled
-def widen_float32(source: Floats, out: Floats) -> bool:
+def copy_float32(source: Floats, out: Floats) -> bool:
     """Copy; False if an element is NaN or infinite."""
     bits = out.view(np.uint32)
     bad = np.uint32(0)
@@ -151,12 +151,6 @@ def narrow_float16(source: Floats, out: NDArray[np.uint16]) -> bool:
         bad |= np.uint32(half >= np.uint32(0x7C00))
         out[i] = np.uint16(half | ((bits[i] >> np.uint32(16)) & np.uint32(0x8000)))
     return bad == 0
-
-
-@compiled
-def narrow_float32(source: Floats, out: Floats) -> bool:
-    """Copy; False if an element is NaN or infinite."""
-    return widen_float32(source, out)
 
 
 @compiled
@@ -433,7 +427,7 @@ def _load(tensors: Tensors, start: int, rows: Floats, n: int) -> int:
     for k in range(tensors.codes.size):
         out, code, address = rows[k, :n], tensors.codes[k], tensors.addresses[k]
         if code == F32:
-            fine = widen_float32(carray(_as_pointer(address + 4 * start), (n,), np.float32), out)
+            fine = copy_float32(carray(_as_pointer(address + 4 * start), (n,), np.float32), out)
         elif code == F16:
             fine = widen_float16(carray(_as_pointer(address + 2 * start), (n,), np.uint16), out)
         else:
@@ -691,7 +685,7 @@ def copy(tensors: Tensors, start: int, stop: int, code: int, out: NDArray[np.uin
 @compiled
 def _store(values: Floats, code: int, out: NDArray[np.uint8], place: int) -> bool:
     if code == F32:
-        return narrow_float32(values, out.view(np.float32)[place : place + values.size])
+        return copy_float32(values, out.view(np.float32)[place : place + values.size])
     halves = out.view(np.uint16)[place : place + values.size]
     if code == F16:
         return narrow_float16(values, halves)

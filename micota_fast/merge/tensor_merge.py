@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from micota_fast.merge import kernels
 from micota_fast.merge.inputs import Source
-from micota_fast.merge.kernels import CODES, Tensors
+from micota_fast.merge.kernels import KINDS, Tensors
 from micota_fast.merge.methods import WEIGHT_FLOOR, DropsOf, MethodSpec, Pass, Scalars
 from micota_fast.merge.output import overflow
 from micota_fast.model.dtypes import DTYPES
@@ -110,7 +110,7 @@ class TensorMerge:
                 np.where(normalize & (abs(totals) >= WEIGHT_FLOOR), totals, np.float32(1)),
                 normalize,
                 np.array([each.lambda_ for each in self.scalars], np.float32),
-                CODES[self.code],
+                KINDS[self.code],
                 pieces_VB,
                 digests,
             )
@@ -118,7 +118,7 @@ class TensorMerge:
             low = max(start, common)
             tail = np.empty((stop - low) * size, np.uint8)
             digest = self._digests_beyond[low] = np.zeros(1, np.uint64)
-            status = kernels.copy(_tensors([self.donor]), low, stop, CODES[self.code], tail, digest)
+            status = kernels.copy(_tensors([self.donor]), low, stop, KINDS[self.code], tail, digest)
             if status >= 0:
                 raise self.donor.not_finite(low, stop)
             if status == kernels.OVERFLOW:
@@ -130,4 +130,4 @@ class TensorMerge:
 
 def _tensors(sources: Sequence[Source]) -> Tensors:
     addresses = [source.elements.ctypes.data for source in sources]
-    return Tensors(np.array(addresses, np.int64), np.array([CODES[source.code] for source in sources]))
+    return Tensors(np.array(addresses, np.int64), np.array([KINDS[source.code] for source in sources]))

@@ -139,9 +139,9 @@ def check_tied(config: ModelConfig, stored: Stored, directory: Path) -> None:
 
 def _numbers(path: Path, tensor: StoredTensor, start: int, count: int) -> NDArray[Any]:
     """Elements [start, start + count) of a tensor, as floats that hold them exactly."""
-    kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-    if tensor.code not in kinds:
+    name = DTYPES[tensor.code].name if tensor.code in DTYPES else None
+    if name not in FLOATS:
         raise InputError(f"{path}: tensor {HEAD} or {EMBEDDING} is stored as {tensor.code}, not as a plain float")
-    dtype = np.dtype(kinds[tensor.code])
+    dtype = np.dtype("uint16" if name == "bfloat16" else name)  # numpy has no bfloat16
     found = np.fromfile(path, dtype, count, offset=tensor.start + start * dtype.itemsize)
-    return (found.astype(np.uint32) << 16).view(np.float32) if tensor.code == "BF16" else found
+    return (found.astype(np.uint32) << 16).view(np.float32) if name == "bfloat16" else found
