@@ -69,6 +69,7 @@ WAITS: Operations = {
     "event synchronize": lambda: recorded().synchronize(),
     "event of a stream": lambda: torch.cuda.current_stream().record_event().synchronize(),
     "item in a backward pass": lambda: _AsksInBackward.apply(matrix().requires_grad_()).sum().backward(),
+    "torch.tensor in a backward pass": lambda: _MakesInBackward.apply(matrix().requires_grad_()).sum().backward(),
     "empty_cache": lambda: torch.cuda.empty_cache(),
 }
 
@@ -103,6 +104,12 @@ class _AsksInBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad * grad.sum().item()
+
+
+class _MakesInBackward(_AsksInBackward):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * torch.tensor(2.0, device=grad.device)
 
 
 def _with_gradient() -> list[torch.nn.Parameter]:

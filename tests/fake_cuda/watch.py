@@ -66,6 +66,7 @@ class FakeCuda(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        torch._C._set_only_lift_cpu_tensors(True)  # also in the threads of autograd, each of which has its own
         if any(not issubclass(FakeTensor, kind) for kind in types):
             return NotImplemented  # a DTensor: it comes back with the tensors that it is made of
         fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
