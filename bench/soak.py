@@ -137,7 +137,7 @@ def soak(seconds: float) -> dict[str, Any]:
     warm = started + max(5.0, seconds / 5)
     times, memory = np.array([row for row in prober.memory if row[0] >= warm]).T
     slope = float(np.polyfit(times - times[0], memory, 1)[0])
-    growth = slope * (times[-1] - times[0]) / memory[0]
+    growth = float(slope * (times[-1] - times[0]) / memory[0])
     worst, p99 = max(prober.health_s), float(np.quantile(prober.health_s, 0.99))
     return {
         "seconds": seconds,
