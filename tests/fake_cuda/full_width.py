@@ -1,6 +1,7 @@
 """`train()` of a model at its full width, until its first step is done: documents and weights are made up."""
 
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +16,15 @@ class _StepDone(Exception):
     """Raised where the real run would go on to write checkpoints of gigabytes."""
 
 
-def train_step(session: Session, model: str, folder: str, pack_tokens: int, layers: int | None, **options: Any) -> None:
-    """Run two steps of one full pack per process; afterwards the ledger has the peak of the second.
+def train_step(
+    session: Session, model: str, tokenizer: str, folder: str, pack_tokens: int, layers: int | None, **options: Any
+) -> dict[str, tuple[int, str]]:
+    """Run a step of one full pack per process, with an optimizer that has its moments, as after a resume.
 
     Args:
         session: this process.
         model: a hub name that `planning.shapes` knows by its shapes; nothing is asked of the hub.
+        tokenizer: a checkpoint whose tokenizer the model has.
         folder: for files.
         pack_tokens: of each pack, all of them filled by documents of different lengths.
         layers: of the model; None: as many as it has.
@@ -33,6 +37,7 @@ def train_step(session: Session, model: str, folder: str, pack_tokens: int, laye
 
     from micota_fast.config.train import TrainConfig
     from micota_fast.model import safetensors_io
+    from micota_fast.model.folder import COPIED_FILES
     from micota_fast.planning.shapes import known_shapes
     from micota_fast.train import loop, prepare
     from micota_fast.train.stopwatch import Stopwatch
@@ -42,6 +47,8 @@ def train_step(session: Session, model: str, folder: str, pack_tokens: int, laye
     run = Path(tempfile.mkdtemp(dir=folder))
     source = run / "checkpoint"
     source.mkdir()
+    for file in (path for path in Path(tokenizer).iterdir() if path.name in COPIED_FILES):
+        shutil.copyfile(file, source / file.name)
     described = shape.to_dict("bfloat16") | ({} if layers is None else {"num_hidden_layers": layers})
     (source / "config.json").write_text(json.dumps(described), encoding="utf-8")
     documents = _documents([_lengths(pack_tokens) for _ in range(session.world)], shape.vocab_size)

@@ -41,7 +41,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def steps(checkpoint: str, folder: str, attention: str, cells: list[list[str]]) -> dict[str, Any]:
-    """Train three steps in each cell and return the waits, and what else tells that the cell was what it says.
+    """Train two steps in each cell and return the waits, and what else tells that the cell was what it says.
 
     Args:
         checkpoint: to start from.
@@ -164,11 +164,12 @@ def resumed_run(checkpoint: str, folder: str) -> dict[str, Any]:
     }
 
 
-def peaks(world: int, folder: str, cells: list[list[Any]]) -> list[dict[str, Any]]:
+def peaks(world: int, tokenizer: str, folder: str, cells: list[list[Any]]) -> list[dict[str, Any]]:
     """Return for each cell, by phase of a step, the bytes that rank 0 holds at most, and in which function of ours.
 
     Args:
         world: processes that share a model.
+        tokenizer: a checkpoint that has one.
         folder: for files.
         cells: lists of a model's name, tokens of a pack, activation checkpointing, and layers (None: all).
     """
@@ -179,17 +180,18 @@ def peaks(world: int, folder: str, cells: list[list[Any]]) -> list[dict[str, Any
 
     found = []
     for model, pack_tokens, mode, layers in cells:
-        run = train_step(session, model, folder, pack_tokens, layers, activation_checkpointing=mode)
+        run = train_step(session, model, tokenizer, folder, pack_tokens, layers, activation_checkpointing=mode)
         found.append(run)
         gc.collect()
         session.require_empty()
     return found
 
 
-def launches(folder: str, chips: list[int], models: list[str]) -> dict[str, Any]:
+def launches(tokenizer: str, folder: str, chips: list[int], models: list[str]) -> dict[str, Any]:
     """Run a step of each model, in full width, and return its Triton launches and what they compile to.
 
     Args:
+        tokenizer: a checkpoint that has one.
         folder: for files.
         chips: compute capabilities to compile for.
         models: names on the hub.
@@ -201,7 +203,7 @@ def launches(folder: str, chips: list[int], models: list[str]) -> dict[str, Any]
     for model in models:
         # A pack of odd length; the row filter has kernels of its own.
         for options in ({}, {"row_filter": 0.1}, {"dtype": "float32", "attention": "sdpa"}):
-            train_step(session, model, folder, 4099, 2, **options)
+            train_step(session, model, tokenizer, folder, 4099, 2, **options)
     compiled = [
         {"name": each.name, "chip": each.chip, **inspect_cubin(each.kernel, Path(folder))}
         for each in session.launches.compiled.values()

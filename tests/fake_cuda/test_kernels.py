@@ -33,9 +33,9 @@ def test_one_graph_serves_all_blocks_and_packs(attention: str, qwen2_checkpoint:
 
 
 @pytest.mark.slow
-def test_every_launch_of_a_step_compiles_without_spills(tmp_path: Path) -> None:
+def test_every_launch_of_a_step_compiles_without_spills(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     models = ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"]
-    found = run_scene("launches", folder=str(tmp_path), chips=CHIPS, models=models)
+    found = run_scene("launches", tokenizer=str(qwen2_checkpoint), folder=str(tmp_path), chips=CHIPS, models=models)
     assert found["counts"].keys() == OURS | LIGERS
     for chip in CHIPS:
         here = [kernel for kernel in found["compiled"] if kernel["chip"] == chip]

@@ -49,6 +49,14 @@ def test_readme_says_what_the_estimate_gives() -> None:
         assert fits == 1024 * pack, (size, gigabytes, processes, mode)
 
 
+def measure(cells: list[list[Any]], processes: int, tokenizer: Path, folder: Path) -> list[dict[str, Any]]:
+    named = [[name_of(size), *rest] for size, *rest in cells]
+    found: list[dict[str, Any]] = run_scene(
+        "peaks", world=processes, tokenizer=str(tokenizer), folder=str(folder), cells=named
+    )
+    return found
+
+
 def check(size: str, tokens: int, processes: int, mode: Any, layers: int | None, peaks: dict[str, Any]) -> None:
     """Compare the peak of a step with the estimate, and that of the loss with its own."""
     config = shape_of(size)
@@ -64,9 +72,9 @@ def check(size: str, tokens: int, processes: int, mode: Any, layers: int | None,
 
 @pytest.mark.slow
 @needs_compiler
-def test_qwen_7b_on_eight_ranks_needs_what_is_estimated(tmp_path: Path) -> None:
+def test_qwen_7b_on_eight_ranks_needs_what_is_estimated(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     cells = [["7B", 16384, mode, None] for mode in MODES]
-    found = run_scene("peaks", world=8, folder=str(tmp_path), cells=[[name_of(cell[0]), *cell[1:]] for cell in cells])
+    found = measure(cells, 8, qwen2_checkpoint, tmp_path)
     for (size, tokens, mode, layers), peaks in zip(cells, found, strict=True):
         check(size, tokens, 8, mode, layers, peaks)
 
@@ -74,11 +82,9 @@ def test_qwen_7b_on_eight_ranks_needs_what_is_estimated(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("processes", [1, 8])
-def test_the_packs_of_readme_need_what_is_estimated(processes: int, tmp_path: Path) -> None:
+def test_the_packs_of_readme_need_what_is_estimated(processes: int, qwen2_checkpoint: Path, tmp_path: Path) -> None:
     """Of each model two layers, in full width; more of them need more of the same, as the test above shows."""
     cells = [[size, 1024 * pack, mode, 2] for size, _, n, mode, pack in readme_table() if n == processes and pack]
-    found = run_scene(
-        "peaks", world=processes, folder=str(tmp_path), cells=[[name_of(cell[0]), *cell[1:]] for cell in cells]
-    )
+    found = measure(cells, processes, qwen2_checkpoint, tmp_path)
     for (size, tokens, mode, layers), peaks in zip(cells, found, strict=True):
         check(size, tokens, processes, mode, layers, peaks)
