@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from fake_cuda.start import needs_compiler, run_scene
 from fake_cuda.test_waits import unexpected
 
-pytestmark = needs_compiler
+pytestmark = [pytest.mark.slow, needs_compiler]
 
 
 def test_a_run_on_eight_ranks_waits_only_where_it_says_so(qwen2_checkpoint: Path, tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ def test_quirks_of_math_verify_are_kept_or_left_to_it(turned: bool) -> None:
     assert differing([(b, a) if turned else (a, b) for a, b in QUIRKS]) == []
 
 
+@pytest.mark.slow
 def test_every_kind_against_every_other() -> None:
     kinds = ["7", "\\frac{1}{2}", "0.25", "50\\%", "2\\sqrt{3}", "\\frac{\\pi}{2}", "2x+1", "(1,2)", "(2,1)", "[1,2)"]
     kinds += [

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from helpers.paths import ROOT
 
 PROGRAM = """
@@ -19,6 +21,7 @@ print(float(micota_fast.kernels.linear_cross_entropy(hidden, weight, torch.tenso
 """
 
 
+@pytest.mark.slow
 def test_a_second_import_under_another_name_defines_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -239,12 +239,10 @@ def test_flash_attention_4_is_for_hopper_and_blackwell_and_some_head_sizes(
 
 
 @pytest.mark.usefixtures("hopper")
-def test_a_broken_flash_attention_4_gives_way_to_3_and_is_named(
-    flash_4: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_flash_attention_4_gives_way_to_3_and_is_named(flash_4: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "flash_attn" / "cute" / "interface.py").write_text("import cutlass_that_is_not_there")
     for name in ("flash_attn.cute.interface", "flash_attn.cute", "flash_attn"):
-        monkeypatch.delitem(sys.modules, name)
+        del sys.modules[name]  # for good: `monkeypatch` would put it back after `hopper` has cleaned up
     importlib.invalidate_caches()
     backend, reason = choose_backend("auto", "cuda", torch.bfloat16, 64)
     assert backend == "flash"

@@ -45,7 +45,13 @@ def loss_of(model: PackedLoss) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("qwen2", "float32"), ("qwen2", "bfloat16"), ("qwen3", "bfloat16"), ("llama", "float32")]
+    ("family", "dtype"),
+    [
+        ("qwen2", "float32"),
+        pytest.param("qwen2", "bfloat16", marks=pytest.mark.slow),
+        ("qwen3", "bfloat16"),
+        pytest.param("llama", "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_bits_come_out(family: str, dtype: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     results = []
@@ -131,7 +137,9 @@ def bytes_kept(config: ModelConfig, how: How) -> int:
     return kept
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [FAMILIES[0], *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])]
+)
 def test_what_is_kept_between_the_passes(family: str, request: pytest.FixtureRequest) -> None:
     config = ModelConfig.from_checkpoint(request.getfixturevalue(f"{family}_checkpoint"))
     H, N, K, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim

@@ -37,9 +37,9 @@ def run(checkpoint: Path, folder: Path, name: str, **options: Any) -> TrainConfi
     return train_config(checkpoint, folder, out=str(folder / name), pack_tokens=128, packs_per_step=9, **options)
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama"])  # tied embeddings, and not
+@pytest.fixture(scope="module", params=["qwen2", pytest.param("llama", marks=pytest.mark.slow)])
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """Trained as 2 x 2."""
+    """Trained as 2 x 2; embeddings tied and, in the slow tier, not."""
     checkpoint = request.getfixturevalue(f"{request.param}_checkpoint")
     config = run(checkpoint, tmp_path_factory.mktemp("mesh"), "two-by-two", epochs=6, mesh=TWO_BY_TWO)
     finish(start_training(config, world=4), config)

@@ -184,6 +184,7 @@ def test_two_ranks_end_alike_with_exit_status_2(checkpoint: Path, tmp_path: Path
     assert checkpoint_steps(config) == [2]
 
 
+@pytest.mark.slow
 def test_the_command_says_so(checkpoint: Path, tmp_path: Path) -> None:
     """A learning rate that no model survives: every step after the first is bad."""
     config = train_config(checkpoint, tmp_path, lr=1e30, max_skipped_steps=2)

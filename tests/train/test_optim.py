@@ -133,8 +133,16 @@ def test_freezing_that_cannot_be_meant(llama_checkpoint: Path, qwen2_checkpoint:
     ("family", "options"),
     [
         ("qwen2", {"freeze": ["model.embed_tokens.*"]}),  # the output matrix too: they are tied
-        ("llama", {"freeze": ["*embed_tokens*", "*.layers.0.*"], "activation_checkpointing": "selective"}),
-        ("qwen2", {"freeze": ["*embed_tokens*", "*_proj.*"], "activation_checkpointing": "full"}),  # norms alone train
+        pytest.param(
+            "llama",
+            {"freeze": ["*embed_tokens*", "*.layers.0.*"], "activation_checkpointing": "selective"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(  # norms alone train
+            "qwen2",
+            {"freeze": ["*embed_tokens*", "*_proj.*"], "activation_checkpointing": "full"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -70,6 +71,7 @@ def test_ranks_wait_for_the_export(qwen2_checkpoint: Path, tmp_path: Path) -> No
     assert all(torch.equal(tensor, expected[name].to(tensor.dtype)) for name, tensor in written.items())
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_the_model_to_be_hashed(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     run_ranks(2, _identity, tmp_path / "log", train_config(qwen2_checkpoint, tmp_path), qwen2_checkpoint)
 
