@@ -87,6 +87,8 @@ class LimitedProcess:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self._kill()  # something ended it between commands: no command is to blame
             try:
                 yield
             except InputError:

@@ -173,7 +173,8 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
 
 def main() -> None:
     """Serve on standard input and output."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the parent, with which we end
+    # Meant for the parent, with which we end. Slurm sends its own to every process of a step.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Nothing but our replies may reach the pipe; what a library prints about hostile input helps nobody.

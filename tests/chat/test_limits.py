@@ -162,9 +162,19 @@ def test_the_process_is_started_again_when_it_was_killed(tmp_path: Path) -> None
     before = [chat.encode_prompt("What is 1 + 1?") for chat in (one, other)]
     assert PROCESS._process is not None
     os.kill(PROCESS._process.pid, signal.SIGKILL)
-    with pytest.raises(OverLimitError):  # what it died on is not known, and is not tried again
-        one.encode_prompt("What is 1 + 1?")
+    os.waitid(os.P_PID, PROCESS._process.pid, os.WEXITED | os.WNOWAIT)
     assert [chat.encode_prompt("What is 1 + 1?") for chat in (one, other)] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_to_all_processes_of_a_job_leave_it_alone(tmp_path: Path, number: signal.Signals) -> None:
+    chat = chat_of(make_chat_checkpoint(tmp_path / "a"))
+    before = chat.encode_prompt("What is 1 + 1?")
+    assert PROCESS._process is not None
+    pid = PROCESS._process.pid
+    os.kill(pid, number)
+    assert chat.encode_prompt("What is 1 + 1?") == before
+    assert PROCESS._process.pid == pid
 
 
 def test_what_is_no_longer_used_is_closed(tmp_path: Path) -> None:
