@@ -34,7 +34,9 @@ def test_progress_may_be_rewritten_and_what_is_printed_may_not() -> None:
     assert out.getvalue() == "\\rmine\\x1b]0;title\\x07\n\ra\\x1bb"
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(encoding, marks=pytest.mark.slow) for encoding in ("latin-1", "cp1252"))]
+)
 @pytest.mark.parametrize("verb", [["run", "micro", "--dry-run"], ["plan", "micro"], ["train", "--help"]])
 def test_every_encoding_of_a_terminal_will_do(encoding: str, verb: list[str], tmp_path: Path) -> None:
     out = [] if "--help" in verb else ["--out", str(tmp_path / "größer \U0001f600"), "--set", "title=é ≥ ñ"]

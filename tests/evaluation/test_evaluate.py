@@ -181,6 +181,7 @@ def test_one_benchmark_is_sampled_and_the_others_are_not(settings: EvaluateConfi
             loader.build(EvaluateConfig, values, "x")
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(settings: EvaluateConfig, tmp_path: Path) -> None:
     settings.max_new_tokens = 200  # long enough to be killed in the middle
     out = Path(settings.out)
@@ -369,6 +370,7 @@ def test_a_judge_is_asked_about_what_the_string_rule_rejects(settings: EvaluateC
     assert judge["made_by"]["sampling"]["max_new_tokens"] == 20
 
 
+@pytest.mark.slow
 def test_a_judge_keeps_its_replies_when_benchmarks_are_added_and_changes_places(
     settings: EvaluateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

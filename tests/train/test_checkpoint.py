@@ -112,6 +112,7 @@ def test_state_goes_on_with_any_number_of_ranks(wrote: int, readers: tuple[int, 
         assert (changed in log.read_text()) == (wrote != reads)
 
 
+@pytest.mark.slow
 def test_replicas_are_written_once(tmp_path: Path) -> None:
     for name, mesh in (("flat", (4,)), ("hybrid", (2, 2))):
         run_ranks(4, _save, tmp_path / "log", tmp_path / name, mesh)

@@ -129,20 +129,13 @@ def test_freezing_that_cannot_be_meant(llama_checkpoint: Path, qwen2_checkpoint:
         frozen_in(llama_checkpoint, ["*.layers.*", "*"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "options"),
     [
         ("qwen2", {"freeze": ["model.embed_tokens.*"]}),  # the output matrix too: they are tied
-        pytest.param(
-            "llama",
-            {"freeze": ["*embed_tokens*", "*.layers.0.*"], "activation_checkpointing": "selective"},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(  # norms alone train
-            "qwen2",
-            {"freeze": ["*embed_tokens*", "*_proj.*"], "activation_checkpointing": "full"},
-            marks=pytest.mark.slow,
-        ),
+        ("llama", {"freeze": ["*embed_tokens*", "*.layers.0.*"], "activation_checkpointing": "selective"}),
+        ("qwen2", {"freeze": ["*embed_tokens*", "*_proj.*"], "activation_checkpointing": "full"}),  # norms alone train
     ],
     ids=str,
 )
