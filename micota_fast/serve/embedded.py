@@ -25,7 +25,7 @@ from micota_fast.model.safetensors_io import load_model
 from micota_fast.serve.connections import Connections
 from micota_fast.serve.engine import Engine
 from micota_fast.serve.server import EmbeddedServer
-from micota_fast.serve.wire import log_bad_requests_on_one_line
+from micota_fast.serve.wire import log_clients_faults_on_one_line
 
 SHUTDOWN_GRACE_S = 0.2
 DEATH_LINGER_S = 2.0  # a dead engine stays visible on /health this long before the process ends
@@ -61,7 +61,7 @@ async def serve(server: EmbeddedServer, host: str, port: int, allow_hosts: Seque
     listener.listen(1024)
     connections = Connections()
     app = server.app(connections, host, allow_hosts)
-    log_bad_requests_on_one_line()
+    log_clients_faults_on_one_line()
     options: dict[str, Any] = {"handler_cancellation": True, "access_log": None, "auto_decompress": False}
     runner = web.AppRunner(app, shutdown_timeout=SHUTDOWN_GRACE_S, **options)
     await runner.setup()

@@ -100,12 +100,12 @@ def receive(connections: Connections) -> Middleware:
     return middleware
 
 
-def log_bad_requests_on_one_line() -> None:
-    """Have aiohttp log what is no HTTP without a traceback: it is the client's fault, and clients may send it often."""
+def log_clients_faults_on_one_line() -> None:
+    """Have aiohttp log without a traceback what is not HTTP, and clients that leave in mid-stream: both come often."""
 
     def shorten(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, HttpProcessingError):
+        if isinstance(error, HttpProcessingError | ConnectionError):
             why = one_line(" ".join(str(error).split())[:200])
             record.msg, record.args, record.exc_info = f"{record.getMessage()}: {why}", (), None
         return True

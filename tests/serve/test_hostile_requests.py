@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import http.client
 import json
+import logging
 import math
 import resource
 import shutil
@@ -26,6 +27,7 @@ from micota_fast.config.generation import ServeConfig
 from micota_fast.serve import connections
 from micota_fast.serve.browser_guard import BrowserGuard
 from micota_fast.serve.serve import serving
+from micota_fast.serve.wire import log_clients_faults_on_one_line
 
 HEALTH_S = 1.0
 JSON = {"Content-Type": "application/json"}
@@ -208,6 +210,22 @@ def test_what_is_no_http_is_the_clients_fault(qwen2_checkpoint: Path, tmp_path: 
             answer = said(Server(url), request)
             assert answer.split(b" ")[1] == b"400", answer
     assert "Traceback" not in (tmp_path / "log.txt").read_text()
+
+
+def test_a_client_that_leaves_in_mid_stream_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """What aiohttp logs of it, if the server writes before the handler is cancelled: which of the two is chance."""
+    logger = logging.getLogger("aiohttp.server")
+    before = list(logger.filters)
+    log_clients_faults_on_one_line()
+    try:
+        raise ConnectionResetError("Cannot write to closing transport")
+    except ConnectionResetError:
+        logger.exception("Error handling request from %s", "127.0.0.1")
+    finally:
+        logger.filters[:] = before
+    (record,) = caplog.records
+    assert record.exc_info is None
+    assert record.getMessage() == "Error handling request from 127.0.0.1: Cannot write to closing transport"
 
 
 def test_a_body_without_a_type_is_refused(server: Server) -> None:
