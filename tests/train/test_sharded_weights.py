@@ -1,6 +1,7 @@
 """Weights are set shard by shard: the same ones as in a whole model, and never more than its shards on a rank."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -87,7 +88,8 @@ def peak_of_a_rank(world: World, checkpoint: Path) -> None:
     model = build_model(settings, checkpoint, world)
     parallelize(model, settings, world)
     load_initial_weights(model, settings, checkpoint, world)
-    print(json.dumps({"grown": 1024 * (_kb("VmHWM") - before)}), flush=True)
+    line = json.dumps({"grown": 1024 * (_kb("VmHWM") - before)}) + "\n"
+    os.write(1, line.encode())  # one write: the ranks share the file, and print() may write the line's end by itself
 
 
 def _kb(key: str) -> int:
