@@ -35,6 +35,7 @@ def option(
     operational: bool = False,
     alias: str = "",
     infinite: bool = False,
+    newer: bool = False,
 ) -> Any:
     """Declare a documented dataclass field.
 
@@ -46,8 +47,11 @@ def option(
         alias: the option's name in the version before. It is still read, with a notice on stderr, and it stays the key
             in `identity`, so that stages which are done remain so.
         infinite: its number may be infinite.
+        newer: it came after runs had been made without it; at its default, which must stay what it is, it is not part
+            of `identity`, so that they remain done.
     """
     metadata = {"doc": doc, "source": source, "operational": operational, "alias": alias, "infinite": infinite}
+    metadata["newer"] = newer
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
@@ -122,19 +126,24 @@ def plain(value: Any) -> Any:
 
 
 def identity(value: Any) -> Any:
-    """Return what the result depends on: `plain` without the operational options.
+    """Return what the result depends on: `plain` without the operational options and newer ones at their defaults.
 
     A mapping becomes a list of pairs, since its order may matter (arms of a table, parts of a mix).
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         shown: frozenset[str] = getattr(value, "operational", frozenset())  # options that are so in this case
         fields = [f for f in dataclasses.fields(value) if not f.metadata.get("operational") and f.name not in shown]
+        fields = [f for f in fields if not (f.metadata.get("newer") and getattr(value, f.name) == _default(f))]
         return {field.metadata.get("alias") or field.name: identity(getattr(value, field.name)) for field in fields}
     if isinstance(value, dict):
         return [[key, identity(item)] for key, item in value.items()]
     if isinstance(value, list | tuple):
         return [identity(item) for item in value]
     return plain(value)
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 @functools.cache
@@ -184,11 +193,8 @@ def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
             rows += describe(typing.cast(type, hint), f"{key}.")
             continue
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required:
-            default = "required"
-        else:
-            made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-            default = json.dumps(plain(made), ensure_ascii=False)  # JSON is YAML, on one line
+        # JSON is YAML, on one line.
+        default = "required" if required else json.dumps(plain(_default(field)), ensure_ascii=False)
         doc = field.metadata.get("doc", "")
         if field.metadata.get("source"):
             doc += f" [{field.metadata['source']}]"

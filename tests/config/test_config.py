@@ -160,3 +160,14 @@ def test_both_names_of_an_option_are_an_error(tmp_path: Path) -> None:
 def test_identity_keeps_the_old_name_so_that_finished_stages_stay_done() -> None:
     assert loader.identity(Inner()) == {"limit": 1}
     assert loader.plain(Inner()) == {"most": 1}
+
+
+@dataclass(kw_only=True)
+class Grown:
+    limit: int = option(1, doc="it was there when the first runs were made")
+    columns: dict[str, str] = option({}, doc="it came later", newer=True)
+
+
+def test_a_newer_option_at_its_default_leaves_the_identity_of_earlier_runs_as_it_is() -> None:
+    assert loader.identity(Grown()) == {"limit": 1}
+    assert loader.identity(Grown(columns={"id": "uuid"})) == {"limit": 1, "columns": [["id", "uuid"]]}
