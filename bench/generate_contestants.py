@@ -35,7 +35,7 @@ def bare_aiohttp(settings: dict[str, Any]) -> dict[str, Any]:
     import aiohttp
 
     from micota_fast.chat.encoding import Chat
-    from micota_fast.common.records import read_problems
+    from micota_fast.sources.problems import read_problems
 
     chat = Chat.from_checkpoint(settings["model"], CHAT)
     prompts = [chat.encode_prompt(problem.problem) for problem in read_problems(settings["problems"])]

@@ -32,9 +32,10 @@ import yaml
 from machine import ROOT, provenance
 
 from micota_fast.alignment.results import Alignment
-from micota_fast.common.records import read_problems, write_rows
+from micota_fast.common.records import write_rows
 from micota_fast.common.schema import load
 from micota_fast.micro import build
+from micota_fast.sources.problems import read_problems
 from micota_fast.statistics.intervals import mean_and_sd, student_t95
 from micota_fast.statistics.ranks import spearman
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from micota_fast.alignment.results import Alignment
 from micota_fast.common.json_io import write_json
-from micota_fast.common.records import Problem, read_problems, write_rows
+from micota_fast.common.records import Problem, write_rows
 from micota_fast.common.schema import load
 from micota_fast.errors import InputError
+from micota_fast.sources.problems import read_problems
 
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")  # GSM8K's annotation of what a calculator would return (arXiv 2110.14168)
 TRAIN_ROWS = 320

@@ -5,6 +5,7 @@ perplexity analysis). Text is rendered and masked exactly as in training, so wha
 """
 
 import math
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from micota_fast.alignment.likelihood_profile import overlap, profile, reflectio
 from micota_fast.alignment.results import Alignment
 from micota_fast.chat.encoding import Chat
 from micota_fast.common.json_io import parse_json, write_json
-from micota_fast.common.records import read_lines
 from micota_fast.common.schema import to_json
 from micota_fast.config.evaluation import AlignConfig
 from micota_fast.data.batches import packed_batch
@@ -31,6 +31,9 @@ from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder
 from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.model.safetensors_io import load_model
+from micota_fast.sources.columns import renamed
+from micota_fast.sources.problems import row_id
+from micota_fast.sources.rows import read_rows
 
 
 def run(config: AlignConfig) -> None:
@@ -50,9 +53,11 @@ def run(config: AlignConfig) -> None:
     print(f"align: {config.dtype} on {device}, attention {backend}: {why}")
     model = load_model(folder, dtype, device).eval()
     ends_line_V = np.array(["\n" in chat.decode([i], skip_special_tokens=False) for i in range(chat.vocab_size)])
-    own = _answers(config.student_answers) if config.student_answers is not None else None
+    own = _answers(config.student_answers, {}) if config.student_answers is not None else None
     for name, path in config.corpora.items():
-        documents = load_documents(path, chat, config.max_doc_tokens or config.pack_tokens, "drop")
+        columns = config.columns.get(name, {})
+        limit = config.max_doc_tokens or config.pack_tokens
+        documents = load_documents(path, chat, limit, "drop", columns=columns)
         nll_N, rank_N, counts_D = token_likelihood(model, documents, config.pack_tokens, backend)
         ids_N = documents.input_ids[_has_loss(documents)]
         texts = (chat.decode(ids.tolist()) for ids in np.split(ids_N, np.cumsum(counts_D)[:-1]))
@@ -73,7 +78,7 @@ def run(config: AlignConfig) -> None:
             learnability=scored,
             **profile(nll_N, counts_D, ends_line_V[ids_N])._asdict(),
             markers=reflection_markers(texts, len(ids_N)),
-            own_overlap=overlap(_answers(path), own) if own is not None else None,
+            own_overlap=overlap(_answers(path, columns), own) if own is not None else None,
             settings={
                 "pack_tokens": config.pack_tokens,
                 "max_doc_tokens": config.max_doc_tokens,
@@ -92,13 +97,14 @@ def run(config: AlignConfig) -> None:
         )
 
 
-def _answers(path: str) -> dict[str, list[str]]:
+def _answers(path: str, columns: Mapping[str, str]) -> dict[str, list[str]]:
     """Problem id -> answers, of the rows that have both; a corpus of conversations has neither."""
     answers: dict[str, list[str]] = {}
-    for where, line in read_lines(Path(path)):
-        row = parse_json(line, where)
-        if isinstance(row.get("id"), str) and isinstance(row.get("completion"), str):
-            answers.setdefault(row["id"], []).append(row["completion"])
+    for where, _, line in read_rows(path):
+        row = renamed(parse_json(line, where), columns)
+        problem, completion = row_id(row), row.get("completion")
+        if problem is not None and isinstance(completion, str):
+            answers.setdefault(problem, []).append(completion)
     return answers
 
 

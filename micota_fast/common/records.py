@@ -98,7 +98,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield f"{path}:{number}", line
 
 
-def bounded_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+def bounded_lines(file: BinaryIO, path: str | Path) -> Iterator[tuple[int, bytes]]:
     """Yield number and bytes of every line.
 
     Raises:
@@ -108,27 +108,6 @@ def bounded_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
         if len(line) > MAX_BYTES:
             raise InputError(f"{path}:{number}: a line of more than {MAX_BYTES:,} bytes, which is too much for a row")
         yield number, line
-
-
-def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
-    """Read problems in file order; with `limit`, the first `limit` of them.
-
-    Raises:
-        InputError: unreadable file, bad row or duplicate id (with file:line), or no row at all.
-    """
-    problems: list[Problem] = []
-    first_seen: dict[str, str] = {}
-    for where, line in read_lines(Path(path)):
-        if limit is not None and len(problems) >= limit:
-            break
-        row = parse_row(Problem, parse_json(line, where), where)
-        if row.id in first_seen:
-            raise InputError(f"{where}: id {row.id!r} occurs already at {first_seen[row.id]}")
-        first_seen[row.id] = where
-        problems.append(row)
-    if not problems:
-        raise InputError(f"{path}: no problems")
-    return problems
 
 
 def iter_completions(path: str | Path) -> Iterator[Completion]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import yaml
 
 from micota_fast.config.checks import at_least, check_names
-from micota_fast.config.generation import ChatConfig, SamplingSettings, ServeConfig
+from micota_fast.config.generation import COLUMNS, PROBLEMS, ChatConfig, SamplingSettings, ServeConfig
 from micota_fast.config.loader import option
 from micota_fast.errors import InputError
 
@@ -58,7 +58,8 @@ class BenchmarkConfig:
         alias="like",
     )
     name: str = option("", doc="its name in the table; required without `preset`")
-    path: str = option("", doc="JSONL of problems; required without `preset`")
+    path: str = option("", doc=f"{PROBLEMS}; required without `preset`")
+    columns: dict[str, str] = option({}, doc=COLUMNS, newer=True)
     prompt: str | None = option(None, doc="user message with {problem}; null: chat.prompt")
     stop: list[str] = option([], doc="strings that end an answer, besides those in `stop` for all sets")
     rule: Literal["box", "box_zeros_trimmed", "last_number"] | None = option(
@@ -160,7 +161,10 @@ class AlignConfig(AlignSettings):
     """`micota align`: perplexity and length of corpora under a model."""
 
     model: str = option(doc="the untrained student (folder or hub name)")
-    corpora: dict[str, str] = option(doc="name -> JSONL corpus")
+    corpora: dict[str, str] = option(doc="name -> corpus, in any form that `micota train` reads")
+    columns: dict[str, dict[str, str]] = option(
+        {}, doc="name of a corpus -> {our key: the file's}, as `columns` of `micota train`", newer=True
+    )
     student_answers: str | None = option(
         None, doc="JSONL of the model's own completions of these problems; null: there are none", alias="own"
     )
@@ -170,14 +174,16 @@ class AlignConfig(AlignSettings):
         if not self.corpora:
             raise InputError("`corpora` names no corpus")
         check_names("corpora", self.corpora)
+        if unknown := next((name for name in self.columns if name not in self.corpora), None):
+            raise InputError(f"`columns` names {unknown!r}, which is not in `corpora`")
 
 
 @dataclass(kw_only=True)
 class ContaminationConfig:
     """`micota contamination`: which benchmark problems a training corpus contains."""
 
-    corpora: dict[str, str] = option(doc="name -> JSONL corpus")
-    benchmarks: list[BenchmarkConfig] = option(doc="the sets; only name, path and limit of each are used")
+    corpora: dict[str, str] = option(doc="name -> corpus, in any form that `micota train` reads")
+    benchmarks: list[BenchmarkConfig] = option(doc="the sets; only name, path, columns and limit of each are used")
     out: str = option(doc="folder: contamination.json")
 
     def __post_init__(self) -> None:

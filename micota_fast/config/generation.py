@@ -13,6 +13,11 @@ from micota_fast.config.loader import option
 from micota_fast.errors import InputError
 
 MOST_SAMPLES = (1 << 16) - 1  # a sample's number takes 16 bits in the journal of a run
+PROBLEMS = (
+    "problems: JSONL, a JSON list (both also .gz or .zst), Parquet or hf://datasets/ORG/NAME[:SPLIT], with keys "
+    "problem, answer (only if something grades) and id (made from the problem's text where absent)"
+)
+COLUMNS = "our key -> the file's, e.g. {problem: question, answer: expected_answer}"
 TEACHER_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -174,7 +179,8 @@ class GenerateConfig(GenerateSettings):
     """`micota generate`: problems in, completions out."""
 
     model: str = option(doc="checkpoint (folder or hub name): its tokenizer and template, and what is served")
-    problems: str = option(doc="JSONL of problems: id, problem, answer")
+    problems: str = option(doc=PROBLEMS)
+    columns: dict[str, str] = option({}, doc=COLUMNS, source="ours", newer=True)
     out: str = option(doc="JSONL of completions; an interrupted run leaves OUT.parts, from which the next run resumes")
     limit: int | None = option(None, doc="only the first N problems; null: all")
     accept: FilterSettings | None = option(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from micota_fast.config.checks import at_least
-from micota_fast.config.generation import SamplingSettings
+from micota_fast.config.generation import COLUMNS, PROBLEMS, SamplingSettings
 from micota_fast.config.loader import option
 from micota_fast.errors import InputError
 
@@ -59,7 +59,8 @@ class LengthSweepConfig(LengthSweepSettings):
     """`micota length-sweep`: a merge at several weights, how long and how right its answers are at each."""
 
     config: str = option(doc="mergekit YAML file of one model that is merged into its base")
-    problems: str = option(doc="JSONL of problems: id, problem, answer")
+    problems: str = option(doc=PROBLEMS)
+    columns: dict[str, str] = option({}, doc=COLUMNS, newer=True)
     out: str = option(doc="folder: sweep.json, sweep.md, sweep.svg, sweep.png, one folder per weight")
     seed: int = option(0, doc="seed of DARE's mask")
     target_median_tokens: int | None = option(

@@ -6,7 +6,7 @@ from typing import Any
 from micota_fast.config.checks import at_least, check_names
 from micota_fast.config.corpus import FilterSettings
 from micota_fast.config.evaluation import AlignSettings, EvaluateSettings
-from micota_fast.config.generation import GenerateSettings
+from micota_fast.config.generation import COLUMNS, PROBLEMS, GenerateSettings
 from micota_fast.config.loader import option
 from micota_fast.config.report import ClaimsConfig
 from micota_fast.config.train import TrainSettings
@@ -17,7 +17,8 @@ from micota_fast.errors import InputError
 class ProblemsSpec:
     """A file of training problems."""
 
-    path: str = option(doc="JSONL: id, problem, answer")
+    path: str = option(doc=PROBLEMS)
+    columns: dict[str, str] = option({}, doc=COLUMNS, newer=True)
     limit: int | None = option(None, doc="only the first N; null: all")
 
     def __post_init__(self) -> None:
@@ -94,13 +95,16 @@ class GeneratedCorpus:
 class CorpusSpec:
     """Rows to train on, and where they come from."""
 
-    file: str | None = option(None, doc="an existing JSONL file")
+    file: str | None = option(None, doc="an existing corpus, in any form that `micota train` reads")
+    columns: dict[str, str] = option({}, doc="our key -> the file's, as `columns` of `micota train`", newer=True)
     generate: GeneratedCorpus | None = option(None, doc="answers of a model, filtered")
     mix: dict[str, int] | None = option(None, doc="names under `corpora` -> shares")
 
     def __post_init__(self) -> None:
         if sum(way is not None for way in (self.file, self.generate, self.mix)) != 1:
             raise InputError("set exactly one of `file`, `generate`, `mix`: it says where this corpus comes from")
+        if self.columns and self.file is None:
+            raise InputError("`columns` goes with `file`: corpora made in the run have our keys")
 
 
 @dataclass(kw_only=True)
@@ -171,6 +175,8 @@ class Recipe:
                 known(corpus.generate.problems, self.problems, f"corpora.{name}.generate.problems", "problem set")
             for part in corpus.mix or {}:
                 known(part, self.corpora, f"corpora.{name}.mix", "corpus")
+                if self.corpora[part].columns:
+                    raise InputError(f"`corpora.{name}.mix` names {part!r}: a mix copies rows without `columns`")
         for arm, corpus_name in self.arms.items():
             known(corpus_name, self.corpora, f"arms.{arm}", "corpus")
         for arm in self.claims.deltas if self.claims is not None else ():

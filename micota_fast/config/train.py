@@ -134,5 +134,13 @@ class TrainConfig(TrainSettings):
     """`micota train`, also under torchrun: a checkpoint and a corpus in, a checkpoint out."""
 
     model: str = option(doc="checkpoint to start from (folder or hub name)")
-    data: str = option(doc="JSONL corpus: our rows, OpenAI messages, ShareGPT, Alpaca, or problem + solution")
+    data: str = option(
+        doc="corpus: JSONL, a JSON list (both also .gz or .zst), Parquet or hf://datasets/ORG/NAME[:SPLIT], with our "
+        "rows, messages, prompt + completion, ShareGPT, Alpaca, problem + solution or + generations (docs/training.md)"
+    )
+    columns: dict[str, str] = option(
+        {},
+        doc="our key -> the file's, of `data` and `validation_data`: {problem: question, completion: output}",
+        newer=True,
+    )
     out: str = option(doc="folder: model/ (Hugging Face layout), metrics.jsonl, summary.json, resume checkpoints")

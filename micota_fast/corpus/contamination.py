@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 
 from micota_fast.common.json_io import parse_json, write_json
 from micota_fast.common.numba_cache import compiled
-from micota_fast.common.records import read_lines, read_problems
 from micota_fast.common.schema import to_json
 from micota_fast.config.evaluation import ContaminationConfig
 from micota_fast.corpus.results import BenchmarkOverlap, Contamination, CorpusOverlap
 from micota_fast.errors import InputError
+from micota_fast.sources.problems import read_problems
+from micota_fast.sources.rows import read_rows
 
 GRAM = 13
 EXAMPLES = 20
@@ -43,13 +44,16 @@ def run(config: ContaminationConfig) -> None:
     names = [benchmark.name for benchmark in config.benchmarks]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"`benchmarks` names {twice!r} twice; give each a name of its own")
-    benchmarks = {benchmark.name: read_problems(benchmark.path, benchmark.limit) for benchmark in config.benchmarks}
+    benchmarks = {
+        benchmark.name: read_problems(benchmark.path, benchmark.limit, benchmark.columns, need_answers=False)
+        for benchmark in config.benchmarks
+    }
     named = [(name, problem.id, problem.problem) for name, problems in benchmarks.items() for problem in problems]
     table = _Table([text for _, _, text in named])
     found: Contamination = {}
     for corpus, path in config.corpora.items():
         rows, hits = 0, set()
-        for read, numbers, texts in _batches(Path(path)):
+        for read, numbers, texts in _batches(path):
             rows = read
             hits |= {(numbers[text], problem, exact) for text, problem, exact in table.hits(texts)}
         overlaps = _overlaps(hits, named, {b: len(p) for b, p in benchmarks.items()})
@@ -86,7 +90,7 @@ def _overlaps(
     return overlaps
 
 
-def _batches(path: Path) -> Iterator[tuple[int, list[int], list[bytes]]]:
+def _batches(path: str) -> Iterator[tuple[int, list[int], list[bytes]]]:
     """Every text in a corpus, many at once: rows read by then, without blank lines; number of each text's row, from 0;
     the texts.
 
@@ -96,7 +100,7 @@ def _batches(path: Path) -> Iterator[tuple[int, list[int], list[bytes]]]:
     texts: list[bytes] = []
     size = 0
     rows = 0
-    for number, (where, line) in enumerate(read_lines(path)):
+    for number, (where, _, line) in enumerate(read_rows(path)):
         for text in _strings(parse_json(line, where)):
             numbers.append(number)
             texts.append(text.encode())

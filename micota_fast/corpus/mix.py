@@ -6,9 +6,10 @@ from pathlib import Path
 
 from micota_fast.common.files import refuse_to_overwrite, write_atomic
 from micota_fast.common.json_io import parse_json
-from micota_fast.common.records import read_lines
 from micota_fast.config.corpus import MixConfig
 from micota_fast.errors import InputError
+from micota_fast.sources.problems import row_id
+from micota_fast.sources.rows import read_rows
 
 
 def run(config: MixConfig) -> None:
@@ -21,12 +22,13 @@ def run(config: MixConfig) -> None:
     first in the file is taken. Rows are copied as they stand, in the order of the first part.
 
     Raises:
-        InputError: a part cannot be read, a row has no `id`, a share is not positive, or nothing is common to all.
+        InputError: a part cannot be read, a row has neither `id` nor `problem`, a share is not positive, or nothing
+            is common to all.
     """
     if not config.parts or any(share < 1 for share in config.parts.values()):
         raise InputError("`parts` must name at least one corpus, each with a share of at least 1")
     refuse_to_overwrite(config.out, *config.parts)
-    rows = {path: _first_rows(Path(path)) for path in config.parts}
+    rows = {path: _first_rows(path) for path in config.parts}
     first, *others = rows.values()
     common = [problem for problem in first if all(problem in other for other in others)]
     if not common:
@@ -52,12 +54,18 @@ def apportion(total: int, shares: Mapping[str, int]) -> dict[str, int]:
     return sizes
 
 
-def _first_rows(path: Path) -> dict[str, bytes]:
-    """Problem id -> line of its first row, in file order."""
+def _first_rows(path: str) -> dict[str, bytes]:
+    """Problem id -> its first row as a line, in file order."""
     rows: dict[str, bytes] = {}
-    for where, line in read_lines(path):
-        problem = parse_json(line, where).get("id")
-        if not isinstance(problem, str):
-            raise InputError(f"{where}: a row to mix needs a string key 'id' (of its problem)")
+    for where, _, line in read_rows(path):
+        row = parse_json(line, where)
+        try:
+            problem = row_id(row)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if problem is None:
+            raise InputError(
+                f"{where}: a row to mix needs `id` (of its problem) or `problem`; it has {', '.join(map(repr, row))}"
+            )
         rows.setdefault(problem, line.rstrip(b"\r\n") + b"\n")
     return rows

@@ -1,6 +1,7 @@
-"""A JSONL file of training rows -> token arrays with a loss mask, every row accounted for."""
+"""Training rows -> token arrays with a loss mask, every row accounted for."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 from micota_fast.chat.encoding import Chat, Encoded, Segment
 from micota_fast.chat.tokenizer import TextError
 from micota_fast.common.json_io import parse_json
-from micota_fast.common.records import read_lines, write_rows
+from micota_fast.common.records import write_rows
 from micota_fast.data.rows import to_messages
 from micota_fast.errors import InputError
+from micota_fast.sources.columns import renamed
+from micota_fast.sources.rows import SourceRow, read_rows
 
 _BATCH_CHARS = 4_000_000  # text tokenised at once: about 1M tokens, some 100 MB in the tokenizer's own form
 
@@ -69,8 +72,7 @@ class Documents:
 
 @dataclass
 class _Row:
-    where: str  # "path:line"
-    line: bytes
+    source: SourceRow
     segments: list[Segment]
     weight: float
 
@@ -82,8 +84,9 @@ def load_documents(
     over_length: Literal["drop", "truncate"] = "drop",
     skip_bad_rows: bool = False,
     rejects_path: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Documents:
-    """Tokenise every row of a JSONL file (formats: `micota_fast.data.rows`), in file order.
+    """Tokenise every row (formats: `micota_fast.data.rows`) of a file or of a dataset of the Hub, in file order.
 
     A row's key `weight` (default 1) is the factor of its tokens' loss. It must be positive: a row that is to teach
     nothing has no place in the file.
@@ -94,23 +97,23 @@ def load_documents(
         skip_bad_rows: set bad rows aside in `rejects_path` (line number, reason, the row) instead of raising.
         rejects_path: None stands for `<path>.bad_rows.jsonl`. Written only where rows were rejected; what an earlier
             call left there is removed.
+        columns: our key -> the file's, as in `sources.columns.renamed`.
 
     Raises:
         InputError: the file cannot be read, holds no usable row, or (with file:line) a row is not a JSON object, is of
             no accepted format, cannot be rendered by the template as it stands, has no supervised token, has a
             token outside the model's vocabulary, or its weight is not a positive float32.
     """
-    path = Path(path)
     if max_doc_tokens < 2:
         raise InputError(f"max_doc_tokens must be at least 2 (a token and the next one), not {max_doc_tokens}")
-    aside = Path(rejects_path) if rejects_path is not None else path.with_name(f"{path.name}.bad_rows.jsonl")
+    aside = Path(f"{path}.bad_rows.jsonl" if rejects_path is None else rejects_path)
     rejects: list[dict[str, Any]] = []
 
-    def reject(where: str, line: bytes, reason: InputError) -> None:
+    def reject(row: SourceRow, reason: InputError) -> None:
         if not skip_bad_rows:
-            raise InputError(f"{where}: {reason}") from None
-        number = int(where.rpartition(":")[2])
-        rejects.append({"line": number, "reason": str(reason), "row": line.decode("utf-8", "replace").rstrip("\r\n")})
+            raise InputError(f"{row.where}: {reason}") from None
+        text = row.line.decode("utf-8", "replace").rstrip("\r\n")
+        rejects.append({"line": row.number, "reason": str(reason), "row": text})
 
     n_rows = dropped = truncated = 0
     documents: list[Encoded] = []
@@ -124,13 +127,13 @@ def load_documents(
                 break
             except TextError as reason:
                 tokenise(batch[: reason.index])  # an earlier line may hold an earlier error
-                reject(batch[reason.index].where, batch[reason.index].line, reason)
+                reject(batch[reason.index].source, reason)
                 batch = batch[reason.index + 1 :]
         for row, (ids, supervised) in zip(batch, encoded, strict=True):
             try:
                 _check(ids, supervised, chat)
             except InputError as reason:
-                reject(row.where, row.line, reason)
+                reject(row.source, reason)
                 continue
             if len(ids) > max_doc_tokens:
                 ids, supervised = ids[:max_doc_tokens].copy(), supervised[:max_doc_tokens].copy()
@@ -143,18 +146,18 @@ def load_documents(
 
     batch: list[_Row] = []
     chars = 0
-    for where, line in read_lines(path):
+    for source in read_rows(path):
         n_rows += 1
         try:
-            parsed = parse_json(line, "")
+            parsed = renamed(parse_json(source.line, ""), columns or {})
             segments = chat.segments(to_messages(parsed, chat))
             weight = _weight(parsed)
         except InputError as reason:
             if not skip_bad_rows:
                 tokenise(batch)  # an earlier line may hold an earlier error
-            reject(where, line, reason)
+            reject(source, reason)
             continue
-        batch.append(_Row(where, line, segments, weight))
+        batch.append(_Row(source, segments, weight))
         chars += sum(len(segment.text) for segment in segments)
         if chars >= _BATCH_CHARS:
             tokenise(batch)

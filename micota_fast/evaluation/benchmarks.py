@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from micota_fast.common.json_io import parse_json, read_json, write_json
-from micota_fast.common.records import Problem, read_lines, read_problems, write_rows
+from micota_fast.common.records import Problem, read_lines, write_rows
 from micota_fast.config.evaluation import BenchmarkConfig, shipped_benchmarks
 from micota_fast.errors import InputError
 from micota_fast.grading.answers import extract_boxed
+from micota_fast.sources.problems import read_problems
 
 
 def fetch(folder: str | Path) -> None:

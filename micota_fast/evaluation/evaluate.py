@@ -195,7 +195,8 @@ def _jobs(config: EvaluateConfig, out: Path) -> list[_Job]:
         prompt = config.chat.prompt if benchmark.prompt is None else benchmark.prompt
         own = config.of(benchmark)
         asked = replace(own, chat=replace(config.chat, prompt=prompt), stop=[*config.stop, *benchmark.stop])
-        answers = Generation(benchmark.path, asked, out / "completions" / file, benchmark.limit, hashes)
+        place = out / "completions" / file
+        answers = Generation(benchmark.path, asked, place, benchmark.limit, hashes, benchmark.columns)
         if benchmark.limit is None:  # a limit says that the rest is left out on purpose
             benchmark.check_number(len(answers.problems), benchmark.path)
         jobs.append(_Job(benchmark, asked, answers, out / "rows" / file))

@@ -15,7 +15,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property
@@ -49,12 +49,15 @@ def run(config: GenerateConfig) -> None:
             request that a server refuses, or no server answers any more (what was generated until then is kept).
     """
     named_urls(config)
-    generation = Generation(config.problems, config, config.out, config.limit)
+    graded = config.accept is not None and config.accept.require_correct
+    generation = Generation(
+        config.problems, config, config.out, config.limit, columns=config.columns, need_answers=graded
+    )
     if generation.is_finished():
         generation.clear_up()
         print(f"{config.out}: done already")
         return
-    if config.accept is not None and config.accept.require_correct:
+    if graded:
         check_golds(((problem.id, problem.answer) for problem in generation.problems), config.problems)
     with servers_for(config, f"{config.out}.server.log") as urls:
         meta = generation.run(urls)
@@ -68,12 +71,14 @@ class Generation:
     while a run lasts OUT.parts, the journal from which an interrupted run is resumed.
 
     Args:
-        problems: JSONL of `Problem`, with unique ids.
+        problems: a file of problems (see `ProblemFile`), with unique ids.
         config: sampling, prompt and limits; `config.model` is the checkpoint whose tokenizer and template make the
             prompts.
         out: JSONL of `Completion`, in the problems' order.
         limit: only the first `limit` problems; None: all.
         hashes: of the files read so far, shared by generations of one model so that its weights are hashed once.
+        columns: our key -> the file's.
+        need_answers: whether each problem must have `answer`, because something grades.
 
     Attributes:
         problems: the opened file. Its index is kept in OUT.parts, so that resuming does not check all rows again.
@@ -89,6 +94,9 @@ class Generation:
         out: str | Path,
         limit: int | None = None,
         hashes: Fingerprints | None = None,
+        columns: Mapping[str, str] | None = None,
+        *,
+        need_answers: bool = True,
     ) -> None:
         self.out = Path(out)
         self._config = config
@@ -99,7 +107,7 @@ class Generation:
                 self._parts.mkdir(parents=True, exist_ok=True)
         try:
             cache = self._parts / "problems.index" if self._parts.is_dir() else None
-            self.problems = ProblemFile(problems, limit, cache)
+            self.problems = ProblemFile(problems, limit, cache, columns, need_answers=need_answers)
         except InputError:
             with contextlib.suppress(OSError):  # it is not there, or holds what an earlier run has left
                 self._parts.rmdir()

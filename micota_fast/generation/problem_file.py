@@ -1,10 +1,12 @@
-"""The problems of a JSONL file, read one at a time: what is held are places and lengths, not text."""
+"""The problems of a file, read one at a time: what is held are places and lengths, not text."""
 
 import hashlib
 import os
+import tempfile
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,29 +14,40 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from micota_fast.common.files import write_atomic
+from micota_fast.common.files import write_atomic, writing
 from micota_fast.common.json_io import MAX_BYTES, encode_json, parse_json
-from micota_fast.common.records import Problem, bounded_lines, parse_row, repeats
+from micota_fast.common.records import Problem, bounded_lines, encode_row, parse_row, repeats
 from micota_fast.errors import InputError
+from micota_fast.sources.hub import is_hub
+from micota_fast.sources.problems import iter_problems
+from micota_fast.sources.rows import is_plain
 
 FORMAT = 1
 _BLOCK = 1 << 20
 _DTYPES = ("<u8", "<u4", "i1")  # of offsets, sizes and levels
 
 
+class _OtherRowError(Exception):
+    """A row is an object, and not a `Problem` as it stands."""
+
+
 class ProblemFile:
     """A file of problems that is checked once, when it is opened, and then read where it is asked for.
 
-    The file must not change while it is open. While it is checked about 30 bytes per problem are held, then 13.
+    The file must not change while it is open. While it is checked about 30 bytes per problem are held, then 13. Lines
+    that are `Problem`s as they stand are read where they lie; of any other file a copy of such lines is made, without a
+    name, which goes when it is closed.
 
     Args:
-        path: JSONL of `Problem`.
+        path: a file that `sources.rows.read_rows` reads, or a dataset of the Hub.
         limit: only the first N problems count.
         cache: a file, made if missing, in which the outcome of the check is kept. While the problems' bytes are the
-            same (their sha256 is taken at every opening), they are not checked again.
+            same (their sha256 is taken at every opening), they are not checked again. A copy is made next to it.
+        columns: our key -> the file's, as in `sources.columns.renamed`.
+        need_answers: whether a row must have `answer`; else a missing one is "".
 
     Attributes:
-        sha256: hex digest of the file's bytes up to the end of the last problem that counts.
+        sha256: hex digest of the lines' bytes up to the end of the last problem that counts.
         levels: int8 [problems], -1 where the file gives none.
         sizes: uint32 [problems], bytes of the problem's line.
 
@@ -47,11 +60,26 @@ class ProblemFile:
     levels: NDArray[np.int8]
     sizes: NDArray[np.uint32]
 
-    def __init__(self, path: str | Path, limit: int | None = None, cache: Path | None = None) -> None:
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: str | Path,
+        limit: int | None = None,
+        cache: Path | None = None,
+        columns: Mapping[str, str] | None = None,
+        *,
+        need_answers: bool = True,
+    ) -> None:
+        self.path = str(path)
         self._limit = limit
+        # Read again when a message must say where a problem lies.
+        self._source = lambda: iter_problems(path, limit, columns, need_answers=need_answers)
+        if columns or is_hub(path) or not is_plain(Path(path)) or not self._open(Path(path), cache):
+            self._open_copy(cache)
+
+    def _open(self, path: Path, cache: Path | None) -> bool:
+        """Open and check a file of lines as they stand; False: they are no `Problem`s, as far as they could be."""
         try:
-            self._file = self.path.open("rb", buffering=0)
+            self._file = path.open("rb", buffering=0)
         except OSError as error:
             raise InputError(f"cannot read {self.path}: {error.strerror}") from None
         try:
@@ -62,9 +90,30 @@ class ProblemFile:
                 if cache is not None:
                     self._write_cache(cache)
             self._check_unchanged()
+        except _OtherRowError:
+            self.close()
+            return False
         except OSError as error:
             self.close()
             raise InputError(f"cannot read {self.path}: {error.strerror}") from None
+        except BaseException:
+            self.close()
+            raise
+        return True
+
+    def _open_copy(self, cache: Path | None) -> None:
+        """Copy the problems as lines into a file without a name, and check that."""
+        place = cache.parent if cache is not None else None
+        copied = f"a copy of {self.path} in {place or tempfile.gettempdir()}"
+        with writing(copied):
+            self._file = tempfile.TemporaryFile(dir=place, buffering=0)  # noqa: SIM115
+        try:
+            self._fd = self._file.fileno()
+            with writing(copied), open(self._fd, "wb", closefd=False) as lines:
+                lines.writelines(encode_row(problem) for _, problem in self._source())
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            self._state = self._state_now()
+            self._check()
         except BaseException:
             self.close()
             raise
@@ -89,7 +138,11 @@ class ProblemFile:
                         break
                     if line.strip():
                         where = f"{self.path}:{number}"
-                        row = parse_row(Problem, parse_json(line, where), where)
+                        value = parse_json(line, where)
+                        try:
+                            row = parse_row(Problem, value, where)
+                        except InputError:
+                            raise _OtherRowError from None
                         if row.level is not None and not 0 <= row.level <= 127:
                             raise InputError(f"{where}: key 'level' must be 0 to 127, got {row.level}")
                         digest.update(skipped + line)
@@ -112,12 +165,8 @@ class ProblemFile:
         for pair in repeats(ids):
             first, again = (self._read(offsets[i], sizes[i], f"{self.path}") for i in pair)
             if first.id == again.id:
-                where, where_again = (f"{self.path}:{self._line_number(offsets[i])}" for i in pair)
+                where, where_again = (next(islice(self._source(), i, None))[0] for i in pair)
                 raise InputError(f"{where_again}: id {again.id!r} occurs already at {where}")
-
-    def _line_number(self, offset: int) -> int:
-        starts = range(0, offset, _BLOCK)
-        return 1 + sum(os.pread(self._fd, min(_BLOCK, offset - start), start).count(b"\n") for start in starts)
 
     def _set_arrays(self, offsets: NDArray[Any], sizes: NDArray[Any], levels: NDArray[Any]) -> None:
         self._offsets, self.sizes, self.levels = offsets, sizes, levels

@@ -21,7 +21,7 @@ from micota_fast.common.files import remove_whole, write_atomic, writing
 from micota_fast.common.fingerprint import Fingerprints, of_file, of_json
 from micota_fast.common.json_io import read_json_if_there, write_json
 from micota_fast.common.lock import RUN_ENDS_S, locked
-from micota_fast.common.records import Completion, encode_row, read_completions, read_problems
+from micota_fast.common.records import Completion, encode_row, read_completions
 from micota_fast.common.schema import load, to_json
 from micota_fast.config import loader
 from micota_fast.config.generation import GenerateConfig
@@ -34,6 +34,8 @@ from micota_fast.length_sweep.render import DEFINITIONS, accuracy_text, findings
 from micota_fast.length_sweep.results import Measurement, Sweep, Target
 from micota_fast.merge.mergekit import MergePlan, read_mergekit
 from micota_fast.report.drawing import require_matplotlib
+from micota_fast.sources.hub import absolute
+from micota_fast.sources.problems import read_problems
 
 TAIL_BYTES = 2000
 
@@ -58,7 +60,7 @@ def run(config: LengthSweepConfig) -> None:
     require_matplotlib()
     plan = read_mergekit(config.config)
     plans = {weight: plan.with_weight(weight) for weight in sorted(config.weights)}
-    problems = read_problems(config.problems, config.limit)
+    problems = read_problems(config.problems, config.limit, config.columns)
     check_golds(((p.id, p.answer) for p in problems), config.problems, required=False)  # lengths need none
     out = Path(config.out).absolute()
     if (out / "model").exists() and not (out / "model" / "merge.json").is_file():
@@ -134,7 +136,8 @@ class _Sweep:
             settings = GenerateConfig(
                 **sampling,
                 model=str(folder / "model"),
-                problems=str(Path(self.config.problems).absolute()),
+                problems=absolute(self.config.problems),
+                columns=self.config.columns,
                 limit=self.config.limit,
                 out=str(completions),
             )

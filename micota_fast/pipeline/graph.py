@@ -22,6 +22,7 @@ from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.merge.mergekit import parse_mergekit
 from micota_fast.pipeline.versions import versions
+from micota_fast.sources.hub import is_hub
 
 Config = TypeVar("Config")
 BASE = "base"  # the arm that is not trained
@@ -111,6 +112,8 @@ class _Graph:
         return loader.build(cls, merged | values, f"{self.path}, `{where}`")
 
     def _file(self, name: str, where: str) -> Artefact:
+        if is_hub(name):
+            return Artefact(name)  # the stage that opens it says if it cannot be fetched
         path = self.data_dir / name  # an absolute name stays as it is
         if not path.is_file():
             hint = "" if self.recipe.data_dir else "; --set data_dir=FOLDER says where relative names start from"
@@ -158,6 +161,7 @@ class _Graph:
             where,
             model=model.location,
             data=data.location,
+            columns=self.recipe.corpora[corpus].columns,
             out=str(self.run_dir / stage),
         )
         inputs = [model, data]
@@ -197,6 +201,7 @@ class _Graph:
             f"models.{name}.merge.sweep",
             config=file,
             problems=problems.location,
+            columns=source.columns,
             out=str(self.run_dir / stage),
             seed=spec.seed,
             target_median_tokens=spec.median_tokens,
@@ -268,6 +273,7 @@ class _Graph:
             f"corpora.{name}.generate.overrides",
             model=model.location,
             problems=problems.location,
+            columns=source.columns,
             limit=source.limit,
             out=completions.location,
             accept={field.name: rules[field.name] for field in dataclasses.fields(FilterSettings)},
@@ -389,6 +395,7 @@ class _Graph:
             "alignment",
             model=student.location,
             corpora={name: artefact.location for name, artefact in corpora.items()},
+            columns={name: keys for name in corpora if (keys := self.recipe.corpora[name].columns)},
             student_answers=own.location if own is not None else None,
             out=str(self.run_dir / "align"),
         )

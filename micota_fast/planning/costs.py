@@ -39,7 +39,7 @@ def generate(planner: Planner, stage: Stage) -> Cost:
     if stage.name in planner.done:
         answers = planner.counted(Path(s.out))
     else:
-        problems, prompt = planner.problems(s.problems, s.limit, model, s.chat)
+        problems, prompt = planner.problems(s.problems, s.limit, model, s.chat, s.columns)
         answers = planner.answers(problems * s.samples, prompt, answer)
     planner.corpora[s.out] = answers
     cost = Cost(stage.name, stage.verb)
@@ -151,7 +151,7 @@ def length_sweep(planner: Planner, stage: Stage) -> Cost:
         model = model._replace(answer=float(s.target_median_tokens))
         planner.models[str(Path(s.out) / "model")] = model
     sampling = s.generate
-    problems, prompt = planner.problems(s.problems, s.limit, model, sampling.chat)
+    problems, prompt = planner.problems(s.problems, s.limit, model, sampling.chat, s.columns)
     answers = planner.answers(problems * sampling.samples, prompt, min(model.answer, sampling.max_new_tokens))
     cost = Cost(stage.name, stage.verb)
     answering(cost, model, sampling, [answers], planner.gpu, planner.assumed)
@@ -187,7 +187,7 @@ def evaluate(planner: Planner, stage: Stage) -> Cost:
         results = load(EvaluationResults, Path(s.out) / "results.json").benchmarks
     for benchmark in s.benchmarks:
         known = max(benchmark.problems, default=None)
-        problems, prompt = planner.problems(benchmark.path, benchmark.limit, model, s.chat, known)
+        problems, prompt = planner.problems(benchmark.path, benchmark.limit, model, s.chat, benchmark.columns, known)
         own = s.of(benchmark)
         mean = results[benchmark.name].mean_tokens if results else None
         if mean is None:

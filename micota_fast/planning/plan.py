@@ -17,6 +17,7 @@ from micota_fast.planning.assumptions import Assumptions
 from micota_fast.planning.figures import size, two
 from micota_fast.planning.planner import Cost, Model, Planner
 from micota_fast.planning.shapes import parameters, shapes_of, weights_cached
+from micota_fast.sources.hub import is_hub
 
 CPU = "cpu"
 DEFAULT_GPU = "h100"
@@ -167,8 +168,8 @@ def downloads(stages: Sequence[Stage]) -> dict[str, float]:
 
 
 def named_on_hub(artefact: Artefact) -> bool:
-    """Return whether it is a hub name, not a missing file."""
-    return artefact.on_hub and not Path(artefact.location).is_absolute()
+    """Return whether it is a model's hub name, neither a missing file nor a dataset."""
+    return artefact.on_hub and not Path(artefact.location).is_absolute() and not is_hub(artefact.location)
 
 
 def table(made: Plan, assumed: Assumptions) -> str:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from micota_fast.chat.encoding import Chat
 from micota_fast.common.gpu_specs import GPU
 from micota_fast.common.json_io import parse_json
-from micota_fast.common.records import read_lines, read_problems
 from micota_fast.config.generation import ChatConfig
 from micota_fast.config.recipe import LaunchConfig
 from micota_fast.errors import InputError
@@ -25,6 +24,9 @@ from micota_fast.pipeline.graph import Stage
 from micota_fast.pipeline.stages import VERBS, imported
 from micota_fast.planning.assumptions import KNOWN_SETS, REASONING, Assumptions
 from micota_fast.planning.shapes import shapes_of
+from micota_fast.sources.hub import is_hub
+from micota_fast.sources.problems import read_problems
+from micota_fast.sources.rows import read_rows
 
 SAMPLED_PROMPTS = 200  # tokenised to know their length, if the tokenizer is here
 
@@ -166,27 +168,34 @@ class Planner:
         return self.models[location]
 
     def problems(
-        self, path: str, limit: int | None, model: Model, chat: ChatConfig, known: int | None = None
+        self,
+        path: str,
+        limit: int | None,
+        model: Model,
+        chat: ChatConfig,
+        columns: Mapping[str, str],
+        known: int | None = None,
     ) -> tuple[int, float]:
         """Return how many problems a file has, and the mean tokens of their prompts.
 
         Args:
-            path: JSONL of problems.
+            path: their file.
             limit: only the first ones count; None: all.
             model: reads the prompts.
             chat: makes them.
+            columns: our key -> the file's.
             known: how many there are, if the file is missing.
 
         Raises:
             InputError: the file is missing, and how many problems it has is not known.
         """
         a = self.assumed
-        if not Path(path).is_file():
+        if not (is_hub(path) or Path(path).is_file()):
             count = known or KNOWN_SETS.get(Path(path).stem)
             if count is None:
                 raise InputError(f"no such file: {path}; its problems must be counted")
             return min(count, limit or count), a.problem_chars / a.chars_per_token + a.template_tokens
-        problems = read_problems(path, limit)
+        problems = read_problems(path, limit, columns, need_answers=False)
         if Path(model.folder, "tokenizer.json").is_file():
             rendered = Chat.from_checkpoint(model.folder, chat)
             lengths = [len(rendered.encode_prompt(p.problem)) for p in problems[:SAMPLED_PROMPTS]]
@@ -201,15 +210,15 @@ class Planner:
             InputError: there is none.
         """
         if location not in self.corpora:
-            if not Path(location).is_file():
+            if not (is_hub(location) or Path(location).is_file()):
                 raise InputError(f"no such file: {location}; its rows must be counted")
-            self.corpora[location] = self.counted(Path(location))
+            self.corpora[location] = self.counted(location)
         return self.corpora[location]
 
-    def counted(self, path: Path) -> Corpus:
+    def counted(self, path: str | Path) -> Corpus:
         """Count a corpus of any format: our own rows state their tokens, of others the characters are counted."""
         prompts, answers = [], []
-        for where, line in read_lines(path):
+        for where, _, line in read_rows(path):
             row = parse_json(line, where)
             ours = "completion_tokens" in row
             text = sum(len(str(value)) for value in row.values()) / self.assumed.chars_per_token

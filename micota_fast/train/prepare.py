@@ -51,10 +51,11 @@ def load_documents(config: TrainConfig, source: Path, out: Path) -> tuple[Docume
     chat = Chat.from_checkpoint(source, config.chat)
     limit = config.max_doc_tokens or config.pack_tokens
     options = (chat, limit, config.over_length, config.skip_bad_rows)
-    documents = tokenise.load_documents(config.data, *options, out / "bad_rows.jsonl")
+    documents = tokenise.load_documents(config.data, *options, out / "bad_rows.jsonl", config.columns)
     if config.validation_data is None:
         return documents, None
-    return documents, tokenise.load_documents(config.validation_data, *options, out / "bad_validation_rows.jsonl")
+    aside = out / "bad_validation_rows.jsonl"
+    return documents, tokenise.load_documents(config.validation_data, *options, aside, config.columns)
 
 
 def run_identity(
@@ -78,7 +79,7 @@ def run_identity(
         if config.init == "pretrained":
             files |= {path.name: path for path in tensor_files(source).values()}
         listing = "".join(f"{name} {of_file(path)}\n" for name, path in sorted(files.items()))
-        places = ("model", "data", "out", "validation_data")
+        places = ("model", "data", "columns", "out", "validation_data")
         options = {k: v for k, v in loader.identity(config).items() if k not in places}
         model = hashlib.sha256(listing.encode()).hexdigest()
         found = {"model": model, "documents": documents.fingerprint, "options": options}

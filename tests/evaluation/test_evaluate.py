@@ -25,7 +25,7 @@ from helpers.schemas import check_schema
 from helpers.servers import http_server
 from micota_fast.chat.encoding import Chat
 from micota_fast.common.fingerprint import Fingerprints
-from micota_fast.common.records import Completion, Problem, read_problems, write_rows
+from micota_fast.common.records import Completion, Problem, write_rows
 from micota_fast.common.schema import to_json
 from micota_fast.config import loader
 from micota_fast.config.evaluation import BenchmarkConfig, EvaluateConfig, JudgeConfig, OwnSampling
@@ -37,6 +37,7 @@ from micota_fast.evaluation.results import OUTCOMES, EvaluationResults, read_gra
 from micota_fast.generation.generate import model_fingerprint
 from micota_fast.generation.journal import Journal
 from micota_fast.grading.grader import Verdict
+from micota_fast.sources.problems import read_problems
 from micota_fast.statistics.intervals import wilson95
 
 

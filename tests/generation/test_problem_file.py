@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from micota_fast.common.records import Problem, encode_row, read_problems, write_rows
+from micota_fast.common.records import Problem, encode_row, write_rows
 from micota_fast.errors import InputError
 from micota_fast.generation.problem_file import ProblemFile
+from micota_fast.sources.problems import read_problems
 
 PROBLEMS = [Problem(f"p{i}", "½ + \u2028" * i, str(i), level=None if i % 3 == 0 else i) for i in range(20)]
 LINES = [encode_row(problem) for problem in PROBLEMS]

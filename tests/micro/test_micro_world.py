@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from micota_fast.common.records import read_problems
 from micota_fast.micro import build, world
 from micota_fast.micro.tokenizer import IM_END, IM_START, MAX_VOCAB
+from micota_fast.sources.problems import read_problems
 
 SHIPPED = Path(build.__file__).parent
 MODELS = ("student", "assistant", "teacher")

