@@ -6,6 +6,7 @@ renamed to NAME~FINGERPRINT, never deleted, and comes back when a recipe wants i
 on what has changed (`Stage.lasting`) are copied to the new folder.
 """
 
+import contextlib
 import glob
 import re
 import shlex
@@ -27,9 +28,11 @@ from micota_fast.common.urls import hide_credentials
 from micota_fast.config import loader
 from micota_fast.config.recipe import LaunchConfig, Recipe
 from micota_fast.errors import InputError
+from micota_fast.pipeline.closing import closing
 from micota_fast.pipeline.graph import Artefact, Stage, build_stages
 from micota_fast.pipeline.process import StageProcess
 from micota_fast.pipeline.stages import VERBS
+from micota_fast.pipeline.time_left import TimeLeft
 from micota_fast.pipeline.versions import versions
 
 DONE, MAKING = "done.json", "making.json"
@@ -64,7 +67,7 @@ class Status:
 
 
 def run_recipe(recipe: Recipe, path: Path, folder: Path, dry_run: bool = False) -> None:
-    """Run the stages of a recipe that are missing or stale, and print the table of its report.
+    """Run the stages of a recipe that are missing or stale, and print the result in a small table.
 
     Args:
         recipe: loaded from `path`.
@@ -92,9 +95,10 @@ def run_recipe(recipe: Recipe, path: Path, folder: Path, dry_run: bool = False) 
         return
     if open_stages:
         print(f"{len(open_stages)} of {len(statuses)} stages to do in {folder}")
-        run.run(lambda line: print(line, flush=True))
-    print((folder / "report" / "table.md").read_text(encoding="utf-8"))
-    print(f"All {len(statuses)} stages done. Report: {folder / 'report' / 'report.html'}")
+        with contextlib.closing(TimeLeft(run.stages, recipe.launch)) as time_left:
+            run.run(lambda line: print(line, flush=True), time_left)
+        print()
+    print(closing(folder, recipe.seeds[0]))
 
 
 class Run:
@@ -124,14 +128,18 @@ class Run:
                 self.fingerprints.save()
         return found
 
-    def run(self, say: Callable[[str], None]) -> None:
+    def run(self, say: Callable[[str], None], time_left: TimeLeft | None = None) -> None:
         """Run all stages that are not done. Can be killed at any moment and called again.
+
+        Args:
+            say: is given each line of what happens.
+            time_left: says with each finished stage how long the rest takes; None: nothing does.
 
         Raises:
             InputError: a stage failed (its log's end is in the message), or another run uses the folder.
         """
         with locked(self.folder / ".lock", "run", RUN_ENDS_S, say) as lock, writing(self.folder):
-            self._run_all(lock.fileno(), say)
+            self._run_all(lock.fileno(), say, time_left)
 
     def command(self, stage: Stage) -> list[str]:
         """Return the command that starts a stage; its configuration is written just before that."""
@@ -196,9 +204,9 @@ class Run:
 
     # --- running the rest ---
 
-    def _run_all(self, lock: int, say: Callable[[str], None]) -> None:
+    def _run_all(self, lock: int, say: Callable[[str], None], time_left: TimeLeft | None) -> None:
         depth = _depths(self.stages)
-        done: set[str] = set()
+        done: dict[str, float] = {}  # name -> seconds that it took
         running: dict[str, StageProcess] = {}
         failed: StageProcess | None = None
         waiting = list(self.stages)
@@ -217,7 +225,9 @@ class Run:
                         else:  # what came back is damaged, or was never finished
                             self._prepare(stage, status)
                     if status.state == "done":
-                        done.add(stage.name)
+                        record = read_done(self.folder / stage.name)
+                        assert record is not None
+                        done[stage.name] = record.seconds
                         continue
                     folder = self.folder / stage.name
                     running[stage.name] = StageProcess(stage, folder, self.command(stage), self.launch, lock)
@@ -229,8 +239,11 @@ class Run:
                     del running[name]
                     if code == 0:
                         self._finish(process)
-                        done.add(name)
-                        say(f"[{len(done)}/{len(self.stages)}] {name}: done in {process.seconds():.1f} s")
+                        done[name] = process.seconds()
+                        left = ""
+                        if time_left is not None and len(done) < len(self.stages):
+                            left = time_left.words(done, {one: of.seconds() for one, of in running.items()})
+                        say(f"[{len(done)}/{len(self.stages)}] {name}: done in {done[name]:.1f} s{left}")
                     else:
                         failed = process
                         say(f"{name}: FAILED with status {code}; its log: {process.log}")

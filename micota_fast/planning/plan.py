@@ -9,7 +9,7 @@ from typing import Any
 from micota_fast.common.gpu_specs import GPUS
 from micota_fast.common.json_io import write_json
 from micota_fast.config import loader
-from micota_fast.config.recipe import Recipe
+from micota_fast.config.recipe import LaunchConfig, Recipe
 from micota_fast.errors import InputError
 from micota_fast.pipeline.graph import BASE, Artefact, Stage, build_stages
 from micota_fast.pipeline.run import Run, read_done
@@ -147,6 +147,18 @@ def make_plan(
     gpus = gpus or max((cost.gpus for cost in costs), default=0)
     absent = [what.removeprefix(f"{path}, ") for what in absent]
     return Plan(stages, costs, downloads(stages), gpu, gpus, recipe.launch.jobs, absent, dollars)
+
+
+def relative_costs(stages: Sequence[Stage], launch: LaunchConfig) -> dict[str, float]:
+    """Return what each stage costs compared with the others, by name: hours on a GPU, or FLOPs without one.
+
+    Raises:
+        InputError: a model's shapes or a file's size cannot be known.
+    """
+    on_cpu = any(stage.verb == "train" and stage.settings.device == "cpu" for stage in stages)
+    planner = Planner(launch, None if on_cpu else GPUS[DEFAULT_GPU], Assumptions(), {}, {})
+    costs = planner.costs(stages)
+    return {cost.stage: (cost.flops if on_cpu else cost.hours) or 0.0 for cost in costs}
 
 
 def _lengths(given: Sequence[str], recipe: Recipe) -> dict[str, float]:
