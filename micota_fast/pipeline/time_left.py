@@ -15,7 +15,7 @@ from micota_fast.pipeline.graph import Stage
 from micota_fast.pipeline.stages import imported
 
 COSTS = "micota_fast.planning.plan:relative_costs"
-# The speed of one says something of another: token by token, or whole documents at once. FLOP/s of the two differ tenfold.
+# Token by token, or whole documents at once: the FLOP/s of the two differ tenfold, those within a kind much less.
 ANSWERING, READING = "answering", "reading"
 KINDS = {
     "generate": ANSWERING,
@@ -117,9 +117,7 @@ def seconds_left(
     return max(total / jobs, max(chains.values(), default=0.0)) if costs else None
 
 
-def _expected(
-    cost: float, alike: Sequence[str], costs: Mapping[str, float], took: Mapping[str, float]
-) -> float | None:
+def _expected(cost: float, alike: Sequence[str], costs: Mapping[str, float], took: Mapping[str, float]) -> float | None:
     seconds = [took[name] for name in alike]
     if not cost:
         return sum(seconds) / len(seconds) if seconds else 0.0
