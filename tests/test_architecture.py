@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "alignment": {"chat", "common", "config", "data", "kernels", "model", "sources", "statistics"},
     "evaluation": {"common", "config", "generation", "grading", "model", "sources", "statistics"},
     "length_sweep": {"common", "config", "generation", "grading", "merge", "report", "sources", "statistics"},
-    "report": {"alignment", "common", "config", "corpus", "evaluation", "statistics"},
+    "report": {"alignment", "common", "config", "corpus", "evaluation", "sources", "statistics"},
     # What knows the stages.
     "pipeline": {"common", "config", "merge", "sources"},
     "planning": {

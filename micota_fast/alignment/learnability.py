@@ -34,12 +34,14 @@ def learnability(nll_N: NDArray[np.float32], rank_N: NDArray[np.int64], counts_D
     Returns:
         `nats_per_answer`: the score, with its distribution over documents. `departures_per_answer`: tokens of an answer
         that are not the student's first choice. `rank_surprisal_ratio`: sum of ranks, each at most MAX_RANK, over the
-        sum of nll (arXiv 2601.14249, where less is better, too: tokens that are unlikely, yet high in rank).
+        sum of nll (arXiv 2601.14249, where less is better, too: tokens that are unlikely, yet high in rank). `top1`:
+        share of all tokens that are the student's first choice, given the right ones before them.
     """
     starts_D = np.cumsum(counts_D) - counts_D
     return Learnability(
         nats_per_answer=distribution(np.add.reduceat(nll_N, starts_D, dtype=np.float64)),
         departures_per_answer=distribution(np.add.reduceat(rank_N > 1, starts_D, dtype=np.int64)),
+        top1=float((rank_N == 1).mean()),
         rank_surprisal_ratio=float(np.minimum(rank_N, MAX_RANK).sum() / nll_N.sum(dtype=np.float64)),
     )
 

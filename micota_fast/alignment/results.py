@@ -39,6 +39,8 @@ class Learnability:
     """Tokens of an answer that are not the student's first choice."""
     rank_surprisal_ratio: NonNegative
     """Sum of ranks, each clipped, over the sum of nats (arXiv 2601.14249)."""
+    top1: Share | None = None
+    """Share of all tokens that are the student's first choice."""
 
 
 @dataclass(frozen=True, kw_only=True)

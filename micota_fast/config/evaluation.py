@@ -66,6 +66,12 @@ class BenchmarkConfig:
         None, doc="how the `paper` protocol reads and compares the final answer; null: box"
     )
     problems: list[int] = option([], doc="numbers of problems that the file may have; []: any")
+    chance: float | None = option(
+        None,
+        doc="accuracy of a guess, % (10 for one digit, 25 for four choices); shown in the report's tables and plots; "
+        "null: not known",
+        operational=True,  # to the answers and their grades; the report's identity has it
+    )
     limit: int | None = option(None, doc="only the first N problems; null: all")
     sampling: OwnSampling = option(
         OwnSampling(), doc="sampling of this set if it differs, e.g. {samples: 16, temperature: 0.6}"
@@ -80,6 +86,8 @@ class BenchmarkConfig:
             if not getattr(self, key):
                 raise InputError(f"`{key}` is required without `preset`")
         self.rule = self.rule or "box"
+        if self.chance is not None and not 0 <= self.chance < 100:
+            raise InputError(f"`chance` must be a percentage from 0 to below 100, not {self.chance}")
         if self.limit is not None:
             at_least(self, limit=1)
 

@@ -17,7 +17,7 @@ from micota_fast.config.evaluation import AlignConfig, BenchmarkConfig, Contamin
 from micota_fast.config.generation import GenerateConfig, SamplingSettings, ServeConfig
 from micota_fast.config.merge import LengthSweepConfig, LengthSweepSettings, MergeConfig
 from micota_fast.config.recipe import Recipe
-from micota_fast.config.report import ReportConfig
+from micota_fast.config.report import PARTS, STUDENT, ReportConfig, TrainingAnswersConfig
 from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.merge.mergekit import parse_mergekit
@@ -343,10 +343,11 @@ class _Graph:
                 metrics[arm].append(self._artefact(f"student/{run}", "metrics.jsonl"))
         corpora = self._align(student)
         contamination = self._contamination()
+        answers, read = self._training_answers()
         inputs = [*_flat(results.values()), *_flat(metrics.values()), *_flat(c.values() for c in corpora.values())]
         # The report also reads the rows next to each results.json.
         inputs += [self._artefact(artefact.stage or "", "rows") for artefact in _flat(results.values())]
-        inputs += [contamination] if contamination is not None else []
+        inputs += [*([contamination] if contamination is not None else []), *read]
         settings = ReportConfig(
             title=recipe.title or recipe.name,
             out=str(self.run_dir / "report"),
@@ -357,6 +358,8 @@ class _Graph:
             training={arm: [artefact.location for artefact in of_arm] for arm, of_arm in metrics.items()},
             contamination=contamination.location if contamination is not None else None,
             claims=recipe.claims,
+            chance={b.name: b.chance for b in recipe.evaluate.benchmarks if b.chance is not None},
+            training_answers=answers,
             notes=recipe.notes,
             provenance=versions(),
         )
@@ -364,6 +367,25 @@ class _Graph:
         outputs += ["plots", *(["corpora.csv"] if corpora else [])]
         outputs += ["contamination.csv"] if contamination is not None else []
         self._add(Stage("report", "report", settings, tuple(inputs), tuple(outputs)))
+
+    def _training_answers(self) -> tuple[TrainingAnswersConfig | None, list[Artefact]]:
+        """Return what the report measures the method's preconditions on, and its files; nothing is answered for it."""
+        names = {part: part for part in PARTS if part != STUDENT and f"corpus/{part}" in self.made}
+        names = {part: name for part, name in names.items() if f"answers/{name}" in self.made}
+        if not names:
+            return None, []
+        own = self.recipe.student_answers
+        if own is not None and f"answers/{own}" in self.made and {"long", "short"} <= names.keys():
+            names[STUDENT] = own  # which of it is right, nobody else may need to know
+        accepted = {part: self.corpus(name) for part, name in names.items()}
+        rejects = [self._artefact(f"corpus/{name}", "corpus.jsonl.rejects.jsonl") for name in names.values()]
+        asked = self.made[f"answers/{next(iter(names.values()))}"]
+        settings = TrainingAnswersConfig(
+            answers={part: artefact.location for part, artefact in accepted.items()},
+            problems=asked.settings.problems,
+            columns=asked.settings.columns,
+        )
+        return settings, [*accepted.values(), *rejects, asked.inputs[1]]
 
     def _contamination(self) -> Artefact | None:
         """Add the search for benchmark problems in what is trained on; None if nothing is trained."""

@@ -32,6 +32,7 @@ class Corpus:
     nats_per_answer: Distribution | None
     departures_per_answer: Distribution | None
     rank_surprisal_ratio: float | None
+    top1: float | None
     by_position: tuple[float | None, ...]
     by_step: tuple[float, ...]
     unlikely: dict[str, float]
@@ -71,6 +72,7 @@ def load_corpus(name: str, files: Mapping[str, str]) -> Corpus:
         nats_per_answer=learnability.nats_per_answer if learnability else None,
         departures_per_answer=learnability.departures_per_answer if learnability else None,
         rank_surprisal_ratio=learnability.rank_surprisal_ratio if learnability else None,
+        top1=learnability.top1 if learnability else None,
         by_position=alignment.by_position if alignment else (),
         by_step=tuple(step.nll for step in alignment.by_step) if alignment else (),
         unlikely=alignment.unlikely if alignment else {},

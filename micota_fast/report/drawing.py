@@ -16,10 +16,12 @@ from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 from micota_fast.errors import InputError
+from micota_fast.report.labels import Box, place_labels, place_on_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 INK, MUTED, RULE = "#1c2126", "#667079", "#d3d8dd"
 
@@ -130,6 +132,61 @@ def wrapped(name: str) -> str:
 def label_right(axes: "Axes", row: float, text: str) -> None:
     """Write a number at the right edge, where it is clear of every interval and reads like a table's column."""
     axes.text(1.03, row, text, transform=axes.get_yaxis_transform(), va="center", color=INK, fontsize=10)
+
+
+def label_points(
+    axes: "Axes",
+    points: Mapping[str, tuple[float, float]],
+    lines: Sequence[tuple[tuple[float, float], tuple[float, float]]],
+    levels: Mapping[str, float],
+) -> None:
+    """Write each point's name next to it, clear of the other names, points and lines; call it last.
+
+    Args:
+        axes: with their limits, scales and labels.
+        points: name -> data coordinates of its marker.
+        lines: the ends of what else is drawn, horizontal or vertical, in data coordinates.
+        levels: name of a horizontal line, which is written on it near one of its ends -> its height.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None  # the axes are part of one
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # the layout, and with it where the data lie
+    scale = 72 / figure.dpi
+
+    def on_paper(point: tuple[float, float]) -> tuple[float, float]:
+        x, y = axes.transData.transform(point) * scale
+        return float(x), float(y)
+
+    def on_axes(x: float, y: float) -> tuple[float, float]:
+        return (x - left) / (right - left), (y - bottom) / (top - bottom)
+
+    def written(text: str, colour: str) -> "tuple[Text, tuple[float, float]]":
+        artist = axes.text(0, 0, text, transform=axes.transAxes, fontsize=10, color=colour, va="bottom")
+        artist.set_in_layout(False)  # which would move the points from under their labels
+        extent = artist.get_window_extent(canvas.get_renderer())
+        return artist, (extent.width * scale, extent.height * scale)
+
+    left, bottom, right, top = (float(end) * scale for end in axes.get_window_extent().extents)
+    frame = Box(left + 4, bottom + 2, right, top)  # clear of the axes' lines
+    taken = []
+    for line in lines:
+        (x0, y0), (x1, y1) = map(on_paper, line)
+        taken.append(Box(min(x0, x1) - 1.5, min(y0, y1) - 1.5, max(x0, x1) + 1.5, max(y0, y1) + 1.5))
+    markers = {name: on_paper(point) for name, point in points.items()}
+    for name, level in levels.items():
+        artist, size = written(name, MUTED)
+        taken.append(place_on_line(on_paper((axes.get_xlim()[0], level))[1], size, markers.values(), taken, frame))
+        artist.set_position(on_axes(*taken[-1][:2]))
+    artists = {name: written(wrapped(name), INK) for name in points}
+    placed = place_labels(markers, {name: size for name, (_, size) in artists.items()}, taken, frame)
+    for name, place in placed.items():
+        artists[name][0].set_position(on_axes(*place.box[:2]))
+        if place.leader is not None:
+            xs, ys = zip(on_axes(*markers[name]), on_axes(*place.leader), strict=True)
+            axes.plot(xs, ys, color=MUTED, linewidth=0.7, transform=axes.transAxes, zorder=0.5)
 
 
 def set_log_axis(axes: "Axes", which: Literal["x", "y"], low: float, high: float) -> None:

@@ -48,6 +48,7 @@ _LATEX_CHARACTERS = {
     "†": r"$\dagger$",
     "‡": r"$\ddagger$",
     "·": r"$\cdot$",
+    "×": r"$\times$",
     "…": r"\ldots{}",
     "’": "'",
     # After \\ and \midrule these would begin an argument.
@@ -184,14 +185,14 @@ def corpora_csv(corpora: Mapping[str, Corpus], arms: Mapping[str, Arm]) -> str:
         row += [corpus.student_tokens, corpus.perplexity, *_values(corpus.document_nll, _QUANTILES), corpus.dropped]
         for spread in (corpus.nats_per_answer, corpus.departures_per_answer):
             row += _values(spread, _SPREAD)
-        row += [corpus.rank_surprisal_ratio, *(corpus.unlikely.get(p) for p in PARTS_BELOW)]
+        row += [corpus.rank_surprisal_ratio, corpus.top1, *(corpus.unlikely.get(p) for p in PARTS_BELOW)]
         row += [corpus.markers_per_1k, corpus.own_overlap, arms[name].average.mean if name in arms else None]
         rows.append(row)
     heads = ["corpus", "completions", "accepted", "median_tokens", "mean_tokens", "student_tokens", "perplexity"]
     heads += [*(f"document_nll_{key}" for key in _QUANTILES), "documents_too_long_to_measure"]
     for what in ("nats", "departures"):
         heads += [f"{what}_per_answer_{key}" for key in _SPREAD]
-    heads += ["rank_surprisal_ratio", *(f"tokens_below_p_{p}" for p in PARTS_BELOW)]
+    heads += ["rank_surprisal_ratio", "top1", *(f"tokens_below_p_{p}" for p in PARTS_BELOW)]
     return _csv([*heads, "reflection_markers_per_1k", "own_overlap", "arm_accuracy"], rows)
 
 
@@ -238,6 +239,7 @@ def report_json(
         "method": INTERVAL_METHOD,
         "protocol": inputs.base.protocol,
         "problems": summary.problems,
+        "chance": summary.chance,
         "benchmark_order": list(summary.problems),
         "arm_order": [arm.name for arm in summary.arms],
         "arms": {arm.name: _arm(arm) for arm in summary.arms},

@@ -57,6 +57,8 @@ class Inputs:
     training: dict[str, list[LossCurve]]
     overlaps: dict[str, dict[str, BenchmarkOverlap]]
     """Corpus -> benchmark -> what they share; empty if the config names no contamination.json."""
+    chance: dict[str, float]
+    """Benchmark -> accuracy of a guess, a fraction; without those where it is not known."""
 
 
 def load_inputs(config: ReportConfig) -> Inputs:
@@ -85,7 +87,11 @@ def load_inputs(config: ReportConfig) -> Inputs:
     for arm in config.claims.deltas if config.claims is not None else ():
         if arm not in arms:
             raise InputError(f"report config: claims.deltas: no arm is named {arm!r}; there are {', '.join(arms)}")
-    return Inputs(base, arms, corpora, training, overlaps)
+    for name in config.chance:
+        if name not in base.benchmarks:
+            raise InputError(f"report config: chance.{name}: no such benchmark; there are {', '.join(base.benchmarks)}")
+    chance = {name: config.chance[name] / 100 for name in base.benchmarks if name in config.chance}
+    return Inputs(base, arms, corpora, training, overlaps, chance)
 
 
 def _load_model(path: Path) -> EvaluatedModel:

@@ -81,6 +81,7 @@ def learnability_table(ranking: LearnabilityRanking, corpora: Mapping[str, Corpu
             Cell("Departures", "tokens an answer"),
             [_figure(of.mean if of else None) for of in departures],
         ),
+        (Cell("Top-1", "% of tokens"), [_percent(c.top1) for c in measured.values()]),
         (Cell("Length", "tokens, mean"), [_figure(c.mean_tokens) for c in measured.values()]),
         (Cell("Perplexity"), [_figure(c.perplexity) for c in measured.values()]),
         (Cell("Rank-surprisal ratio"), [_figure(c.rank_surprisal_ratio) for c in measured.values()]),
@@ -96,9 +97,9 @@ def learnability_table(ranking: LearnabilityRanking, corpora: Mapping[str, Corpu
     notes = (
         "Under the student before training. Nats: negative log-likelihood of a whole answer, mean over answers, this "
         "project's learnability score: less is easier to learn, and the easiest stands first. Corpora may hold answers "
-        "to different problems. Departures: tokens that were not the "
-        "student's first choice. Rank-surprisal ratio: arXiv 2601.14249, less is better. p: what the student gave the "
-        "token. Its arm: the one trained on it.",
+        "to different problems. Departures: tokens that were not the student's first choice. Top-1: share of the "
+        "tokens that were. Rank-surprisal ratio: arXiv 2601.14249, less is better. p: what the student gave the token. "
+        "Its arm: the one trained on it.",
         agreement(ranking),
     )
     heads = (Cell("Corpus"), *(head for head, _ in there))
@@ -141,6 +142,11 @@ def _figure(value: float | None) -> Cell:
 
 def _share(value: float | None) -> Cell:
     return Cell(ABSENT, muted=True) if value is None else Cell(significant(100 * value))
+
+
+def _percent(value: float | None) -> Cell:
+    """One decimal, as accuracies have: rates near 100% differ in it."""
+    return Cell(ABSENT, muted=True) if value is None else Cell(percent(value))
 
 
 def _accuracy(arm: Arm | None) -> Cell:

@@ -24,6 +24,7 @@ from micota_fast.report.drawing import (
     THEME,
     Plot,
     finish,
+    label_points,
     label_right,
     name_rows,
     new_figure,
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
 
 _SERIES = [colour for colour, (variable, _) in THEME.items() if variable.startswith("--series")]
 _KNOWN = dict(zip((BASE, "short", "long", "mix", "mid"), _SERIES, strict=False))
+
+TRADEOFF = "Accuracy against answer length, by arm."
+LOGARITHMIC_ABOVE = 4.0
+"""Ratio of the longest to the shortest mean answer from which the axis of lengths is logarithmic."""
 
 _COLUMN = 360.0
 """Width of a plot in points; the page shows it at 330 to 510 CSS pixels, so 10 points read as 9 to 14."""
@@ -76,9 +81,11 @@ class Figure:
 def average_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Figure:
     """Draw the average accuracy of each arm: the mean, its interval, and the seeds."""
     rows = [(arm.name, arm.average) for arm in summary.arms]
-    drawing = Drawing(_dots(rows, colours, "average accuracy, %"), _accuracies("Average accuracy", rows))
+    chance = summary.average_chance
+    drawing = Drawing(_dots(rows, colours, "average accuracy, %", chance), _accuracies("Average accuracy", rows))
     seeds = "small dots: seeds; " if any(len(arm.average.seeds) > 1 for arm in summary.arms) else ""
-    caption = f"Large dot and line: mean and 95% interval; {seeds}dashed: the untouched student."
+    caption = f"Large dot and line: mean and 95% interval; {seeds}dashed: the untouched student"
+    caption += "." if chance is None else "; dotted: chance."
     return Figure("Average accuracy by arm.", caption, [drawing])
 
 
@@ -89,9 +96,59 @@ def benchmark_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str
     drawings = []
     for benchmark, n in summary.problems.items():
         rows = [(arm.name, arm.benchmarks[benchmark]) for arm in summary.arms]
-        figure = _dots(rows, colours, f"accuracy, % of {n} problems", width=300)
+        figure = _dots(rows, colours, f"accuracy, % of {n} problems", summary.chance.get(benchmark), width=300)
         drawings.append(Drawing(figure, _accuracies(f"Accuracy on {benchmark}", rows), benchmark))
-    return Figure("Accuracy by benchmark.", "Read as above; each has its own scale.", drawings)
+    partly = summary.chance and summary.average_chance is None  # so that the figure above does not say it
+    caption = "Read as above; each has its own scale" + ("; dotted: chance, where known." if partly else ".")
+    return Figure("Accuracy by benchmark.", caption, drawings)
+
+
+def tradeoff_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Figure | None:
+    """Draw the average accuracy of each arm against the mean length of its answers. None if lengths are missing."""
+    arms = {arm.name: arm for arm in summary.arms}
+    lengths = {name: arm.answers.mean_tokens for name, arm in arms.items() if arm.answers.mean_tokens}
+    if len(lengths) < 2:
+        return None
+    figure, axes = new_figure(_COLUMN, 250)
+    shortest, longest = min(lengths.values()), max(lengths.values())
+    logarithmic = longest > LOGARITHMIC_ABOVE * shortest
+    if logarithmic:
+        pad = (longest / shortest) ** 0.12
+        set_log_axis(axes, "x", shortest / pad, longest * pad)
+    else:
+        margin = 0.12 * (longest - shortest) or 0.1 * longest
+        axes.set_xlim(shortest - margin, longest + margin)
+    shown = [arms[name].average for name in lengths]
+    chance = summary.average_chance
+    levels = [*(row.low for row in shown), *(row.high for row in shown), *([] if chance is None else [chance])]
+    margin = 100 * max(0.08 * (max(levels) - min(levels)), 0.005)
+    axes.set_ylim(100 * min(levels) - margin, 100 * max(levels) + margin)
+    points, lines, words = {}, [], []
+    for name, length in lengths.items():
+        average = arms[name].average
+        mean, low, high = 100 * average.mean, 100 * average.low, 100 * average.high
+        # With caps: arms of one length cover each other's lines.
+        axes.plot([length, length], [low, high], color=colours[name], linewidth=2.0, marker="_", markersize=9)
+        if name == BASE:  # a ring, which is told apart without colours and hides no other point
+            axes.plot(length, mean, "o", color=colours[name], markersize=11, markerfacecolor="none", zorder=4)
+        else:
+            axes.plot(length, mean, "o", color=colours[name], markersize=7)
+        points[f"{name} (untouched)" if name == BASE else name] = (length, mean)
+        lines.append(((length, low), (length, high)))
+        words.append(f"{name} {length:,.0f} tokens, {percent(average.mean)}%")
+    left, right = axes.get_xlim()
+    for level, dashes in [(arms[BASE].average.mean, (3, 3)), *([] if chance is None else [(chance, (1, 2))])]:
+        axes.plot([left, right], [100 * level] * 2, color=MUTED, linewidth=0.9, dashes=dashes, zorder=0)
+        lines.append(((left, 100 * level), (right, 100 * level)))
+    if chance is not None:
+        words.append(f"chance {percent(chance)}%")
+    axes.set_xlabel("mean answer, tokens" + (", logarithmic" if logarithmic else ""))
+    axes.set_ylabel("average accuracy, %")
+    label_points(axes, points, lines, {} if chance is None else {"chance": 100 * chance})
+    caption = "Point and line: mean and 95% interval; ring and dashed: the untouched student"
+    description = f"Average accuracy against mean length of the answers: {'; '.join(words)}."
+    drawing = Drawing(figure, description)
+    return Figure(TRADEOFF, f"{caption}{'' if chance is None else '; dotted: chance'}.", [drawing])
 
 
 def _accuracies(what: str, rows: Sequence[tuple[str, Estimate]]) -> str:
@@ -100,7 +157,11 @@ def _accuracies(what: str, rows: Sequence[tuple[str, Estimate]]) -> str:
 
 
 def _dots(
-    rows: Sequence[tuple[str, Estimate]], colours: Mapping[str, str], xlabel: str, width: float = _COLUMN
+    rows: Sequence[tuple[str, Estimate]],
+    colours: Mapping[str, str],
+    xlabel: str,
+    chance: float | None,
+    width: float = _COLUMN,
 ) -> "MplFigure":
     figure, axes = new_figure(width, 62 + 25 * len(rows))
     axes.axvline(100 * rows[0][1].mean, color=MUTED, linewidth=0.8, dashes=(3, 3), zorder=0)
@@ -116,6 +177,9 @@ def _dots(
         label_right(axes, index, percent(estimate.mean))
     name_rows(axes, [series for series, _ in rows])
     low, high = min(row.low for _, row in rows), max(row.high for _, row in rows)
+    if chance is not None:
+        axes.axvline(100 * chance, color=MUTED, linewidth=1.0, dashes=(1, 2), zorder=0)
+        low, high = min(low, chance), max(high, chance)
     pad = max(0.06 * (high - low), 0.001)
     axes.set_xlim(100 * max(low - pad, -pad / 2), 100 * min(high + pad, 1 + pad / 2))
     axes.set_xlabel(xlabel)
@@ -304,7 +368,7 @@ def thinned(curve: LossCurve, limit: int = 240) -> LossCurve:
     return LossCurve(tuple(curve.steps[end - 1] for _, end in windows), losses)
 
 
-Section = Literal["accuracy", "corpora", "learnability", "training"]
+Section = Literal["tradeoff", "accuracy", "corpora", "learnability", "training"]
 
 
 class Entry(NamedTuple):
@@ -320,6 +384,7 @@ class Entry(NamedTuple):
 
 
 FIGURES = (
+    Entry("tradeoff", "tradeoff", tradeoff_figure),
     Entry("average", "accuracy", average_figure),
     Entry("benchmark", "accuracy", benchmark_figure, several=True),
     Entry("lengths", "corpora", length_figure),

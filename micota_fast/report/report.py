@@ -1,6 +1,6 @@
 """Write the report: pages, tables, numbers and plots in the directory that the config names."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from micota_fast.common.files import write_atomic
@@ -21,7 +21,8 @@ from micota_fast.report.formats import (
 from micota_fast.report.inputs import Inputs, load_inputs
 from micota_fast.report.learnability import LearnabilityRanking, learnability_table, rank_by_learnability
 from micota_fast.report.page import render
-from micota_fast.report.plots import draw, is_plot_file, plot_files, series_colours
+from micota_fast.report.plots import TRADEOFF, Drawn, draw, is_plot_file, plot_files, series_colours
+from micota_fast.report.preconditions import Condition, measure, preconditions_json, preconditions_table
 from micota_fast.report.summary import INTERVAL_METHOD, Summary, contamination_finding, headline, summarise
 from micota_fast.report.tables import (
     Table,
@@ -48,13 +49,14 @@ def run(config: ReportConfig) -> None:
     summary = summarise(inputs)
     ranking = rank_by_learnability(inputs.corpora, config.trained_on, summary)
     colours = series_colours([*(arm.name for arm in summary.arms), *inputs.corpora, *inputs.training])
-    numbers = report_json(config, inputs, summary, ranking)
+    conditions = measure(config.training_answers, inputs, summary)
+    numbers = report_json(config, inputs, summary, ranking) | {"preconditions": preconditions_json(conditions)}
     with drawing_style():
         figures = draw(inputs, summary, colours)
-    tables = _tables(config, inputs, summary, ranking)
+    tables = _tables(config, inputs, summary, ranking, conditions)
     claims = config.claims.deltas if config.claims is not None else {}
     texts = {
-        "table.md": _markdown(config, inputs, summary, tables),
+        "table.md": _markdown(config, inputs, summary, tables, figures),
         "table.tex": "% Needs \\usepackage{booktabs}.\n" + "\n".join(map(to_latex, tables.values())),
         "table.csv": accuracy_csv(summary, claims),
         "answers.csv": answers_csv(summary.arms),
@@ -83,11 +85,16 @@ def _remove_former(out: Path, files: Collection[str]) -> None:
 
 
 def _tables(
-    config: ReportConfig, inputs: Inputs, summary: Summary, ranking: LearnabilityRanking | None
+    config: ReportConfig,
+    inputs: Inputs,
+    summary: Summary,
+    ranking: LearnabilityRanking | None,
+    conditions: Sequence[Condition],
 ) -> dict[str, Table]:
     """The tables that there is data for, in the order of the files."""
     tables = {
         "accuracy": accuracy_table(summary, config.claims),
+        "preconditions": preconditions_table(conditions),
         "deltas": deltas_table(summary) if summary.trained else None,
         "protocols": protocols_table(inputs),
         "samples": samples_table(summary),
@@ -99,8 +106,11 @@ def _tables(
     return {name: table for name, table in tables.items() if table is not None}
 
 
-def _markdown(config: ReportConfig, inputs: Inputs, summary: Summary, tables: Mapping[str, Table]) -> str:
-    parts = [f"# {markdown_text(config.title)}", markdown_text(" ".join(headline(summary)))]
-    parts += [to_markdown(table).rstrip() for table in tables.values()]
+def _markdown(
+    config: ReportConfig, inputs: Inputs, summary: Summary, tables: Mapping[str, Table], figures: Sequence[Drawn]
+) -> str:
+    first, *others = [to_markdown(table).rstrip() for table in tables.values()]
+    shown = [f"![{TRADEOFF}](plots/tradeoff.png)"] if any(of.title == TRADEOFF for of in figures) else []
+    parts = [f"# {markdown_text(config.title)}", markdown_text(" ".join(headline(summary))), first, *shown, *others]
     found = [markdown_text(contamination_finding(inputs.overlaps))] if inputs.overlaps else []
     return "\n\n".join([*parts, *found, INTERVAL_METHOD]) + "\n"

@@ -81,11 +81,18 @@ class Arm:
 @dataclass(frozen=True)
 class Summary:
     """The numbers of the report. `problems` maps each benchmark to its size; `arms` starts with the base; `gaps` maps
-    two arms' names, the later first, to the difference of their averages."""
+    two arms' names, the later first, to the difference of their averages; `chance` maps the benchmarks where it is
+    known to the accuracy of a guess."""
 
     problems: dict[str, int]
     arms: tuple[Arm, ...]
     gaps: dict[tuple[str, str], Comparison]
+    chance: dict[str, float]
+
+    @property
+    def average_chance(self) -> float | None:
+        """The average of a guess; None if chance is not known on every benchmark."""
+        return None if len(self.chance) < len(self.problems) else math.fsum(self.chance.values()) / len(self.chance)
 
     @property
     def trained(self) -> tuple[Arm, ...]:
@@ -129,7 +136,8 @@ def summarise(inputs: Inputs) -> Summary:
                 answers=_answers(models[name]),
             )
         )
-    return Summary(problems, tuple(arms), {pair: of_pair[-1] for pair, of_pair in comparisons.items()})
+    gaps = {pair: of_pair[-1] for pair, of_pair in comparisons.items()}
+    return Summary(problems, tuple(arms), gaps, inputs.chance)
 
 
 def _estimates(models: Sequence[EvaluatedModel], problems: dict[str, int]) -> list[Estimate]:

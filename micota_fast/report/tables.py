@@ -50,22 +50,22 @@ class Table:
 
 
 def accuracy_table(summary: Summary, claims: ClaimsConfig | None) -> Table:
-    """Tabulate arms by benchmarks, their average, Δ to the base and what is claimed of it.
+    """Tabulate arms by their average, its Δ to the base, what is claimed of that, and the benchmarks.
 
     An arm is in bold only if it is distinguishable from all others.
     """
     columns = (
         Cell("Arm"),
-        *(Cell(name, f"n = {n}") for name, n in summary.problems.items()),
-        Cell("Average"),
-        Cell("95% interval"),
+        Cell("Average", "95% interval"),
         Cell("Δ vs base", "95% interval"),
+        *(Cell(name, f"n = {n}") for name, n in summary.problems.items()),
     )
     claimed = claims.deltas if claims is not None else {}
     rows = tuple(_accuracy_row(arm, arm is summary.winner, claimed.get(arm.name)) for arm in summary.arms)
     deltas = [arm.delta for arm in summary.trained if arm.delta]
     notes = [
-        "Mean ± standard deviation over seeds, in % of problems; of a single run the 95% interval.",
+        "In % of problems: mean ± standard deviation over seeds, and of the average or a single run the 95% interval.",
+        *_chance(summary),
         *_mark_meanings(deltas),
     ]
     if summary.trained:
@@ -94,11 +94,21 @@ def _accuracy_row(arm: Arm, strong: bool, claimed: float | None) -> tuple[Cell, 
             delta = replace(delta, second=f"published: {claimed:+g}".replace("-", "−"))
     return (
         Cell(arm.name, "untouched" if arm.name == BASE else f"{runs} seed{'s' if runs > 1 else ''}", strong=strong),
-        *(_accuracy(estimate) for estimate in arm.benchmarks.values()),
-        Cell(percent(average.mean), "" if average.sd is None else f"± {percent(average.sd)}", strong=strong),
-        Cell(_bounds(average)),
+        replace(_accuracy(average), second="" if average.sd is None else _bounds(average), strong=strong),
         delta,
+        *(_accuracy(estimate) for estimate in arm.benchmarks.values()),
     )
+
+
+def _chance(summary: Summary) -> list[str]:
+    """What a guess scores, where it is known."""
+    if not summary.chance:
+        return []
+    average = summary.average_chance
+    if average is not None and len(set(summary.chance.values())) == 1:
+        return [f"Chance: {percent(average)} on each benchmark, and so on average."]
+    known = ", ".join(f"{percent(of)} on {name}" for name, of in summary.chance.items())
+    return [f"Chance: {known}" + ("; not known elsewhere." if average is None else f", {percent(average)} on average.")]
 
 
 def _delta(delta: Comparison, strong: bool = False, tested: bool = False) -> Cell:

@@ -39,4 +39,5 @@ def test_measures_of_three_answers() -> None:
     assert measured.nats_per_answer.p50 == 7
     assert measured.nats_per_answer.sd == np.std([7, 1, 8])
     assert measured.departures_per_answer.mean == (2 + 0 + 1) / 3
+    assert measured.top1 == 3 / 6
     assert measured.rank_surprisal_ratio == (1 + 2 + 100 + 1 + 1 + 100) / 16

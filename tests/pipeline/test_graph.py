@@ -147,6 +147,35 @@ def test_the_students_own_answers_are_measured_against_and_not_filtered(folder: 
         planned(folder, own | {"student_answers": "long"})
 
 
+def test_the_report_reads_whose_answers_the_preconditions_are_measured_on(folder: Path) -> None:
+    short = {"short": {"generate": {"model": "assistant"}}, "self": {"generate": {"model": "student"}}}
+    recipe = {"corpora": RECIPE["corpora"] | short, "student_answers": "self", "arms": RECIPE["arms"] | {"s": "short"}}
+    stages = planned(folder, recipe)
+    asked = stages["report"].settings.training_answers
+    names = {"long": "long", "mid": "mid", "short": "short", "student": "self"}
+    assert asked.answers == {part: str(folder / f"run/corpus/{name}/corpus.jsonl") for part, name in names.items()}
+    assert asked.problems == stages["answers/long"].settings.problems
+    assert {f"corpus/{name}" for name in names.values()} <= set(stages["report"].needs)
+    assert asked.problems in [artefact.location for artefact in stages["report"].inputs]
+    assert (
+        planned(folder, recipe | {"corpora": RECIPE["corpora"], "student_answers": None, "arms": {}, "align": []})[
+            "report"
+        ].settings.training_answers
+        is None
+    ), "nothing is answered only for it"
+
+
+def test_chance_is_the_reports_and_no_evaluation_is_stale_for_it(folder: Path) -> None:
+    plain, told = (
+        planned(folder),
+        planned(folder, overrides=("evaluate.benchmarks=[{name: easy, path: easy.jsonl, chance: 10}]",)),
+    )
+    benchmark = told["evaluate/base"].settings.benchmarks[0]
+    assert told["report"].settings.chance == {benchmark.name: 10.0}
+    assert loader.identity(told["evaluate/base"].settings) == loader.identity(plain["evaluate/base"].settings)
+    assert loader.identity(told["report"].settings) != loader.identity(plain["report"].settings)
+
+
 def test_a_recipe_of_the_version_before_makes_the_same_stages(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Options by their old names, in the file, in overrides, and in what a corpus overrides."""
     long = {"model": "teacher"}

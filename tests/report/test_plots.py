@@ -109,7 +109,7 @@ class TestLikelihood:
 def test_every_plot_follows_the_theme(report: Made) -> None:
     _, _, html = report
     plots = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert len(plots) == 1 + 2 + 2 + 2  # average, benchmarks, corpora, losses
+    assert len(plots) == 2 + 2 + 2 + 2  # lengths and average, benchmarks, corpora, losses
     for plot in plots:
         assert 'role="img"' in plot
         assert "<style" not in plot

@@ -24,27 +24,32 @@ class TestNumbers:
     def test_main_table_equals_the_inputs(self, report: Made) -> None:
         markdown, _, _ = report
         rows = rows_of(markdown)
-        assert rows["Arm"][1:3] == ["gsm (n = 1000)", "aime (n = 200)"]
+        assert rows["Arm"][1:] == [
+            "Average (95% interval)",
+            "Δ vs base (95% interval)",
+            "gsm (n = 1000)",
+            "aime (n = 200)",
+        ]
         assert list(rows)[2:5] == ["base (untouched)", "short (2 seeds)", "**mid** (3 seeds)"]
-        assert rows["base (untouched)"][1:5] == ["40.0 [37.0, 43.1]", "20.0 [15.0, 26.1]", "30.0", "[27.1, 33.4]"]
-        assert rows["base (untouched)"][5] == "–"
+        assert rows["base (untouched)"][1:] == ["30.0 [27.1, 33.4]", "–", "40.0 [37.0, 43.1]", "20.0 [15.0, 26.1]"]
         # 41.0 and 43.0: mean 42.0, sd 1.4; 20.0 and 22.0: mean 21.0; averages 30.5 and 32.5.
-        assert rows["short (2 seeds)"][1:4] == ["42.0 ± 1.4", "21.0 ± 1.4", "31.5 ± 1.4"]
+        assert rows["short (2 seeds)"][1].startswith("31.5 ± 1.4, [")
+        assert rows["short (2 seeds)"][3:] == ["42.0 ± 1.4", "21.0 ± 1.4"]
         # 70, 71, 72 and 50, 51, 52: averages 60, 61, 62.
-        assert rows["**mid** (3 seeds)"][1:3] == ["71.0 ± 1.0", "51.0 ± 1.0"]
+        assert rows["**mid** (3 seeds)"][3:] == ["71.0 ± 1.0", "51.0 ± 1.0"]
 
     def test_delta_spanning_zero_is_marked_and_the_clear_winner_is_bold(self, report: Made) -> None:
         markdown, numbers, html = report
         rows = rows_of(markdown)
         short, mid = rows["short (2 seeds)"], rows["**mid** (3 seeds)"]
-        assert short[5].startswith(f"+1.5 {MARK} [−")
-        assert MARK not in mid[5]
+        assert short[2].startswith(f"+1.5 {MARK} [−")
+        assert MARK not in mid[2]
         assert f"{MARK} The 95% interval of Δ spans zero" in markdown
         assert numbers["arms"]["short"]["delta"]["spans_zero"] is True
         assert numbers["arms"]["mid"]["delta"]["spans_zero"] is False
         # Two seeds of sd 1.4 bound short's average to ±12.7 + Wilson, still 29.5 points below mid's.
         assert numbers["winner"] == "mid"
-        assert "**61.0**" in mid[3]
+        assert "**61.0**" in mid[1]
         assert "**31.5**" not in markdown
         assert html.count("<b>61.0</b>") == 1
 
@@ -52,7 +57,7 @@ class TestNumbers:
         level = [results(tmp_path / f"level{i}.json", {"gsm": 715 + i, "aime": 104}) for i in range(3)]
         markdown, numbers, html = made(dataclasses.replace(config, arms={**config.arms, "level": level}))
         assert numbers["winner"] is None
-        table = markdown[markdown.index("| Arm") : markdown.index("**Difference to")]
+        table = markdown[markdown.index("| Arm") : markdown.index("**What the method")]
         assert "**" not in table
         assert "No average is in bold" in table
         assert not re.search(r"<td[^>]*><span><b>", html)
@@ -73,7 +78,7 @@ class TestNumbers:
 
     def test_one_seed_says_what_its_interval_leaves_out(self, config: ReportConfig) -> None:
         markdown, numbers, _ = made(dataclasses.replace(config, arms={"mid": config.arms["mid"][:1]}))
-        assert rows_of(markdown)["**mid** (1 seed)"][1] == "70.0 [67.1, 72.8]"
+        assert rows_of(markdown)["**mid** (1 seed)"][3] == "70.0 [67.1, 72.8]"
         assert numbers["arms"]["mid"]["average"]["sd"] is None
         assert "Arms trained once say nothing of training noise" in numbers["headline_qualified"]
 
@@ -145,6 +150,35 @@ class TestNumbers:
         assert "Training loss of the mid arm: ends at 2.000." in html
 
 
+class TestChance:
+    def test_it_stands_under_the_table_and_in_the_plots(self, config: ReportConfig) -> None:
+        markdown, numbers, html = made(dataclasses.replace(config, chance={"gsm": 10.0, "aime": 20.0}))
+        assert "Chance: 10.0 on gsm, 20.0 on aime, 15.0 on average." in markdown
+        assert numbers["chance"] == {"gsm": 0.1, "aime": 0.2}
+        assert html.count("dotted: chance.") == 2, "of the averages and of the lengths; benchmarks are read as these"
+        assert "; chance 15.0%." in html, "the plot in words"
+
+    def test_the_same_on_every_benchmark_is_said_once(self, config: ReportConfig) -> None:
+        markdown, _, _ = made(dataclasses.replace(config, chance={"gsm": 25.0, "aime": 25.0}))
+        assert "Chance: 25.0 on each benchmark, and so on average." in markdown
+
+    def test_where_it_is_not_known_nothing_is_drawn(self, config: ReportConfig, report: Made) -> None:
+        markdown, numbers, html = report
+        assert numbers["chance"] == {}
+        assert "hance" not in markdown.replace("is shown and not judged", "").replace("Floor: chance", "").replace(
+            "none at chance", ""
+        )
+        assert "dotted" not in html
+        markdown, _, html = made(dataclasses.replace(config, chance={"gsm": 10.0}))
+        assert "Chance: 10.0 on gsm; not known elsewhere." in markdown
+        assert "each has its own scale; dotted: chance, where known." in html
+        assert html.count("dotted: chance") == 1
+
+    def test_of_no_benchmark_of_the_report(self, config: ReportConfig) -> None:
+        with pytest.raises(InputError, match=r"chance\.math: no such benchmark; there are gsm, aime"):
+            run(dataclasses.replace(config, chance={"math": 10.0}))
+
+
 class TestContamination:
     def test_without_it_nothing_is_said(self, config: ReportConfig) -> None:
         markdown, numbers, html = made(config)
@@ -179,7 +213,9 @@ class TestClaims:
     def test_stand_beside_what_was_measured(self, config: ReportConfig) -> None:
         claims = ClaimsConfig(source="a paper", deltas={"mid": 3.47, "short": -0.5})
         markdown, numbers, html = made(dataclasses.replace(config, claims=claims))
-        assert re.search(r"^\| \*\*mid\*\* .* \*\*\+31\.0\*\* \[[^]]*\], published: \+3\.47 \|$", markdown, flags=re.M)
+        assert re.search(
+            r"^\| \*\*mid\*\* .* \*\*\+31\.0\*\* \[[^]]*\], published: \+3\.47 \| 71\.0", markdown, flags=re.M
+        )
         assert "published: −0.5" in markdown
         assert "<small>published: +3.47</small>" in html
         assert "Published: the difference of the average in points according to a paper." in markdown
@@ -246,7 +282,16 @@ def test_the_answers_by_each_protocol(tmp_path: Path) -> None:
 def test_same_bytes_twice_and_under_other_matplotlib_settings(config: ReportConfig, tmp_path: Path) -> None:
     run(config)
     first = contents(config.out)
-    plots = ("average", "benchmark0-gsm", "benchmark1-aime", "lengths", "perplexity", "loss0-short", "loss1-mid")
+    plots = (
+        "tradeoff",
+        "average",
+        "benchmark0-gsm",
+        "benchmark1-aime",
+        "lengths",
+        "perplexity",
+        "loss0-short",
+        "loss1-mid",
+    )
     assert set(first) == {
         *("report.html", "answers.html", "report.json", "table.md", "table.tex"),
         *("table.csv", "answers.csv", "corpora.csv"),
