@@ -62,14 +62,14 @@ class Answers:
 class Condition:
     """A row of the table: what is asked, what was measured, and whether it is enough; `held` None: not judged.
 
-    `details`, at most two, qualify the figure. If nothing could be measured, `figure` is empty and `note` the reason.
+    `details` qualify the figure. If nothing could be measured, `figure` is empty and `note` the reason.
     """
 
     name: str
     figure: str
     threshold: str
     held: bool | None
-    details: tuple[str, ...] = ()
+    details: tuple[str, str] = ("", "")
     note: str = ""
 
 
@@ -155,14 +155,14 @@ def _lengths(answers: Mapping[str, Answers]) -> list[Condition]:
     else:
         ratio = tokens["long"] / tokens["short"]
         told = f"{tokens['long']:,.0f} to {tokens['short']:,.0f}"
-        found = [Condition(name, f"{ratio:.1f} ×", limit, ratio >= LONG_TO_SHORT, (told,))]
+        found = [Condition(name, f"{ratio:.1f} ×", limit, ratio >= LONG_TO_SHORT, (told, ""))]
     name, limit = "P2 Mid to the geometric mean of long and short", f"within ±{100 * MID_WITHIN:g}%"
     if why := _why_not(answers, ("long", "mid", "short")):
         return [*found, Condition(name, "", limit, None, note=why)]
     middle = math.sqrt(tokens["long"] * tokens["short"])
     off = tokens["mid"] / middle - 1
     figure, told = f"{100 * off:+.0f}%".replace("-", "−"), f"{tokens['mid']:,.0f} to {middle:,.0f}"
-    return [*found, Condition(name, figure, limit, abs(off) <= MID_WITHIN, (told,))]
+    return [*found, Condition(name, figure, limit, abs(off) <= MID_WITHIN, (told, ""))]
 
 
 def _student(answers: Mapping[str, Answers], summary: Summary) -> list[Condition]:
