@@ -1,7 +1,4 @@
-"""The requests of a generation: sent to SGLang-compatible servers, each tried until it is answered or given up on.
-
-Speaks SGLang's native /generate with `input_ids`; prompts are checked before the first of them is sent.
-"""
+"""The requests of a generation: sent to servers, each tried until it is answered or given up on."""
 
 import asyncio
 import math
@@ -11,25 +8,22 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
 
-from micota_fast.chat.encoding import Chat
 from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import Completion, parse_row
 from micota_fast.config.generation import SamplingSettings
 from micota_fast.corpus.rules import REASONS, Judge, Judgement
 from micota_fast.errors import InputError
 from micota_fast.generation import fleet
+from micota_fast.generation.api import Api
 from micota_fast.generation.endpoint import Endpoint, RetryableError, client_session
 from micota_fast.generation.journal import Journal
 from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.generation.progress import Meters, Screen
-from micota_fast.generation.prompts import Prompts
-from micota_fast.generation.request import Asker
 from micota_fast.generation.schedule import Schedule, Wanted
 
 POISONED_AFTER = 8  # failures of one request on a server that answers others meanwhile, that are the request's fault
@@ -60,8 +54,7 @@ class Client:
     Args:
         problems: what is asked.
         config: sampling, prompt, limits.
-        model: what is served, as the recipe names it.
-        checkpoint: the folder with its tokenizer and template.
+        api: that the servers speak.
         urls: of the servers, without a slash at the end.
         journal: where answers go as they come.
         judge: judges them; None: every answer counts as accepted.
@@ -72,20 +65,17 @@ class Client:
         self,
         problems: ProblemFile,
         config: SamplingSettings,
-        model: str,
-        checkpoint: Path,
+        api: Api,
         urls: Sequence[str],
         journal: Journal,
         judge: Judge | None,
         enough: int | None,
     ) -> None:
         self._problems, self._config, self._judge = problems, config, judge
-        self._journal = journal
+        self._api, self._journal = api, journal
         self._enough = enough
-        self._prompts = Prompts(problems, Chat.from_checkpoint(checkpoint, config.chat))
-        self._asker = Asker(self._prompts, config, model)
         self._wake = asyncio.Event()
-        self._fleet = fleet.Fleet(urls, config, model, checkpoint, journal, self._wake.set)
+        self._fleet = fleet.Fleet(api, urls, config, journal, self._wake.set)
         self._ready: deque[_Job] = deque()  # failed, and due again
         self._under_way: set[_Job] = set()
         self._judging = 0
@@ -107,12 +97,7 @@ class Client:
             try:
                 async with asyncio.TaskGroup() as group:
                     watchers = [group.create_task(servers.watch(endpoint)) for endpoint in servers.endpoints]
-                    await servers.first_up()
-                    if self._config.temperature > 0:
-                        servers.say_seeds_ignored()
-                    checked = self._journal.folder / "prompts-checked.json"
-                    most = self._config.max_new_tokens
-                    await self._prompts.check(servers.longest_prompt, servers.context_length, most, checked)
+                    await self._api.check_prompts(await servers.first_up(), self._journal.folder)
                     await self._judge_left_over()
                     self._schedule = self._make_schedule()
                     watchers.append(group.create_task(self._report(screen)))
@@ -216,7 +201,7 @@ class Client:
         """One try of one request, and all that comes of it."""
         job.sent = time.monotonic()
         try:
-            row, extra = await self._asker.answer(endpoint, self._session, job.wanted, self._fleet.context_length)
+            row, extra = await self._api.answer(endpoint, self._session, job.wanted)
         except RetryableError as error:
             endpoint.in_flight -= 1
             self._under_way.discard(job)
@@ -265,7 +250,7 @@ class Client:
         self._fleet.say_failing(endpoint, str(error))
         if await self._is_poisoned(endpoint, job, error):
             self._aborted += 1
-            await self._deliver(job, self._asker.row(job.wanted, "abort", "", 0), {})
+            await self._deliver(job, self._api.aborted(job.wanted), {})
             return
         # Spread out: not all at once again.
         loop.call_later(job.pause * random.uniform(0.5, 1.5), self._again, job)
@@ -291,10 +276,10 @@ class Client:
             return False
         # Nothing was answered for long. That may be because the others' answers take long.
         if any(other.sent < now - self._fleet.patience_s / 2 for other in self._under_way):
-            if await self._fleet.any_healthy("/health"):
+            if await self._fleet.any_healthy(generates=False):
                 return False
         # Or because only requests that fail are left: a server has answered others and still generates.
-        elif self._well and not self._under_way and await self._fleet.any_healthy("/health_generate"):
+        elif self._well and not self._under_way and await self._fleet.any_healthy(generates=True):
             return often
         raise self._fleet.given_up(silent_s, str(error)) from None
 

@@ -1,30 +1,26 @@
-"""One server as the client sees it: up or down, how much it is given to do, and what it says of itself.
+"""One server as the client sees it: up or down, how much it is given to do, and how it is asked over HTTP.
 
 What a server sends is read up to a limit, checked, and never acted on: a redirect is not followed, a compressed body is
-not unpacked, a cookie is not kept.
+not unpacked, a cookie is not kept. What is asked, and what the answers mean, is the API's (`sglang_api`, `openai_api`).
 """
 
 import asyncio
 import contextlib
-import itertools
 import json
 import math
-import os
 import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import aiohttp
 
 from micota_fast.common.json_io import parse_json
-from micota_fast.common.records import model_name
-from micota_fast.common.schema import Bounds, from_json
+from micota_fast.common.schema import Bounds
 from micota_fast.common.terminal import one_line
 from micota_fast.common.urls import basic_authorization, hide_credentials
 from micota_fast.errors import InputError
+from micota_fast.generation.retry_after import seconds_to_wait
 
 RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 BUSY_STATUSES = RETRY_STATUSES - {408, 500}  # of an answer: the server's state, not the request, is the reason
@@ -37,10 +33,9 @@ PAGE_BYTES = 4 << 20  # of what a server says of itself
 NOT_ASKED = "no reply yet"
 SHOWN_CHARACTERS = 500  # of a server's message
 HEADERS = {"Accept-Encoding": "identity"}
-_OURS = uuid.uuid4().hex  # how the ids of this process's requests begin
-_numbers = itertools.count()
-_MOST = 1 << 32  # of anything that a server counts
-_Positive = Annotated[int, Bounds(1, _MOST)]
+MOST_COUNTED = 1 << 32  # of anything that a server counts
+KEY_SHOWN = "[key]"
+_Positive = Annotated[int, Bounds(1, MOST_COUNTED)]
 
 
 class RetryableError(Exception):
@@ -53,6 +48,19 @@ class RetryableError(Exception):
     def __init__(self, message: str, own: bool = True, lost: bool = False) -> None:
         super().__init__(message)
         self.own, self.lost = own, lost
+
+
+class RefusedError(InputError):
+    """A server refuses a request for what it asks.
+
+    Attributes:
+        status: of HTTP, 400 to 499.
+        body: of the reply.
+    """
+
+    def __init__(self, message: str, status: int, body: bytes) -> None:
+        super().__init__(message)
+        self.status, self.body = status, body
 
 
 @dataclass(frozen=True)
@@ -87,19 +95,6 @@ class Load:
     usage: float | None  # share of its KV cache that is taken
 
 
-def parse_load(body: Any) -> Load | None:
-    """Read SGLang's /v1/loads, its data-parallel ranks added up; None if the body is nothing of that kind."""
-    try:
-        ranks = body["loads"]
-        usage = [used for rank in ranks if type(used := rank.get("token_usage")) in (int, float) and 0 <= used < 2]
-        counts = [rank[key] for rank in ranks for key in ("num_running_reqs", "num_waiting_reqs")]
-    except (AttributeError, KeyError, TypeError):
-        return None
-    if not all(type(count) is int and 0 <= count <= _MOST for count in counts):
-        return None
-    return Load(sum(counts[::2]), sum(counts[1::2]), sum(usage) / len(usage) if usage else None)
-
-
 class Endpoint:
     """A server's address, its state, and how many requests it is given at once.
 
@@ -108,11 +103,22 @@ class Endpoint:
     an eighth of what runs. A server that tells nothing of itself gets `most` at once. A 429 or 503 halves the limit, at
     most once a second: those that were sent together are one refusal. A server on which one request after another fails
     is left alone for a while, and for longer each time: it would fail on all work there is before others get to it.
+    One that says for how long it wants to be left alone (`Retry-After`) is.
+
+    Args:
+        url: without a slash at the end. A user and password in it are sent as basic authorization, and never shown.
+        most: requests in flight there.
+        key: is sent as a bearer token, and never shown.
+        remote: somebody else's, behind proxies: a connection that fails does not mean that the server is lost.
+        reuse: whether a connection may carry one request after another.
     """
 
-    def __init__(self, url: str, most: int) -> None:
+    def __init__(
+        self, url: str, most: int, *, key: str | None = None, remote: bool = False, reuse: bool = True
+    ) -> None:
         self.url = hide_credentials(url)
         self.most = most
+        self.remote, self.reuse = remote, reuse
         self.limit = float(min(most, FIRST_LIMIT))
         self.in_flight = 0
         self.timeouts: set[asyncio.Timeout] = set()  # of the requests in flight, to break them off
@@ -123,9 +129,10 @@ class Endpoint:
         self.answered = 0
         self.unchecked = 0  # answers since it was last asked which model it serves
         self.written_then = 0  # answers that the run had written by then
-        authorization = basic_authorization(url)
+        self.asked_to_rest_until = -math.inf  # by the server, on the clock of time.monotonic
+        self._key = key
+        authorization = basic_authorization(url) if key is None else f"Bearer {key}"
         self._headers = HEADERS if authorization is None else HEADERS | {"Authorization": authorization}
-        self._reuse = True  # connections
         self._adapted = False
         self._halved_at = -math.inf
         self._work_again()
@@ -135,7 +142,9 @@ class Endpoint:
 
     @property
     def free(self) -> bool:
-        return self.down is None and self.in_flight < int(self.limit) and time.monotonic() >= self._rests_until
+        now = time.monotonic()
+        rests = now < max(self._rests_until, self.asked_to_rest_until)
+        return self.down is None and self.in_flight < int(self.limit) and not rests
 
     def up(self) -> None:
         """Note that it answers."""
@@ -161,7 +170,11 @@ class Endpoint:
         if self._failed_in_row >= RESTS_AFTER and now >= self._rests_until:
             self._rest_s = min(max(2 * self._rest_s, shortest_s), longest_s)
             self._rests_until = now + self._rest_s
-        return max(0.0, self._rests_until - now)
+        return max(0.0, self._rests_until - now, self.asked_to_rest_until - now)
+
+    def rest(self, seconds: float) -> None:
+        """Send it nothing for so many seconds, as it has asked."""
+        self.asked_to_rest_until = max(self.asked_to_rest_until, time.monotonic() + seconds)
 
     def lost(self, why: str) -> None:
         """Break off everything in flight there, to be asked elsewhere: it answers no more."""
@@ -191,144 +204,139 @@ class Endpoint:
         elif load.waiting <= slack // 2 and self.in_flight >= int(self.limit) and (load.usage or 0.0) < 0.95:
             self.limit = min(float(self.most), self.limit + max(1.0, self.limit / 4))
 
-    async def ask(
-        self, session: aiohttp.ClientSession, body: Mapping[str, Any], timeout_s: float, most_bytes: int
-    ) -> dict[str, Any]:
-        """POST /generate and return the decoded answer.
+    async def post(
+        self,
+        session: aiohttp.ClientSession,
+        path: str,
+        body: Mapping[str, Any],
+        timeout_s: float,
+        most_bytes: int,
+        on_line: Callable[[bytes], None] | None = None,
+    ) -> bytes:
+        """POST a JSON body and return that of the answer, which has status 200.
 
         Args:
             session: see `client_session`.
-            body: of the request, without an id.
+            path: below the server's address.
+            body: of the request.
             timeout_s: seconds until it must be answered.
             most_bytes: that an answer to this request can have.
+            on_line: takes each line, without its newline, of an answer that is an event stream; b"" is returned then.
 
         Raises:
-            RetryableError: another try may succeed, here or elsewhere.
-            InputError: the server refuses this request (any other 4xx).
+            RetryableError: another try may succeed, here or elsewhere; also what `on_line` raises.
+            RefusedError: the server refuses this request (any other 4xx).
         """
-        rid = f"{_OURS}-{next(_numbers)}"
-        data = json.dumps({**body, "rid": rid})
+        data = json.dumps(body)
         try:
             async with asyncio.timeout(timeout_s) as timeout:
                 self.timeouts.add(timeout)
                 try:
-                    status, content = await self._exchange(session, "POST", "/generate", most_bytes, data)
+                    reply = await self._exchange(session, "POST", path, most_bytes, data, on_line)
                 finally:
                     self.timeouts.discard(timeout)
         except aiohttp.ClientConnectorError as error:
-            raise RetryableError(f"{type(error).__name__}: {error}", own=False, lost=True) from None
+            raise RetryableError(f"{type(error).__name__}: {error}", own=False, lost=not self.remote) from None
         except (aiohttp.ClientError, TimeoutError, OSError, EOFError, ValueError) as error:
             if self.down is not None:
                 raise RetryableError(self.down, own=False) from None
             what = f"no answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
             no_http = isinstance(error, aiohttp.ClientResponseError)  # but what an answer before it has left behind
             raise RetryableError(f"{type(error).__name__}: {what}", own=not no_http) from None
+        status = reply.status
         if status == 200:
-            answer = _decoded(content, "its answer")
-            if _is_anothers(answer, rid):
-                # Whatever comes on that connection is off by one from now on, and it is among the idle ones again:
-                # this server has each connection for one request from now on.
-                self._reuse = False
-                raise RetryableError("the answer to another request came", own=False)
-            return answer
-        message = _message(content)
+            return reply.content
+        message = error_message(reply.content)
         if 400 <= status < 500 and status not in RETRY_STATUSES:
-            raise InputError(f"{self.url} refused it with HTTP {status}: {message}")
+            raise RefusedError(f"{self.url} refused it with HTTP {status}: {message}", status, reply.content)
         if status in BUSY_STATUSES:
             self.busy()
+            self.rest(reply.retry_after_s)
         raise RetryableError(f"HTTP {status}: {message}", own=status not in BUSY_STATUSES)
+
+    async def get(self, session: aiohttp.ClientSession, path: str) -> tuple[int, bytes]:
+        """GET a page of at most PAGE_BYTES and return its status and body.
+
+        Raises:
+            RetryableError: it does not come within PROBE_TIMEOUT_S, or not as it should.
+        """
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                reply = await self._exchange(session, "GET", path, PAGE_BYTES)
+        except (aiohttp.ClientError, TimeoutError, OSError, EOFError, ValueError) as error:
+            raise RetryableError(f"{type(error).__name__}: {error}") from None
+        self.heard = self.heard or reply.status in UNAVAILABLE_STATUSES
+        return reply.status, reply.content
 
     async def healthy(self, session: aiohttp.ClientSession, path: str) -> bool:
         """Return whether GET `path` answers 200."""
         try:
-            return (await self._get(session, path))[0] == 200
+            return (await self.get(session, path))[0] == 200
         except RetryableError:
             return False
 
-    async def probe_load(self, session: aiohttp.ClientSession) -> Load | None:
-        """Ask for its load; None if it has no such page.
-
-        Raises:
-            RetryableError: it does not answer, or what it says is not JSON.
-        """
-        path = "/v1/loads?include=core"
-        status, content = await self._get(session, path)
-        return parse_load(_decoded(content, path)) if status == 200 else None
-
-    async def read_info(self, session: aiohttp.ClientSession) -> None:
-        """Read its settings into `info`; nothing if it does not state them (a router, say).
-
-        Raises:
-            RetryableError: it does not answer, or states a setting that cannot be.
-        """
-        self.info = ServerInfo()
-        for path in ("/server_info", "/get_server_info"):  # newer and older name
-            status, content = await self._get(session, path)
-            if status == 200:
-                try:
-                    self.info = from_json(ServerInfo, _decoded(content, path), path)
-                except InputError as error:
-                    raise RetryableError(str(error)) from None
-                return
-
-    async def served_model(self, session: aiohttp.ClientSession) -> str | None:
-        """Name or folder of what it serves; None if it does not tell.
-
-        Raises:
-            RetryableError: it does not answer, is not up yet, or what it says cannot be a name.
-        """
-        for path in ("/get_model_info", "/model_info"):
-            status, content = await self._get(session, path)
-            if status in UNAVAILABLE_STATUSES:
-                raise RetryableError(f"HTTP {status}: {_message(content)}")
-            if status != 200:
-                continue
-            served = _decoded(content, path).get("model_path")
-            if isinstance(served, str):
-                if not served or len(served) > SHOWN_CHARACTERS or any(ord(c) < 32 or ord(c) == 127 for c in served):
-                    raise RetryableError(f"{path}: key 'model_path' cannot be a name or folder: {served[:60]!r}")
-                return served
-        return None
-
-    async def _get(self, session: aiohttp.ClientSession, path: str) -> tuple[int, bytes]:
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
-                status, content = await self._exchange(session, "GET", path, PAGE_BYTES)
-        except (aiohttp.ClientError, TimeoutError, OSError, EOFError, ValueError) as error:
-            raise RetryableError(f"{type(error).__name__}: {error}") from None
-        self.heard = self.heard or status in UNAVAILABLE_STATUSES
-        return status, content
+    def without_key(self, text: str) -> str:
+        """Return a text without this server's key: some repeat it in their messages, and it is written down nowhere."""
+        return text if self._key is None else text.replace(self._key, KEY_SHOWN)
 
     async def _exchange(
-        self, session: aiohttp.ClientSession, method: str, path: str, most_bytes: int, data: str | None = None
-    ) -> tuple[int, bytes]:
-        """Status and body of a reply.
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        path: str,
+        most_bytes: int,
+        data: str | None = None,
+        on_line: Callable[[bytes], None] | None = None,
+    ) -> "_HttpReply":
+        """A reply, without our key.
 
         Raises:
             RetryableError: it is larger than `most_bytes`, compressed, or a redirect.
         """
         headers = self._headers
         if data is not None:
-            headers = headers | {"Content-Type": "application/json"} | ({} if self._reuse else {"Connection": "close"})
+            headers = headers | {"Content-Type": "application/json"} | ({} if self.reuse else {"Connection": "close"})
         async with session.request(
             method, self.url + path, data=data, headers=headers, allow_redirects=False
         ) as response:
             if 300 <= response.status < 400:
                 where = hide_credentials(response.headers.get("Location", "nowhere"))[:SHOWN_CHARACTERS]
                 raise RetryableError(
-                    f"HTTP {response.status}: it redirects {path} to {where!r}; redirects are not followed, so that "
-                    f"prompts go to the servers that `url` names and nowhere else"
+                    f"HTTP {response.status}: it redirects {path} to {self.without_key(where)!r}; redirects are not "
+                    f"followed, so that prompts go to the servers that `url` names and nowhere else"
                 )
             encoding = response.headers.get("Content-Encoding", "identity")
             if encoding != "identity":
                 raise RetryableError(f"it sent {path} compressed ({encoding[:60]!r}), though it was asked not to")
-            parts, size = [], 0
+            streamed = on_line is not None and response.status == 200 and response.content_type == "text/event-stream"
+            parts: list[bytes] = []
+            size = 0
             async for part in response.content.iter_any():
-                parts.append(part)
                 size += len(part)
                 if size > most_bytes:
                     raise RetryableError(f"it sent more than the {most_bytes:,} bytes that a reply to {path} can have")
-            return response.status, b"".join(parts)
+                if on_line is not None and streamed and b"\n" in part:
+                    *lines, part = b"".join([*parts, part]).split(b"\n")
+                    parts.clear()
+                    for line in lines:
+                        on_line(self._without_key(line))
+                parts.append(part)
+            content = self._without_key(b"".join(parts))
+            if on_line is not None and streamed:
+                on_line(content)
+                content = b""
+            wait_s = seconds_to_wait(response.headers.get("Retry-After"), response.headers.get("Date"))
+            return _HttpReply(response.status, content, wait_s)
+
+    def _without_key(self, content: bytes) -> bytes:
+        return content if self._key is None else content.replace(self._key.encode(), KEY_SHOWN.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class _HttpReply:
+    status: int
+    content: bytes
+    retry_after_s: float  # 0: at once
 
 
 def client_session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
@@ -341,38 +349,16 @@ def client_session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
     )
 
 
-def is_model(served: str, wanted: str, checkpoint: Path) -> bool:
-    """Return whether a server's model is the one that is wanted.
-
-    That is the same folder or hub name; or, as another machine's folders lie elsewhere, the same last component.
-    """
-    theirs = Path(served)
-    if served == wanted or os.path.realpath(checkpoint) == os.path.realpath(served):
-        return True
-    # NAME/model is called NAME: of our own making, all of them end in `model`.
-    last = theirs.parent.name if theirs.name == "model" else theirs.name
-    return last in {model_name(wanted).rpartition("/")[2], checkpoint.name} - {"model"}
-
-
-def _is_anothers(answer: Any, rid: str) -> bool:
-    """Whether an answer names another of our requests; one that names none of ours may have passed a router."""
-    try:
-        named = answer["meta_info"]["id"]
-    except (KeyError, TypeError):
-        return False
-    return isinstance(named, str) and named.startswith(_OURS) and named != rid
-
-
-def _decoded(content: bytes, what: str) -> dict[str, Any]:
-    """The JSON object that a server sent."""
+def decode_object(content: bytes, what: str) -> dict[str, Any]:
+    """Return the JSON object that a server sent; raises RetryableError if it is none."""
     try:
         return dict(parse_json(content, what))
     except InputError as error:
         raise RetryableError(str(error)) from None
 
 
-def _message(content: bytes) -> str:
-    """What an error body says."""
+def error_message(content: bytes) -> str:
+    """Return what the body of an error says, on one line of at most SHOWN_CHARACTERS."""
     text = content.decode(errors="replace")
     with contextlib.suppress(InputError, KeyError, TypeError):
         text = str(parse_json(content, "error")["error"]["message"])

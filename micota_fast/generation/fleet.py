@@ -12,16 +12,15 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 
 import aiohttp
 
 from micota_fast.config.generation import SamplingSettings
 from micota_fast.errors import InputError
-from micota_fast.generation.endpoint import NOT_ASKED, Endpoint, RetryableError, client_session, is_model
+from micota_fast.generation.api import Api
+from micota_fast.generation.endpoint import NOT_ASKED, Endpoint, RetryableError, client_session
 from micota_fast.generation.journal import Journal
-from micota_fast.model.config import ModelConfig
 
 BACKOFF_S = 0.25, 15.0  # first and longest pause between two tries of a request, or of a server that is down or fails
 # How long nothing may be answered before the run gives up: a server elsewhere may be restarted, ours will not.
@@ -30,45 +29,35 @@ SILENT_S = 60.0  # after which a server that answers not even a GET is taken for
 POLL_S = 1.0
 MODEL_CHECK_S = 5.0
 SAID_EVERY_S = 5.0
-# SGLang takes `sampling_seed` from everyone, but heeds it in this mode alone.
-SEEDS_IGNORED = (
-    "{url}: this SGLang server ignores sampling seeds (it runs without --enable-deterministic-inference): "
-    "the answers are random, and another run's will differ"
-)
 
 
 class Fleet:
     """One or several servers of one model. An async context manager; `watch` runs during the work for each of them.
 
     Args:
+        api: that they speak.
         urls: without a slash at the end.
         config: its limits and times.
-        model: what is to be served, as the recipe names it.
-        checkpoint: the folder with its config.json.
         journal: where the answers go.
         changed: called whenever a server may have become free.
 
     Attributes:
         endpoints: the servers.
-        context_length: tokens of prompt and answer together that all of them take; 0: no server is up yet.
         suspect_from: rows of the journal that were there when a server that now serves another model was last seen to
             serve the right one; what follows them is suspect. None: no server is known to have changed its model.
     """
 
     def __init__(
         self,
+        api: Api,
         urls: Sequence[str],
         config: SamplingSettings,
-        model: str,
-        checkpoint: Path,
         journal: Journal,
         changed: Callable[[], None],
     ) -> None:
-        self.endpoints = [Endpoint(url, config.concurrency) for url in urls]
-        self.context_length = 0
+        self.endpoints = [api.endpoint(url, config.concurrency) for url in urls]
         self.suspect_from: int | None = None
-        self._model, self._checkpoint = model, checkpoint
-        self._journal, self._changed = journal, changed
+        self._api, self._journal, self._changed = api, journal, changed
         ours = config.url is None
         self._patience_s = PATIENCE_OWN_S if ours else PATIENCE_URL_S
         self._first_patience_s = PATIENCE_OWN_S if ours else config.wait_for_server_s
@@ -88,8 +77,8 @@ class Fleet:
 
     # -- coming up ---------------------------------------------------------------------------------------------------
 
-    async def first_up(self) -> None:
-        """Wait for the first server, and a moment for others that are as quick; then `context_length` is known.
+    async def first_up(self) -> list[Endpoint]:
+        """Wait for the first server, and a moment for others that are as quick; returns those that are up.
 
         Raises:
             InputError: none has replied in its time.
@@ -103,35 +92,14 @@ class Fleet:
             if all(endpoint.down != NOT_ASKED for endpoint in self.endpoints):
                 break
             await asyncio.sleep(0.01)
-        told = [endpoint.info.context_length for endpoint in self.endpoints if endpoint.down is None]
-        # SGLang at its default says nothing and takes the checkpoint's.
-        default = ModelConfig.from_checkpoint(self._checkpoint).max_position_embeddings
-        self.context_length = min((length or default for length in told), default=default)
-
-    @property
-    def longest_prompt(self) -> int:
-        """Tokens: SGLang refuses prompts from its `max_req_input_len` on, a few below the context's length."""
-        told = [endpoint.info.max_req_input_len for endpoint in self.endpoints if endpoint.down is None]
-        return min((limit - 1 for limit in told if limit is not None), default=self.context_length - 2)
-
-    def say_seeds_ignored(self) -> None:
-        """Tell of servers whose sampled answers no seed repeats."""
-        for endpoint in self.endpoints:
-            if endpoint.info.enable_deterministic_inference is False:
-                print(SEEDS_IGNORED.format(url=endpoint.url), file=sys.stderr, flush=True)
+        return [endpoint for endpoint in self.endpoints if endpoint.down is None]
 
     async def _examine(self, endpoint: Endpoint) -> None:
         """See that a server that is not up answers and serves the model asked for, with room for our prompts."""
         served = await self._check_model(endpoint)
         if served is None and not endpoint.answered:
             print(f"{endpoint.url} does not tell which model it serves: taken on trust", file=sys.stderr, flush=True)
-        await endpoint.read_info(self._probing)
-        context = endpoint.info.context_length
-        if context is not None and context < self.context_length:
-            raise InputError(
-                f"{endpoint.url} has come up with a context of {context} tokens, less than the "
-                f"{self.context_length} of the others, by which the prompts were checked; start it like them"
-            )
+        await self._api.read_settings(endpoint, self._probing)
 
     # -- at work -----------------------------------------------------------------------------------------------------
 
@@ -153,7 +121,7 @@ class Fleet:
                 elif now - checked >= MODEL_CHECK_S:
                     await self._check_model(endpoint)
                     checked = now
-                load = await endpoint.probe_load(self._probing)
+                load = await self._api.probe_load(endpoint, self._probing)
                 if endpoint.down is not None:
                     endpoint.up()
                     self._all_down_since = None
@@ -205,11 +173,11 @@ class Fleet:
             InputError: it is another model.
         """
         written, unchecked = len(self._journal), endpoint.unchecked  # before the question, so by the model it is about
-        served = await endpoint.served_model(self._probing)
-        if served is not None and not is_model(served, self._model, self._checkpoint):
+        served = await self._api.served_model(endpoint, self._probing)
+        if served is not None and not self._api.is_wanted(served):
             if endpoint.unchecked and (self.suspect_from is None or endpoint.written_then < self.suspect_from):
                 self.suspect_from = endpoint.written_then
-            raise InputError(f"{endpoint.url} serves {served}, but `model` is {self._model}")
+            raise InputError(f"{endpoint.url} serves {served}, but `model` is {self._api.model}")
         endpoint.written_then = written
         endpoint.unchecked -= unchecked
         return served
@@ -219,9 +187,9 @@ class Fleet:
         free = [endpoint for endpoint in self.endpoints if endpoint.free]
         return min(free, key=lambda endpoint: endpoint.in_flight / endpoint.limit, default=None)
 
-    async def any_healthy(self, path: str) -> bool:
-        """Return whether any server answers GET `path`."""
-        return any(await asyncio.gather(*(e.healthy(self._probing, path) for e in self.endpoints)))
+    async def any_healthy(self, generates: bool) -> bool:
+        """Return whether any server is well; `generates`: see `Api.is_healthy`."""
+        return any(await asyncio.gather(*(self._api.is_healthy(e, self._probing, generates) for e in self.endpoints)))
 
     # -- failing -----------------------------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ from micota_fast.generation.journal import Journal
 from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.generation.request import sampling_params
 from micota_fast.generation.servers import named_urls, servers_for
+from micota_fast.generation.sglang_api import SGLangApi
 from micota_fast.grading.gold import check_golds
 from micota_fast.model.folder import resolve_checkpoint
 
@@ -218,8 +219,8 @@ class Generation:
         if enough is None and len(journal) == len(self.problems) * config.samples:
             return
         with Judge(rules) if rules is not None else contextlib.nullcontext() as judge:
-            checkpoint = resolve_checkpoint(config.model)
-            client = Client(self.problems, config, config.model, checkpoint, urls, journal, judge, enough)
+            api = SGLangApi(self.problems, config, config.model, resolve_checkpoint(config.model))
+            client = Client(self.problems, config, api, urls, journal, judge, enough)
             try:
                 asyncio.run(client.run())
             finally:

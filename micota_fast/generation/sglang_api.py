@@ -1,0 +1,308 @@
+"""SGLang's native API: /generate with the ids of a prompt, and what a server says of its model, settings and load."""
+
+import itertools
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from micota_fast.chat.encoding import Chat
+from micota_fast.common.records import Completion, model_name
+from micota_fast.common.schema import from_json
+from micota_fast.config.generation import SamplingSettings
+from micota_fast.errors import InputError
+from micota_fast.generation.endpoint import (
+    MOST_COUNTED,
+    SHOWN_CHARACTERS,
+    UNAVAILABLE_STATUSES,
+    Endpoint,
+    Load,
+    RetryableError,
+    ServerInfo,
+    decode_object,
+    error_message,
+)
+from micota_fast.generation.problem_file import ProblemFile
+from micota_fast.generation.prompts import Prompts
+from micota_fast.generation.reply import Reply, read_reply
+from micota_fast.generation.request import REPLY_BYTES, derive_seed, sampling_params
+from micota_fast.generation.schedule import Wanted
+from micota_fast.model.config import ModelConfig
+
+ID_BYTES = 24  # of a token's id in JSON, with white space
+LOGPROB_BYTES = 96  # of a triple of log-probability, id and null
+# SGLang takes `sampling_seed` from everyone, but heeds it in this mode alone.
+SEEDS_IGNORED = (
+    "{url}: this SGLang server ignores sampling seeds (it runs without --enable-deterministic-inference): "
+    "the answers are random, and another run's will differ"
+)
+_OURS = uuid.uuid4().hex  # how the ids of this process's requests begin
+_numbers = itertools.count()
+
+
+class SGLangApi:
+    """Asks for answers as the settings say: seeds, limits, thinking budget, log-probabilities.
+
+    Args:
+        problems: what is asked.
+        config: the settings.
+        model: what is served, as the recipe names it.
+        checkpoint: the folder with its tokenizer, template and config.json.
+
+    Raises:
+        InputError: the settings ask for tokens that the model does not know.
+    """
+
+    def __init__(self, problems: ProblemFile, config: SamplingSettings, model: str, checkpoint: Path) -> None:
+        self.model = model
+        self._config, self._checkpoint = config, checkpoint
+        self._prompts = prompts = Prompts(problems, Chat.from_checkpoint(checkpoint, config.chat))
+        self._context_length = 0  # tokens of prompt and answer together that all servers take; 0: none is up yet
+        # A server stops at those that the checkpoint's files name, which lack the end of turn of a base model trained
+        # on chats. They follow from checkpoint and template, so a generation's fingerprint does without them.
+        self._params = sampling_params(config) | {"stop_token_ids": list(prompts.chat.eos_ids)}
+        self._model_name = model_name(model)
+        # A character of four bytes is escaped as twelve, a control character of one as six.
+        longest = max(len(token.encode()) for token in prompts.chat.tokenizer.library.get_vocab(with_added_tokens=True))
+        self._token_bytes = 3 * longest + 6
+        self._thinking_end = prompts.chat.tokenizer.encode([config.thinking_end])[0].tolist()
+        known = prompts.chat.vocab_size
+        # Either would kill an SGLang server.
+        if config.thinking_budget is not None and max(self._thinking_end) >= known:
+            raise InputError(
+                f"`thinking_end` has token id {max(self._thinking_end)}; the model knows only {known}: "
+                f"the tokenizer does not belong to this checkpoint"
+            )
+        if config.top_logprobs > known:
+            raise InputError(f"`top_logprobs` is {config.top_logprobs}; the model knows only {known} tokens")
+
+    # -- the servers -------------------------------------------------------------------------------------------------
+
+    def endpoint(self, url: str, most: int) -> Endpoint:
+        """Return a server that is not asked yet."""
+        return Endpoint(url, most)
+
+    def is_wanted(self, served: str) -> bool:
+        """Return whether what a server says it serves is the model that is wanted."""
+        return is_model(served, self.model, self._checkpoint)
+
+    async def served_model(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> str | None:
+        """Return the name or folder of what it serves; None if it does not tell.
+
+        Raises:
+            RetryableError: it does not answer, is not up yet, or what it says cannot be a name.
+        """
+        for path in ("/get_model_info", "/model_info"):
+            status, content = await endpoint.get(session, path)
+            if status in UNAVAILABLE_STATUSES:
+                raise RetryableError(f"HTTP {status}: {error_message(content)}")
+            if status != 200:
+                continue
+            served = decode_object(content, path).get("model_path")
+            if isinstance(served, str):
+                if not served or len(served) > SHOWN_CHARACTERS or any(ord(c) < 32 or ord(c) == 127 for c in served):
+                    raise RetryableError(f"{path}: key 'model_path' cannot be a name or folder: {served[:60]!r}")
+                return served
+        return None
+
+    async def read_settings(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> None:
+        """Read a server's settings into its `info`; nothing if it does not state them (a router, say).
+
+        Raises:
+            RetryableError: it does not answer, or states a setting that cannot be.
+            InputError: its context is shorter than that of the servers that were up before.
+        """
+        endpoint.info = ServerInfo()
+        for path in ("/server_info", "/get_server_info"):  # newer and older name
+            status, content = await endpoint.get(session, path)
+            if status == 200:
+                try:
+                    endpoint.info = from_json(ServerInfo, decode_object(content, path), path)
+                except InputError as error:
+                    raise RetryableError(str(error)) from None
+                break
+        context = endpoint.info.context_length
+        if context is not None and context < self._context_length:
+            raise InputError(
+                f"{endpoint.url} has come up with a context of {context} tokens, less than the "
+                f"{self._context_length} of the others, by which the prompts were checked; start it like them"
+            )
+
+    async def probe_load(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> Load | None:
+        """Ask for its load; None if it has no such page.
+
+        Raises:
+            RetryableError: it does not answer, or what it says is not JSON.
+        """
+        path = "/v1/loads?include=core"
+        status, content = await endpoint.get(session, path)
+        return parse_load(decode_object(content, path)) if status == 200 else None
+
+    async def is_healthy(self, endpoint: Endpoint, session: aiohttp.ClientSession, generates: bool) -> bool:
+        """Return whether it is well; `generates`: and still answers a request of its own making."""
+        return await endpoint.healthy(session, "/health_generate" if generates else "/health")
+
+    async def check_prompts(self, up: Sequence[Endpoint], folder: Path) -> None:
+        """Say which servers ignore seeds, and see that every prompt fits the context of all that are up.
+
+        Raises:
+            InputError: see `Prompts.check`.
+        """
+        # SGLang at its default says nothing of its context and takes the checkpoint's.
+        default = ModelConfig.from_checkpoint(self._checkpoint).max_position_embeddings
+        self._context_length = min((endpoint.info.context_length or default for endpoint in up), default=default)
+        # It refuses prompts from its `max_req_input_len` on, a few below the context's length.
+        told = [endpoint.info.max_req_input_len for endpoint in up]
+        longest = min((limit - 1 for limit in told if limit is not None), default=self._context_length - 2)
+        if self._config.temperature > 0:
+            for endpoint in up:
+                if endpoint.info.enable_deterministic_inference is False:
+                    print(SEEDS_IGNORED.format(url=endpoint.url), file=sys.stderr, flush=True)
+        checked = folder / "prompts-checked.json"
+        await self._prompts.check(longest, self._context_length, self._config.max_new_tokens, checked)
+
+    # -- the answers -------------------------------------------------------------------------------------------------
+
+    async def answer(
+        self, endpoint: Endpoint, session: aiohttp.ClientSession, wanted: Wanted
+    ) -> tuple[Completion, dict[str, Any]]:
+        """Return the row of one answer, and what is kept next to the row's own fields.
+
+        With a thinking budget the answer is asked for up to the budget; a thought that has not ended by then is ended
+        with `thinking_end`, and the model continues from there with what is left of `max_new_tokens`.
+
+        Raises:
+            RetryableError: another try may succeed.
+            InputError: the server refuses this request.
+        """
+        prompt = self._prompts.ids(wanted.problem)
+        budget = self._config.thinking_budget
+        # SGLang refuses a request whose prompt and limit together exceed the context length (0.5.23; it then stops two
+        # short of it, with "length").
+        most = min(self._config.max_new_tokens, self._context_length - len(prompt) - 1)
+        parts = [await self._ask(endpoint, session, wanted, prompt, most if budget is None else min(budget, most))]
+        if budget is not None and parts[0].reason == "length":
+            if self._config.thinking_end.strip() not in parts[0].text:
+                end = self._thinking_end
+                parts.append(Reply(self._config.thinking_end, "length", len(end), end, []))
+            rest = most - sum(part.tokens for part in parts)
+            if rest > 0:
+                ids = [*prompt, *(i for part in parts for i in part.ids)]
+                parts.append(await self._ask(endpoint, session, wanted, ids, rest))
+            elif len(parts) > 1:
+                parts.pop()  # no room to continue from it
+        text, tokens = "".join(part.text for part in parts), sum(part.tokens for part in parts)
+        row = self._row(wanted, parts[-1].reason, text, tokens)
+        if not self._config.top_logprobs:
+            return row, {}
+        places = [place for part in parts for place in part.top_logprobs or [None] * len(part.ids)]
+        return row, {"completion_ids": [i for part in parts for i in part.ids], "top_logprobs": places}
+
+    def aborted(self, wanted: Wanted) -> Completion:
+        """Return the row of an answer that is given up on."""
+        return self._row(wanted, "abort", "", 0)
+
+    def _row(self, wanted: Wanted, reason: str, text: str, tokens: int) -> Completion:
+        problem = self._prompts.problem(wanted.problem)
+        return Completion(
+            id=problem.id,
+            sample=wanted.sample,
+            problem=problem.problem,
+            answer=problem.answer,
+            completion=text,
+            finish_reason=reason,
+            prompt_tokens=len(self._prompts.ids(wanted.problem)),
+            completion_tokens=tokens,
+            seed=self._seed(problem.id, wanted.sample),
+            model=self._model_name,
+        )
+
+    def _seed(self, problem_id: str, sample: int) -> int | None:
+        return derive_seed(self._config.seed, problem_id, sample) if self._config.temperature > 0 else None
+
+    async def _ask(
+        self, endpoint: Endpoint, session: aiohttp.ClientSession, wanted: Wanted, ids: list[int], most: int
+    ) -> Reply:
+        config = self._config
+        problem_id = self._prompts.problem(wanted.problem).id
+        params = {**self._params, "max_new_tokens": most}
+        if (seed := self._seed(problem_id, wanted.sample)) is not None:
+            params["sampling_seed"] = seed
+        body: dict[str, Any] = {"input_ids": ids, "sampling_params": params}
+        if config.top_logprobs:
+            body |= {"return_logprob": True, "top_logprobs_num": config.top_logprobs}
+        try:
+            answer = await self._post(endpoint, session, body, self._most_bytes(most))
+        except InputError as error:
+            raise InputError(f"problem {problem_id!r}: {error}") from None
+        reply = read_reply(answer, most, self._prompts.chat.vocab_size, config.top_logprobs)
+        if (config.thinking_budget is not None or config.top_logprobs) and len(reply.ids) != reply.tokens:
+            raise InputError(
+                f"{endpoint.url} gives no `output_ids` for {reply.tokens} tokens: `thinking_budget` and "
+                f"`top_logprobs` need them"
+            )
+        return reply
+
+    async def _post(
+        self, endpoint: Endpoint, session: aiohttp.ClientSession, body: dict[str, Any], most_bytes: int
+    ) -> dict[str, Any]:
+        """POST /generate with an id, and return the decoded answer to it.
+
+        Raises:
+            RetryableError: another try may succeed, here or elsewhere.
+            RefusedError: the server refuses this request.
+        """
+        rid = f"{_OURS}-{next(_numbers)}"
+        timeout_s = self._config.request_timeout_s
+        content = await endpoint.post(session, "/generate", {**body, "rid": rid}, timeout_s, most_bytes)
+        answer = decode_object(content, "its answer")
+        if _is_anothers(answer, rid):
+            # Whatever comes on that connection is off by one from now on, and it is among the idle ones again:
+            # this server has each connection for one request from now on.
+            endpoint.reuse = False
+            raise RetryableError("the answer to another request came", own=False)
+        return answer
+
+    def _most_bytes(self, tokens: int) -> int:
+        """Bytes that an honest reply of so many tokens can have, whatever JSON escapes and SGLang adds."""
+        places = self._config.top_logprobs + 1 if self._config.top_logprobs else 0
+        return REPLY_BYTES + tokens * (self._token_bytes + ID_BYTES + places * LOGPROB_BYTES)
+
+
+def parse_load(body: Any) -> Load | None:
+    """Read SGLang's /v1/loads, its data-parallel ranks added up; None if the body is nothing of that kind."""
+    try:
+        ranks = body["loads"]
+        usage = [used for rank in ranks if type(used := rank.get("token_usage")) in (int, float) and 0 <= used < 2]
+        counts = [rank[key] for rank in ranks for key in ("num_running_reqs", "num_waiting_reqs")]
+    except (AttributeError, KeyError, TypeError):
+        return None
+    if not all(type(count) is int and 0 <= count <= MOST_COUNTED for count in counts):
+        return None
+    return Load(sum(counts[::2]), sum(counts[1::2]), sum(usage) / len(usage) if usage else None)
+
+
+def is_model(served: str, wanted: str, checkpoint: Path) -> bool:
+    """Return whether a server's model is the one that is wanted.
+
+    That is the same folder or hub name; or, as another machine's folders lie elsewhere, the same last component.
+    """
+    theirs = Path(served)
+    if served == wanted or os.path.realpath(checkpoint) == os.path.realpath(served):
+        return True
+    # NAME/model is called NAME: of our own making, all of them end in `model`.
+    last = theirs.parent.name if theirs.name == "model" else theirs.name
+    return last in {model_name(wanted).rpartition("/")[2], checkpoint.name} - {"model"}
+
+
+def _is_anothers(answer: Any, rid: str) -> bool:
+    """Whether an answer names another of our requests; one that names none of ours may have passed a router."""
+    try:
+        named = answer["meta_info"]["id"]
+    except (KeyError, TypeError):
+        return False
+    return isinstance(named, str) and named.startswith(_OURS) and named != rid
