@@ -40,7 +40,9 @@ class Completion:
     problem: str
     answer: str  # gold
     completion: str
-    finish_reason: str  # "stop": an end token or stop string; "length": the token limit; "abort": the server gave up
+    # "stop": an end token or stop string; "length": the token limit; "abort": the server gave up; "content_filter": an
+    # API withheld the answer.
+    finish_reason: str
     prompt_tokens: int
     completion_tokens: int
     seed: int | None  # sampling seed sent to the server; None where decoding was greedy

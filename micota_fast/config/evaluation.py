@@ -12,7 +12,15 @@ from typing import Any, Literal, Self
 import yaml
 
 from micota_fast.config.checks import at_least, check_names
-from micota_fast.config.generation import COLUMNS, PROBLEMS, ChatConfig, SamplingSettings, ServeConfig
+from micota_fast.config.generation import (
+    COLUMNS,
+    PROBLEMS,
+    ChatConfig,
+    OpenAIConfig,
+    SamplingSettings,
+    ServeConfig,
+    check_url,
+)
 from micota_fast.config.loader import option
 from micota_fast.errors import InputError
 
@@ -105,7 +113,16 @@ class JudgeConfig:
     url: str | list[str] | None = option(
         None, doc="servers that already serve it; null: one is started", operational=True
     )
+    api: Literal["sglang", "openai"] = option(
+        "sglang",
+        doc="what the servers at `url` speak; with openai, `model` is only the name by which they know it",
+        newer=True,
+    )
+    openai: OpenAIConfig = option(OpenAIConfig(), doc="the servers, if `api` is openai", operational=True)
     serve: ServeConfig = option(ServeConfig(), doc="the server that is started for it")
+
+    def __post_init__(self) -> None:
+        check_url(self)
 
 
 @dataclass(kw_only=True)
@@ -150,6 +167,10 @@ class EvaluateConfig(EvaluateSettings):
 
     model: str = option(doc="checkpoint (folder or hub name)")
     out: str = option(doc="folder: results.json, rows/BENCHMARK.jsonl")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_url(self)
 
 
 @dataclass(kw_only=True)

@@ -4,14 +4,16 @@
 MiCoTA builds on; "ours" marks what both leave open.
 """
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from micota_fast.config.checks import at_least
 from micota_fast.config.corpus import FilterSettings
 from micota_fast.config.loader import option
 from micota_fast.errors import InputError
 
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")  # of the environment; lower case is left to keys given by mistake
 MOST_SAMPLES = (1 << 16) - 1  # a sample's number takes 16 bits in the journal of a run
 PROBLEMS = (
     "problems: JSONL, a JSON list (both also .gz or .zst), Parquet or hf://datasets/ORG/NAME[:SPLIT], with keys "
@@ -86,6 +88,77 @@ class ServeConfig:
 
 
 @dataclass(kw_only=True)
+class OpenAIConfig:
+    """How servers are used that speak OpenAI's API; nothing of it changes what is asked."""
+
+    key_env: str | None = option(
+        None,
+        doc="name of the environment variable with the key, which is sent to `url` as a bearer token and is written "
+        "nowhere; null: no key",
+    )
+    stream: bool = option(
+        True,
+        doc="receive answers as they are written, so that no proxy takes a long one for a dead connection; false: for "
+        "servers whose streams do not say how many tokens they had",
+        source="ours",
+    )
+    requests_per_minute: float | None = option(None, doc="most requests that are sent; null: any number")
+    tokens_per_minute: float | None = option(None, doc="most tokens of prompts and answers; null: any number")
+    dollars_per_million_prompt_tokens: float | None = option(None, doc="price, to report the cost; null: not known")
+    dollars_per_million_completion_tokens: float | None = option(None, doc="price; goes with the other one")
+
+    def __post_init__(self) -> None:
+        if self.key_env is not None and not VARIABLE.fullmatch(self.key_env):
+            raise InputError(
+                "`key_env` must be the name of an environment variable, such as OPENAI_API_KEY, and never the key "
+                "itself (what was given is not repeated here)"
+            )
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            if getattr(self, name) is not None:
+                at_least(self, **{name: 0.001})
+        prices = ("dollars_per_million_prompt_tokens", "dollars_per_million_completion_tokens")
+        given = [name for name in prices if getattr(self, name) is not None]
+        at_least(self, **dict.fromkeys(given, 0.0))
+        if len(given) == 1:
+            raise InputError(f"`{given[0]}` goes with `{next(name for name in prices if name not in given)}`: set both")
+
+    def dollars(self, prompt_tokens: float, completion_tokens: float) -> float | None:
+        """Return what these tokens cost, as if none of the prompts' were cached; None: no prices are given."""
+        prompt, completion = self.dollars_per_million_prompt_tokens, self.dollars_per_million_completion_tokens
+        if prompt is None or completion is None:
+            return None
+        return (prompt * prompt_tokens + completion * completion_tokens) / 1e6
+
+
+def check_api(options: "SamplingSettings") -> None:
+    """Refuse, by name, what OpenAI's API cannot be asked for.
+
+    Raises:
+        InputError: `api` is openai, and an option needs SGLang's native API.
+    """
+    refused = {
+        "thinking_budget": (options.thinking_budget is not None, "an answer cannot be continued by its token ids"),
+        "top_logprobs": (options.top_logprobs > 0, "it gives no token ids"),
+        "chat.use_template: false": (not options.chat.use_template, "the server renders every prompt by its template"),
+    }
+    for name, (asked, why) in refused.items():
+        if asked:
+            raise InputError(f"`{name}` needs SGLang's native API; with `api: openai` {why}")
+
+
+def check_url(options: Any) -> None:
+    """Refuse `api: openai` without `url`: servers that are started are asked by SGLang's native API.
+
+    Raises:
+        InputError: see above.
+    """
+    if options.api == "openai" and options.url is None:
+        raise InputError(
+            "`api: openai` needs `url` (in a recipe: `models.NAME.url`), the address of the server up to /v1"
+        )
+
+
+@dataclass(kw_only=True)
 class SamplingSettings:
     """Sampling, and how the requests are sent."""
 
@@ -117,9 +190,17 @@ class SamplingSettings:
     )
     url: str | list[str] | None = option(
         None,
-        doc="SGLang-compatible servers that already run, one or a list; null: servers are started (see serve)",
+        doc="servers that already run, one or a list; null: servers are started (see serve)",
         operational=True,
     )
+    api: Literal["sglang", "openai"] = option(
+        "sglang",
+        doc="what the servers at `url` speak: SGLang's native /generate, or OpenAI's chat completions (vLLM, TGI, "
+        "llama.cpp, SGLang's /v1, paid APIs), by which `model` is only a name, `url` ends in /v1 or the like, and "
+        "`thinking_budget`, `top_logprobs` and `chat.use_template: false` cannot be had",
+        newer=True,
+    )
+    openai: OpenAIConfig = option(OpenAIConfig(), doc="the servers, if `api` is openai", operational=True)
     wait_for_server_s: float = option(
         30.0,
         doc="seconds in which the first server that `url` names must reply; once one has, they may be gone for longer",
@@ -150,6 +231,8 @@ class SamplingSettings:
             raise InputError("`samples` > 1 needs `temperature` > 0: greedy answers would all be the same")
         if self.url == []:
             raise InputError("`url` is an empty list; null: a server is started for the model")
+        if self.api == "openai":
+            check_api(self)
 
 
 @dataclass(kw_only=True)
@@ -178,7 +261,10 @@ class GenerateSettings(SamplingSettings):
 class GenerateConfig(GenerateSettings):
     """`micota generate`: problems in, completions out."""
 
-    model: str = option(doc="checkpoint (folder or hub name): its tokenizer and template, and what is served")
+    model: str = option(
+        doc="checkpoint (folder or hub name): its tokenizer and template, and what is served; with `api: openai` only "
+        "the name by which the server knows it"
+    )
     problems: str = option(doc=PROBLEMS)
     columns: dict[str, str] = option({}, doc=COLUMNS, source="ours", newer=True)
     out: str = option(doc="JSONL of completions; an interrupted run leaves OUT.parts, from which the next run resumes")
@@ -192,6 +278,7 @@ class GenerateConfig(GenerateSettings):
         super().__post_init__()
         if self.limit is not None:
             at_least(self, limit=1)
+        check_url(self)
         if self.stop_after_accepted is not None and self.accept is None:
             raise InputError("`stop_after_accepted` needs `accept`, the rules that say which answers count")
 

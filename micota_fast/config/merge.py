@@ -52,6 +52,8 @@ class LengthSweepSettings:
             raise InputError("`weights` must list at least two, all different")
         if self.generate.url is not None:
             raise InputError("`generate.url`: a server that already runs serves one model, and a sweep makes many")
+        if self.generate.api != "sglang":
+            raise InputError("`generate.api`: the servers that a sweep starts have SGLang's native API")
 
 
 @dataclass(kw_only=True)

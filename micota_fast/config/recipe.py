@@ -65,6 +65,12 @@ class ModelSpec:
     """A checkpoint, or how it is made of others."""
 
     checkpoint: str | None = option(None, doc="folder (relative to the recipe) or hub name")
+    served: str | None = option(
+        None,
+        doc="instead of a checkpoint: the name by which the API at `url` knows a model that only writes corpora there "
+        "(`generate.api: openai`)",
+        operational=True,
+    )
     train: TrainedModel | None = option(None, doc="fine-tuned from another model")
     merge: MergedModel | None = option(None, doc="merged from other models")
     url: str | list[str] | None = option(
@@ -73,9 +79,13 @@ class ModelSpec:
     serve: dict[str, Any] = option({}, doc="overrides of `generate.serve` and `evaluate.serve` for this model")
 
     def __post_init__(self) -> None:
-        if sum(way is not None for way in (self.checkpoint, self.train, self.merge)) != 1:
-            raise InputError("set exactly one of `checkpoint`, `train`, `merge`: it says where this model comes from")
-        if self.url is not None and self.checkpoint is None:
+        if sum(way is not None for way in (self.checkpoint, self.served, self.train, self.merge)) != 1:
+            raise InputError(
+                "set exactly one of `checkpoint`, `served`, `train`, `merge`: it says where this model comes from"
+            )
+        if self.served is not None and self.url is None:
+            raise InputError("`served` needs `url`, the address of the API that serves it, up to /v1")
+        if self.url is not None and (self.train is not None or self.merge is not None):
             raise InputError("`url` goes with `checkpoint`: a model made in the run is served in the run")
 
 

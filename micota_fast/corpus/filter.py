@@ -102,7 +102,11 @@ class _Tally:
             total=self._total,
             accepted=len(lengths),
             problems=len(np.unique(np.array(self._problems, np.int64))),
-            rejected={reason: self._rejected[reason] for reason in REASONS},
+            rejected={
+                reason: self._rejected[reason]
+                for reason in REASONS
+                if reason != "content_filter" or self._rejected[reason]  # only APIs have it
+            },
             tokens=AcceptedTokens(
                 mean=float(measured.mean()),
                 min=int(measured.min()),

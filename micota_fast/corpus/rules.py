@@ -14,7 +14,7 @@ from micota_fast.common.records import Completion
 from micota_fast.config.corpus import FilterSettings
 from micota_fast.grading.grader import Grader, Verdict, extract_boxed
 
-# In the order in which an answer is tested; the first that holds is the reason it is rejected for.
+# The first that holds is the reason an answer is rejected for.
 REASONS = (
     "truncated",
     "aborted",
@@ -25,6 +25,7 @@ REASONS = (
     "wrong",
     "timeout",
     "crashed",
+    "content_filter",  # last, as journals keep the places of reasons
 )
 RUN_WORDS = 16  # of `max_repeated`
 GRADED_AT_ONCE = 256  # pairs; a batch ends with its slowest
@@ -33,7 +34,7 @@ GRADED_AT_ONCE = 256  # pairs; a batch ends with its slowest
 def reject_at_once(row: Completion, rules: FilterSettings) -> str | None:
     """Return why an answer is rejected, by all rules but that it be correct; None: by none."""
     if row.finish_reason != "stop":
-        return "truncated" if row.finish_reason == "length" else "aborted"
+        return {"length": "truncated", "content_filter": "content_filter"}.get(row.finish_reason, "aborted")
     if row.completion_tokens >= rules.max_tokens:
         return "too_long"
     if (rules.require_boxed or rules.require_correct) and not extract_boxed(row.completion):

@@ -240,7 +240,7 @@ def score(problems: int, rows: Sequence[Completion], verdicts: Sequence[Verdict]
 
 
 def _outcome(row: Completion, verdict: Verdict) -> Outcome:
-    if row.finish_reason == "abort":
+    if row.finish_reason in ("abort", "content_filter"):
         return "aborted"
     if row.finish_reason != "stop" and verdict.status != "correct":
         return "truncated"

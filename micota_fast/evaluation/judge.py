@@ -13,15 +13,13 @@ from pathlib import Path
 from micota_fast.common.files import write_atomic
 from micota_fast.common.fingerprint import Fingerprints
 from micota_fast.common.records import Completion, Problem, encode_row, model_name, read_completions
-from micota_fast.config import loader
 from micota_fast.config.evaluation import JudgeConfig
 from micota_fast.config.generation import ChatConfig, GenerateConfig
 from micota_fast.evaluation.results import Judge
-from micota_fast.generation.generate import Generation, model_fingerprint
+from micota_fast.generation.generate import Generation, model_identity
 from micota_fast.generation.request import sampling_params
 from micota_fast.generation.servers import servers_for
 from micota_fast.grading.grader import Verdict
-from micota_fast.model.folder import resolve_checkpoint
 
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 QUESTION = (
@@ -83,13 +81,15 @@ class ModelJudge:
 
     def describe(self) -> Judge:
         """Describe the judge: the model, and its sampling, server and question, on which its verdicts depend."""
+        settings = self._settings(Path(), Path())
+        known = model_identity(settings, self._hashes)
         return Judge(
             model=model_name(self._config.model),
             made_by={
-                "model": model_fingerprint(resolve_checkpoint(self._config.model), self._hashes),
+                "model": known.pop("model"),
                 "prompt": {"system": SYSTEM, "prompt": QUESTION},
-                "sampling": sampling_params(self._settings(Path(), Path())),
-                "serve": loader.identity(self._config.serve),
+                "sampling": sampling_params(settings),
+                **known,
             },
         )
 
@@ -109,6 +109,8 @@ class ModelJudge:
             problems=str(questions),
             out=str(out),
             url=self._config.url,
+            api=self._config.api,
+            openai=self._config.openai,
             serve=self._config.serve,
             chat=ChatConfig(system=SYSTEM, prompt="{problem}"),
             max_new_tokens=MAX_NEW_TOKENS,

@@ -24,6 +24,7 @@ from micota_fast.generation.endpoint import Endpoint, RetryableError, client_ses
 from micota_fast.generation.journal import Journal
 from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.generation.progress import Meters, Screen
+from micota_fast.generation.rate_limit import RateLimit
 from micota_fast.generation.schedule import Schedule, Wanted
 
 POISONED_AFTER = 8  # failures of one request on a server that answers others meanwhile, that are the request's fault
@@ -46,6 +47,7 @@ class _Job:
     failing_since: float = 0.0
     pause: float = field(default_factory=lambda: fleet.BACKOFF_S[0])
     sent: float = 0.0  # when the try now under way was
+    reserved: float = 0.0  # tokens, for this try
 
 
 class Client:
@@ -75,6 +77,9 @@ class Client:
         self._api, self._journal = api, journal
         self._enough = enough
         self._wake = asyncio.Event()
+        self._pace = RateLimit(
+            config.openai.requests_per_minute, config.openai.tokens_per_minute, config.max_new_tokens
+        )
         self._fleet = fleet.Fleet(api, urls, config, journal, self._wake.set)
         self._ready: deque[_Job] = deque()  # failed, and due again
         self._under_way: set[_Job] = set()
@@ -83,7 +88,7 @@ class Client:
         self._aborted = 0
         self._well = len(journal)  # answers that show that the servers can, sometime
         accepted = int((journal.entries["verdict"] == ACCEPTED).sum())
-        self.meters = Meters(len(journal), None if judge is None else accepted)
+        self.meters = Meters(len(journal), None if judge is None else accepted, config.openai.dollars)
 
     async def run(self) -> None:
         """Ask for everything that the journal lacks.
@@ -182,8 +187,12 @@ class Client:
         while True:
             self._wake.clear()
             while self._judging < MOST_JUDGED and (endpoint := self._fleet.freest()) is not None:
+                if (wait_s := self._pace.wait_s()) > 0:
+                    asyncio.get_running_loop().call_later(wait_s, self._wake.set)
+                    break
                 if (job := self._take()) is None:
                     break
+                job.reserved = self._pace.sent()
                 endpoint.in_flight += 1
                 self._under_way.add(job)
                 group.create_task(self._work(endpoint, job))
@@ -206,6 +215,7 @@ class Client:
             endpoint.in_flight -= 1
             self._under_way.discard(job)
             self.meters.failures += 1
+            self._pace.ended(job.reserved, None)
             await self._failed(endpoint, job, error)
             return
         endpoint.in_flight -= 1
@@ -216,6 +226,7 @@ class Client:
         self._answered_at = time.monotonic()
         self._well += 1
         self.meters.answer(row.prompt_tokens, row.completion_tokens)
+        self._pace.ended(job.reserved, row.prompt_tokens + row.completion_tokens)
         await self._deliver(job, row, extra)
 
     async def _deliver(self, job: _Job, row: Completion, extra: dict[str, Any]) -> None:
@@ -271,7 +282,7 @@ class Client:
         if endpoint.answered > job.answered_then[endpoint]:
             return often
         # That others answer shows nothing: it may be this server that is not well.
-        silent_s = now - max(job.failing_since, self._answered_at)
+        silent_s = now - max(job.failing_since, self._answered_at, endpoint.asked_to_rest_until)
         if silent_s <= self._fleet.patience_s:
             return False
         # Nothing was answered for long. That may be because the others' answers take long.
@@ -279,7 +290,13 @@ class Client:
             if await self._fleet.any_healthy(generates=False):
                 return False
         # Or because only requests that fail are left: a server has answered others and still generates.
-        elif self._well and not self._under_way and await self._fleet.any_healthy(generates=True):
+        # A remote one that says it is well may refuse us forever, say when no credit is left.
+        elif (
+            self._well
+            and not self._under_way
+            and (often or not endpoint.remote)
+            and await self._fleet.any_healthy(generates=True)
+        ):
             return often
         raise self._fleet.given_up(silent_s, str(error)) from None
 

@@ -27,6 +27,7 @@ BACKOFF_S = 0.25, 15.0  # first and longest pause between two tries of a request
 PATIENCE_OWN_S, PATIENCE_URL_S = 20.0, 600.0
 SILENT_S = 60.0  # after which a server that answers not even a GET is taken for lost
 POLL_S = 1.0
+REMOTE_POLL_S = 20.0  # of one that says nothing of its load, and may count every request
 MODEL_CHECK_S = 5.0
 SAID_EVERY_S = 5.0
 
@@ -135,7 +136,7 @@ class Fleet:
                 elif time.monotonic() - heard > SILENT_S:
                     self.is_down(endpoint, f"nothing to go by for {SILENT_S:.0f} s: {error}")
             if endpoint.down is None:
-                await asyncio.sleep(POLL_S)
+                await asyncio.sleep(REMOTE_POLL_S if endpoint.remote else POLL_S)
             else:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, longest_pause, max(self.patience_s / 4, BACKOFF_S[0]))

@@ -1,6 +1,6 @@
-"""`micota generate`: completions from SGLang-compatible servers, concurrent and resumable, each answer exactly once.
+"""`micota generate`: completions from servers, concurrent and resumable, each answer exactly once.
 
-Speaks only HTTP (SGLang's native /generate with `input_ids`), so any engine with that API can answer. Every row is
+Speaks only HTTP, so any engine can answer that has SGLang's native /generate or OpenAI's chat completions. Every row is
 written to OUT.parts as it arrives (see `journal`), and a run that was killed resumes from there.
 
 Whether the finished OUT has the same bytes as an uninterrupted run's depends on the server. The embedded engine in
@@ -29,11 +29,13 @@ from micota_fast.common.fingerprint import Fingerprints, differences
 from micota_fast.common.json_io import as_read_back, parse_json, read_json, write_json
 from micota_fast.config import loader
 from micota_fast.config.evaluation import EvaluateConfig
-from micota_fast.config.generation import GenerateConfig
+from micota_fast.config.generation import GenerateConfig, OpenAIConfig
 from micota_fast.corpus.rules import REASONS, Judge
 from micota_fast.errors import InputError
+from micota_fast.generation.api import Api
 from micota_fast.generation.client import ACCEPTED, Client
 from micota_fast.generation.journal import Journal
+from micota_fast.generation.openai_api import OpenAIApi
 from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.generation.request import sampling_params
 from micota_fast.generation.servers import named_urls, servers_for
@@ -122,14 +124,15 @@ class Generation:
         there is meant to run with, so a run may move from one to the other.
         """
         config = self._config
+        known = model_identity(config, self._hashes)
         made_by: dict[str, Any] = {
-            "model": model_fingerprint(resolve_checkpoint(config.model), self._hashes),
+            "model": known.pop("model"),
             "problems": self.problems.sha256,
             "prompt": asdict(config.chat),
             "samples": config.samples,
             "seed": config.seed if config.temperature > 0 else None,
             "sampling": sampling_params(config),
-            "serve": loader.identity(config.serve),
+            **known,
         }
         if config.thinking_budget is not None:
             made_by["thinking"] = {"budget": config.thinking_budget, "end": config.thinking_end}
@@ -203,6 +206,8 @@ class Generation:
                 meta["judged"] = _judged(entries["verdict"])
             write_json(self._meta_path, meta, 2)
             journal.discard()
+        if self._config.api == "openai":
+            print(f"{self.out}: {_usage(meta, self._config.openai)}", flush=True)
         return meta
 
     def clear_up(self) -> None:
@@ -219,13 +224,29 @@ class Generation:
         if enough is None and len(journal) == len(self.problems) * config.samples:
             return
         with Judge(rules) if rules is not None else contextlib.nullcontext() as judge:
-            api = SGLangApi(self.problems, config, config.model, resolve_checkpoint(config.model))
+            api: Api
+            if config.api == "openai":
+                api = OpenAIApi(self.problems, config, config.model)
+            else:
+                api = SGLangApi(self.problems, config, config.model, resolve_checkpoint(config.model))
             client = Client(self.problems, config, api, urls, journal, judge, enough)
             try:
                 asyncio.run(client.run())
             finally:
                 with contextlib.suppress(InputError):  # a full disk: the error under way says more
                     write_json(Path(f"{self.out}.meters.json"), client.summary(), 2)
+
+
+def model_identity(config: GenerateConfig | EvaluateConfig, hashes: Fingerprints) -> dict[str, Any]:
+    """Return what is known of the model that answers: its contents and server; or the name by which an API knows it.
+
+    Raises:
+        InputError: there is no checkpoint.
+    """
+    if config.api == "openai":
+        return {"model": config.model, "api": config.api}
+    checkpoint = resolve_checkpoint(config.model)
+    return {"model": model_fingerprint(checkpoint, hashes), "serve": loader.identity(config.serve)}
 
 
 def model_fingerprint(path: Path, hashes: Fingerprints) -> str:
@@ -250,6 +271,18 @@ def model_fingerprint(path: Path, hashes: Fingerprints) -> str:
     for file, content in zip(files, contents, strict=True):
         digest.update(os.fsencode(f"{file.name}\0{content}\n"))
     return digest.hexdigest()
+
+
+def _usage(meta: dict[str, Any], config: OpenAIConfig) -> str:
+    """What an API has counted for the answers that are kept, and what that costs."""
+    prompt, completion = meta["prompt_tokens"], meta["completion_tokens"]
+    used = f"{prompt:,} prompt tokens and {completion:,} completion tokens"
+    if (dollars := config.dollars(prompt, completion)) is None:
+        return used
+    return (
+        f"{used}: ${dollars:,.2f} at ${config.dollars_per_million_prompt_tokens:g} and "
+        f"${config.dollars_per_million_completion_tokens:g} per million, without failed tries and discounts"
+    )
 
 
 class _Summary:

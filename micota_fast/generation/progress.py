@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from micota_fast.generation.endpoint import Endpoint
@@ -18,9 +18,13 @@ class Meters:
     Args:
         done: answers that are there already.
         accepted: of these, accepted ones; None: nothing is judged.
+        price: (prompt tokens, completion tokens) -> what they cost in dollars; None: that is not known.
     """
 
-    def __init__(self, done: int, accepted: int | None) -> None:
+    def __init__(
+        self, done: int, accepted: int | None, price: Callable[[int, int], float | None] | None = None
+    ) -> None:
+        self._price = price
         self.started = time.monotonic()
         self.done = self.done_before = done
         self.accepted = accepted
@@ -64,8 +68,15 @@ class Meters:
         parts.append(_servers(endpoints))
         if (cost := self.gpu_seconds(endpoints)) is not None:
             parts.append(f"{cost:,.1f} GPU s {'an accepted answer' if self.accepted is not None else 'an answer'}")
+        if (dollars := self.dollars) is not None:
+            parts.append(f"${dollars:,.2f}")
         parts.append(f"{_clock((expected - self.done) / answers)} left" if answers > 0 else "? left")
         return "  ".join(parts)
+
+    @property
+    def dollars(self) -> float | None:
+        """What this run's answers cost; None: no prices are known."""
+        return None if self._price is None else self._price(self.prompt_tokens, self.completion_tokens)
 
     def gpu_seconds(self, endpoints: Sequence[Endpoint]) -> float | None:
         """Return GPU-seconds per accepted answer (per answer, if nothing is judged); None: no GPUs are known of."""
@@ -89,6 +100,7 @@ class Meters:
             "rejected": dict(sorted(self.rejected.items())),
             "failed_tries": self.failures,
             "gpu_seconds_per_answer": self.gpu_seconds(endpoints),
+            **({} if (dollars := self.dollars) is None else {"dollars": round(dollars, 6)}),
             "answered_by": {endpoint.url: endpoint.answered for endpoint in endpoints},
         }
 

@@ -9,6 +9,7 @@ from micota_fast.common.urls import hide_credentials
 from micota_fast.config.evaluation import EvaluateConfig
 from micota_fast.config.generation import GenerateConfig
 from micota_fast.errors import InputError
+from micota_fast.generation.openai_api import read_key
 from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.serve import sglang
 from micota_fast.serve.serve import serving
@@ -33,9 +34,12 @@ def named_urls(config: GenerateConfig | EvaluateConfig) -> list[str] | None:
     """Return the checked URLs that the config names; None: a server is to be started.
 
     Raises:
-        InputError: there is no such checkpoint, a URL is not valid, or one is listed twice.
+        InputError: there is no such checkpoint or no key, a URL is not valid, or one is listed twice.
     """
-    resolve_checkpoint(config.model)  # its tokenizer is needed in any case
+    if config.api == "openai":
+        read_key(config.openai)
+    else:
+        resolve_checkpoint(config.model)  # its tokenizer is needed in any case
     if config.url is None:
         return None
     urls = [_checked_url(url) for url in ([config.url] if isinstance(config.url, str) else config.url)]

@@ -1,7 +1,6 @@
 """SGLang's native API: /generate with the ids of a prompt, and what a server says of its model, settings and load."""
 
 import itertools
-import os
 import sys
 import uuid
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from micota_fast.generation.endpoint import (
     decode_object,
     error_message,
 )
+from micota_fast.generation.model_names import is_model
 from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.generation.prompts import Prompts
 from micota_fast.generation.reply import Reply, read_reply
@@ -284,19 +284,6 @@ def parse_load(body: Any) -> Load | None:
     if not all(type(count) is int and 0 <= count <= MOST_COUNTED for count in counts):
         return None
     return Load(sum(counts[::2]), sum(counts[1::2]), sum(usage) / len(usage) if usage else None)
-
-
-def is_model(served: str, wanted: str, checkpoint: Path) -> bool:
-    """Return whether a server's model is the one that is wanted.
-
-    That is the same folder or hub name; or, as another machine's folders lie elsewhere, the same last component.
-    """
-    theirs = Path(served)
-    if served == wanted or os.path.realpath(checkpoint) == os.path.realpath(served):
-        return True
-    # NAME/model is called NAME: of our own making, all of them end in `model`.
-    last = theirs.parent.name if theirs.name == "model" else theirs.name
-    return last in {model_name(wanted).rpartition("/")[2], checkpoint.name} - {"model"}
 
 
 def _is_anothers(answer: Any, rid: str) -> bool:

@@ -133,6 +133,11 @@ class _Graph:
     def model(self, name: str) -> Artefact:
         spec = self.recipe.models[name]
         stage = f"model/{name}"
+        if spec.served is not None:
+            raise InputError(
+                f"{self.path}, `models.{name}`: it is only `served`, so it can write corpora with "
+                f"`generate.api: openai`; what is asked of it here needs a `checkpoint`"
+            )
         if spec.checkpoint is not None:
             return self._checkpoint(spec.checkpoint, f"models.{name}.checkpoint")
         if spec.train is not None:
@@ -263,24 +268,34 @@ class _Graph:
         spec = self.recipe.corpora[name].generate
         assert spec is not None
         source = self.recipe.problems[spec.problems]
-        model = self.model(spec.model)
-        problems = self._file(source.path, f"problems.{spec.problems}.path")
         rules = loader.plain(self._filter(name, completions))
         settings = self._settings(
             GenerateConfig,
             self._served(self.recipe.generate, spec.model),
             spec.overrides,
             f"corpora.{name}.generate.overrides",
-            model=model.location,
-            problems=problems.location,
+            model=spec.model,
+            problems=source.path,
             columns=source.columns,
             limit=source.limit,
             out=completions.location,
             accept={field.name: rules[field.name] for field in dataclasses.fields(FilterSettings)},
         )
-        self._add(
-            Stage(stage, "generate", settings, (model, problems), ("completions.jsonl", "completions.jsonl.meta.json"))
-        )
+        inputs = []
+        if settings.api == "openai":  # there need be no checkpoint here
+            settings.model = self._api_name(spec.model)
+        else:
+            inputs.append(self.model(spec.model))
+            settings.model = inputs[0].location
+        inputs.append(self._file(source.path, f"problems.{spec.problems}.path"))
+        settings.problems = inputs[-1].location
+        outputs = ("completions.jsonl", "completions.jsonl.meta.json")
+        self._add(Stage(stage, "generate", settings, tuple(inputs), outputs))
+
+    def _api_name(self, name: str) -> str:
+        """Return the name by which an API knows a model."""
+        spec = self.recipe.models[name]
+        return spec.served or spec.checkpoint or name
 
     def _mixed(self, stage: str, name: str) -> None:
         shares = self.recipe.corpora[name].mix
@@ -294,10 +309,12 @@ class _Graph:
         self._add(Stage(stage, "mix", settings, tuple(parts.values()), ("corpus.jsonl",)))
 
     def _served(self, defaults: Any, model: str) -> Any:
-        """Return settings with the server of this model in them."""
+        """Return settings with the server of this model in them; one that the run starts has SGLang's native API."""
         spec = self.recipe.models[model]
         serve = self._settings(ServeConfig, defaults.serve, spec.serve, f"models.{model}.serve")
-        return dataclasses.replace(defaults, serve=serve, url=spec.url)
+        return dataclasses.replace(
+            defaults, serve=serve, url=spec.url, api="sglang" if spec.url is None else defaults.api
+        )
 
     def _benchmarks(self) -> tuple[list[BenchmarkConfig], list[Artefact]]:
         """Return the benchmarks with the paths of their files, and the files."""
@@ -309,7 +326,8 @@ class _Graph:
     def _evaluate(self, stage: str, model: Artefact, served_as: str) -> None:
         settings = self._served(self.recipe.evaluate, served_as)
         if model.stage is not None:
-            settings.url = None  # a server that already runs serves another model than this one
+            # A server that already runs serves another model than this one.
+            settings = dataclasses.replace(settings, url=None, api="sglang")
         settings.benchmarks, files = self._benchmarks()
         built = self._settings(
             EvaluateConfig, settings, {}, "evaluate", model=model.location, out=str(self.run_dir / stage)
@@ -318,7 +336,7 @@ class _Graph:
         grading = ("protocol", "timeout_s")
         lasting = {"completions": (*grading, "judge", "benchmarks.rule"), "judge": grading}
         inputs = [model, *files]
-        if built.judge is not None:
+        if built.judge is not None and built.judge.api == "sglang":
             inputs.append(self._checkpoint(built.judge.model, "evaluate.judge.model"))
             built.judge.model = inputs[-1].location
         answers = [f"completions/{benchmark_file(benchmark.name)}" for benchmark in built.benchmarks]
