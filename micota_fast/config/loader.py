@@ -278,7 +278,8 @@ def _check_size(root: yaml.Node) -> None:
 
 def _apply_override(cls: type, root: yaml.Node, override: str) -> None:
     key, equals, text = override.partition("=")
-    source = _Lineless(f"--set {override}")
+    # A secret given by mistake, instead of the name of the variable that holds it, must not reach a log.
+    source = _Lineless(f"--set {key}=..." if key.endswith("_env") else f"--set {override}")
     if not equals or not key:
         raise InputError(f"{source}: expected key=value, for example --set train.lr=2e-5")
     if not isinstance(root, yaml.MappingNode):

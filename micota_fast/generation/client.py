@@ -279,8 +279,8 @@ class Client:
         """
         now = time.monotonic()
         often = job.failures[endpoint] >= POISONED_AFTER
-        if endpoint.answered > job.answered_then[endpoint]:
-            return often
+        if often and endpoint.answered > job.answered_then[endpoint]:
+            return True
         # That others answer shows nothing: it may be this server that is not well.
         silent_s = now - max(job.failing_since, self._answered_at, endpoint.asked_to_rest_until)
         if silent_s <= self._fleet.patience_s:

@@ -42,6 +42,7 @@ from micota_fast.generation.thought import join_thought
 TOKEN_BYTES = 256  # of a token in JSON: far more than any tokenizer's longest, escaped
 EVENT_BYTES = 4096  # of the event that brings a token
 FEW_MODELS = 8  # a server that lists no more may answer any name with what it has; paid APIs refuse unknown names
+DISPENSABLE = ("seed", "stream_options")  # keys of a request that some servers do not know; it can do without
 TOLD = (
     "asked by OpenAI's API: the server renders the prompts and refuses those that are too long when they come, ends "
     "answers by its own tokens and counts by its own rules; there are no token ids"
@@ -67,7 +68,7 @@ class OpenAIApi:
         self._names: dict[str, str] = {}  # of the model, by the URL of the server that calls it so
         # Reasoning models of OpenAI take the second name alone, llama-cpp-python and TGI the first alone.
         self._limit_name = "max_tokens"
-        self._seeded = config.temperature > 0
+        self._refused: set[str] = set()  # keys of a request that a server does not know
 
     # -- the servers -------------------------------------------------------------------------------------------------
 
@@ -175,7 +176,7 @@ class OpenAIApi:
         )
 
     def _seed(self, wanted: Wanted) -> int | None:
-        if not self._seeded:
+        if self._config.temperature == 0 or "seed" in self._refused:
             return None
         return derive_seed(self._config.seed, self._problem(wanted.problem).id, wanted.sample)
 
@@ -202,7 +203,7 @@ class OpenAIApi:
             body["seed"] = seed
         if config.openai.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        return body
+        return {key: value for key, value in body.items() if key not in self._refused}
 
     async def _ask(self, endpoint: Endpoint, session: aiohttp.ClientSession, body: dict[str, Any]) -> ChatReply:
         tokens, timeout_s = self._config.max_new_tokens, self._config.request_timeout_s
@@ -222,15 +223,12 @@ class OpenAIApi:
         if "max_tokens" in body and "max_completion_tokens" in message:
             self._limit_name = "max_completion_tokens"
             return True
-        if "seed" in body and re.search(r"\bseed\b", message):
-            if self._seeded:
-                told = (
-                    f"{endpoint.url} takes no seeds ({message}): the answers are random, and another run's will differ"
-                )
-                print(told, file=sys.stderr, flush=True)
-            self._seeded = False
-            return True
-        return False
+        named = {key for key in DISPENSABLE if key in body and re.search(rf"\b{key}\b", message)}
+        if "seed" in named - self._refused:
+            told = f"{endpoint.url} takes no seeds ({message}): the answers are random, and another run's will differ"
+            print(told, file=sys.stderr, flush=True)
+        self._refused |= named
+        return bool(named)
 
     @property
     def _remedy(self) -> str:

@@ -199,7 +199,10 @@ def test_a_recipe_of_the_version_before_makes_the_same_stages(folder: Path, caps
         (("evaluate.benchmarks.0=x",), r"`evaluate\.benchmarks`"),
         (("arms.mid=middle",), r"`arms\.mid` names the corpus 'middle'; known: long, mid, mix"),
         (("arms.base=mid",), "'base' is the untouched student"),
-        (("models.student.train={base: teacher, corpus: long}",), "exactly one of `checkpoint`, `train`, `merge`"),
+        (
+            ("models.student.train={base: teacher, corpus: long}",),
+            "exactly one of `checkpoint`, `served`, `train`, `merge`",
+        ),
         (
             ("models.assistant-long.train.overrides.lrr=1",),
             r"`models\.assistant-long\.train\.overrides`: `lrr`: unknown key",
