@@ -21,3 +21,8 @@ def basic_authorization(url: str) -> str | None:
         "Basic "
         + base64.b64encode(f"{unquote(parts.username or '')}:{unquote(parts.password or '')}".encode()).decode()
     )
+
+
+def api_base(url: str) -> str:
+    """Return the address below which the paths of OpenAI's API lie: /v1 if the URL names a server alone."""
+    return url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"

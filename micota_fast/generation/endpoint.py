@@ -251,7 +251,8 @@ class Endpoint:
             raise RefusedError(f"{self.url} refused it with HTTP {status}: {message}", status, reply.content)
         if status in BUSY_STATUSES:
             self.busy()
-            self.rest(reply.retry_after_s)
+            if reply.retry_after_s > 0:
+                self.rest(reply.retry_after_s)
         raise RetryableError(f"HTTP {status}: {message}", own=status not in BUSY_STATUSES)
 
     async def get(self, session: aiohttp.ClientSession, path: str) -> tuple[int, bytes]:

@@ -6,20 +6,20 @@ and is kept as soon as it is there.
 """
 
 import contextlib
-import os
 import re
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 
+from micota_fast.common.api_key import read_key
 from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import Completion, model_name
-from micota_fast.config.generation import OpenAIConfig, SamplingSettings
+from micota_fast.common.urls import api_base
+from micota_fast.config.generation import SamplingSettings
 from micota_fast.errors import InputError
 from micota_fast.generation.endpoint import (
     SHOWN_CHARACTERS,
@@ -63,7 +63,7 @@ class OpenAIApi:
 
     def __init__(self, problems: ProblemFile, config: SamplingSettings, model: str) -> None:
         self.model = model
-        self._config, self._key = config, read_key(config.openai)
+        self._config, self._key = config, read_key(config.openai.key_env)
         self._problem = lru_cache(maxsize=KEPT)(problems.__getitem__)
         self._names: dict[str, str] = {}  # of the model, by the URL of the server that calls it so
         # Reasoning models of OpenAI take the second name alone, llama-cpp-python and TGI the first alone.
@@ -77,7 +77,7 @@ class OpenAIApi:
 
         Its answers do not say which request they belong to, so no connection carries more than one.
         """
-        return Endpoint(base_url(url), most, key=self._key, remote=True, reuse=False)
+        return Endpoint(api_base(url), most, key=self._key, remote=True, reuse=False)
 
     def is_wanted(self, served: str) -> bool:
         """Return whether what a server says it serves is the model that is wanted."""
@@ -234,27 +234,6 @@ class OpenAIApi:
     def _remedy(self) -> str:
         name = self._config.openai.key_env
         return "name the variable with its key as `openai.key_env`" if name is None else f"see that ${name} is its key"
-
-
-def base_url(url: str) -> str:
-    """Return the address below which the API's paths lie: /v1 where the URL names a server alone."""
-    return url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"
-
-
-def read_key(config: OpenAIConfig) -> str | None:
-    """Return the key from the environment; None: none is named.
-
-    Raises:
-        InputError: the variable is not set, or holds what no key can.
-    """
-    if config.key_env is None:
-        return None
-    key = os.environ.get(config.key_env, "").strip()
-    if not key:
-        raise InputError(f"`openai.key_env`: the environment variable {config.key_env} is not set; export it first")
-    if not (key.isascii() and key.isprintable() and " " not in key):
-        raise InputError(f"`openai.key_env`: ${config.key_env} holds a character that no key has; it is not shown here")
-    return key
 
 
 def _is_filtered(refused: RefusedError) -> bool:

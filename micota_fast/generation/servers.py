@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from micota_fast.common.api_key import read_key
 from micota_fast.common.urls import hide_credentials
 from micota_fast.config.evaluation import EvaluateConfig
 from micota_fast.config.generation import GenerateConfig
 from micota_fast.errors import InputError
-from micota_fast.generation.openai_api import read_key
 from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.serve import sglang
 from micota_fast.serve.serve import serving
@@ -37,7 +37,7 @@ def named_urls(config: GenerateConfig | EvaluateConfig) -> list[str] | None:
         InputError: there is no such checkpoint or no key, a URL is not valid, or one is listed twice.
     """
     if config.api == "openai":
-        read_key(config.openai)
+        read_key(config.openai.key_env)
     else:
         resolve_checkpoint(config.model)  # its tokenizer is needed in any case
     if config.url is None:

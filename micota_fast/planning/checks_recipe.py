@@ -12,12 +12,13 @@ import torch
 from huggingface_hub import constants, get_token
 from packaging.requirements import Requirement
 
-from micota_fast.common.urls import basic_authorization, hide_credentials
+from micota_fast.common.api_key import read_key
+from micota_fast.common.urls import api_base, basic_authorization, hide_credentials
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.folder import tensor_files
 from micota_fast.planning import machine
-from micota_fast.planning.needs import Finding, Needs, urls_of
+from micota_fast.planning.needs import Finding, Needs, asked_by, urls_of
 from micota_fast.planning.plan import named_on_hub
 from micota_fast.planning.shapes import weights_cached
 from micota_fast.serve import sglang
@@ -102,11 +103,22 @@ def engines(needs: Needs) -> Iterator[Finding]:
             absent = "PackageNotFoundError" in str(error)
             found = f"not installed for {python}" if absent else str(error)
             yield Finding("error", "SGLang", found, sglang.INSTALL_HINT)
-    for url in dict.fromkeys(url for stage in needs.pending for url in urls_of(stage)):
-        shown = hide_credentials(url)
+    asked = {(url, asks.api): asks for stage in needs.pending for asks in asked_by(stage) for url in urls_of(asks)}
+    for (url, api), asks in asked.items():
+        shown, authorization = hide_credentials(url), basic_authorization(url)
+        page = f"{shown.rstrip('/')}/health"
+        if api == "openai":
+            try:
+                key = read_key(asks.openai.key_env)
+            except InputError as error:
+                yield Finding("error", "key", str(error))
+                continue
+            page = f"{api_base(shown.rstrip('/'))}/models"
+            authorization = authorization if key is None else f"Bearer {key}"
         try:
-            status = machine.http_status(f"{shown.rstrip('/')}/health", "GET", basic_authorization(url), proxies=False)
-            yield Finding("ok" if status == 200 else "warning", "server", f"{shown} answers {status}")
+            status = machine.http_status(page, "GET", authorization, proxies=False)
+            todo = "see that the key is right" if status in (401, 403) else ""
+            yield Finding("ok" if status == 200 else "warning", "server", f"{shown} answers {status}", todo)
         except OSError as error:
             yield Finding("warning", "server", f"{shown} does not answer ({error})", "start it before the run")
 

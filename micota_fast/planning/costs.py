@@ -34,8 +34,9 @@ from micota_fast.train.memory import estimate, kept
 def generate(planner: Planner, stage: Stage) -> Cost:
     """Return the cost of a `generate` stage."""
     s, name = stage.settings, stage.name.partition("/")[2]
-    model = planner.model(s.model)
-    answer = min(planner.answer_tokens.get(name, model.answer), s.max_new_tokens)
+    model = None if s.api == "openai" else planner.model(s.model)  # of a model behind an API the shapes are not known
+    assumed = planner.answer_length(s.model) if model is None else model.answer
+    answer = min(planner.answer_tokens.get(name, assumed), s.max_new_tokens)
     if stage.name in planner.done:
         answers = planner.counted(Path(s.out))
     else:
@@ -43,7 +44,13 @@ def generate(planner: Planner, stage: Stage) -> Cost:
         answers = planner.answers(problems * s.samples, prompt, answer)
     planner.corpora[s.out] = answers
     cost = Cost(stage.name, stage.verb)
-    answering(cost, model, s, [answers], planner.gpu, planner.assumed)
+    if model is None:
+        cost.tokens = answers.tokens
+        cost.how = _written(s, [answers])
+        dollars = s.openai.dollars(answers.rows * answers.prompt, answers.rows * answers.answer)
+        cost.how += "" if dollars is None else f", ${dollars:,.2f} at the prices in `openai`"
+    else:
+        answering(cost, model, s, [answers], planner.gpu, planner.assumed)
     cost.disk = answers.tokens * planner.assumed.text_bytes
     return cost
 
@@ -237,14 +244,10 @@ def answering(
     weights = parameters(config) * width
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
     longest = max(corpus.prompt for corpus in sets) + s.max_new_tokens
-    rows, written = sum(c.rows for c in sets), sum(c.rows * c.answer for c in sets)
     cost.tokens = sum(corpus.tokens for corpus in sets)
     cost.flops = sum(train_flops(config, corpus.tokens, corpus.context) for corpus in sets) / 3
-    counted = "counted" if all(corpus.counted for corpus in sets) else "assumed"
-    most = "at most " if getattr(s, "stop_after_accepted", None) is not None and counted == "assumed" else ""
-    cost.how = f"{most}{rows:,.0f} answers of {two(written / max(1, rows))} tokens ({counted})"
+    cost.how = _written(s, sets)
     if s.url is not None:
-        cost.how += f", at {hide_credentials(s.url if isinstance(s.url, str) else ' '.join(s.url))}"
         return
     cost.memory = weights / serve.tp + longest * kv / serve.tp
     if gpu is None or "cpu" in (sglang.argument(serve, "--device"), serve.device):
@@ -269,6 +272,17 @@ def answering(
         batches.append(batch)
     cost.hours = seconds / 3600
     cost.how += f", {max(batches):,.0f} at once on each of {copies}" if copies > 1 else f", {max(batches):,.0f} at once"
+
+
+def _written(s: SamplingSettings, sets: Sequence[Corpus]) -> str:
+    """How many answers of which length are written, and at which servers that run already."""
+    rows, written = sum(c.rows for c in sets), sum(c.rows * c.answer for c in sets)
+    counted = "counted" if all(corpus.counted for corpus in sets) else "assumed"
+    most = "at most " if getattr(s, "stop_after_accepted", None) is not None and counted == "assumed" else ""
+    where = "" if s.url is None else hide_credentials(s.url if isinstance(s.url, str) else " ".join(s.url))
+    return f"{most}{rows:,.0f} answers of {two(written / max(1, rows))} tokens ({counted})" + (
+        where and f", at {where}"
+    )
 
 
 def _rows(corpus: Corpus) -> str:

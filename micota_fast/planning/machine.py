@@ -148,6 +148,16 @@ def port_obstacle(host: str, port: int) -> str | None:
     return None
 
 
+class _KeyStays(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but does not take our authorization to another host."""
+
+    def redirect_request(self, req: urllib.request.Request, *args: Any) -> urllib.request.Request | None:
+        new = super().redirect_request(req, *args)
+        if new is not None and (new.type, new.host) != (req.type, req.host):
+            new.remove_header("Authorization")
+        return new
+
+
 def http_status(url: str, method: str = "GET", authorization: str | None = None, proxies: bool = True) -> int:
     """Return the HTTP status of a request.
 
@@ -165,7 +175,8 @@ def http_status(url: str, method: str = "GET", authorization: str | None = None,
         request = urllib.request.Request(url, method=method)
         if authorization is not None:
             request.add_header("Authorization", authorization)
-        handlers = [] if proxies else [urllib.request.ProxyHandler({})]
+        handlers: list[urllib.request.BaseHandler] = [_KeyStays()]
+        handlers += [] if proxies else [urllib.request.ProxyHandler({})]
         with urllib.request.build_opener(*handlers).open(request, timeout=NETWORK_S) as response:
             return int(response.status)
 

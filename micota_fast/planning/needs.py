@@ -5,7 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from micota_fast.config.generation import ServeConfig
+from micota_fast.config.evaluation import JudgeConfig
+from micota_fast.config.generation import SamplingSettings, ServeConfig
 from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
 from micota_fast.pipeline.graph import Stage, build_stages
@@ -107,7 +108,11 @@ def serve_of(stage: Stage) -> ServeConfig | None:
     return None if sampling is None else sampling.serve
 
 
-def urls_of(stage: Stage) -> list[str]:
-    """Return the servers of a stage that already run."""
-    url = getattr(sampling_of(stage), "url", None)
-    return [url] if isinstance(url, str) else url or []
+def asked_by(stage: Stage) -> list[SamplingSettings | JudgeConfig]:
+    """Return what asks servers in a stage: its sampling, and its judge's."""
+    return [asks for asks in (sampling_of(stage), getattr(stage.settings, "judge", None)) if asks is not None]
+
+
+def urls_of(asks: SamplingSettings | JudgeConfig) -> list[str]:
+    """Return the servers that already run."""
+    return [asks.url] if isinstance(asks.url, str) else asks.url or []

@@ -163,15 +163,19 @@ class Planner:
             InputError: its shapes cannot be known.
         """
         if location not in self.models:
-            tokens = self.assumed.long_tokens if REASONING.search(location) else self.assumed.short_tokens
-            self.models[location] = Model(shapes_of(location), min(tokens, self._longest_assumed), location)
+            self.models[location] = Model(shapes_of(location), self.answer_length(location), location)
         return self.models[location]
+
+    def answer_length(self, name: str) -> float:
+        """Return the mean tokens of an untouched model's answers, as its name suggests."""
+        tokens = self.assumed.long_tokens if REASONING.search(name) else self.assumed.short_tokens
+        return min(tokens, self._longest_assumed)
 
     def problems(
         self,
         path: str,
         limit: int | None,
-        model: Model,
+        model: Model | None,
         chat: ChatConfig,
         columns: Mapping[str, str],
         known: int | None = None,
@@ -181,7 +185,7 @@ class Planner:
         Args:
             path: their file.
             limit: only the first ones count; None: all.
-            model: reads the prompts.
+            model: reads the prompts; None: its tokenizer is not known.
             chat: makes them.
             columns: our key -> the file's.
             known: how many there are, if the file is missing.
@@ -196,7 +200,7 @@ class Planner:
                 raise InputError(f"no such file: {path}; its problems must be counted")
             return min(count, limit or count), a.problem_chars / a.chars_per_token + a.template_tokens
         problems = read_problems(path, limit, columns, need_answers=False)
-        if Path(model.folder, "tokenizer.json").is_file():
+        if model is not None and Path(model.folder, "tokenizer.json").is_file():
             rendered = Chat.from_checkpoint(model.folder, chat)
             lengths = [len(rendered.encode_prompt(p.problem)) for p in problems[:SAMPLED_PROMPTS]]
             return len(problems), float(np.mean(lengths))

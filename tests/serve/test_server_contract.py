@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from helpers.servers import PROMPT, Server, greedy, sglang_config
 from helpers.waiting import wait_for
-from micota_fast.config.generation import ServeConfig
+from micota_fast.common.records import Problem, write_rows
+from micota_fast.config import loader
+from micota_fast.config.generation import GenerateConfig, ServeConfig
+from micota_fast.generation import generate
 from micota_fast.serve.serve import serving
 
 CONTEXT = 512  # of the checkpoint
@@ -377,3 +380,22 @@ def test_an_aborted_request_is_answered(server: Server) -> None:
     assert status == 200
     assert answer["meta_info"]["finish_reason"]["type"] == "abort"
     assert answer["meta_info"]["completion_tokens"] < 500
+
+
+# -- the client ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_corpus_asked_for_by_openais_api_is_that_of_the_native_one(
+    stream: bool, server: Server, qwen2_checkpoint: Path, tmp_path: Path
+) -> None:
+    problems = tmp_path / "problems.jsonl"
+    write_rows(problems, [Problem(f"p{i}", f"{i} + 1 =", str(i + 1)) for i in range(6)])
+    corpora = {}
+    for api, openai in (("sglang", {}), ("openai", {"stream": stream})):
+        out = tmp_path / f"{api}.jsonl"
+        options = {"api": api, "openai": openai, "url": server.url, "max_new_tokens": 12, "concurrency": 3}
+        options |= {"model": str(qwen2_checkpoint), "problems": str(problems), "out": str(out)}
+        generate.run(loader.build(GenerateConfig, options, "a test"))
+        corpora[api] = out.read_bytes()
+    assert corpora["openai"] == corpora["sglang"]
