@@ -121,6 +121,7 @@ def api() -> Iterator[Asked]:
     server.close()
 
 
+@pytest.mark.slow
 def test_the_doctor_asks_the_api_with_the_key_and_misses_it_by_its_variable(
     api: Asked, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
