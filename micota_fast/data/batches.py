@@ -98,6 +98,7 @@ class PackedSteps:
             (`load_balancing.attention_parity`); infinite: work is counted in tokens alone.
 
     Attributes:
+        pack_tokens: tokens a pack holds at most, no more than there are.
         n_packs, steps_per_epoch: in each epoch.
         efficiency: share of the packs' tokens that documents fill, 0 to 1.
         idle_share: share of the ranks' time spent waiting for the slowest in the first epoch, 0 to 1, by the model's
@@ -122,13 +123,13 @@ class PackedSteps:
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is not one of {world}")
         self._documents = documents
-        self._pack_tokens = pack_tokens
+        self.pack_tokens = min(pack_tokens, int(documents.lengths.sum()))
         self._packs_per_step = packs_per_step
         self._rank, self._world, self._seed, self._parity_tokens = rank, world, seed, parity_tokens
         self._planned, self._epoch = self._plan(0), 0
         self.n_packs = len(self._planned.turn)
         self.steps_per_epoch = math.ceil(self.n_packs / packs_per_step)
-        self.efficiency = efficiency(documents.lengths, self.n_packs, pack_tokens)
+        self.efficiency = efficiency(documents.lengths, self.n_packs, self.pack_tokens)
         self.idle_share = idle_share(self._planned.costs, packs_per_step, world)
 
     def total_steps(self, epochs: float) -> int:
@@ -173,7 +174,7 @@ class PackedSteps:
     def _plan(self, epoch: int) -> _Plan:
         bits = np.random.PCG64([self._seed, epoch])
         shuffled = _permutation(bits, len(self._documents))
-        order, pack_offsets = pack(self._documents.lengths[shuffled], self._pack_tokens)
+        order, pack_offsets = pack(self._documents.lengths[shuffled], self.pack_tokens)
         doc_ids = shuffled[order]
         costs = pack_costs(self._documents.lengths[doc_ids], pack_offsets, self._parity_tokens)
         turn = _permutation(bits, len(costs))

@@ -150,7 +150,7 @@ def load_documents(
         n_rows += 1
         try:
             parsed = renamed(parse_json(source.line, ""), columns or {})
-            segments = chat.segments(to_messages(parsed, chat))
+            segments = chat.segments(to_messages(parsed, chat, columns or ()))
             weight = _weight(parsed)
         except InputError as reason:
             if not skip_bad_rows:

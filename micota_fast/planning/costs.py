@@ -94,6 +94,7 @@ def train(planner: Planner, stage: Stage) -> Cost:
     s, out = stage.settings, Path(stage.settings.out)
     model, corpus = planner.model(s.model), planner.corpus(s.data)
     planner.models[str(out / "model")] = model._replace(answer=corpus.answer)
+    pack_tokens = min(s.pack_tokens, math.ceil(corpus.tokens)) or 1  # a pack is no larger than what fills it
     steps_an_epoch = math.ceil(corpus.tokens / (s.pack_tokens * planner.assumed.pack_fill * s.packs_per_step)) or 1
     steps = min(math.ceil(steps_an_epoch * s.epochs), s.max_steps or math.inf)
     tokens = min(s.epochs, steps / steps_an_epoch) * corpus.tokens
@@ -105,7 +106,7 @@ def train(planner: Planner, stage: Stage) -> Cost:
     on_gpu, dtype = planner.on_gpu(s.device), getattr(torch, s.dtype)
     shards = s.mesh.shard or max(1, processes // s.mesh.replicate)
     how = s.activation_checkpointing
-    need = estimate(model.config, s.pack_tokens, shards, how, dtype, "cuda" if on_gpu else "cpu").total
+    need = estimate(model.config, pack_tokens, shards, how, dtype, "cuda" if on_gpu else "cpu").total
     stored = bytes_per_element(s.save_dtype) if s.save_dtype else model.width
     cost = Cost(
         stage.name,

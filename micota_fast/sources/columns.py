@@ -33,7 +33,7 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
 
 def quoted(keys: Any) -> str:
     """Return keys for a message: 'a', 'b'."""
-    return ", ".join(map(repr, keys)) or "no keys"
+    return ", ".join(map(repr, keys)) or "(none)"
 
 
 def advice(missing: list[str], row: Mapping[str, Any]) -> str:

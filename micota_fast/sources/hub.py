@@ -88,6 +88,8 @@ def choose(names: list[str], name: HubName, source: str) -> list[str]:
         InputError: there is none, or they lie in several folders, each of which may be a dataset of its own.
     """
     held = [n for n in names if _ENDINGS.search(n) and _within(n, name.folder)]
+    if held == [name.folder]:
+        return held
     listed = ", ".join(held[:_NAMED]) + (", ..." if len(held) > _NAMED else "") or "none that can be read"
     split = name.split or "train"
     chosen = sorted(n for n in held if split in _words(n))

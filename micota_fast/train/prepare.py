@@ -1,6 +1,7 @@
 """What a training run needs before its first step: lock, documents, identity, model; and what it says about them."""
 
 import hashlib
+import math
 import platform
 import shutil
 from contextlib import ExitStack
@@ -34,6 +35,7 @@ from micota_fast.train.optim import freeze
 from micota_fast.train.packed_loss import PackedLoss, choose_loss
 from micota_fast.train.world import World
 
+FEW_STEPS = 20  # optimizer steps; a run of fewer is mostly a batch that is too large for its data
 TRAINER_ENDS_S = 10.0  # a trainer that was killed a moment ago may still be there
 
 
@@ -202,7 +204,7 @@ def introduce(
     config: TrainConfig, facts: dict[str, Any], model: ModelConfig, documents: Documents, world: World
 ) -> None:
     """Print what is trained on what, and what looks wrong about it."""
-    data = facts["data"]
+    data, pack_tokens = facts["data"], min(config.pack_tokens, facts["data"]["tokens"])
     start = "fresh weights" if config.init == "random" else "pre-trained"
     copies = f", {world.replicas} copies of the model" if world.replicas > 1 else ""
     world.say(
@@ -211,15 +213,17 @@ def introduce(
         f"data: {config.data}: {data['documents']:,} documents of {data['rows']:,} rows ({data['dropped']} dropped and "
         f"{data['truncated']} truncated for length, {data['rejected']} bad), {data['tokens']:,} tokens, "
         f"{data['supervised']:,} supervised\n"
-        f"packs: {data['packs']:,} of {config.pack_tokens:,} tokens, {data['efficiency']:.1%} filled; "
+        f"packs: {data['packs']:,} of {pack_tokens:,} tokens, {data['efficiency']:.1%} filled; "
         f"{data['steps_per_epoch']:,} steps per epoch, {facts['steps']:,} in all"
     )
     if world.size > 1:
         world.say(
             f"ranks: {data['idle_share']:.1%} of their time is spent waiting for the slowest, by the model's FLOPs"
         )
+    if (warning := few_steps(config, facts["steps"], data["packs"])) is not None:
+        world.say(warning)
     if world.device.type == "cuda":
-        world.say(_memory(config, model, world))
+        world.say(_memory(config, model, pack_tokens, world))
     positions = model.max_position_embeddings
     over = int((documents.lengths > positions).sum())
     if over:
@@ -230,10 +234,32 @@ def introduce(
         )
 
 
-def _memory(config: TrainConfig, model: ModelConfig, world: World) -> str:
+def few_steps(config: TrainConfig, steps: int, packs: int) -> str | None:
+    """Return a warning that a run ends before it has learned, with what makes it longer; None if it is long enough.
+
+    Args:
+        config: of the run.
+        steps: in all.
+        packs: in an epoch.
+    """
+    if steps >= FEW_STEPS:
+        return None
+    text = f"WARNING: {steps} optimizer step{'s' * (steps > 1)} will hardly change the model; "
+    if config.max_steps is not None and config.max_steps <= steps:
+        return text + "raise `max_steps`"
+    if (fewer := math.floor(packs * config.epochs / FEW_STEPS)) >= 1:
+        return text + f"`packs_per_step: {fewer}` (now {config.packs_per_step}) makes at least {FEW_STEPS}"
+    epochs = math.ceil(FEW_STEPS / packs)
+    return text + (
+        f"`packs_per_step: 1` and `epochs: {epochs}` make {packs * epochs}, and so does a smaller `pack_tokens` (now "
+        f"{config.pack_tokens:,}) with fewer epochs"
+    )
+
+
+def _memory(config: TrainConfig, model: ModelConfig, pack_tokens: int, world: World) -> str:
     """Compare what this rank's GPU will hold, according to the model's shapes, with what it has."""
     dtype, shards = getattr(torch, config.dtype), world.size // world.replicas
-    need = estimate(model, config.pack_tokens, shards, config.activation_checkpointing, dtype, "cuda")
+    need = estimate(model, pack_tokens, shards, config.activation_checkpointing, dtype, "cuda")
     there = torch.cuda.get_device_properties(world.device).total_memory
     text = (
         f"memory: {need.total / 1e9:.1f} GB of {there / 1e9:.1f} by an estimate from shapes, most at {need.moment}: "

@@ -88,7 +88,7 @@ def test_an_epoch_shows_each_document_once_and_counts_are_right(lengths: list[in
         n_packs += len(batches)
     assert seen == Counter(range(len(lengths)))
     assert n_packs == steps.n_packs
-    assert steps.efficiency == pytest.approx(sum(lengths) / (24 * n_packs))
+    assert steps.efficiency == pytest.approx(sum(lengths) / (min(24, sum(lengths)) * n_packs))
 
 
 @given(LENGTHS, st.integers(1, 7), st.sampled_from([2, 3, 4]), st.booleans())
@@ -255,3 +255,10 @@ def test_refuses_what_cannot_be_packed() -> None:
         PackedSteps(make_documents([3]), 24, 1, rank=2, world=2)
     with pytest.raises(IndexError):
         PackedSteps(make_documents([3]), 24, 1).step(-1)
+
+
+def test_a_pack_is_no_larger_than_what_fills_it() -> None:
+    documents = make_documents([5, 3, 4])
+    steps = PackedSteps(documents, 32768, 8)
+    assert (steps.pack_tokens, steps.n_packs, steps.efficiency) == (12, 1, 1.0)
+    assert [len(batch.input_ids) for batch in steps.step(0).batches] == [12]

@@ -118,7 +118,8 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({}, r"unknown row format: keys \(none\)"),
     (
         {"prompt": "a", "response": "b"},
-        r"unknown row format: keys 'prompt', 'response' hold none of problem\+completion",
+        "unknown row format: keys 'prompt', 'response' look like a prompt and a response; "
+        "`columns: {completion: response}`",
     ),
     ({"problem": "a", "completion": None}, "unknown row format"),
     ({"problem": "a", "solution": "b", "messages": PLAIN}, r"several formats \(solution, messages\)"),
