@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from micota_fast.errors import InputError
-from micota_fast.report.labels import Box, place_labels, place_on_line
+from micota_fast.report.labels import MARKER, Box, place_labels, place_on_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as MplFigure
     from matplotlib.text import Text
 
 INK, MUTED, RULE = "#1c2126", "#667079", "#d3d8dd"
@@ -44,6 +44,27 @@ THEME = {
 _PNG_DPI = 2 * 96  # twice the pixels of a plain screen
 _LABEL_SHARE = 0.13
 """Room for a tick's label (up to five digits) on the shortest horizontal axis, as a share of its length."""
+
+
+COLUMN = 360.0
+"""Width of a plot in points; the page shows it at 330 to 510 CSS pixels, so 10 points read as 9 to 14."""
+
+
+class Drawing(NamedTuple):
+    """One plot as drawn: what it shows in words, and its heading if the figure has several."""
+
+    figure: "MplFigure"
+    description: str
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One or several plots under one caption, `title` in bold."""
+
+    title: str
+    caption: str
+    drawings: list[Drawing]
 
 
 @dataclass(frozen=True)
@@ -98,11 +119,11 @@ def css_colour(colour: str) -> str:
     return f"var({THEME[colour][0]}, {colour})"
 
 
-def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
+def new_figure(width: float, height: float) -> "tuple[MplFigure, Axes]":
     """Make a figure of this size in points, with one bare pair of axes."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as MplFigure
 
-    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+    figure = MplFigure(figsize=(width / 72, height / 72), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(RULE)
@@ -174,7 +195,8 @@ def label_points(
     taken = []
     for line in lines:
         (x0, y0), (x1, y1) = map(on_paper, line)
-        taken.append(Box(min(x0, x1) - 1.5, min(y0, y1) - 1.5, max(x0, x1) + 1.5, max(y0, y1) + 1.5))
+        wide = MARKER if x0 == x1 else 0  # an interval has caps
+        taken.append(Box(min(x0, x1) - wide, min(y0, y1) - 1.5, max(x0, x1) + wide, max(y0, y1) + 1.5))
     markers = {name: on_paper(point) for name, point in points.items()}
     for name, level in levels.items():
         artist, size = written(name, MUTED)
@@ -234,7 +256,7 @@ def spread_labels(heights: Mapping[str, float]) -> dict[str, float]:
     return placed
 
 
-def finish(figure: "Figure", name: str, description: str, title: str = "") -> Plot:
+def finish(figure: "MplFigure", name: str, description: str, title: str = "") -> Plot:
     """Turn a figure into a plot; the figure cannot be used afterwards."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -1,7 +1,6 @@
 """Where the labels of a plot's points go: next to their points, clear of each other and of what is drawn."""
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -51,7 +50,7 @@ def place_labels(
 ) -> dict[str, Placed]:
     """Find a place for each label: the nearest of a fixed set that costs least, moved in turns until none improves.
 
-    Overlap with a label, a marker or the outside counts first, then distance. The same input gives the same places.
+    Overlap of labels, their lines, markers and the outside counts first, then distance. The same input gives the same places.
 
     Args:
         points: name -> centre of its marker.
@@ -66,7 +65,13 @@ def place_labels(
         before = dict(placed)
         for name, places in candidates.items():
             others = [other.box for key, other in placed.items() if key != name]
-            costs = [_cost(place.box, [*markers, *taken, *others], frame) + 0.01 * i for i, place in enumerate(places)]
+            leaders = [box for key, other in placed.items() if key != name for box in _leader(points[key], other)]
+            costs = [
+                _cost(place.box, [*markers, *taken, *others, *leaders], frame)
+                + sum(box.overlap(other) for box in _leader(points[name], place) for other in others)
+                + 0.01 * i
+                for i, place in enumerate(places)
+            ]
             placed[name] = places[costs.index(min(costs))]
         if placed == before:
             break
@@ -103,11 +108,20 @@ def _candidates(point: tuple[float, float], size: tuple[float, float]) -> Iterab
     x, y = point
     width, height = size
     for gap, (dx, dy) in itertools.product(GAPS, SIDES):
-        reach = (MARKER + gap) / math.hypot(dx, dy)
+        reach = MARKER + gap
         anchor = x + dx * reach, y + dy * reach
         left = anchor[0] - width * (1 - dx) / 2
         bottom = anchor[1] - height * (1 - dy) / 2
         yield Placed(Box(left, bottom, left + width, bottom + height), anchor if gap > GAPS[0] else None)
+
+
+def _leader(point: tuple[float, float], place: Placed) -> list[Box]:
+    """The line to a label as a row of small boxes."""
+    if place.leader is None:
+        return []
+    (x0, y0), (x1, y1) = point, place.leader
+    steps = [(x0 + (x1 - x0) * i / 8, y0 + (y1 - y0) * i / 8) for i in range(9)]
+    return [Box(x - 2, y - 2, x + 2, y + 2) for x, y in steps]
 
 
 def _cost(box: Box, taken: Iterable[Box], frame: Box) -> float:

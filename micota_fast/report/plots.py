@@ -18,13 +18,15 @@ import numpy as np
 
 from micota_fast.alignment.results import STEPS
 from micota_fast.report.drawing import (
+    COLUMN,
     INK,
     MUTED,
     RULE,
     THEME,
+    Drawing,
+    Figure,
     Plot,
     finish,
-    label_points,
     label_right,
     name_rows,
     new_figure,
@@ -35,6 +37,7 @@ from micota_fast.report.drawing import (
 from micota_fast.report.inputs import Inputs, LossCurve
 from micota_fast.report.summary import BASE, Summary, mean_curve, percent
 from micota_fast.report.tables import significant
+from micota_fast.report.tradeoff import tradeoff_figure
 from micota_fast.statistics.intervals import Estimate
 
 if TYPE_CHECKING:
@@ -44,13 +47,6 @@ if TYPE_CHECKING:
 _SERIES = [colour for colour, (variable, _) in THEME.items() if variable.startswith("--series")]
 _KNOWN = dict(zip((BASE, "short", "long", "mix", "mid"), _SERIES, strict=False))
 
-TRADEOFF = "Accuracy against answer length, by arm."
-LOGARITHMIC_ABOVE = 4.0
-"""Ratio of the longest to the shortest mean answer from which the axis of lengths is logarithmic."""
-
-_COLUMN = 360.0
-"""Width of a plot in points; the page shows it at 330 to 510 CSS pixels, so 10 points read as 9 to 14."""
-
 
 def series_colours(names: Iterable[str]) -> dict[str, str]:
     """Assign one colour per name: the usual arms and corpora always get the same, others the next free one."""
@@ -59,23 +55,6 @@ def series_colours(names: Iterable[str]) -> dict[str, str]:
     free = [colour for colour in _SERIES[1:] if colour not in colours.values()] or _SERIES[1:]
     others = [name for name in names if name not in colours]
     return colours | {name: free[index % len(free)] for index, name in enumerate(others)}
-
-
-class Drawing(NamedTuple):
-    """One plot as drawn: what it shows in words, and its heading if the figure has several."""
-
-    figure: "MplFigure"
-    description: str
-    title: str = ""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One or several plots under one caption, `title` in bold."""
-
-    title: str
-    caption: str
-    drawings: list[Drawing]
 
 
 def average_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Figure:
@@ -103,54 +82,6 @@ def benchmark_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str
     return Figure("Accuracy by benchmark.", caption, drawings)
 
 
-def tradeoff_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Figure | None:
-    """Draw the average accuracy of each arm against the mean length of its answers. None if lengths are missing."""
-    arms = {arm.name: arm for arm in summary.arms}
-    lengths = {name: arm.answers.mean_tokens for name, arm in arms.items() if arm.answers.mean_tokens}
-    if len(lengths) < 2:
-        return None
-    figure, axes = new_figure(_COLUMN, 250)
-    shortest, longest = min(lengths.values()), max(lengths.values())
-    logarithmic = longest > LOGARITHMIC_ABOVE * shortest
-    if logarithmic:
-        pad = (longest / shortest) ** 0.12
-        set_log_axis(axes, "x", shortest / pad, longest * pad)
-    else:
-        margin = 0.12 * (longest - shortest) or 0.1 * longest
-        axes.set_xlim(shortest - margin, longest + margin)
-    shown = [arms[name].average for name in lengths]
-    chance = summary.average_chance
-    levels = [*(row.low for row in shown), *(row.high for row in shown), *([] if chance is None else [chance])]
-    margin = 100 * max(0.08 * (max(levels) - min(levels)), 0.005)
-    axes.set_ylim(100 * min(levels) - margin, 100 * max(levels) + margin)
-    points, lines, words = {}, [], []
-    for name, length in lengths.items():
-        average = arms[name].average
-        mean, low, high = 100 * average.mean, 100 * average.low, 100 * average.high
-        # With caps: arms of one length cover each other's lines.
-        axes.plot([length, length], [low, high], color=colours[name], linewidth=2.0, marker="_", markersize=9)
-        if name == BASE:  # a ring, which is told apart without colours and hides no other point
-            axes.plot(length, mean, "o", color=colours[name], markersize=11, markerfacecolor="none", zorder=4)
-        else:
-            axes.plot(length, mean, "o", color=colours[name], markersize=7)
-        points[f"{name} (untouched)" if name == BASE else name] = (length, mean)
-        lines.append(((length, low), (length, high)))
-        words.append(f"{name} {length:,.0f} tokens, {percent(average.mean)}%")
-    left, right = axes.get_xlim()
-    for level, dashes in [(arms[BASE].average.mean, (3, 3)), *([] if chance is None else [(chance, (1, 2))])]:
-        axes.plot([left, right], [100 * level] * 2, color=MUTED, linewidth=0.9, dashes=dashes, zorder=0)
-        lines.append(((left, 100 * level), (right, 100 * level)))
-    if chance is not None:
-        words.append(f"chance {percent(chance)}%")
-    axes.set_xlabel("mean answer, tokens" + (", logarithmic" if logarithmic else ""))
-    axes.set_ylabel("average accuracy, %")
-    label_points(axes, points, lines, {} if chance is None else {"chance": 100 * chance})
-    caption = "Point and line: mean and 95% interval; ring and dashed: the untouched student"
-    description = f"Average accuracy against mean length of the answers: {'; '.join(words)}."
-    drawing = Drawing(figure, description)
-    return Figure(TRADEOFF, f"{caption}{'' if chance is None else '; dotted: chance'}.", [drawing])
-
-
 def _accuracies(what: str, rows: Sequence[tuple[str, Estimate]]) -> str:
     listed = (f"{name} {percent(row.mean)}% (from {percent(row.low)} to {percent(row.high)})" for name, row in rows)
     return f"{what}: {'; '.join(listed)}."
@@ -161,7 +92,7 @@ def _dots(
     colours: Mapping[str, str],
     xlabel: str,
     chance: float | None,
-    width: float = _COLUMN,
+    width: float = COLUMN,
 ) -> "MplFigure":
     figure, axes = new_figure(width, 62 + 25 * len(rows))
     axes.axvline(100 * rows[0][1].mean, color=MUTED, linewidth=0.8, dashes=(3, 3), zorder=0)
@@ -191,7 +122,7 @@ def length_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) 
     known = {name: corpus for name, corpus in inputs.corpora.items() if any(corpus.lengths)}
     if not known:
         return None
-    figure, axes = new_figure(_COLUMN, 62 + 58 * len(known))
+    figure, axes = new_figure(COLUMN, 62 + 58 * len(known))
     logs = {name: np.log(np.maximum(np.asarray(corpus.lengths, dtype=float), 1.0)) for name, corpus in known.items()}
     low, high = min(float(x.min()) for x in logs.values()), max(float(x.max()) for x in logs.values())
     pad = 0.05 * (high - low) + 0.05
@@ -230,7 +161,7 @@ def perplexity_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, st
     known = {name: corpus for name, corpus in inputs.corpora.items() if corpus.perplexity is not None}
     if not known:
         return None
-    figure, axes = new_figure(_COLUMN, 62 + 30 * len(known))
+    figure, axes = new_figure(COLUMN, 62 + 30 * len(known))
     words, extent = [], []
     for index, (name, corpus) in enumerate(known.items()):
         perplexity = corpus.perplexity
@@ -285,7 +216,7 @@ def step_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) ->
 
 def _lines(lines: "_Lines", colours: Mapping[str, str], xlabel: str) -> "tuple[MplFigure, Axes]":
     """Draw a line for each name, and the name at its right end."""
-    figure, axes = new_figure(_COLUMN, 215)
+    figure, axes = new_figure(COLUMN, 215)
     top = 1.06 * max(y for points in lines.values() for _, y in points if y is not None)
     ends = {}
     for name, points in lines.items():

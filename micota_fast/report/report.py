@@ -21,7 +21,7 @@ from micota_fast.report.formats import (
 from micota_fast.report.inputs import Inputs, load_inputs
 from micota_fast.report.learnability import LearnabilityRanking, learnability_table, rank_by_learnability
 from micota_fast.report.page import render
-from micota_fast.report.plots import TRADEOFF, Drawn, draw, is_plot_file, plot_files, series_colours
+from micota_fast.report.plots import Drawn, draw, is_plot_file, plot_files, series_colours
 from micota_fast.report.preconditions import Condition, measure, preconditions_json, preconditions_table
 from micota_fast.report.summary import INTERVAL_METHOD, Summary, contamination_finding, headline, summarise
 from micota_fast.report.tables import (
@@ -34,6 +34,7 @@ from micota_fast.report.tables import (
     protocols_table,
     samples_table,
 )
+from micota_fast.report.tradeoff import TRADEOFF
 
 _OPTIONAL = ("corpora.csv", "contamination.csv")  # written if there is something to put in them
 

@@ -35,6 +35,20 @@ def test_a_label_with_room_stands_right_of_its_point_without_a_line() -> None:
     assert (placed.box.bottom + placed.box.top) / 2 == 100
 
 
+def test_points_on_one_spot_are_led_to_without_crossing_a_label() -> None:
+    named = dict.fromkeys(("base", "short", "long", "mid"), (150.0, 190.0))
+    placed = place_labels(named, dict.fromkeys(named, SIZE), [], FRAME)
+    for name, place in placed.items():
+        if place.leader is not None:
+            steps = [
+                (150 + (place.leader[0] - 150) * i / 50, 190 + (place.leader[1] - 190) * i / 50) for i in range(50)
+            ]
+            others = [other.box for key, other in placed.items() if key != name]
+            assert not [
+                box for box in others for x, y in steps if box.left < x < box.right and box.bottom < y < box.top
+            ], (name, placed)
+
+
 def test_a_label_keeps_clear_of_lines() -> None:
     interval, level = Box(99, 20, 101, 180), Box(0, 99, 300, 101)
     box = place_labels({"a": (100, 100)}, {"a": SIZE}, [interval, level], FRAME)["a"].box

@@ -18,7 +18,7 @@ from helpers.report_runs import Made, alignment, contents, made
 from micota_fast.alignment.results import STEPS
 from micota_fast.config.report import ReportConfig
 from micota_fast.report import plots
-from micota_fast.report.drawing import log_ticks, name_rows, new_figure, spread_labels
+from micota_fast.report.drawing import Drawing, Figure, log_ticks, name_rows, new_figure, spread_labels
 from micota_fast.report.inputs import Inputs, LossCurve
 from micota_fast.report.plots import thinned
 from micota_fast.report.report import run
@@ -45,12 +45,12 @@ class TestFigures:
     def test_a_row_of_figures_is_all_that_a_new_figure_needs(
         self, config: ReportConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def truncated_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> plots.Figure:
+        def truncated_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Figure:
             figure, axes = new_figure(300, 100)
             for row, arm in enumerate(summary.arms):
                 axes.plot(arm.answers.truncated, row, "o", color=colours[arm.name])
             name_rows(axes, [arm.name for arm in summary.arms])
-            return plots.Figure("How many are cut off.", "Dot: share.", [plots.Drawing(figure, "Cut off: few.")])
+            return Figure("How many are cut off.", "Dot: share.", [Drawing(figure, "Cut off: few.")])
 
         with monkeypatch.context() as patch:
             patch.setattr(plots, "FIGURES", (plots.Entry("truncated", "accuracy", truncated_figure), *plots.FIGURES))
