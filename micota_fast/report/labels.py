@@ -50,7 +50,8 @@ def place_labels(
 ) -> dict[str, Placed]:
     """Find a place for each label: the nearest of a fixed set that costs least, moved in turns until none improves.
 
-    Overlap of labels, their lines, markers and the outside counts first, then distance. The same input gives the same places.
+    Overlap of labels, their lines, markers and the outside counts first, then distance. The same input gives the same
+    places.
 
     Args:
         points: name -> centre of its marker.
