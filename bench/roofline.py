@@ -38,7 +38,7 @@ def main() -> None:
                 ratio = (whole - products + reached) / reached
                 figures = f"{1e3 * whole:.1f} | {1e3 * products:.1f} | {whole / products:.2f} | {ratio:.2f}"
                 print(f"| {name} | {model} | {n:,} | {figures} |")
-                for part in loss_parts(n, h, v) if arguments.parts else []:
+                for part in loss_parts(n, h, v, gpu) if arguments.parts else []:
                     bound = "FLOP/s" if part.flops / gpu.flops >= part.bytes / gpu.bandwidth else "bytes"
                     print(f"| | {part.name} | | {1e3 * part.seconds(gpu):.2f} | | by {bound} | |")
 

@@ -122,16 +122,27 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         valid, *gradients = ctx.saved_tensors
         factor = grad_loss * valid
-        on_cpu = factor.device.type == "cpu"
-        # On CUDA, looking would wait for the device. There the factor is 2-d, as a 0-d one would be rounded to the
-        # gradients' type. Not in place: another backward pass may follow.
-        as_it_is = on_cpu and not torch.compiler.is_compiling() and bool(factor == 1)
-        factor = factor if on_cpu else factor.reshape(1, 1)
-        passed = (
-            None if not want else g if as_it_is else torch.mul(g, factor, out=torch.empty_like(g))
-            for g, want in zip(gradients, ctx.wants, strict=True)
-        )
+        passed = (_times(g, factor) if want else None for g, want in zip(gradients, ctx.wants, strict=True))
         return *passed, *_NO_MORE
+
+
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Return gradient * factor; a factor of 1, as in training, costs no pass over the gradient and no wait.
+
+    On CUDA a kernel looks at the factor, and works in place: only `retain_graph` has the gradient read again. A CPU
+    looks itself, and returns the gradient as it is.
+    """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and chunks.takes_triton(gradient.device.type, gradient.dtype):
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            from .in_place import multiply_in_place  # without a GPU there need be no Triton
+
+            return multiply_in_place(gradient, factor)
+    elif not compiling and factor.device.type == "cpu" and bool(factor == 1):
+        return gradient
+    # On CUDA a 0-d factor would be rounded to the gradient's type.
+    factor = factor if factor.device.type == "cpu" else factor.reshape(1, 1)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient))
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -155,7 +166,7 @@ class _TokenLoss(torch.autograd.Function):
             hidden, weight, targets, grad_nll_N, ignore_index, n_supervised, threshold, want_hidden, want_weight
         )
         _, valid, *gradients = _by_chunks(*inputs)
-        return *(g.mul_(valid) if want else None for g, want in zip(gradients, wants, strict=True)), *_NO_MORE
+        return *(_times(g, valid) if want else None for g, want in zip(gradients, wants, strict=True)), *_NO_MORE
 
 
 _NO_MORE = [None] * (len(LossInputs._fields) - 2)  # gradients of all inputs but `hidden` and `weight`

@@ -10,7 +10,7 @@ from helpers.cubins import SHARED_LIMIT
 pytestmark = needs_compiler
 
 CHIPS = (90, 100, 120)  # H100, B200, RTX 5090
-OURS = {"softmax_rows", "grad_hidden_kernel", "grad_weight_kernel"}
+OURS = {"softmax_rows", "grad_hidden_kernel", "grad_weight_kernel", "multiply_kernel"}
 LIGERS = {
     "_rms_norm_forward_kernel",
     "_rms_norm_backward_kernel",

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from micota_fast.kernels import chunks, kept_products, linear_cross_entropy, triton_chunk
+from micota_fast.kernels import chunks, in_place, kept_products, linear_cross_entropy, triton_chunk
 from micota_fast.kernels.reference import dense_linear_cross_entropy
 from micota_fast.kernels.rows import LossInputs, kept_rows
 
@@ -38,7 +38,7 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 def as_on_cuda() -> Iterator[None]:
     """Blocks and tiles small enough that small shapes take several, and the way of CUDA for CPU tensors."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_chunk, "BLOCK_V", 64)
+        patch.setattr(triton_chunk, "BLOCK_BYTES", 256)
         if not HAS_GPU:
             for tiles in kept_products.TILES.values():
                 for name, size in (("BLOCK_M", 32), ("BLOCK_N", 16), ("BLOCK_K", 16), ("GROUP_M", 2)):
@@ -117,7 +117,8 @@ def softmax_rows(
         SCALE_STRIDE=1 if scale.ndim else 0,
         WANT_GRADIENT=want_gradient,
         FILTER=threshold > 0,
-        BLOCK_V=triton_chunk.BLOCK_V,
+        BLOCK_V=triton_chunk.BLOCK_BYTES // buffer.element_size(),
+        NUM_STAGES=triton_chunk.NUM_STAGES,
         num_warps=triton_chunk.NUM_WARPS,
     )
     return nll_C.cpu(), buffer.cpu()
@@ -342,7 +343,7 @@ def test_equals_dense_float64(
 
 @pytest.mark.parametrize("chunk_rows", [64, 1000])
 def test_bfloat16_is_no_worse_than_dense(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_chunk, "BLOCK_V", 512)
+    monkeypatch.setattr(triton_chunk, "BLOCK_BYTES", 1024)
     args = inputs(150, 64, 500, torch.bfloat16, ignored=0)
     with chunks_of(chunk_rows, 500, torch.bfloat16):
         ours = with_gradients(linear_cross_entropy, *args)
@@ -440,6 +441,52 @@ def test_strided_inputs() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+# The factor of the backward pass
+
+
+@FEW
+@given(
+    size=st.integers(0, 200),
+    dtype=DTYPES,
+    factor=st.sampled_from([1.0, 1 / 3, -2.0, 0.0, NAN]),
+    programs=st.sampled_from([1, 3, 1000]),
+    seed=st.integers(0, 2**31),
+)
+def test_a_tensor_is_multiplied_in_place_and_rounded_once(
+    size: int, dtype: torch.dtype, factor: float, programs: int, seed: int
+) -> None:
+    x = torch.randn(size, generator=seeded(seed)).to(DEVICE, dtype)
+    wanted = (x.float() * torch.tensor(factor)).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_place, "BLOCK", 16)
+        patch.setattr(in_place, "PROGRAMS", programs)
+        got = in_place.multiply_in_place(x, torch.tensor(factor, device=DEVICE))
+    assert got is x
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_passes_multiply_by_what_comes_in_and_a_graph_that_is_kept_stays_as_it_is(dtype: torch.dtype) -> None:
+    hidden, weight, targets = inputs(20, 16, 100, dtype)
+    _, *once = with_gradients(linear_cross_entropy, hidden, weight, targets)
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    for factor, keep in ((3.0, True), (1.0, True), (1 / 3, False)):
+        incoming = torch.tensor(factor, device=DEVICE)
+        got = torch.autograd.grad(loss, (hidden, weight), incoming, retain_graph=keep)
+        for ours, expected in zip(got, once, strict=True):
+            assert torch.equal(ours, (expected.float() * incoming).to(dtype)), factor
+            ours.zero_()  # theirs to write to
+
+
+def test_a_backward_pass_takes_no_second_copy_of_the_gradients() -> None:
+    hidden, weight, targets = inputs(20, 16, 100, torch.float32)
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    stored = [x.data_ptr() for x in loss.grad_fn.saved_tensors[1:]]  # type: ignore[union-attr]
+    got = torch.autograd.grad(loss * 2, (hidden, weight))
+    assert [x.data_ptr() for x in got] == stored
+
+
 # What can be seen of CUDA without one
 
 
@@ -514,6 +561,7 @@ def test_nothing_waits_for_the_device(
         (triton_chunk, "softmax_rows"),
         (kept_products, "grad_hidden_kernel"),
         (kept_products, "grad_weight_kernel"),
+        (in_place, "multiply_kernel"),
     ):
         monkeypatch.setattr(kernels, name, Launches())
     monkeypatch.setitem(chunks.LOGITS_BYTES, "cpu", 512 * 2048 * dtype.itemsize)
