@@ -63,9 +63,9 @@ def head_inputs(checkpoint: Path, rows: Path, limit: int, device: str, dtype: to
         batch = packed_batch(documents, doc_ids)
         attend = PackedAttention(batch.cu_seqlens, batch.lengths, backend, torch.device(device))
         hidden_TH = model(batch.input_ids.to(device), batch.position_ids.to(device), attend)
-        supervised_T = batch.targets != IGNORE_INDEX
-        hidden.append(hidden_TH[supervised_T.to(device)])
-        targets.append(batch.targets[supervised_T].to(device))
+        supervised = (batch.targets != IGNORE_INDEX).nonzero().squeeze(1)  # positions, known to the host
+        hidden.append(hidden_TH[supervised.to(device)])
+        targets.append(batch.targets[supervised].to(device))
     return torch.cat(hidden)[:limit], model.lm_head_weight.detach(), torch.cat(targets)[:limit]
 
 

@@ -166,6 +166,9 @@ def main() -> None:
 
     save([{"contestant": name, "status": "absent", "reason": reason} for name, reason in absent.items()])
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    # One GPU, which is the one that nvidia-smi is asked about: of several, transformers' trainer would use all.
+    os.environ["CUDA_VISIBLE_DEVICES"] = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     lines = []
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:

@@ -269,22 +269,6 @@ def graphs(checkpoint: str, attention: str, modes: list[str]) -> dict[str, Any]:
     return found
 
 
-def bench(program: str, arguments: list[str]) -> None:
-    """Run one of bench/'s programs as on a machine with a GPU; its figures are without meaning."""
-    session = Session(world=1)
-    import runpy
-
-    import torch
-
-    on_host = torch.Generator
-    torch.Generator = lambda device="cpu": on_host()  # type: ignore[assignment, misc]
-    path = Path(__file__).parents[2] / "bench" / program
-    sys.path.insert(0, str(path.parent))
-    sys.argv = [str(path), *arguments]
-    with session.running():
-        runpy.run_path(str(path), run_name="__main__")
-
-
 def _note_batches() -> list[str]:
     """Return a list that grows with each batch that goes to the device: "pack" or "dummy"."""
     from micota_fast.train import loop
@@ -302,7 +286,7 @@ def _note_batches() -> list[str]:
 
 
 SCENES: dict[str, Callable[..., Any]] = {
-    scene.__name__: scene for scene in (controls, steps, whole_run, resumed_run, peaks, launches, graphs, bench)
+    scene.__name__: scene for scene in (controls, steps, whole_run, resumed_run, peaks, launches, graphs)
 }
 
 if __name__ == "__main__":
