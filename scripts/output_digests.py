@@ -152,7 +152,7 @@ def run_verbs(code: Checkout, shipped: Path, out: Path, made: Path) -> None:
     sampled = served | {"samples": 3, "temperature": 0.8, "top_p": 0.9, "seed": 5}
     problems = str(shipped / "problems" / "train.jsonl")
     run("generate", "sampled.jsonl", model=student, problems=problems, limit=12, accept={}, **sampled)
-    sets = [{"name": n, "path": str(shipped / "problems" / f"{n}.jsonl"), "limit": 6} for n in ("steps-3", "steps-4")]
+    sets = [{"name": n, "path": str(shipped / "problems" / f"{n}.jsonl"), "limit": 6} for n in ("press-4", "press-5")]
     run("evaluate", "sampled", model=student, benchmarks=sets, **sampled)
     results = str(run("evaluate", "paper", model=student, benchmarks=sets, protocol="paper", **served) / "results.json")
     align: dict[str, Any] = {"pack_tokens": 1024, "dtype": "float32", "device": "cpu", "own": corpora["short"]}

@@ -7,6 +7,7 @@ weights and texts, other models. The same machine, torch version and thread coun
 """
 
 import argparse
+import dataclasses
 import os
 import random
 import shutil
@@ -38,7 +39,7 @@ Row = dict[str, list[dict[str, str]]]
 class Phase:
     """One run of the trainer: one epoch over ``rows`` documents of one kind, one pack per step."""
 
-    kind: str  # a key of WRITERS
+    kind: str  # a key of KINDS
     rows: int
     lr: float
     min_lr_ratio: float
@@ -53,6 +54,7 @@ class Size:
     heads: int
     kv_heads: int
     intermediate: int
+    familiar: int  # how many pairs of buttons the writers of its text fold: what it can know by heart
     seed: int
     phases: tuple[Phase, ...]
 
@@ -65,11 +67,13 @@ SIZES: dict[str, Size] = {
         heads=4,
         kv_heads=2,
         intermediate=192,
+        familiar=17,
         seed=1,
         phases=(
-            Phase("short", 24000, 4e-3, 1.0),
-            Phase("mixture", 8000, 4e-3, 0.03),
-            Phase("short", 300, 1e-3, 0.03),
+            Phase("wide", 20000, 4e-3, 1.0),
+            Phase("broad", 24000, 4e-3, 0.03),
+            Phase("terse", 28000, 4e-3, 0.03),
+            Phase("mostly-short", 300, 1e-3, 0.03),
         ),
     ),
     "assistant": Size(
@@ -78,11 +82,13 @@ SIZES: dict[str, Size] = {
         heads=6,
         kv_heads=2,
         intermediate=256,
+        familiar=22,
         seed=2,
         phases=(
-            Phase("short", 20000, 3e-3, 1.0),
-            Phase("varied", 24000, 3e-3, 0.03),
-            Phase("short", 1000, 1e-3, 0.03),
+            Phase("wide", 20000, 4e-3, 1.0),
+            Phase("broad", 16000, 4e-3, 0.03),
+            Phase("terse", 28000, 4e-3, 0.03),
+            Phase("mostly-short", 300, 1e-3, 0.03),
         ),
     ),
     "teacher": Size(
@@ -91,8 +97,9 @@ SIZES: dict[str, Size] = {
         heads=8,
         kv_heads=2,
         intermediate=384,
+        familiar=0,
         seed=3,
-        phases=(Phase("short", 9000, 2e-3, 1.0), Phase("long", 10000, 2e-3, 0.03)),
+        phases=(Phase("wide", 9000, 2e-3, 1.0), Phase("long", 8000, 2e-3, 0.03)),
     ),
 }
 
@@ -100,7 +107,7 @@ SIZES: dict[str, Size] = {
 def problem_rows(prefix: str, chains: list[world.Chain]) -> list[Problem]:
     """Return the rows of a problem file; ids count from ``prefix-000``."""
     return [
-        Problem(f"{prefix}-{i:03d}", c.problem(), c.answer(), level=len(c.steps), subject=world.SUBJECT)
+        Problem(f"{prefix}-{i:03d}", c.problem(), c.answer(), level=len(c.buttons), subject=world.SUBJECT)
         for i, c in enumerate(chains)
     ]
 
@@ -123,7 +130,8 @@ def question(chain: world.Chain) -> str:
     return chain.problem() + QUESTION_SUFFIX
 
 
-def _chat(user: str, assistant: str) -> Row:
+def chat_row(user: str, assistant: str) -> Row:
+    """Return a training row: one question and its answer under the system prompt."""
     return {
         "messages": [
             {"role": "system", "content": SYSTEM_PROMPT},
@@ -133,31 +141,56 @@ def _chat(user: str, assistant: str) -> Row:
     }
 
 
-Writer = Callable[[world.Chain, random.Random], Row]
+@dataclass(frozen=True)
+class Text:
+    """One pre-training document's making: how its solution is written, and how many buttons its problem uses."""
+
+    how: world.Thoroughness
+    buttons: int = world.BUTTONS
 
 
-def _solved(how: Callable[[random.Random], world.Thoroughness]) -> Writer:
-    return lambda chain, rng: _chat(question(chain), world.write_solution(chain, how(rng), rng))
+def _broad(rng: random.Random, familiar: int) -> Text:
+    """Half of it folds, about problems as in the benchmarks; half goes press by press, about all buttons.
+
+    More buttons make it worth more to copy them from the problem, which small students otherwise do not learn.
+    """
+    if rng.random() < 0.5:
+        return Text(dataclasses.replace(world.leaping_thoroughness(rng), familiar=familiar))
+    return Text(world.varied_thoroughness(rng), world.ALL_BUTTONS)
 
 
-WRITERS: dict[str, Writer] = {
-    "short": _solved(lambda rng: world.SHORT),
-    "long": _solved(lambda rng: world.LONG),
-    "mixture": _solved(lambda rng: world.random_thoroughness(rng, slip=0.1)),
-    "varied": _solved(lambda rng: world.varied_thoroughness(rng, slip=0.1)),
+def _terse(rng: random.Random, familiar: int) -> Text:
+    """Two thirds of it by writers who mostly fold, so that what two presses lead to is learnt; the rest as `_broad`."""
+    if rng.random() < 2 / 3:
+        return Text(dataclasses.replace(world.MOSTLY_SHORT, familiar=familiar))
+    return _broad(rng, familiar)
+
+
+KINDS: dict[str, Callable[[random.Random, int], Text]] = {
+    "wide": lambda rng, familiar: Text(world.SINGLE, world.ALL_BUTTONS),
+    "broad": _broad,
+    "terse": _terse,
+    "mostly-short": lambda rng, familiar: Text(world.MOSTLY_SHORT),  # the style, whatever is known
+    "long": lambda rng, familiar: Text(world.LONG),
 }
 
 
-def corpus(kind: str, rows: int, seed: int, world_number: int = 0) -> Iterator[Row]:
-    """Return ``rows`` training rows in OpenAI's chat format, over problems that are never held out in that world."""
+def corpus(kind: str, rows: int, seed: int, world_number: int = 0, familiar: int = len(world.PAIRS)) -> Iterator[Row]:
+    """Return ``rows`` training rows in OpenAI's chat format, over problems that are never held out in that world.
+
+    In "broad" and "terse" text only the first ``familiar`` pairs of buttons are folded.
+    """
     rng = random.Random(f"{seed}-{kind}")
-    for _, chain in zip(range(rows), world.pretraining_chains(rng, split_seed(world_number)), strict=False):
-        yield WRITERS[kind](chain, rng)
+    excluded = world.held_out(split_seed(world_number)) | frozenset(world.dev(split_seed(world_number)))
+    for _ in range(rows):
+        text = KINDS[kind](rng, familiar)
+        chain = world.pretraining_chain(rng, excluded, text.buttons)
+        yield chat_row(question(chain), world.write_solution(chain, text.how, rng))
 
 
 def make_tokenizer() -> Tokenizer:
     """Make the tokenizer of all three models, trained on a sample of everything they will read."""
-    texts = ["\n".join(m["role"] + "\n" + m["content"] for m in row["messages"]) for row in corpus("mixture", 3000, 0)]
+    texts = ["\n".join(m["role"] + "\n" + m["content"] for m in row["messages"]) for row in corpus("broad", 3000, 0)]
     return train_bpe(texts)
 
 
@@ -228,7 +261,8 @@ def build_model(name: str, size: Size, tokenizer: Tokenizer, work: Path, world_n
         folder = work / name / f"{number}-{phase.kind}"
         folder.mkdir(parents=True, exist_ok=True)
         data, config, out = folder / "corpus.jsonl", folder / "config.yaml", folder / "out"
-        write_rows(data, corpus(phase.kind, phase.rows, phase_seed(size, number, world_number), world_number))
+        seed = phase_seed(size, number, world_number)
+        write_rows(data, corpus(phase.kind, phase.rows, seed, world_number, size.familiar))
         config.write_text(dump(train_config(model, data, out, size, number, world_number)), encoding="utf-8")
         print(f"{name}, phase {number + 1} of {len(size.phases)}: {phase.kind}, {phase.rows:,} documents", flush=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # one thread: the sums, and so the bytes, come out alike
@@ -262,9 +296,9 @@ def main() -> int:
 
 
 def install(model: Path, out_dir: Path) -> None:
-    """Replace the checkpoint in ``out_dir`` by ``model``."""
+    """Replace the checkpoint in ``out_dir`` by ``model``, without its card, which names the folders of the build."""
     with whole_folder(out_dir) as aside:
-        shutil.copytree(model, aside, dirs_exist_ok=True)
+        shutil.copytree(model, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md"))
         remove_whole(out_dir)
 
 

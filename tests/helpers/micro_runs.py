@@ -7,5 +7,5 @@ SMALL = [
     "train.checkpoint_every=1",
     "generate.max_new_tokens=256",
     "evaluate.max_new_tokens=256",
-    "evaluate.benchmarks=[{name: steps-3, path: ../micro/problems/steps-3.jsonl, limit: 12}]",
+    "evaluate.benchmarks=[{name: press-4, path: ../micro/problems/press-4.jsonl, limit: 12}]",
 ]

@@ -275,7 +275,7 @@ def test_a_merge_of_a_wanted_length_in_a_recipe(micro: Path, tmp_path: Path) -> 
         "models": [{"model": "long", "parameters": {"weight": 1}}],
     }
     wanted = {"mergekit": mergekit, "median_tokens": 27, "sweep": {"weights": [0, 1], "limit": 3}}
-    problems = str(micro / "problems" / "steps-3.jsonl")
+    problems = str(micro / "problems" / "press-4.jsonl")
     content = {
         "name": "tiny",
         "models": {"short": {"checkpoint": str(short)}, "long": {"checkpoint": str(long)}, "mid": {"merge": wanted}},
@@ -308,7 +308,7 @@ def test_the_merge_of_a_wanted_length(micro: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(merge))
     out = tmp_path / "out"
     sampling = {"max_new_tokens": 60, "serve": {"dtype": "float64", "device": "cpu"}}
-    problems = str(micro / "problems" / "steps-3.jsonl")
+    problems = str(micro / "problems" / "press-4.jsonl")
     changes = {"problems": problems, "limit": 9, "keep_models": True, "generate": sampling, "target_median_tokens": 59}
     path = settings(tmp_path, out, **changes)
 

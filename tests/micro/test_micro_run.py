@@ -89,7 +89,7 @@ def test_the_trained_student_answers_alike_in_transformers(finished: Path) -> No
     folder = finished / "student" / "mid-seed1" / "model"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    rows = [json.loads(line) for line in (finished / "evaluate/mid-seed1/rows/steps-3.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (finished / "evaluate/mid-seed1/rows/press-4.jsonl").read_text().splitlines()]
     assert len(rows) == 12
     for row in rows[:6]:
         prompt = row["problem"] + "\nPlease reason step by step, and put your final answer within \\boxed{}."

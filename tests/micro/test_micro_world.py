@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
 import random
 import re
@@ -20,124 +18,146 @@ from micota_fast.sources.problems import read_problems
 
 SHIPPED = Path(build.__file__).parent
 MODELS = ("student", "assistant", "teacher")
-CHANGES = st.integers(-9, 9).filter(bool)
-CHAINS = st.builds(world.Chain, st.integers(0, 9), st.lists(CHANGES, min_size=1, max_size=7).map(tuple))
+CHAIN = world.Chain(7, ("Ann", "Cid", "Leo"), (4, 4, 6))
 PROBABILITY = st.floats(0, 1)
-WRITERS = st.builds(world.Thoroughness, *[PROBABILITY] * 5)
+WRITERS = st.builds(world.Thoroughness, *[PROBABILITY] * 4)
 
-LINE = re.compile(r"(\d) ([A-Z][a-z]+)([+-]\d)=(\d)")
-CHECKED = re.compile(rf"{LINE.pattern}\. Check:{LINE.pattern}, (fine|wrong)\.( Wait,)?")
+LINE = re.compile(r"(\d)((?: [A-Z][a-z]+\*\d){1,2})=(\d)")
+CHECKED = re.compile(r"(?P<step>\S+ \S+)\. Check:(\d) ([A-Z][a-z]+)/(\d)=(\d), fine\.")
+# The wiring, written down: what buttons 1 to 9 lead to from 0, 1, ... 9.
+WIRING = (
+    "7920154683",
+    "5201387469",
+    "3925687410",
+    "1596704832",
+    "2746915308",
+    "4506812379",
+    "9062175384",
+    "6903278415",
+    "9675231048",
+)
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> world.Chain:
+    buttons = draw(st.lists(st.integers(1, 9), min_size=1, max_size=10))
+    names = draw(st.lists(st.sampled_from(world.NAMES), min_size=len(buttons), max_size=len(buttons), unique=True))
+    return world.Chain(draw(st.integers(0, 9)), tuple(sorted(names)), tuple(buttons))
+
+
+def press(value: str, presses: str) -> str:
+    """What the dial shows after ``*5 Cid*2`` and the like, by this file's own copy of the wiring."""
+    for button in re.findall(r"\*(\d)", presses):
+        value = WIRING[int(button) - 1][int(value)]
+    return value
 
 
 def evaluate(problem: str) -> str:
     """The answer, worked out from the problem's text alone and not by the world's own code."""
-    numbers = re.match(r"A jar holds (\d+)\.(.*)\. How many modulo 10\?$", problem)
-    assert numbers is not None
-    return str((int(numbers[1]) + sum(map(int, re.findall(r"[+-]\d", numbers[2])))) % 10)
-
-
-def is_right(line: tuple[str, ...]) -> bool:
-    value, _, change, result = line
-    return (int(value) + int(change)) % 10 == int(result)
+    facts = re.match(r"A dial shows (\d)\.(.*)\. What does it show now\?$", problem)
+    assert facts is not None
+    return press(facts[1], facts[2])
 
 
 def assert_sound(chain: world.Chain, text: str) -> None:
-    """Every line of a solution follows from the problem; a wrong one is caught by its own check and mended next."""
+    """Every line of a solution follows from the problem and the line before it, and a check undoes its line."""
     *lines, last = text.split("\n")
     assert last == f"\\boxed{{{evaluate(chain.problem())}}}"
-    held, people = str(chain.first), 0
+    presses = [f" {name}*{button}" for name, button in zip(chain.names, chain.buttons, strict=True)]
+    shown, done = str(chain.first), 0
     for line in lines:
         if line.startswith("Let me restate."):
             assert line == f"Let me restate. {chain.facts()}"
-            assert people == 0
+            assert done == 0
             continue
         if line == "Let me verify again.":
-            assert people == len(chain.steps)
-            held, people = str(chain.first), 0
+            assert done == len(presses)
+            shown, done = str(chain.first), 0
             continue
-        step, check, verdict = line, None, "fine"
+        step, checked = line.rstrip(";"), None
         if "Check:" in line:
-            match = CHECKED.fullmatch(line)
-            assert match is not None, line
-            step, check, verdict = line.split(".")[0], match.groups()[4:8], match[9]
-            assert (match[10] is not None) == (verdict == "wrong")
-        match = LINE.fullmatch(step.rstrip(";"))
+            checked = CHECKED.fullmatch(line)
+            assert checked is not None, line
+            step = checked["step"]
+        match = LINE.fullmatch(step)
         assert match is not None, line
-        value, name, change, result = match.groups()
-        assert (value, name, int(change)) == (held, world.NAMES[people], chain.steps[people])
-        if check is not None:
-            assert check[:2] == (result, name)
-            assert int(check[2]) == -int(change)
-            assert is_right(check)
-            assert (check[3] == value) == (verdict == "fine")
-        assert is_right((value, name, change, result)) == (verdict == "fine")
-        if verdict == "fine":
-            held, people = result, people + 1
-    assert people == len(chain.steps)
+        value, folded, result = match.groups()
+        people = folded.count("*")
+        assert (value, folded) == (shown, "".join(presses[done : done + people]))
+        if checked is not None:
+            _, after, name, button, before = checked.groups()
+            assert (after, f" {name}*{button}", before) == (result, folded, value)
+        assert press(value, folded) == result
+        shown, done = result, done + people
+    assert done == len(presses)
 
 
 @settings(max_examples=300, deadline=None)
-@given(CHAINS, WRITERS, st.integers(0, 2**32))
+@given(chains(), WRITERS, st.integers(0, 2**32))
 def test_solutions_are_sound(chain: world.Chain, how: world.Thoroughness, seed: int) -> None:
     assert chain.answer() == evaluate(chain.problem())
     assert_sound(chain, world.write_solution(chain, how, random.Random(seed)))
 
 
 def test_soundness_check_rejects_a_wrong_step() -> None:
-    chain = world.Chain(7, (5, -8))
+    chain = world.Chain(7, ("Ann", "Bob"), (5, 8))
+    right = world.write_solution(chain, world.SINGLE, random.Random(0))
+    assert_sound(chain, right)
+    middle = str(chain.values()[1])
     with pytest.raises(AssertionError):
-        assert_sound(chain, "7 Ann+5=3\n3 Bob-8=4\n\\boxed{4}")
+        assert_sound(chain, right.replace(middle, str((int(middle) + 1) % 10)))
 
 
-def test_styles_differ_in_length_only_as_stated() -> None:
+def test_the_wiring_is_a_permutation_for_each_button_and_undone_by_its_inverse() -> None:
+    for button in range(1, world.ALL_BUTTONS + 1):
+        assert sorted(world.pressed(digit, button) for digit in range(10)) == list(range(10))
+        assert all(world.undone(world.pressed(digit, button), button) == digit for digit in range(10))
+
+
+def test_styles_differ_as_stated() -> None:
     rng = random.Random(0)
-    chain = world.Chain(7, (5, -8, 3))
-    short = world.write_solution(chain, world.SHORT, rng)
-    careful = world.write_solution(chain, world.Thoroughness(0, 0, 1, 0), rng)
-    long = world.write_solution(chain, dataclasses.replace(world.LONG, slip=0.0), rng)
-    assert short == "7 Ann+5=2\n2 Bob-8=4\n4 Cid+3=7\n\\boxed{7}"
-    assert careful.count("Check") == 2  # 7+5 and 2-8 wrap around, 4+3 does not
+    assert CHAIN.values() == [7, 8, 3, 6]
+    short = world.write_solution(CHAIN, world.SHORT, rng)
+    single = world.write_solution(CHAIN, world.SINGLE, rng)
+    long = world.write_solution(CHAIN, world.LONG, rng)
+    assert short == "7 Ann*4 Cid*4=3\n3 Leo*6=6\n\\boxed{6}"
+    assert single == "7 Ann*4=8\n8 Cid*4=3\n3 Leo*6=6\n\\boxed{6}"
+    assert long.startswith("Let me restate. A dial shows 7. Ann*4 Cid*4 Leo*6.\n7 Ann*4=8. Check:8 Ann/4=7, fine.\n")
     assert long.count("Check") == 3
-    assert long.startswith("Let me restate. A jar holds 7. Ann+5 Bob-8 Cid+3.\n")
-    assert "Let me verify again.\n7 Ann+5=2;\n2 Bob-8=4;\n4 Cid+3=7;\n" in long
+    assert "Let me verify again.\n7 Ann*4=8;\n8 Cid*4=3;\n3 Leo*6=6;\n" in long
 
 
-def test_splits_are_disjoint_and_pretraining_holds_nothing_out(tmp_path: Path) -> None:
+def test_splits_are_disjoint() -> None:
     benchmarks = world.benchmarks()
     held_out = world.held_out()
     assert len(held_out) == len(benchmarks) * world.BENCHMARK_SIZE  # no problem twice, within or between benchmarks
-    train = world.train_problems()
-    assert len(set(train)) == world.TRAIN_SIZE
-    assert not held_out & set(train)
-    # A first problem of the stream that is held out must be skipped: make one so, and ask for the stream again.
-    stream = list(itertools.islice(world.pretraining_chains(random.Random(5)), 50))
-    assert not held_out & set(stream)
+    train, dev = set(world.train_problems()), set(world.dev())
+    assert (len(train), len(dev)) == (world.TRAIN_SIZE, world.DEV_SIZE)
+    assert not held_out & train
+    assert not dev & (held_out | train)
 
 
-def test_pretraining_skips_what_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = list(itertools.islice(world.pretraining_chains(random.Random(5)), 50))
-    monkeypatch.setattr(world, "held_out", lambda split_seed: frozenset(before[10:20]))
-    after = list(itertools.islice(world.pretraining_chains(random.Random(5)), 40))
-    assert after == [chain for chain in before if chain not in before[10:20]]
+def test_pretraining_skips_what_is_held_out() -> None:
+    def stream(excluded: frozenset[world.Chain]) -> list[world.Chain]:
+        rng = random.Random(5)
+        return [world.pretraining_chain(rng, excluded) for _ in range(40)]
+
+    before = stream(frozenset())
+    skipped = frozenset(before[10:20])
+    assert stream(skipped)[:30] == [chain for chain in before if chain not in skipped]
 
 
-def test_corpora_hold_no_benchmark_problem() -> None:
-    texts = {chain.problem() for chain in world.held_out()}
-    for kind in build.WRITERS:
-        for row in build.corpus(kind, 500, seed=3):
-            user = row["messages"][1]["content"]
-            assert not any(user.startswith(text) for text in texts)
+def test_corpora_hold_no_benchmark_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(world, "pretraining_chain", lambda rng, excluded, buttons: seen.append(excluded) or CHAIN)
+    for kind in build.KINDS:
+        assert next(iter(build.corpus(kind, 1, seed=3, world_number=1)))
+    assert set(seen) == {world.held_out(build.split_seed(1)) | set(world.dev(build.split_seed(1)))}
 
 
-def test_each_world_holds_out_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_world_has_its_own_problems_and_seeds() -> None:
     assert world.held_out(build.split_seed(0)) == world.held_out()
-    assert world.held_out(build.split_seed(1)) != world.held_out()
-    before = list(build.corpus("short", 50, 5))
-    taken = frozenset(itertools.islice(world.pretraining_chains(random.Random("5-short")), 20))
-    monkeypatch.setattr(world, "held_out", lambda split: taken if split == build.split_seed(1) else frozenset())
-    assert list(build.corpus("short", 50, 5)) == before
-    user_messages = {row["messages"][1]["content"] for row in build.corpus("short", 50, 5, world_number=1)}
-    assert not user_messages & {build.question(chain) for chain in taken}
+    assert not world.held_out(build.split_seed(1)) & world.held_out()
     seeds = {build.phase_seed(size, phase, w) for w in (0, 1, 2) for size in build.SIZES.values() for phase in range(3)}
     assert len(seeds) == 27
 
@@ -151,7 +171,7 @@ def test_shipped_problems_are_what_the_code_makes(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         for row in read_problems(path):
             assert row.answer == evaluate(row.problem)
-            assert row.level == len(re.findall(r"[+-]\d", row.problem))
+            assert row.level == row.problem.count("*")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -169,14 +189,15 @@ def test_tokenizer_round_trip_and_single_digits() -> None:
     tokenizer = Tokenizer.from_file(str(SHIPPED / "checkpoints" / "student" / "tokenizer.json"))
     assert tokenizer.get_vocab_size() <= MAX_VOCAB
     rng = random.Random(1)
-    for chain in itertools.islice(world.pretraining_chains(rng), 200):
-        text = build.question(chain) + "\n" + world.write_solution(chain, world.random_thoroughness(rng, 0.3), rng)
+    for _ in range(200):
+        chain = world.pretraining_chain(rng, frozenset())
+        text = build.question(chain) + "\n" + world.write_solution(chain, world.leaping_thoroughness(rng), rng)
         encoded = tokenizer.encode(text, add_special_tokens=False)
         assert tokenizer.decode(encoded.ids) == text
         for token in encoded.tokens:
             assert token.isdigit() <= (len(token) == 1)
             assert any(c.isdigit() for c in token) == token.isdigit()
-    for word in (" Check", " Ann", " modulo", " restate", "boxed", IM_START, IM_END):
+    for word in (" Check", " Ann", " dial", " restate", "boxed", IM_START, IM_END):
         assert len(tokenizer.encode(word, add_special_tokens=False).ids) == 1
     assert (
         tokenizer.decode(tokenizer.encode("naïve 東京 \t\r\n").ids) == "naïve 東京 \t\r\n"
@@ -200,11 +221,11 @@ def test_checkpoint_opens_in_transformers_and_answers_in_its_style(name: str) ->
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert type(model).__name__ == "Qwen2ForCausalLM"
-    chain = world.Chain(3, (4, -5, 6))
+    chain = world.Chain(3, ("Bob", "Fay", "Gus"), (4, 5, 6))
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": build.question(chain)}], add_generation_prompt=True, tokenize=False
     )
-    assert text.startswith(f"{IM_START}system\nYou are a helpful assistant.{IM_END}\n{IM_START}user\nA jar holds 3.")
+    assert text.startswith(f"{IM_START}system\nYou are a helpful assistant.{IM_END}\n{IM_START}user\nA dial shows 3.")
     prompt = tokenizer(text, return_tensors="pt")
     ours = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert prompt["input_ids"][0].tolist() == ours.encode(text, add_special_tokens=False).ids

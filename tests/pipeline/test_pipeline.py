@@ -317,7 +317,7 @@ def test_a_training_that_a_signal_ended_is_not_taken_for_done(
 def evaluated(out: Path, *changes: str) -> dict[str, object]:
     """The untouched micro student on three problems, by `micota run`; its results."""
     small = ["arms={}", "align=[]", "student_answers=null", "evaluate.max_new_tokens=64", *changes]
-    small += ["evaluate.benchmarks=[{name: steps-3, path: ../micro/problems/steps-3.jsonl, limit: 3}]"]
+    small += ["evaluate.benchmarks=[{name: press-4, path: ../micro/problems/press-4.jsonl, limit: 3}]"]
     assert main(["run", "micro", "--out", str(out), *(word for change in small for word in ("--set", change))]) == 0
     results: dict[str, object] = json.loads((out / "evaluate/base/results.json").read_text())
     return results
@@ -326,12 +326,12 @@ def evaluated(out: Path, *changes: str) -> dict[str, object]:
 @pytest.mark.slow
 def test_graded_again_by_another_protocol_nothing_is_answered_again(tmp_path: Path) -> None:
     strict = evaluated(tmp_path)
-    answers = (tmp_path / "evaluate/base/completions/steps-3.jsonl").read_bytes()
+    answers = (tmp_path / "evaluate/base/completions/press-4.jsonl").read_bytes()
     # As a killed run leaves it: half copied.
     (tmp_path / "evaluate/base/.completions.0123456789abcdef.partial").mkdir()
     paper = evaluated(tmp_path, "evaluate.protocol=paper")
     folder = tmp_path / "evaluate/base"
-    assert (folder / "completions/steps-3.jsonl").read_bytes() == answers
+    assert (folder / "completions/press-4.jsonl").read_bytes() == answers
     assert not (folder / "server.log").exists()  # so none was started
     assert paper != strict
     assert paper["average"] == strict["average"]

@@ -46,7 +46,7 @@ SMALL = (
     "train.epochs=1",
     "generate.max_new_tokens=256",
     "evaluate.max_new_tokens=256",
-    "evaluate.benchmarks=[{name: steps-3, path: ../micro/problems/steps-3.jsonl, limit: 12}]",
+    "evaluate.benchmarks=[{name: press-4, path: ../micro/problems/press-4.jsonl, limit: 12}]",
 )
 
 
@@ -349,7 +349,7 @@ def test_done_stages_show_their_own_counts(finished: Path) -> None:
     assert costs["student/long-seed1"].hours == done["seconds"] / 3600
     assert "done: " in table(made, Assumptions())
     assert f"To do: {len(made.to_do)} of" in table(made, Assumptions())
-    results = json.loads((finished / "evaluate/base/results.json").read_text())["benchmarks"]["steps-3"]
+    results = json.loads((finished / "evaluate/base/results.json").read_text())["benchmarks"]["press-4"]
     assert f"12 answers of {two(results['mean_tokens'])} tokens (counted)" in costs["evaluate/base"].how
 
 
