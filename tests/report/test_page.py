@@ -117,4 +117,4 @@ class TestPage:
         assert numbers["arms"][name]["average"]["interval95"] == [0.0, 1.0]
         assert numbers["arms"]["arm0"]["average"]["interval95"][1] > 0.1, "0 of few is not certain"
         tables = [line for line in markdown.splitlines() if line.startswith("| ")][: 2 + 10]
-        assert {len(re.split(r"(?<!\\)\|", line)) for line in tables} == {benchmarks + 6}
+        assert {len(re.split(r"(?<!\\)\|", line)) for line in tables} == {benchmarks + 5}
