@@ -6,7 +6,7 @@ the ids sent in generation, and the mask needs no alignment of characters to tok
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,10 +170,14 @@ class Chat:
         """
         return self._render([(messages, add_generation_prompt)])[0]
 
-    def _render(self, conversations: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
+    def _render(
+        self, conversations: Sequence[tuple[Sequence[Message], bool]], options: Mapping[str, Any] | None = None
+    ) -> list[str]:
         """`render` of several conversations, which takes hardly longer than one."""
         if self._template is not None:
-            return self._template.render(conversations)
+            return self._template.render(conversations, options)
+        if options:
+            raise InputError("`chat_template_kwargs` need a chat template, which `chat.use_template: false` leaves out")
         return [self._bare(messages) for messages, _ in conversations]
 
     def _bare(self, messages: Sequence[Message]) -> str:
@@ -188,11 +192,15 @@ class Chat:
             text = self._bare_prefix + text
         return text + messages[1]["content"] + self._end_of_turn if len(messages) == 2 else text
 
-    def segments(self, messages: Sequence[Message]) -> list[Segment]:
+    def segments(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> list[Segment]:
         """Cut a conversation that ends with the assistant into prompt and answer segments, alternating.
 
         Joined, they are the rendered conversation up to the last end-of-turn token. Every assistant turn is supervised
         through its end-of-turn token; what follows that token (a newline, say) belongs to the next prompt.
+
+        Args:
+            messages: the conversation.
+            options: further names for the template, as a row's `chat_template_kwargs` has them.
 
         Raises:
             InputError: the conversation does not end with the assistant, a message holds the text of a control token
@@ -212,14 +220,16 @@ class Chat:
                 f"model trained on it would never stop: add eos_token to the template"
             )
         last = len(messages) - 1
-        last_prompt, full = self._prompt_and_answered(messages, last)
+        last_prompt, full = self._prompt_and_answered(messages, last, options)
         segments: list[Segment] = []
         done = 0
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             turn = f"message {index + 1} (assistant)"
-            prompt, answered = (last_prompt, full) if index == last else self._prompt_and_answered(messages, index)
+            prompt, answered = (
+                (last_prompt, full) if index == last else self._prompt_and_answered(messages, index, options)
+            )
             if not answered.startswith(prompt):
                 raise InputError(
                     f"{turn}: the chat template of {self._template_where()} renders the answered conversation unlike "
@@ -244,9 +254,11 @@ class Chat:
             done = end
         return segments
 
-    def _prompt_and_answered(self, messages: Sequence[Message], index: int) -> list[str]:
+    def _prompt_and_answered(
+        self, messages: Sequence[Message], index: int, options: Mapping[str, Any] | None
+    ) -> list[str]:
         """The text that an assistant's message is generated from, and the text that ends with it."""
-        return self._render([(messages[:index], True), (messages[: index + 1], False)])
+        return self._render([(messages[:index], True), (messages[: index + 1], False)], options)
 
     def encode_segments(self, conversations: Sequence[Sequence[Segment]]) -> list[Encoded]:
         """Tokenise many conversations at once, in the tokenizer's own threads; no token is added to the text's own.

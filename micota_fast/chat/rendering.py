@@ -97,21 +97,21 @@ class Renderer:
             why = f"{type(error).__name__}: {error}"
             raise InputError(f"{where}: the chat template cannot be compiled ({why})") from None
 
-    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, options: Mapping[str, Any]
+    ) -> str:
         """The text of a conversation, with the header of the assistant's next turn if asked for.
+
+        `options` are further names that the template may look at, such as `enable_thinking`.
 
         Raises:
             InputError: the template refuses the conversation (`raise_exception`) or fails on it.
             MemoryError, RecursionError: it takes too much.
         """
         try:
-            return self._template.render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._special_tokens,
-            )
+            ours = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+            ours |= {"tools": None, "documents": None}
+            return self._template.render(dict(options) | ours | self._special_tokens)
         except (MemoryError, RecursionError):
             raise
         except jinja2.TemplateError as error:

@@ -32,8 +32,12 @@ class ChatTemplate:
         self._handle = Handle(where, "open_template", Allowance(1.5, 512 * MIB), source, where, dict(special_tokens))
         self._handle.open()
 
-    def render(self, conversations: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
+    def render(
+        self, conversations: Sequence[tuple[Sequence[Message], bool]], options: Mapping[str, Any] | None = None
+    ) -> list[str]:
         """The text of each conversation, with the header of the assistant's next turn if asked for.
+
+        `options` are further names that the template may look at, such as `enable_thinking`.
 
         Raises:
             InputError: the template refuses a conversation (`raise_exception`) or fails on it.
@@ -42,7 +46,7 @@ class ChatTemplate:
         asked = [([dict(message) for message in messages], header) for messages, header in conversations]
         characters = sum(len(value) for messages, _ in asked for message in messages for value in message.values())
         allowance = Allowance(0.5 + 2e-6 * characters, 256 * MIB + 64 * characters)
-        texts: list[str] = self._handle.run("render", allowance, asked)
+        texts: list[str] = self._handle.run("render", allowance, asked, dict(options or {}))
         return texts
 
 

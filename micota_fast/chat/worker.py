@@ -52,11 +52,13 @@ class _Commands:
 
         self._templates[key] = Renderer(source, where, special_tokens)
 
-    def render(self, key: int, conversations: Sequence[tuple[list[dict[str, str]], bool]]) -> list[str]:
+    def render(
+        self, key: int, conversations: Sequence[tuple[list[dict[str, str]], bool]], options: dict[str, Any]
+    ) -> list[str]:
         """Render conversations, each with or without the header of the assistant's next turn."""
         template, texts = self._templates[key], []
         for messages, add_generation_prompt in conversations:
-            text = template.render(messages, add_generation_prompt)
+            text = template.render(messages, add_generation_prompt, options)
             longest = MAX_ADDED + MAX_GROWTH * sum(len(value) for message in messages for value in message.values())
             if len(text) > longest:
                 raise MemoryError

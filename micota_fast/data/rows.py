@@ -14,7 +14,7 @@ Only a problem is put through the recipe's prompt. Rows of text without a `syste
 of messages are taken as they stand. `reasoning_content`, of a row of text or of an assistant's message, is the thought
 that precedes the answer. Keys whose value is null count as absent, and other keys are left aside, except those that
 would change what the model reads (`tools`, `images`, ...) or that say that the row is not to be learned as it stands
-(`rejected`, `label`, ...). A row's `weight` is read by `load_documents`.
+(`rejected`, `label`, ...). A row's `weight` and `chat_template_kwargs` are read by `load_documents`.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -31,7 +31,6 @@ _OPENAI_ROLES = {"user": "user", "assistant": "assistant", "system": "system"}
 _UNSUPPORTED = (
     "tools",
     "functions",
-    "chat_template_kwargs",
     "history",
     "image",
     "images",

@@ -150,7 +150,7 @@ def load_documents(
         n_rows += 1
         try:
             parsed = renamed(parse_json(source.line, ""), columns or {})
-            segments = chat.segments(to_messages(parsed, chat, columns or ()))
+            segments = chat.segments(to_messages(parsed, chat, columns or ()), _template_options(parsed))
             weight = _weight(parsed)
         except InputError as reason:
             if not skip_bad_rows:
@@ -185,6 +185,14 @@ def load_documents(
         rejects_path=aside if rejects else None,
         weights=None if all(weight == 1 for weight in weights) else np.array(weights, np.float32),
     )
+
+
+def _template_options(row: dict[str, Any]) -> dict[str, Any]:
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict):
+        raise InputError(f"key 'chat_template_kwargs' must be an object, got {options!r:.60}")
+    # In Parquet every row has the keys of all, and null where it has none.
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _weight(row: dict[str, Any]) -> float:

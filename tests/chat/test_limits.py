@@ -151,7 +151,7 @@ def test_texts_are_those_of_the_template_in_this_process(tmp_path: Path, name: s
         conversation("né\r\n\u2028 中文 👩‍👩‍👧 <b>", "It\tis\\n 3.", "  And?  "),
     ):
         for header in (False, True):
-            assert chat.render(messages, header) == here.render(messages, header)
+            assert chat.render(messages, header) == here.render(messages, header, {})
 
 
 def test_the_process_is_started_again_when_it_was_killed(tmp_path: Path) -> None:

@@ -336,3 +336,21 @@ def test_the_fingerprint_tells_ids_mask_and_bounds_apart() -> None:
     ]
     assert len(set(prints)) == 4
     assert prints[0] == fingerprint([1, 2, 3, 4], [0, 1, 0, 1], [0, 2, 4])
+
+
+def test_a_row_may_bring_options_of_its_template(qwen3_checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(qwen3_checkpoint, tmp_path / "checkpoint")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}"
+        "{% if m.role == 'user' and not (thinks | default(true)) %}/no_think{% endif %}"
+        "{{ '\\n' }}{{ m.content }}<|im_end|>{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
+    )
+    chat = Chat.from_checkpoint(folder, ChatConfig(system=None))
+    options = {"chat_template_kwargs": {"thinks": False, "other": None, "messages": []}}
+    path = write(tmp_path / "rows.jsonl", {"messages": PLAIN}, {"messages": PLAIN, **options})
+    (plain, _), (changed, _) = texts(load_documents(path, chat, 512), chat)
+    assert changed == plain.replace("<|im_start|>user", "<|im_start|>user/no_think")
+    assert changed != plain
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: key 'chat_template_kwargs' must be an object, got 'x'"):
+        load_documents(write(path, {"messages": PLAIN, "chat_template_kwargs": "x"}), chat, 512)

@@ -238,3 +238,25 @@ def test_a_recipe_of_the_version_before_makes_the_same_stages(folder: Path, caps
 def test_wrong_recipes(folder: Path, overrides: tuple[str, ...], said: str) -> None:
     with pytest.raises(InputError, match=said):
         planned(folder, overrides=overrides)
+
+
+def test_keys_of_other_names_and_datasets_of_the_hub_reach_their_stages(folder: Path) -> None:
+    source = "hf://datasets/org/name:train"
+    columns = {"problem": "question"}
+    corpora = RECIPE["corpora"] | {"theirs": {"file": source, "columns": {"output": "generation"}}}
+    change = {
+        "problems": {"train": {"path": source, "columns": columns}},
+        "corpora": corpora,
+        "arms": {"mid": "mid", "theirs": "theirs"},
+        "align": ["theirs"],
+    }
+    stages = planned(folder, change)
+    assert (stages["answers/mid"].settings.problems, stages["answers/mid"].settings.columns) == (source, columns)
+    assert stages["student/theirs-seed1"].settings.data == source
+    assert stages["student/theirs-seed1"].settings.columns == {"output": "generation"}
+    assert stages["student/mid-seed1"].settings.columns == {}
+    assert stages["align"].settings.columns == {"theirs": {"output": "generation"}}
+    with pytest.raises(InputError, match="`columns` goes with `file`"):
+        planned(folder, {"corpora": RECIPE["corpora"] | {"mix": {"mix": {"long": 1}, "columns": columns}}})
+    with pytest.raises(InputError, match="names 'theirs': a mix copies rows without"):
+        planned(folder, {"corpora": corpora | {"mix": {"mix": {"long": 1, "theirs": 1}}}})
