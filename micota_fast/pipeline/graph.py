@@ -403,7 +403,7 @@ class _Graph:
             problems=asked.settings.problems,
             columns=asked.settings.columns,
         )
-        return settings, [*accepted.values(), *rejects, asked.inputs[1]]
+        return settings, [*accepted.values(), *rejects, asked.inputs[-1]]  # the last: the problems
 
     def _contamination(self) -> Artefact | None:
         """Add the search for benchmark problems in what is trained on; None if nothing is trained."""
