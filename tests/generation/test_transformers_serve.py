@@ -40,7 +40,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def answers(folder: Path, name: str, **more: object) -> list[Completion]:
     problems = folder / "problems.jsonl"
-    lines = (MODEL.parent.parent / "problems" / "steps-3.jsonl").read_text().splitlines()[:4]
+    lines = (MODEL.parent.parent / "problems" / "press-4.jsonl").read_text().splitlines()[:4]
     problems.write_text("".join(f"{line}\n" for line in lines))
     out = folder / f"{name}.jsonl"
     settings = {"model": str(MODEL), "problems": str(problems), "out": str(out), "max_new_tokens": 40, **more}
