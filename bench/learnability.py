@@ -6,7 +6,7 @@ Worlds of `micota_fast/micro`, each with problems of its own and models pre-trai
 (world 0: teacher and assistant as they ship). In each, three students that differ in the style of the last 300 of their
 32,300 documents of pre-training: terse (short), thorough (long), and even (the mixture). Each student is trained, by
 the micro recipe's own settings, on nine corpora: long, three merges between assistant and fine-tuned assistant (weights
-0.85, 0.8, 0.75), short, long:short 1:4, mid:short 1:1, its own right answers, and the bare final answers. A run of
+0.6, 0.55, 0.5), short, long:short 1:4, mid:short 1:1, its own right answers, and the bare final answers. A run of
 `micota run` a student, in one folder per world, makes all of it: interrupted, the same command resumes.
 
 What is compared, each under the untrained student: nats per answer (the score of
@@ -40,10 +40,10 @@ from micota_fast.statistics.intervals import mean_and_sd, student_t95
 from micota_fast.statistics.ranks import spearman
 
 MICRO = ROOT / "micota_fast" / "micro"
-STUDENTS = {"terse": "short", "thorough": "long", "even": "mixture"}
+STUDENTS = {"terse": "mostly-short", "thorough": "long", "even": "broad"}
 SCORE = "nats_per_answer"
 MEASURES = (SCORE, "perplexity", "tokens", "departures_per_answer", "rank_surprisal_ratio")
-WEIGHTS = (0.85, 0.8, 0.75)
+WEIGHTS = (0.6, 0.55, 0.5)
 BARE = "bare"
 
 
@@ -85,7 +85,7 @@ def write_recipe(folder: Path, models: dict[str, Path], student: Path, seeds: li
         **{name: {"generate": {"model": f"assistant-{name}"}} for name in merges},
         "short": recipe["corpora"]["short"],
         "long-1-short-4": {"mix": {"long": 1, "short": 4}},
-        "mid-1-short-1": {"mix": {"mid-0.8": 1, "short": 1}},
+        "mid-1-short-1": {"mix": {"mid-0.55": 1, "short": 1}},
         "own": recipe["corpora"]["own"],
         BARE: {"file": str(bare)},
     }
