@@ -27,7 +27,7 @@ def test_its_recipe_can_be_run(quick: bool, tmp_path: Path, capsys: pytest.Captu
     assert "absent" not in told
     corpora = ["long", "short", "bare"]
     if not quick:
-        corpora += ["mid-0.85", "mid-0.8", "mid-0.75", "long-1-short-4", "mid-1-short-1", "own"]
+        corpora += [*(f"mid-{weight}" for weight in bench.WEIGHTS), "long-1-short-4", "mid-1-short-1", "own"]
     assert {line.split()[0] for line in told.splitlines() if line.startswith("student/")} == {
         f"student/{corpus}-seed{seed}" for corpus in corpora for seed in (1, 2)
     }
