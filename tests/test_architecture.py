@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
         "sources",
         "train",
     },
-    "micro": {"common", "config"},
+    "micro": {"alignment", "chat", "common", "config", "data", "model"},
     "cli": {"common", "config", "pipeline"},
     "__main__": {"cli"},
 }

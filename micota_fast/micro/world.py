@@ -56,11 +56,6 @@ def pressed(digit: int, button: int) -> int:
     return WIRING[button - 1][digit]
 
 
-def undone(digit: int, button: int) -> int:
-    """Return what the dial showed before ``button`` was pressed, if it shows ``digit`` now."""
-    return WIRING[button - 1].index(digit)
-
-
 @dataclass(frozen=True)
 class Chain:
     """The dial shows ``first`` (0..9); then ``names[i]`` presses ``buttons[i]`` (1..9), for each i in turn."""

@@ -5,7 +5,7 @@ SMALL = [
     "problems.train.limit=24",
     "train.max_steps=4",
     "train.checkpoint_every=1",
-    "generate.max_new_tokens=256",
-    "evaluate.max_new_tokens=256",
+    "generate.max_new_tokens=384",
+    "evaluate.max_new_tokens=384",
     "evaluate.benchmarks=[{name: press-4, path: ../micro/problems/press-4.jsonl, limit: 12}]",
 ]

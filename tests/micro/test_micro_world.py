@@ -108,10 +108,9 @@ def test_soundness_check_rejects_a_wrong_step() -> None:
         assert_sound(chain, right.replace(middle, str((int(middle) + 1) % 10)))
 
 
-def test_the_wiring_is_a_permutation_for_each_button_and_undone_by_its_inverse() -> None:
+def test_the_wiring_is_a_permutation_for_each_button() -> None:
     for button in range(1, world.ALL_BUTTONS + 1):
         assert sorted(world.pressed(digit, button) for digit in range(10)) == list(range(10))
-        assert all(world.undone(world.pressed(digit, button), button) == digit for digit in range(10))
 
 
 def test_styles_differ_as_stated() -> None:

@@ -407,7 +407,7 @@ def test_the_host(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatc
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
     options = (
         "launch.jobs=1",
-        "launch.nproc=2",
+        "launch.nproc=1000000",  # each of which needs some memory
         "train.keep_checkpoints=10000000000",
         "train.compile=true",
         "train.wandb=project",

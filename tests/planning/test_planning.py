@@ -44,8 +44,8 @@ SMALL = (
     "corpora.mix.mix={long: 1, short: 1}",
     "problems.train.limit=24",
     "train.epochs=1",
-    "generate.max_new_tokens=256",
-    "evaluate.max_new_tokens=256",
+    "generate.max_new_tokens=384",
+    "evaluate.max_new_tokens=384",
     "evaluate.benchmarks=[{name: press-4, path: ../micro/problems/press-4.jsonl, limit: 12}]",
 )
 
@@ -373,7 +373,7 @@ def test_a_plan_made_before_is_within_a_few_percent_of_the_run(finished: Path) -
         assert planned[name].tokens == pytest.approx(real[name].tokens, rel=0.03), name
         assert planned[name].flops == pytest.approx(real[name].flops, rel=0.05), name
     # A mix takes its share of each part's mean length, and has the luck of few rows.
-    assert planned["student/mix-seed1"].tokens == pytest.approx(real["student/mix-seed1"].tokens, rel=0.15)
+    assert planned["student/mix-seed1"].tokens == pytest.approx(real["student/mix-seed1"].tokens, rel=0.25)
     written = sum(file.stat().st_size for file in (finished / "student/long-seed1/model").glob("*.safetensors"))
     assert planned["student/long-seed1"].disk == pytest.approx(written, rel=0.05)
 
