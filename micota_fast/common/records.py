@@ -170,6 +170,11 @@ def benchmark_file(name: str) -> str:
     return re.sub(r"[^\w.-]", "_", name) + ".jsonl"
 
 
+def score_file(name: str) -> str:
+    """Name of the file that holds a benchmark's score and what it was made of."""
+    return benchmark_file(name).removesuffix("l")
+
+
 def encode_row(row: Problem | Completion | Mapping[str, Any]) -> bytes:
     """Encode a row as one JSON line with its newline, fields in declaration order.
 

@@ -3,7 +3,7 @@
 import contextlib
 import importlib.metadata
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,18 +12,20 @@ from typing import Any
 import numpy as np
 
 import micota_fast
-from micota_fast.common.fingerprint import Fingerprints
-from micota_fast.common.json_io import write_json
-from micota_fast.common.records import Completion, benchmark_file, model_name, read_completions, write_rows
-from micota_fast.common.schema import ABSENT, to_json
+from micota_fast.common.fingerprint import Fingerprints, of_file
+from micota_fast.common.json_io import as_read_back, write_json
+from micota_fast.common.records import Completion, benchmark_file, model_name, read_completions, score_file, write_rows
+from micota_fast.common.schema import ABSENT, Absent, load, to_json
 from micota_fast.config.evaluation import BenchmarkConfig, EvaluateConfig
 from micota_fast.errors import InputError
 from micota_fast.evaluation.judge import ModelJudge
 from micota_fast.evaluation.results import (
     OUTCOMES,
     BenchmarkResult,
+    BenchmarkScore,
     EvaluationResults,
     GradedAnswer,
+    Judge,
     Outcome,
     ProtocolScore,
     ProtocolVerdict,
@@ -52,25 +54,34 @@ RULES: dict[str, tuple[Callable[[str, str], Verdict], WhyUnreadable]] = {  # how
 DEFAULT_RULE = "box"
 
 
-_Graded = tuple[list[Completion], dict[str, list[Verdict]]]  # a benchmark's answers; protocol -> their verdicts
-
-
 @dataclass(frozen=True)
 class _Job:
-    """One benchmark: how its problems are asked, their answers, and where the graded rows go."""
+    """One benchmark: how its problems are asked, their answers, and where the graded rows and their score go."""
 
     benchmark: BenchmarkConfig
     asked: EvaluateConfig
     answers: Generation
     rows: Path
+    score: Path
+
+
+@dataclass(frozen=True)
+class _Graded:
+    """A benchmark's answers, protocol -> their verdicts, and what these were made of."""
+
+    rows: list[Completion]
+    verdicts: dict[str, list[Verdict]]
+    made_of: dict[str, Any]
 
 
 def run(config: EvaluateConfig) -> None:
     """Answer and grade every benchmark; write results.json, rows/NAME.jsonl and completions/NAME.jsonl in OUT.
 
-    One server answers all benchmarks, and none is started where every answer is there already, so grading again is
-    cheap. Interrupted, the next run takes up the answers that were given. Equal inputs give equal results.json; what
-    depends on the clock stands in timing.json.
+    One server answers all benchmarks, and none is started if every answer is there already. Each benchmark is graded
+    and its score printed as soon as it is answered. What was answered and graded before, by an interrupted run or for
+    other benchmarks, is used as it is: scores/NAME.json says what a score was made of, and a score is computed again
+    if the answers, the options of grading or the versions differ. Equal inputs give equal results.json; what depends
+    on the clock stands in timing.json.
 
     Every answer is graded twice: `strict` by math-verify, `paper` by the benchmark's string rule (see `string_rule`).
     The verdicts of `config.protocol` count; the score by each protocol stands next to them. The files' keys are
@@ -85,30 +96,53 @@ def run(config: EvaluateConfig) -> None:
     jobs = _jobs(config, out)
     for job in jobs:
         _check_golds(config, job)
-    timing: dict[str, Any] = {"generation_s": {}, "grading_s": {}}
-    _generate(config, jobs, out, timing["generation_s"])
-    graded = _grade(config, jobs, timing["grading_s"])
     judge = None if config.judge is None else ModelJudge(config.judge, out / "judge", config.wait_for_server_s)
-    opinions: dict[str, list[bool | None]] = {}
-    if judge is not None:
-        of_paper = {job.rows.name: (rows, of["paper"]) for job, (rows, of) in zip(jobs, graded, strict=True)}
-        opinions = judge.verdicts(of_paper)
+    described = ABSENT if judge is None else judge.describe()
+    versions = {"micota_fast": micota_fast.__version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    timing: dict[str, Any] = {"generation_s": {}, "grading_s": {}}
     benchmarks: dict[str, BenchmarkResult] = {}
-    for job, (rows, verdicts) in zip(jobs, graded, strict=True):
-        entry, graded_rows = _result(config, job, rows, verdicts, opinions.get(job.rows.name))
-        write_rows(job.rows, map(to_json, graded_rows))
+    pending: dict[str, tuple[_Job, _Graded]] = {}  # wait for the judge, which is served when the model is not any more
+
+    def keep(job: _Job, graded: _Graded, opinions: Sequence[bool | None] | None) -> None:
+        entry, rows = _result(config, job, graded, opinions)
+        write_rows(job.rows, map(to_json, rows))
+        record = BenchmarkScore(made_of=graded.made_of, rows=of_file(job.rows), result=entry)
+        write_json(job.score, to_json(record))
         benchmarks[job.benchmark.name] = entry
         print(_line(job.benchmark.name, entry), flush=True)
+
+    with Grader(config.workers, config.timeout_s) as grader, _servers(config, jobs, out) as urls:
+        for job in jobs:
+            name, started = job.benchmark.name, time.monotonic()
+            job.answers.run(urls)
+            answered = time.monotonic()
+            timing["generation_s"][name] = round(answered - started, 3)
+            made_of = _made_of(config, job, versions, described)
+            if (entry := _kept(job, made_of)) is not None:
+                benchmarks[name] = entry
+                print(_line(name, entry), flush=True)
+                continue
+            graded = _grade(job, grader, made_of)
+            timing["grading_s"][name] = round(time.monotonic() - answered, 3)
+            if judge is None:
+                keep(job, graded, None)
+            else:
+                pending[job.rows.name] = job, graded
+                print(_line(name, _result(config, job, graded, None)[0]), flush=True)
+    if judge is not None and pending:
+        opinions = judge.verdicts({file: (of.rows, of.verdicts["paper"]) for file, (_, of) in pending.items()})
+        for file, (job, graded) in pending.items():
+            keep(job, graded, opinions[file])
+    benchmarks = {job.benchmark.name: benchmarks[job.benchmark.name] for job in jobs}
     entries = benchmarks.values()
     average = macro_average([[entry.accuracy for entry in entries]], [entry.size for entry in entries])
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     results = EvaluationResults(
         model=model_name(config.model),
         average=average.mean,
         average95=(average.low, average.high),
         benchmarks=benchmarks,
-        versions={"micota_fast": micota_fast.__version__} | versions,
-        judge=ABSENT if judge is None else judge.describe(),
+        versions=versions,
+        judge=described,
     )
     write_json(out / "timing.json", timing)
     write_json(out / "results.json", to_json(results))
@@ -125,42 +159,56 @@ def _check_golds(config: EvaluateConfig, job: _Job) -> None:
         check_golds(golds, job.benchmark.path, why, protocol, required=protocol == config.protocol)
 
 
-def _generate(config: EvaluateConfig, jobs: Sequence[_Job], out: Path, seconds: dict[str, float]) -> None:
-    """Have every benchmark answered."""
-    with contextlib.ExitStack() as stack:
-        # No request is sent where all is done, so no URL is needed.
-        done = all(job.answers.is_finished() for job in jobs)
-        # A server that samples for one of them must be seeded.
-        hottest = replace(config, temperature=max(job.asked.temperature for job in jobs))
-        urls = [] if done else stack.enter_context(servers_for(hottest, out / "server.log"))
-        for job in jobs:
-            started = time.monotonic()
-            job.answers.run(urls)
-            seconds[job.benchmark.name] = round(time.monotonic() - started, 3)
+@contextlib.contextmanager
+def _servers(config: EvaluateConfig, jobs: Sequence[_Job], out: Path) -> Iterator[list[str]]:
+    """Yield the URLs of servers that answer all benchmarks; none if no request will be sent."""
+    if all(job.answers.is_finished() for job in jobs):
+        yield []
+        return
+    # A server that samples for one of them must be seeded.
+    hottest = replace(config, temperature=max(job.asked.temperature for job in jobs))
+    with servers_for(hottest, out / "server.log") as urls:
+        yield urls
 
 
-def _grade(config: EvaluateConfig, jobs: Sequence[_Job], seconds: dict[str, float]) -> list[_Graded]:
-    """Each benchmark's answers, and their verdicts by protocol."""
-    graded = []
-    with Grader(config.workers, config.timeout_s) as grader:
-        for job in jobs:
-            started = time.monotonic()
-            rows = read_completions(job.answers.out)
-            pairs = [(row.completion, row.answer) for row in rows]
-            rule, _ = RULES[job.benchmark.rule or DEFAULT_RULE]
-            graded.append((rows, {"strict": grader.grade(pairs), "paper": [rule(*pair) for pair in pairs]}))
-            seconds[job.benchmark.name] = round(time.monotonic() - started, 3)
-    return graded
+def _grade(job: _Job, grader: Grader, made_of: dict[str, Any]) -> _Graded:
+    rows = read_completions(job.answers.out)
+    pairs = [(row.completion, row.answer) for row in rows]
+    rule, _ = RULES[job.benchmark.rule or DEFAULT_RULE]
+    return _Graded(rows, {"strict": grader.grade(pairs), "paper": [rule(*pair) for pair in pairs]}, made_of)
+
+
+def _made_of(config: EvaluateConfig, job: _Job, versions: dict[str, str], judge: Judge | Absent) -> dict[str, Any]:
+    """Return all that a benchmark's score and its graded rows depend on."""
+    made_of = {
+        "answers": of_file(job.answers.out),
+        "made_by": job.answers.fingerprint,
+        "protocol": config.protocol,
+        "rule": job.benchmark.rule,
+        "timeout_s": config.timeout_s,
+        "versions": versions,
+        "judge": None if isinstance(judge, Absent) else to_json(judge),
+    }
+    return dict(as_read_back(made_of))
+
+
+def _kept(job: _Job, made_of: dict[str, Any]) -> BenchmarkResult | None:
+    """Return the score that was computed before of the same answers in the same way; None if there is none."""
+    try:
+        kept = load(BenchmarkScore, job.score)
+        return kept.result if kept.made_of == made_of and kept.rows == of_file(job.rows) else None
+    except (InputError, OSError):  # not there, or damaged: grading again is cheap
+        return None
 
 
 def _result(
     config: EvaluateConfig,
     job: _Job,
-    rows: Sequence[Completion],
-    verdicts: dict[str, list[Verdict]],
+    graded: _Graded,
     opinions: Sequence[bool | None] | None,
 ) -> tuple[BenchmarkResult, list[GradedAnswer]]:
     """The entry of results.json, and the graded rows."""
+    rows, verdicts = graded.rows, graded.verdicts
     scores = {name: score(len(job.answers.problems), rows, of) for name, of in verdicts.items()}
     protocols = {
         name: ProtocolScore(
@@ -199,7 +247,7 @@ def _jobs(config: EvaluateConfig, out: Path) -> list[_Job]:
         answers = Generation(benchmark.path, asked, place, benchmark.limit, hashes, benchmark.columns)
         if benchmark.limit is None:  # a limit says that the rest is left out on purpose
             benchmark.check_number(len(answers.problems), benchmark.path)
-        jobs.append(_Job(benchmark, asked, answers, out / "rows" / file))
+        jobs.append(_Job(benchmark, asked, answers, out / "rows" / file, out / "scores" / score_file(benchmark.name)))
     return jobs
 
 

@@ -97,6 +97,16 @@ class BenchmarkResult(Score):
             raise InvalidValueError("protocol", "is missing, but there are 'protocols'")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkScore:
+    """The content of scores/NAME.json: an entry of results.json, all that it was made of, and the sha256 of
+    rows/NAME.jsonl, so that it need not be computed again while these are the same."""
+
+    made_of: dict[str, Any]
+    rows: str
+    result: BenchmarkResult
+
+
 @dataclass(frozen=True)
 class Judge:
     """The model that judged what the string rule rejects, and what its verdicts depend on besides the answers."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from micota_fast.common.records import benchmark_file
+from micota_fast.common.records import benchmark_file, score_file
 from micota_fast.config import loader
 from micota_fast.config.corpus import FilterConfig, FilterSettings, MixConfig
 from micota_fast.config.evaluation import AlignConfig, BenchmarkConfig, ContaminationConfig, EvaluateConfig
@@ -42,6 +42,21 @@ class Artefact:
 
 
 @dataclass(frozen=True)
+class Lasting:
+    """Files that a stage makes and that stay valid when options change on which their contents do not depend.
+
+    Attributes:
+        names: of the files and folders, in the stage's folder. The stage checks by itself what it finds there.
+        ignored: the options that they do not depend on (a.b: `b` of `a`, or of each of its items).
+        item: (option, name): of the items of this option, a list, they depend on the one of this name alone.
+    """
+
+    names: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+    item: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class Stage:
     """One process: `verb` run on `settings`, in a folder of its own."""
 
@@ -51,8 +66,7 @@ class Stage:
     inputs: tuple[Artefact, ...]
     outputs: tuple[str, ...]  # relative to the stage's folder; it is done when all are there
     files: dict[str, str] = dataclasses.field(default_factory=dict)  # YAML, written into its folder before it starts
-    # Folder that it makes -> options that its contents do not depend on (a.b: `b` of `a`, or of each of its items).
-    lasting: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    lasting: tuple[Lasting, ...] = ()
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -332,15 +346,14 @@ class _Graph:
         built = self._settings(
             EvaluateConfig, settings, {}, "evaluate", model=model.location, out=str(self.run_dir / stage)
         )
-        # Answers are sampled once, and graded again whenever somebody changes an option of grading.
-        grading = ("protocol", "timeout_s")
-        lasting = {"completions": (*grading, "judge", "benchmarks.rule"), "judge": grading}
         inputs = [model, *files]
         if built.judge is not None and built.judge.api == "sglang":
             inputs.append(self._checkpoint(built.judge.model, "evaluate.judge.model"))
             built.judge.model = inputs[-1].location
-        answers = [f"completions/{benchmark_file(benchmark.name)}" for benchmark in built.benchmarks]
+        files_of = {benchmark.name: benchmark_file(benchmark.name) for benchmark in built.benchmarks}
+        answers = [f"completions/{file}" for file in files_of.values()]
         outputs = ("results.json", "rows", *answers, *(f"{file}.meta.json" for file in answers))
+        lasting = tuple(part for name, file in files_of.items() for part in _lasting(name, file))
         self._add(Stage(stage, "evaluate", built, tuple(inputs), outputs, lasting=lasting))
 
     def _report(self) -> None:
@@ -447,6 +460,22 @@ class _Graph:
             if self.recipe.corpora[name].generate is not None:
                 files[name]["counts"] = self._artefact(f"corpus/{name}", "corpus.jsonl.counts.json")
         return files
+
+
+def _lasting(benchmark: str, file: str) -> tuple[Lasting, ...]:
+    """Return what an evaluation keeps of one benchmark when others are added, removed or changed.
+
+    Answers are sampled once, and graded again whenever an option of grading changes.
+    """
+    item, grading = ("benchmarks", benchmark), ("protocol", "timeout_s")
+    suffixes = (".parts", ".meta.json", ".meters.json", "")  # the answers last: they are only valid with their meta
+    answers = tuple(f"completions/{file}{suffix}" for suffix in suffixes)
+    replies = (f"judge/questions/{file}", *(f"judge/replies/{file}{suffix}" for suffix in suffixes))
+    return (
+        Lasting(answers, (*grading, "judge", "benchmarks.rule"), item),
+        Lasting(replies, grading, item),
+        Lasting((f"rows/{file}", f"scores/{score_file(benchmark)}"), (), item),
+    )
 
 
 def _flat(groups: Any) -> Iterator[Artefact]:

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from micota_fast.common.files import reading, remove_whole, whole_folder, write_atomic, writing
+from micota_fast.common.files import open_atomic, reading, remove_whole, whole_folder, write_atomic, writing
 from micota_fast.common.fingerprint import Fingerprints, differences, of_json
 from micota_fast.common.json_io import as_read_back, read_json_if_there, write_json
 from micota_fast.common.lock import RUN_ENDS_S, locked
@@ -29,7 +29,7 @@ from micota_fast.config import loader
 from micota_fast.config.recipe import LaunchConfig, Recipe
 from micota_fast.errors import InputError
 from micota_fast.pipeline.closing import closing
-from micota_fast.pipeline.graph import Artefact, Stage, build_stages
+from micota_fast.pipeline.graph import Artefact, Lasting, Stage, build_stages
 from micota_fast.pipeline.process import StageProcess
 from micota_fast.pipeline.stages import VERBS
 from micota_fast.pipeline.time_left import TimeLeft
@@ -267,16 +267,16 @@ class Run:
         """
         folder, identity = self.folder / stage.name, status.identity
         assert identity is not None
-        there = _made_for(folder)
+        there = made_for(folder)
         if there is None and folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
             raise InputError(f"{folder} contains files that no run has made; choose another --out, or move them away")
         if there is not None and there != identity:
-            aside = _aside(folder, there)
+            aside = set_aside_name(folder, there)
             remove_whole(aside)
             folder.rename(aside)
         elif there is not None and status.state == "stale":
             self._clear(stage, folder, identity)  # made for this identity, and damaged since
-        wanted = _aside(folder, identity)
+        wanted = set_aside_name(folder, identity)
         if not folder.exists() and wanted.exists():
             wanted.rename(folder)
             return True
@@ -295,22 +295,25 @@ class Run:
             return
         write_json(folder / MAKING, {"identity": identity})
         (folder / DONE).unlink(missing_ok=True)
+        kept = {MAKING} | {Path(name).parts[0] for part in stage.lasting for name in part.names}
         for file in folder.iterdir():
-            if file.name not in (MAKING, *stage.lasting):
+            if file.name not in kept:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     def _take_over(self, stage: Stage, folder: Path, identity: dict[str, Any]) -> None:
-        """Copy to the stage's folder the parts that last of former ones; starts over if it was killed."""
+        """Copy to the stage's folder the parts that last of former ones; resumes if it was killed."""
         formers = folder.parent.glob(f"{glob.escape(folder.name)}~*")
-        for former in sorted(formers, key=lambda path: (not (path / DONE).exists(), path)):
-            theirs = _made_for(former)
-            if theirs is None:
-                continue
-            for part, options in stage.lasting.items():
-                there = (former / part).is_dir() and not (folder / part).exists()
-                if there and _without(theirs, options) == _without(identity, options):
-                    with whole_folder(folder / part) as aside:
-                        shutil.copytree(former / part, aside, dirs_exist_ok=True)
+        in_order = sorted(formers, key=lambda path: (not (path / DONE).exists(), path))
+        made_for = [(former, theirs) for former in in_order if (theirs := made_for(former)) is not None]
+        for part in stage.lasting:
+            wanted = _what_counts(identity, part)
+            for former, theirs in made_for:
+                names = [name for name in part.names if (former / name).exists()]
+                if names and _what_counts(theirs, part) == wanted:
+                    for name in names:
+                        if not (folder / name).exists():
+                            _copy(former / name, folder / name)
+                    break
 
     def _finish(self, process: StageProcess) -> None:
         stage, folder = process.stage, process.folder
@@ -348,12 +351,23 @@ def _depths(stages: Sequence[Stage]) -> dict[str, int]:
     return depth
 
 
-def _aside(folder: Path, identity: dict[str, Any]) -> Path:
+def set_aside_name(folder: Path, identity: dict[str, Any]) -> Path:
+    """Return the path that a stage's folder made for an identity has while another one is wanted."""
     return folder.with_name(f"{folder.name}~{of_json(identity)[:10]}")
 
 
-def _without(identity: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
-    """Return the verb and the options of an identity, without these options (see `Stage.lasting`).
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file or a folder such that it appears whole or not at all."""
+    if source.is_dir():
+        with whole_folder(target) as aside:
+            shutil.copytree(source, aside, dirs_exist_ok=True)
+        return
+    with source.open("rb") as read, open_atomic(target) as written:
+        shutil.copyfileobj(read, written)
+
+
+def _what_counts(identity: dict[str, Any], part: Lasting) -> dict[str, Any]:
+    """Return the verb and the options of an identity that a part depends on.
 
     The contents of inputs stand in the options in place of their paths, so they count if their option does.
     """
@@ -368,7 +382,11 @@ def _without(identity: dict[str, Any], options: Sequence[str]) -> dict[str, Any]
         return value | {path[0]: removed(value[path[0]], path[1:])}
 
     rest = identity.get("options")
-    for option in options:
+    if part.item is not None and isinstance(rest, dict) and isinstance(rest.get(part.item[0]), list):
+        option, name = part.item
+        items = [item for item in rest[option] if isinstance(item, dict) and item.get("name") == name]
+        rest = rest | {option: items}
+    for option in part.ignored:
         rest = removed(rest, option.split("."))
     return {"verb": identity.get("verb"), "options": rest}
 
@@ -392,8 +410,12 @@ def read_done(folder: Path) -> Done | None:
     return _read(Done, folder / DONE)
 
 
-def _made_for(folder: Path) -> dict[str, Any] | None:
-    """Return the identity that a folder was made for; None if it is not ours."""
+def made_for(folder: Path) -> dict[str, Any] | None:
+    """Return the identity that a folder was made for; None if it is not ours.
+
+    Raises:
+        InputError: its record is damaged.
+    """
     record = read_done(folder) or _read(Making, folder / MAKING)
     return None if record is None else record.identity
 

@@ -15,18 +15,21 @@ import psutil
 import pytest
 from aiohttp import web
 
+import micota_fast
 from helpers.faulty_server import answer
 from helpers.servers import http_server
 from helpers.training_runs import metrics, train_config
 from micota_fast.cli import main
 from micota_fast.common.records import Completion, Problem, write_rows
+from micota_fast.config import loader
 from micota_fast.config.corpus import FilterConfig, MixConfig
 from micota_fast.config.generation import GenerateConfig
-from micota_fast.config.recipe import LaunchConfig
+from micota_fast.config.recipe import LaunchConfig, Recipe
 from micota_fast.errors import InputError
-from micota_fast.pipeline.graph import Artefact, Stage
+from micota_fast.pipeline.graph import Artefact, Stage, build_stages
 from micota_fast.pipeline.run import Run
 
+MICRO = Path(micota_fast.__file__).parent / "recipes" / "micro.yaml"
 ONE_JOB = LaunchConfig(jobs=1, threads=1)
 
 
@@ -321,6 +324,49 @@ def evaluated(out: Path, *changes: str) -> dict[str, object]:
     assert main(["run", "micro", "--out", str(out), *(word for change in small for word in ("--set", change))]) == 0
     results: dict[str, object] = json.loads((out / "evaluate/base/results.json").read_text())
     return results
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_is_added_or_changed_is_answered_alone(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    async def handler(http: web.Request) -> web.StreamResponse:
+        body = await http.json()
+        asked.append(body["rid"])
+        return web.json_response(answer(body))
+
+    def base(*names: str, **changed: str) -> dict[str, bytes]:
+        """Evaluate the untouched micro student by itself; the bytes of what the stage made."""
+        sets = [{"name": n, "path": f"../micro/problems/{n}.jsonl", "limit": 3} | changed for n in names]
+        if changed:
+            sets[:-1] = [{k: v for k, v in of.items() if k not in changed} for of in sets[:-1]]
+        overrides = [f"evaluate.benchmarks={json.dumps(sets)}", f"models.student.url={url}", "arms={}"]
+        recipe = loader.load(Recipe, str(MICRO), [*overrides, "align=[]", "student_answers=null"])
+        stages = [s for s in build_stages(recipe, MICRO, tmp_path / "run") if s.verb == "evaluate"]
+        Run(stages, ONE_JOB, tmp_path / "run").run(lambda line: None)
+        folder = tmp_path / "run/evaluate/base"
+        files = (file for file in folder.rglob("*") if file.is_file() and file.parent != folder)
+        return {str(file.relative_to(folder)): file.read_bytes() for file in files if "meters" not in file.name}
+
+    with http_server(handler) as url:
+        one = base("steps-3")
+        assert len(asked) == 3
+        two = base("steps-3", "steps-4")
+        assert len(asked) == 6
+        assert one.items() <= two.items()  # scores and graded rows among them
+        graded = json.loads((tmp_path / "run/evaluate/base/timing.json").read_text())["grading_s"]
+        assert list(graded) == ["steps-4"]
+        changed = base("steps-4", "steps-3", prompt="Say: {problem}")  # other order, another prompt for one
+        assert len(asked) == 9
+        assert [name for name in two if two[name] != changed[name] and "steps-4" in name] == []
+        assert two["completions/steps-3.jsonl"] != changed["completions/steps-3.jsonl"]
+        assert base("steps-4", "steps-3", prompt="Say: {problem}") == changed
+        assert len(asked) == 9
+        # As a run of a version before leaves it: no scores, no graded rows are taken over, but the answers are.
+        shutil.rmtree(tmp_path / "run/evaluate/base/scores")
+        assert base("steps-4") == {name: content for name, content in two.items() if "steps-4" in name}
+        assert len(asked) == 9
+    assert not (tmp_path / "run/evaluate/base/server.log").exists()
 
 
 @pytest.mark.slow
