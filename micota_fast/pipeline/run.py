@@ -230,7 +230,8 @@ class Run:
                         done[stage.name] = record.seconds
                         continue
                     folder = self.folder / stage.name
-                    running[stage.name] = StageProcess(stage, folder, self.command(stage), self.launch, lock)
+                    command, results = self.command(stage), VERBS[stage.verb].results
+                    running[stage.name] = StageProcess(stage, folder, command, self.launch, lock, results)
                     say(f"[{len(done)}/{len(self.stages)}] {stage.name}: {_reason(status)}")
                 for name, process in list(running.items()):
                     code = process.poll(say)
@@ -304,10 +305,10 @@ class Run:
         """Copy to the stage's folder the parts that last of former ones; resumes if it was killed."""
         formers = folder.parent.glob(f"{glob.escape(folder.name)}~*")
         in_order = sorted(formers, key=lambda path: (not (path / DONE).exists(), path))
-        made_for = [(former, theirs) for former in in_order if (theirs := made_for(former)) is not None]
+        kept_from = [(former, theirs) for former in in_order if (theirs := made_for(former)) is not None]
         for part in stage.lasting:
             wanted = _what_counts(identity, part)
-            for former, theirs in made_for:
+            for former, theirs in kept_from:
                 names = [name for name in part.names if (former / name).exists()]
                 if names and _what_counts(theirs, part) == wanted:
                     for name in names:

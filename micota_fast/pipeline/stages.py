@@ -78,6 +78,8 @@ class Verb:
         arguments: of the command line.
         command: the command that starts a stage of this verb, from the verb, the stage's settings, the file that they
             are written to, and how stages are launched.
+        results: pattern of the lines of a stage's log that `micota run` shows as soon as they are there; None: it only
+            shows the last line now and then.
         cost: "module:function" that estimates a stage (see `planning.costs`); None: too little to count.
     """
 
@@ -86,6 +88,7 @@ class Verb:
     options: str | None = None
     arguments: tuple[Argument, ...] = (_CONFIG, SET)
     command: Callable[[str, Any, Path, "LaunchConfig"], list[str]] = _config_command
+    results: str | None = None
     cost: str | None = None
 
 
@@ -142,6 +145,20 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
             function="micota_fast.planning.doctor:check",
             options="micota_fast.config.recipe:Recipe",
             arguments=(_RECIPE, _SET_OF_RECIPE, _FOLDER),
+        ),
+        "prune": Verb(
+            summary="list what a run has set aside (NAME~FINGERPRINT), and remove it once you agree",
+            function="micota_fast.pipeline.prune:prune",
+            arguments=(
+                _argument("run", metavar="RUN", help="the run's folder"),
+                _argument(
+                    "--older-than",
+                    type=float,
+                    metavar="DAYS",
+                    help="only what was finished more than DAYS ago; default: all",
+                ),
+                _argument("--yes", action="store_true", help="remove without asking"),
+            ),
         ),
         "generate": Verb(
             summary="sample a model's answers: problems in, completions out",
@@ -204,6 +221,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
             summary="grade a checkpoint's answers on benchmarks",
             function="micota_fast.evaluation.evaluate:run",
             options="micota_fast.config.evaluation:EvaluateConfig",
+            results=r".+: \d+\.\d\d% \[.+",
             cost="micota_fast.planning.costs:evaluate",
         ),
         "align": Verb(

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 
+from micota_fast.common.figures import size
 from micota_fast.common.gpu_specs import GPUS
 from micota_fast.errors import InputError
 from micota_fast.model.attention import choose_backend
 from micota_fast.pipeline.graph import Stage
 from micota_fast.planning import machine
 from micota_fast.planning.assumptions import FITS, Assumptions
-from micota_fast.planning.figures import size
 from micota_fast.planning.needs import Finding, Needs, sampling_of, serve_of
 from micota_fast.planning.plan import DEFAULT_GPU
 from micota_fast.planning.planner import Cost

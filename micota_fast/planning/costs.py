@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from micota_fast.common.figures import two
 from micota_fast.common.gpu_specs import GPU
 from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import read_lines
@@ -23,7 +24,6 @@ from micota_fast.kernels.chunks import LOGITS_BYTES
 from micota_fast.model.dtypes import bytes_per_element
 from micota_fast.pipeline.graph import BASE, Stage
 from micota_fast.planning.assumptions import FITS, Assumptions
-from micota_fast.planning.figures import two
 from micota_fast.planning.planner import Corpus, Cost, Model, Planner
 from micota_fast.planning.roofline import loss_seconds
 from micota_fast.planning.shapes import parameters, recomputed_flops, train_flops

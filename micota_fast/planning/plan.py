@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from micota_fast.common.figures import size, two
 from micota_fast.common.gpu_specs import GPUS
 from micota_fast.common.json_io import write_json
 from micota_fast.config import loader
@@ -14,7 +15,6 @@ from micota_fast.errors import InputError
 from micota_fast.pipeline.graph import BASE, Artefact, Stage, build_stages
 from micota_fast.pipeline.run import Run, read_done
 from micota_fast.planning.assumptions import Assumptions
-from micota_fast.planning.figures import size, two
 from micota_fast.planning.planner import Cost, Model, Planner
 from micota_fast.planning.shapes import parameters, shapes_of, weights_cached
 from micota_fast.sources.hub import is_hub

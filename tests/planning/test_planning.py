@@ -12,6 +12,7 @@ import torch
 
 from helpers.checkpoints import make_checkpoint
 from micota_fast.cli import main
+from micota_fast.common.figures import size, two
 from micota_fast.common.gpu_specs import GPUS
 from micota_fast.config import loader
 from micota_fast.config.generation import GenerateConfig, ServeConfig
@@ -27,7 +28,6 @@ from micota_fast.pipeline.graph import Artefact, Stage, build_stages
 from micota_fast.pipeline.run import Run
 from micota_fast.planning.assumptions import Assumptions
 from micota_fast.planning.costs import answering, train
-from micota_fast.planning.figures import size, two
 from micota_fast.planning.plan import Plan, make_plan, table
 from micota_fast.planning.planner import Corpus, Cost, Model, Planner
 from micota_fast.planning.shapes import known_shapes, parameters, shapes_of, train_flops, weights_cached
