@@ -3,7 +3,8 @@
 A stage is done if its folder contains a `done.json` whose identity (options and contents of inputs, not timestamps) is
 the one wanted now, and its outputs still have the contents recorded there. A folder made for another identity is
 renamed to NAME~FINGERPRINT, never deleted, and comes back when a recipe wants it again. Parts of it that do not depend
-on what has changed (`Stage.lasting`) are copied to the new folder.
+on what has changed (`Stage.lasting`), such as the answers to the other benchmarks of an evaluation, are copied to the
+new folder.
 """
 
 import contextlib
