@@ -349,22 +349,22 @@ def test_a_benchmark_that_is_added_or_changed_is_answered_alone(tmp_path: Path) 
         return {str(file.relative_to(folder)): file.read_bytes() for file in files if "meters" not in file.name}
 
     with http_server(handler) as url:
-        one = base("steps-3")
+        one = base("press-4")
         assert len(asked) == 3
-        two = base("steps-3", "steps-4")
+        two = base("press-4", "press-5")
         assert len(asked) == 6
         assert one.items() <= two.items()  # scores and graded rows among them
         graded = json.loads((tmp_path / "run/evaluate/base/timing.json").read_text())["grading_s"]
-        assert list(graded) == ["steps-4"]
-        changed = base("steps-4", "steps-3", prompt="Say: {problem}")  # other order, another prompt for one
+        assert list(graded) == ["press-5"]
+        changed = base("press-5", "press-4", prompt="Say: {problem}")  # other order, another prompt for one
         assert len(asked) == 9
-        assert [name for name in two if two[name] != changed[name] and "steps-4" in name] == []
-        assert two["completions/steps-3.jsonl"] != changed["completions/steps-3.jsonl"]
-        assert base("steps-4", "steps-3", prompt="Say: {problem}") == changed
+        assert [name for name in two if two[name] != changed[name] and "press-5" in name] == []
+        assert two["completions/press-4.jsonl"] != changed["completions/press-4.jsonl"]
+        assert base("press-5", "press-4", prompt="Say: {problem}") == changed
         assert len(asked) == 9
         # As a run of a version before leaves it: no scores, no graded rows are taken over, but the answers are.
         shutil.rmtree(tmp_path / "run/evaluate/base/scores")
-        assert base("steps-4") == {name: content for name, content in two.items() if "steps-4" in name}
+        assert base("press-5") == {name: content for name, content in two.items() if "press-5" in name}
         assert len(asked) == 9
     assert not (tmp_path / "run/evaluate/base/server.log").exists()
 
