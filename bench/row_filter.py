@@ -8,8 +8,8 @@ probability p of at least 1 - row_filter), the relative error (L2) of both gradi
 on it that the loss documents, and the time of forward and backward, runs alternating. Quantiles of 1 - p come from the
 logits in float64, as float32 cannot tell small ones from 0.
 
-Without --checkpoint the shipped micro checkpoints are measured, each on new text of the kind that it learned last but
-for its finish: the student on short answers, the assistant on varied ones, the teacher on long ones. A FILE holds rows
+Without --checkpoint the shipped micro checkpoints are measured, each on new text of a kind that it has learned:
+the student on short answers, the assistant on answers of every length, the teacher on long ones. A FILE holds rows
 of any format that training takes; where they are answers of the checkpoint itself (`micota generate`), the figures are
 those of a model on its own chain of thought.
 """
@@ -43,7 +43,7 @@ from micota_fast.model.safetensors_io import load_model
 FILTERS = (1e-4, 1e-3, 1e-2)
 QUANTILES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 PACK_TOKENS = 2048
-MICRO_TEXT = {"student": "short", "assistant": "varied", "teacher": "long"}
+MICRO_TEXT = {"student": "mostly-short", "assistant": "broad", "teacher": "long"}
 MICRO_SEED = 9  # of no training corpus
 
 Head = tuple[Tensor, Tensor, Tensor]  # hidden [N, H], weight [V, H], targets [N], all supervised

@@ -50,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some of each level, with answers short and long."""
     path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
-    levels = [(MICRO / "problems" / f"steps-{n}.jsonl").read_text().splitlines() for n in range(3, 8)]
+    levels = [(MICRO / "problems" / f"press-{n}.jsonl").read_text().splitlines() for n in (4, 5, 6, 8, 10)]
     path.write_text("".join(f"{line}\n" for lines in levels for line in lines[:PROBLEMS_PER_LEVEL]))
     return path
 
