@@ -256,7 +256,7 @@ def test_bench_serving_counts_the_tokens_that_were_made(server: Server, problems
     python = sglang_python()
     if subprocess.run([python, "-c", "import datasets"], capture_output=True).returncode:
         skip_or_fail(f"{python} lacks `datasets`, which bench_serving imports", "MICOTA_REQUIRE_CLIENTS")
-    number, most = 8, 40
+    number, most = 8, 24  # no answer ends before: of a streamed conversation it counts what it asked for, not what came
     asked = questions(problems, number)
     data = tmp_path / "conversations.jsonl"
     lines = [{"conversations": [{"value": text}, {"value": "an answer"}]} for text in asked]
