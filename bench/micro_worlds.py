@@ -89,7 +89,8 @@ def answer_tokens(run: Path, corpus: str) -> float:
 
 def sweep_weights(folder: Path, source: Path, run: Path) -> Sweep:
     """Merge at every weight and measure the answers to the first train problems."""
-    mergekit = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["models"]["assistant-mid"]["merge"]["mergekit"]
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    mergekit, sampling = recipe["models"]["assistant-mid"]["merge"]["mergekit"], recipe["generate"]
     mergekit["base_model"] = str(source / "checkpoints" / "assistant")
     mergekit["models"][0]["model"] = str(run / "model" / "assistant-long" / "model")
     config = folder / "merge.yaml"
@@ -101,8 +102,8 @@ def sweep_weights(folder: Path, source: Path, run: Path) -> Sweep:
         "out": folder / "sweep",
         "weights": list(WEIGHTS),
         "seed": 1,
-        "generate.max_new_tokens": 512,
-        "generate.serve.dtype": "float64",
+        "generate.max_new_tokens": sampling["max_new_tokens"],
+        "generate.serve.dtype": sampling["serve"]["dtype"],
     }
     micota("length-sweep", *(f"--set={key}={value}" for key, value in options.items()))
     return load(Sweep, folder / "sweep" / "sweep.json")

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from micota_fast.chat.encoding import Chat
 from micota_fast.chat.template import Message
+from micota_fast.chat.thought import CLOSE, OPEN
 from micota_fast.errors import InputError
 from micota_fast.sources.columns import advice, quoted
 
@@ -159,7 +160,7 @@ def _refuse_preferences(row: Mapping[str, Any]) -> None:
 
 def with_thought(thought: str, answer: str) -> str:
     """Put a thought before its answer, as models that think write it."""
-    return f"<think>\n{thought.strip()}\n</think>\n\n{answer}"
+    return OPEN + thought.strip() + CLOSE + answer
 
 
 def _text(holder: Mapping[str, Any], key: str, of: str = "") -> str:

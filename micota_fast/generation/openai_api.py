@@ -15,6 +15,7 @@ from typing import Any
 
 import aiohttp
 
+from micota_fast.chat.thought import join_thought
 from micota_fast.common.api_key import read_key
 from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import Completion, model_name
@@ -37,7 +38,6 @@ from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.generation.prompts import KEPT
 from micota_fast.generation.request import REPLY_BYTES, derive_seed
 from micota_fast.generation.schedule import Wanted
-from micota_fast.generation.thought import join_thought
 
 TOKEN_BYTES = 256  # of a token in JSON: far more than any tokenizer's longest, escaped
 EVENT_BYTES = 4096  # of the event that brings a token

@@ -1,4 +1,4 @@
-"""A thought and an answer that a server gives apart, as the one text that a model has written."""
+"""A thought and an answer that come apart, as the one text that a model has written."""
 
 OPEN, CLOSE = "<think>\n", "\n</think>\n\n"  # as R1, QwQ and Qwen3 write them
 
