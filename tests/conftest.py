@@ -20,6 +20,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on CPU tensors
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name bytes by their number: workers must collect the same names, and what is compressed holds the time."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def qwen2_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _made(tmp_path_factory, "qwen2")
