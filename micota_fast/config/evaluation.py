@@ -62,7 +62,8 @@ class BenchmarkConfig:
 
     preset: str | None = option(
         None,
-        doc="a shipped definition (aime2024, amc2023, olympiad, math500, gsm8k) of every option that is not given here",
+        doc="a shipped definition (aime2024, amc2023, olympiad, math500, gsm8k; aime2025, hmmt_feb_2025, minerva_math, "
+        "gpqa_diamond) of every option that is not given here",
         alias="like",
     )
     name: str = option("", doc="its name in the table; required without `preset`")
@@ -70,8 +71,9 @@ class BenchmarkConfig:
     columns: dict[str, str] = option({}, doc=COLUMNS, newer=True)
     prompt: str | None = option(None, doc="user message with {problem}; null: chat.prompt")
     stop: list[str] = option([], doc="strings that end an answer, besides those in `stop` for all sets")
-    rule: Literal["box", "box_zeros_trimmed", "last_number"] | None = option(
-        None, doc="how the `paper` protocol reads and compares the final answer; null: box"
+    rule: Literal["box", "box_zeros_trimmed", "last_number", "choice"] | None = option(
+        None,
+        doc="how the `paper` protocol reads and compares the final answer (choice: the letter of an option); null: box",
     )
     problems: list[int] = option([], doc="numbers of problems that the file may have; []: any")
     chance: float | None = option(

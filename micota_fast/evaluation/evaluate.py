@@ -34,6 +34,7 @@ from micota_fast.evaluation.results import (
 from micota_fast.generation.generate import Generation
 from micota_fast.generation.servers import named_urls, servers_for
 from micota_fast.grading.answers import why_unreadable
+from micota_fast.grading.choices import grade_choice, why_unreadable_as_choice
 from micota_fast.grading.gold import WhyUnreadable, check_golds
 from micota_fast.grading.grader import Grader, Verdict
 from micota_fast.grading.paper_rules import (
@@ -50,6 +51,7 @@ RULES: dict[str, tuple[Callable[[str, str], Verdict], WhyUnreadable]] = {  # how
     "box": (grade_by_string, why_unreadable_as_string),
     "box_zeros_trimmed": (partial(grade_by_string, trim_zeros=True), why_unreadable_as_string),
     "last_number": (grade_last_number, why_unreadable_as_number),
+    "choice": (grade_choice, why_unreadable_as_choice),
 }
 DEFAULT_RULE = "box"
 

@@ -81,7 +81,7 @@ def _letters(answer: str, gold: str) -> Settled | None:
 
 
 def _choices(answer: str, gold: str) -> Settled | None:
-    a, b = _choice(answer), _choice(gold)
+    a, b = choice(answer), choice(gold)
     if a is not None and b is not None:
         return "correct" if a[0].upper() == b[0].upper() else "wrong"
     letters = [_SEVERAL.fullmatch(text) for text in (answer, gold)]
@@ -91,8 +91,11 @@ def _choices(answer: str, gold: str) -> Settled | None:
     return None
 
 
-def _choice(text: str) -> tuple[str, str] | None:
-    """The letter, and what it stands for if that is written with it."""
+def choice(text: str) -> tuple[str, str] | None:
+    """Return the letter of a choice such as `(C)` or `C. 7`, and what it stands for if that is written with it.
+
+    None if a text, spelled as by `spelling.normalise`, is no choice.
+    """
     if match := _CHOICE.fullmatch(text):
         return match["a"] or match["b"], ""
     if match := _CHOICE_AND_TEXT.fullmatch(text):
@@ -106,8 +109,8 @@ def _choice(text: str) -> tuple[str, str] | None:
 
 def _without_letter(text: str) -> str:
     """What stands beside the letter of a choice, or the text."""
-    choice = _choice(text)
-    return text if choice is None else choice[1] or text
+    found = choice(text)
+    return text if found is None else found[1] or text
 
 
 # Words.

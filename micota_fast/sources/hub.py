@@ -29,6 +29,13 @@ class HubName(NamedTuple):
     split: str | None
 
 
+class Split(NamedTuple):
+    """The downloaded files of a split, and the commit that they are of."""
+
+    commit: str
+    files: list[tuple[str, Path]]  # what messages call each, and where it lies
+
+
 def is_hub(source: str | Path) -> bool:
     """Return whether a source is named as one of the Hub, rightly or not."""
     return str(source).startswith(_PREFIX)
@@ -53,8 +60,8 @@ def parse(source: str) -> HubName:
 
 
 @functools.cache  # a file is read more than once, and all readings must be of one commit
-def files(source: str) -> list[tuple[str, Path]]:
-    """Find the files of a dataset's split: (what messages call it, the downloaded file), in the order of their names.
+def split(source: str) -> Split:
+    """Download the files of a dataset's split, in the order of their names.
 
     A file belongs to the split if its path has it as a word, as in data/train-00000-of-00002.parquet. Without `:SPLIT`
     that is "train", or every file if no path has any split's name.
@@ -78,7 +85,8 @@ def files(source: str) -> list[tuple[str, Path]]:
             f"check the name and your access; without one, fetch it elsewhere with "
             f"`hf download {name.repo} --repo-type dataset --local-dir DIR` and name its file"
         ) from None
-    return [(f"hf://datasets/{name.repo}/{file}", Path(path)) for file, path in zip(chosen, paths, strict=True)]
+    files = [(f"hf://datasets/{name.repo}/{file}", Path(path)) for file, path in zip(chosen, paths, strict=True)]
+    return Split(str(info.sha), files)
 
 
 def choose(names: list[str], name: HubName, source: str) -> list[str]:

@@ -48,7 +48,7 @@ def read_rows(source: str | Path) -> Iterator[SourceRow]:
         InputError: the file cannot be read or is damaged, is of no known format, or a row has more than MAX_BYTES.
     """
     before = 0
-    for name, path in hub.files(str(source)) if hub.is_hub(source) else [(str(source), Path(source))]:
+    for name, path in hub.split(str(source)).files if hub.is_hub(source) else [(str(source), Path(source))]:
         number = 0
         with reading(name), path.open("rb") as file:
             for where, number, line in _rows(file, name, path):

@@ -19,6 +19,7 @@ from helpers.servers import serving_app
 from micota_fast.common.records import Problem, write_rows
 from micota_fast.errors import InputError
 from micota_fast.evaluation.benchmarks import _problem
+from micota_fast.sources.hub import parse
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -33,28 +34,43 @@ def rows_of(key: str, hub: dict[str, Any], number: int) -> list[dict[str, Any]]:
         "olympiad": lambda i: [f"${i}$", f"${i + 1}$"],
         "gsm8k": lambda i: f"There are {i} + 1.\n#### 1,{i:03}",
     }
+    if "options" in hub:
+        right, wrong = hub["options"]["right"], hub["options"]["wrong"]
+        return [
+            {hub["problem"]: f" Problem {i}? ", right: f"{i} m\n"} | {name: f"{i} {name}" for name in wrong}
+            for i in range(number)
+        ]
     answer = answers.get(key, str)
     return [{hub["problem"]: f" Problem {i}? ", hub["answer"]: answer(i), "more": i} for i in range(number)]
 
 
 @contextlib.contextmanager
-def hub(folder: Path, changed: dict[str, int]) -> Iterator[str]:
-    """Serves a repository a definition; `changed` gives some of them another number of problems."""
+def hub(folder: Path, changed: dict[str, int], *, gated: bool = False) -> Iterator[str]:
+    """Serves a repository per definition; `changed` gives some of them another number of problems.
+
+    `gated`: those that are gated do not open.
+    """
     files: dict[str, tuple[str, bytes]] = {}
     for key, definition in DEFINITIONS.items():
-        source = definition["hub"]
+        source, place = definition["hub"], parse(definition["hub"]["source"])
+        if gated and source.get("gated"):
+            continue
         rows = rows_of(key, source, changed.get(key, definition["problems"][-1]))
         if key == "math500":
             name, content = "test.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode()
         else:
-            name = f"{source.get('config', 'data')}/{source['split']}-00000-of-00001.parquet"
+            name = f"{place.folder or 'data'}/{place.split}-00000-of-00001.parquet"
             parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "t.parquet")
             content = (folder / "t.parquet").read_bytes()
-        files[source["repo"]] = (name, content)
+        files[place.repo] = (name, content)
 
     async def info(http: web.Request) -> web.Response:
         repo = f"{http.match_info['org']}/{http.match_info['name']}"
-        siblings = [{"rfilename": "README.md"}, {"rfilename": "main/train-0.parquet"}, {"rfilename": files[repo][0]}]
+        if repo not in files:
+            headers = {"X-Error-Code": "GatedRepo", "X-Error-Message": "You must have accepted its terms."}
+            return web.json_response({}, status=401, headers=headers)
+        assert http.match_info.get("revision") in (None, "refs/convert/parquet")
+        siblings = [{"rfilename": "README.md"}, {"rfilename": "other/rows-0.parquet"}, {"rfilename": files[repo][0]}]
         return web.json_response({"_id": "1", "id": repo, "sha": COMMIT, "siblings": siblings})
 
     async def file(http: web.Request) -> web.Response:
@@ -65,6 +81,7 @@ def hub(folder: Path, changed: dict[str, int]) -> Iterator[str]:
 
     app = web.Application()
     app.router.add_get("/api/datasets/{org}/{name}", info)
+    app.router.add_get("/api/datasets/{org}/{name}/revision/{revision}", info)
     app.router.add_get("/datasets/{org}/{name}/resolve/{path:.*}", file)
     with serving_app(app) as url:
         yield url
@@ -77,14 +94,15 @@ def micota_benchmarks(folder: Path, url: str, cache: Path) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
 
 
-def test_all_five_are_fetched_once(tmp_path: Path) -> None:
+def test_all_are_fetched_once(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     with hub(tmp_path, {}) as url:
         done = micota_benchmarks(folder, url, tmp_path / "cache")
         assert done.returncode == 0, done.stderr
         first = {file.name: file.read_bytes() for file in folder.iterdir()}
         again = micota_benchmarks(folder, url, tmp_path / "cache")
-        assert again.stdout.count("there already") == 5
+        assert again.stdout.count("there already") == len(DEFINITIONS)
+    assert "math-ai/aime25 at 0123456789abcdef0123456789abcdef01234567, Apache-2.0" in done.stdout
     for definition in DEFINITIONS.values():
         assert first[definition["path"]].count(b"\n") == definition["problems"][-1]
     answers = {name: json.loads(text.splitlines()[7])["answer"] for name, text in first.items() if name[0] != "S"}
@@ -94,7 +112,20 @@ def test_all_five_are_fetched_once(tmp_path: Path) -> None:
         "olympiadbench.jsonl": "7, 8",
         "math500.jsonl": "7",
         "gsm8k_test.jsonl": "1007",
+        "aime2025.jsonl": "7",
+        "hmmt_feb_2025.jsonl": "7",
+        "minerva_math.jsonl": "7",
+        "gpqa_diamond.jsonl": answers["gpqa_diamond.jsonl"],
     }
+    for line in first["gpqa_diamond.jsonl"].splitlines():
+        row = json.loads(line)
+        question, empty, *options = row["problem"].split("\n")
+        assert (question[:8], empty, [option[:3] for option in options]) == (
+            "Problem ",
+            "",
+            ["A) ", "B) ", "C) ", "D) "],
+        )
+        assert options["ABCD".index(row["answer"])].endswith(" m")
     assert json.loads(first["SOURCES.json"])["amc23.jsonl"] == {"repo": "math-ai/amc23", "commit": COMMIT}
 
 
@@ -105,6 +136,17 @@ def test_the_wrong_number_of_problems_is_an_error_and_the_rest_stays(tmp_path: P
     assert f"math-ai/amc23 at {COMMIT} has 83 problems; AMC 2023 has 40" in done.stderr
     assert (tmp_path / "data" / "aime2024.jsonl").exists()
     assert not (tmp_path / "data" / "amc23.jsonl").exists()
+
+
+def test_a_gated_set_that_does_not_open_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    with hub(tmp_path, {}, gated=True) as url:
+        done = micota_benchmarks(tmp_path / "data", url, tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "warning: GPQA-Diamond is left out; accept its terms at https://huggingface.co/" in done.stderr
+    )
+    assert not (tmp_path / "data" / "gpqa_diamond.jsonl").exists()
+    assert (tmp_path / "data" / "minerva_math.jsonl").exists()
 
 
 def changed_row(hub: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -125,7 +167,7 @@ def changed_row(hub: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def test_a_row_that_holds_no_answer_is_an_error(preset: str, answer: Any, what: str) -> None:
     """A whole solution for an answer would mark every answer wrong, and nobody would be told."""
     source = DEFINITIONS[preset]["hub"]
-    with pytest.raises(InputError, match=f"{source['repo']}: row x: .*{what}"):
+    with pytest.raises(InputError, match=f"{source['source']}: row x: .*{what}"):
         _problem(changed_row(source, answer=answer), "x", source)
 
 
@@ -133,6 +175,16 @@ def test_a_row_without_a_problem_is_an_error() -> None:
     source = DEFINITIONS["amc2023"]["hub"]
     with pytest.raises(InputError, match=r"row x: its 'question' is empty"):
         _problem(changed_row(source, problem=None), "x", source)
+
+
+def test_columns_of_another_name_are_an_error() -> None:
+    source = DEFINITIONS["gpqa_diamond"]["hub"]
+    [row] = rows_of("gpqa_diamond", source, 1)
+    del row["Incorrect Answer 2"]
+    with pytest.raises(InputError, match=r"row x has no 'Incorrect Answer 2', but Question, Correct Answer, "):
+        _problem(row, "x", source)
+    with pytest.raises(InputError, match=r"row x: the right option is among the wrong ones: '0 m'"):
+        _problem(row | {"Incorrect Answer 2": "0 m"}, "x", source)
 
 
 def test_a_number_keeps_its_value() -> None:
@@ -161,5 +213,5 @@ def test_no_network_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     done = micota_benchmarks(tmp_path / "data", "http://127.0.0.1:9", tmp_path / "cache")
     assert done.returncode == 2
     assert "cannot fetch math-ai/aime24 from the Hugging Face Hub" in done.stderr
-    assert "by hand" in done.stderr
+    assert f"or write {tmp_path / 'data' / 'aime2024.jsonl'} by hand" in done.stderr
     assert "Traceback" not in done.stderr
