@@ -142,9 +142,7 @@ def test_a_gated_set_that_does_not_open_is_left_out_with_a_warning(tmp_path: Pat
     with hub(tmp_path, {}, gated=True) as url:
         done = micota_benchmarks(tmp_path / "data", url, tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    assert (
-        "warning: GPQA-Diamond is left out; accept its terms at https://huggingface.co/" in done.stderr
-    )
+    assert "warning: GPQA-Diamond is left out; accept its terms at https://huggingface.co/" in done.stderr
     assert not (tmp_path / "data" / "gpqa_diamond.jsonl").exists()
     assert (tmp_path / "data" / "minerva_math.jsonl").exists()
 
