@@ -19,7 +19,9 @@ from micota_fast.common.schema import ABSENT, Absent, load, to_json
 from micota_fast.config.evaluation import BenchmarkConfig, EvaluateConfig
 from micota_fast.errors import InputError
 from micota_fast.evaluation.judge import ModelJudge
+from micota_fast.evaluation.majority import Grade, majority_correct
 from micota_fast.evaluation.results import (
+    ABORTED,
     OUTCOMES,
     BenchmarkResult,
     BenchmarkScore,
@@ -69,10 +71,14 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Graded:
-    """A benchmark's answers, protocol -> their verdicts, and what these were made of."""
+    """A benchmark's answers, protocol -> their verdicts, and what these were made of.
+
+    `majorities`: protocol -> of each problem, whether its most frequent answer is right; empty if each has one answer.
+    """
 
     rows: list[Completion]
     verdicts: dict[str, list[Verdict]]
+    majorities: dict[str, list[bool]]
     made_of: dict[str, Any]
 
 
@@ -177,7 +183,12 @@ def _grade(job: _Job, grader: Grader, made_of: dict[str, Any]) -> _Graded:
     rows = read_completions(job.answers.out)
     pairs = [(row.completion, row.answer) for row in rows]
     rule, _ = RULES[job.benchmark.rule or DEFAULT_RULE]
-    return _Graded(rows, {"strict": grader.grade(pairs), "paper": [rule(*pair) for pair in pairs]}, made_of)
+    grades: dict[str, Grade] = {"strict": grader.grade, "paper": lambda pairs: [rule(*pair) for pair in pairs]}
+    verdicts = {name: grade(pairs) for name, grade in grades.items()}
+    samples, majorities = job.asked.samples, {}
+    if samples > 1:
+        majorities = {name: majority_correct(rows, of, samples, grades[name]) for name, of in verdicts.items()}
+    return _Graded(rows, verdicts, majorities, made_of)
 
 
 def _made_of(config: EvaluateConfig, job: _Job, versions: dict[str, str], judge: Judge | Absent) -> dict[str, Any]:
@@ -191,6 +202,8 @@ def _made_of(config: EvaluateConfig, job: _Job, versions: dict[str, str], judge:
         "versions": versions,
         "judge": None if isinstance(judge, Absent) else to_json(judge),
     }
+    if job.asked.samples > 1:  # scores of earlier versions have no majority
+        made_of["majority"] = "the first of equals"
     return dict(as_read_back(made_of))
 
 
@@ -211,10 +224,15 @@ def _result(
 ) -> tuple[BenchmarkResult, list[GradedAnswer]]:
     """The entry of results.json, and the graded rows."""
     rows, verdicts = graded.rows, graded.verdicts
-    scores = {name: score(len(job.answers.problems), rows, of) for name, of in verdicts.items()}
+    problems = len(job.answers.problems)
+    scores = {name: score(problems, rows, of, graded.majorities.get(name, ())) for name, of in verdicts.items()}
     protocols = {
         name: ProtocolScore(
-            correct=of.correct, accuracy=of.accuracy, standard_error=of.standard_error, pass_at=of.pass_at
+            correct=of.correct,
+            accuracy=of.accuracy,
+            standard_error=of.standard_error,
+            majority=of.majority,
+            pass_at=of.pass_at,
         )
         for name, of in scores.items()
     }
@@ -253,17 +271,20 @@ def _jobs(config: EvaluateConfig, out: Path) -> list[_Job]:
     return jobs
 
 
-def score(problems: int, rows: Sequence[Completion], verdicts: Sequence[Verdict]) -> Score:
+def score(
+    problems: int, rows: Sequence[Completion], verdicts: Sequence[Verdict], majority: Sequence[bool] = ()
+) -> Score:
     """Compute the counts, the accuracy and the interval of one benchmark.
 
     With several samples per problem, accuracy is the mean over all answers (avg@k), and the interval takes the problems
     for independent but the samples of one for copies of each other, so it is never too narrow for their number. There
-    are also a standard error (`intervals.clustered_se`) and pass@k (`intervals.mean_pass_at`).
+    are also a standard error (`intervals.clustered_se`), pass@k (`intervals.mean_pass_at`) and maj@k.
 
     Args:
         problems: how many.
         rows: the answers, problem by problem, the same number to each.
         verdicts: of the rows.
+        majority: of each problem, whether its most frequent answer is right; used if there are several.
     """
     outcomes = list(map(_outcome, rows, verdicts))
     counts: dict[str, Any] = {outcome: outcomes.count(outcome) for outcome in OUTCOMES}
@@ -281,16 +302,20 @@ def score(problems: int, rows: Sequence[Completion], verdicts: Sequence[Verdict]
         return scored
     correct_PS = np.array([outcome == "correct" for outcome in outcomes], np.float64).reshape(problems, samples)
     pass_at = mean_pass_at(correct_PS.sum(axis=1).astype(int).tolist(), samples, samples)
+    share = sum(majority) / problems
     return replace(
         scored,
         samples=samples,
         standard_error=clustered_se(correct_PS) if problems > 1 else None,
+        majority=share,
+        majority95=wilson95(share, problems),
         pass_at={str(k): value for k, value in pass_at.items()},
+        pass95=wilson95(pass_at[samples], problems),
     )
 
 
 def _outcome(row: Completion, verdict: Verdict) -> Outcome:
-    if row.finish_reason in ("abort", "content_filter"):
+    if row.finish_reason in ABORTED:
         return "aborted"
     if row.finish_reason != "stop" and verdict.status != "correct":
         return "truncated"
@@ -327,8 +352,13 @@ def _line(name: str, entry: BenchmarkResult) -> str:
     parts = [f"{entry.correct} of {entry.n}{'; ' + counts if counts else ''})"]
     if entry.samples and entry.pass_at:
         error = f"{100 * entry.standard_error:.2f} points" if isinstance(entry.standard_error, float) else "unknown"
-        passed = entry.pass_at[str(entry.samples)]
-        parts += [f"avg@{entry.samples}, standard error {error}", f"pass@{entry.samples} {100 * passed:.2f}%"]
+        parts.append(f"avg@{entry.samples}, standard error {error}")
+        several = {"maj": (entry.majority, entry.majority95)}
+        several["pass"] = entry.pass_at[str(entry.samples)], entry.pass95
+        for of, (share, interval) in several.items():
+            if not isinstance(share, Absent) and not isinstance(interval, Absent):
+                bounds = ", ".join(f"{100 * bound:.2f}" for bound in interval)
+                parts.append(f"{of}@{entry.samples} {100 * share:.2f}% [{bounds}]")
     others = {of: scored for of, scored in entry.protocols.items() if of != entry.protocol}
     named = {"strict": "the strict rule", "paper": "the paper rule", "judge": "the judge"}
     parts += [f"by {named[of]} {100 * scored.accuracy:.2f}%" for of, scored in others.items()]

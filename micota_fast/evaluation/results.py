@@ -23,6 +23,8 @@ from micota_fast.common.schema import (
 
 Outcome = Literal["correct", "wrong", "no_answer", "truncated", "aborted", "timeout", "crashed"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+ABORTED = ("abort", "content_filter")
+"""Finish reasons of answers that count as `aborted`, whatever they hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ class ProtocolScore:
     correct: Count | None = None
     accuracy: Share
     standard_error: NonNegative | Absent | None = ABSENT
+    majority: Share | Absent = ABSENT
     pass_at: dict[str, Share] | Absent = ABSENT
     undecided: Count | Absent = ABSENT
     """Answers of which the judge said neither True nor False; absent for the other protocols."""
@@ -63,8 +66,14 @@ class Score:
     """Answers per problem."""
     standard_error: NonNegative | Absent | None = ABSENT
     """Of `accuracy`, as a fraction, with the problems as clusters; None for a single problem."""
+    majority: Share | Absent = ABSENT
+    """maj@samples: of the problems, the share whose most frequent answer is right; earlier versions lack it."""
+    majority95: tuple[Share, Share] | Absent = ABSENT
+    """Its Wilson interval over the problems."""
     pass_at: dict[str, Share] | Absent = ABSENT
     """"k" -> pass@k."""
+    pass95: tuple[Share, Share] | Absent = ABSENT
+    """The Wilson interval over the problems of pass@samples; earlier versions lack it."""
 
     def __post_init__(self) -> None:
         if self.size > self.n:

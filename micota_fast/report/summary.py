@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from micota_fast.common.schema import Absent
 from micota_fast.corpus.results import BenchmarkOverlap
 from micota_fast.evaluation.results import BenchmarkResult
 from micota_fast.report.comparison import Comparison, compare
@@ -56,12 +57,17 @@ class Sampled:
 
     `accuracy` is the mean over all answers, `standard_error` covers the sample of problems but not training; None for a
     single problem. `pass_at` holds pass@k for k = 1, 2, 4, ... and `samples`, that of the seed with the fewest.
+    `majority` is maj@samples; None if the seeds have another number of samples, or results of earlier versions lack it.
+    `pass95` and `majority95` are intervals as of `Estimate`.
     """
 
     samples: int
     accuracy: float
     standard_error: float | None
     pass_at: dict[int, float]
+    pass95: tuple[float, float]
+    majority: float | None
+    majority95: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,22 @@ def _sampled(models: Sequence[EvaluatedModel]) -> dict[str, Sampled]:
         passed = [mean_pass_at(of_seed.correct, of_seed.samples, samples) for of_seed in graded]
         pass_at = {k: math.fsum(of_seed[k] for of_seed in passed) / len(passed) for k in passed[0]}
         standard_error = clustered_se(score_PS) if len(score_PS) > 1 else None
-        found[name] = Sampled(samples, float(score_PS.mean()), standard_error, pass_at)
+        of_pass = macro_average([[of_seed[samples]] for of_seed in passed], [len(score_PS)])
+        majority = majority95 = None
+        voted = [of_seed.benchmarks[name].majority for of_seed in models]
+        shares = [share for share in voted if not isinstance(share, Absent)]
+        if len(shares) == len(graded) and all(of_seed.samples == samples for of_seed in graded):
+            of_majority = macro_average([[share] for share in shares], [len(score_PS)])
+            majority, majority95 = of_majority.mean, (of_majority.low, of_majority.high)
+        found[name] = Sampled(
+            samples=samples,
+            accuracy=float(score_PS.mean()),
+            standard_error=standard_error,
+            pass_at=pass_at,
+            pass95=(of_pass.low, of_pass.high),
+            majority=majority,
+            majority95=majority95,
+        )
     return found
 
 

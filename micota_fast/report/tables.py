@@ -94,7 +94,9 @@ def _accuracy_row(arm: Arm, strong: bool, claimed: float | None) -> tuple[Cell, 
             delta = replace(delta, second=f"published: {claimed:+g}".replace("-", "−"))
     return (
         Cell(arm.name, "untouched" if arm.name == BASE else f"{runs} seed{'s' if runs > 1 else ''}", strong=strong),
-        replace(_accuracy(average), second="" if average.sd is None else _bounds(average), strong=strong),
+        replace(
+            _accuracy(average), second="" if average.sd is None else _bounds(average.low, average.high), strong=strong
+        ),
         delta,
         *(_accuracy(estimate) for estimate in arm.benchmarks.values()),
     )
@@ -162,7 +164,7 @@ def deltas_table(summary: Summary) -> Table:
 
 
 def samples_table(summary: Summary) -> Table | None:
-    """Tabulate avg@k and pass@k of the benchmarks with several answers per problem; None if there are none."""
+    """Tabulate avg@k, maj@k and pass@k of the benchmarks with several answers per problem; None if there are none."""
     names = [name for name in summary.problems if any(name in arm.sampled for arm in summary.arms)]
     if not names:
         return None
@@ -170,7 +172,9 @@ def samples_table(summary: Summary) -> Table | None:
     notes = (
         "avg@k: the mean over k answers to each problem (and over seeds), in %. SE: its standard error, the answers to "
         "a problem taken as one cluster (Miller 2024, arXiv 2411.00640); it covers the sample of problems, not "
-        "training. pass@k: the unbiased estimate (Chen et al. 2021, arXiv 2107.03374), mean over problems and seeds.",
+        "training. maj@k: the share of problems whose most frequent answer is right (of equally frequent ones the "
+        "first). pass@k: the unbiased estimate (Chen et al. 2021, arXiv 2107.03374), mean over problems and seeds. "
+        "[ ]: 95% interval, as of the accuracies: Wilson's over the problems and Student's t over seeds.",
     )
     columns = (Cell("Arm"), *(Cell(name, f"n = {summary.problems[name]}") for name in names))
     return Table("Several answers to a problem", columns, rows, notes)
@@ -181,15 +185,18 @@ def _sampled(one: Sampled | None) -> Cell:
         return Cell(ABSENT, muted=True)
     error = "" if one.standard_error is None else f", SE {percent(one.standard_error)}"
     k = one.samples
-    return Cell(percent(one.accuracy), f"avg@{k}{error}", f"pass@{k} {percent(one.pass_at[k])}")
+    shares = [f"pass@{k} {percent(one.pass_at[k])} {_bounds(*one.pass95)}"]
+    if one.majority is not None and one.majority95 is not None:
+        shares.insert(0, f"maj@{k} {percent(one.majority)} {_bounds(*one.majority95)}")
+    return Cell(percent(one.accuracy), f"avg@{k}{error}", ", ".join(shares))
 
 
-def _bounds(estimate: Estimate) -> str:
-    return f"[{percent(estimate.low)}, {percent(estimate.high)}]"
+def _bounds(low: float, high: float) -> str:
+    return f"[{percent(low)}, {percent(high)}]"
 
 
 def _accuracy(estimate: Estimate) -> Cell:
-    spread = _bounds(estimate) if estimate.sd is None else f"± {percent(estimate.sd)}"
+    spread = _bounds(estimate.low, estimate.high) if estimate.sd is None else f"± {percent(estimate.sd)}"
     return Cell(percent(estimate.mean), spread)
 
 

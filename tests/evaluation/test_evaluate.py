@@ -76,16 +76,18 @@ def test_samples_of_one_problem_do_not_narrow_the_interval() -> None:
 def test_several_samples_are_told_of_by_avg_and_pass_at_k() -> None:
     right = {"a": 4, "b": 1, "c": 0}  # of 4 answers each
     rows = [Completion(id_, s, "?", "7", "", "stop", 1, 1, None) for id_ in right for s in range(4)]
-    got = score(3, rows, [Verdict("correct" if row.sample < right[row.id] else "wrong", None) for row in rows])
+    verdicts = [Verdict("correct" if row.sample < right[row.id] else "wrong", None) for row in rows]
+    got = score(3, rows, verdicts, [True, False, False])
     assert (got.samples, got.accuracy) == (4, 5 / 12)
     # the problems' means are 1, 1/4 and 0
     assert got.standard_error == pytest.approx(np.std([1, 1 / 4, 0], ddof=1) / math.sqrt(3))
     # b's one right answer is among 1, 2, 4 of 4 with chance 1/4, 1/2, 1
     assert got.pass_at == pytest.approx({"1": 5 / 12, "2": 1.5 / 3, "4": 2 / 3})
-    alone = score(1, rows[4:8], [Verdict("wrong", None)] * 4)
+    assert (got.majority, got.majority95, got.pass95) == (1 / 3, wilson95(1 / 3, 3), wilson95(2 / 3, 3))
+    alone = score(1, rows[4:8], [Verdict("wrong", None)] * 4, [False])
     assert (alone.standard_error, alone.pass_at) == (None, {"1": 0.0, "2": 0.0, "4": 0.0})
     once = score(3, rows[::4], [Verdict("correct", None)] * 3)
-    assert not to_json(once).keys() & {"samples", "standard_error", "pass_at"}
+    assert not to_json(once).keys() & {"samples", "standard_error", "pass_at", "majority"}
 
 
 @pytest.fixture
@@ -159,9 +161,13 @@ def test_several_samples_through_a_real_server(settings: EvaluateConfig, capsys:
     assert entry["pass_at"]["1"] == pytest.approx(entry["accuracy"])
     check_schema(EvaluationResults, Path(settings.out) / "results.json")
     for protocol in ("strict", "paper"):
-        assert entry["protocols"][protocol].keys() == {"correct", "accuracy", "standard_error", "pass_at"}
+        assert entry["protocols"][protocol].keys() == {
+            "correct", "accuracy", "standard_error", "majority", "pass_at",
+        }  # fmt: skip
     told = capsys.readouterr().out
-    assert "; avg@3, standard error 0.00 points; pass@3 0.00%" in told
+    assert "; avg@3, standard error 0.00 points; maj@3 0.00% [0.00, 56.15]; pass@3 0.00% [0.00, 56.15]" in told
+    made_of = json.loads((Path(settings.out) / "scores" / "small.json").read_text())["made_of"]
+    assert made_of["majority"] == "the first of equals"
     assert "average of 2: 0.00% [0.00, " in told
 
 

@@ -175,6 +175,10 @@ class TestPaired:
     def test_several_answers_a_problem_have_a_table(self, paired: ReportConfig, tmp_path: Path) -> None:
         seeds = [answered(seed, 0.5, samples=6) for seed in (9, 10)]
         arms = {"mid": [graded(tmp_path / f"avg{i}", of) for i, of in enumerate(seeds)], "short": paired.arms["short"]}
+        for path, majority in zip(arms["mid"], (0.5, 0.6), strict=True):  # as an evaluation has found it
+            results = json.loads(Path(path).read_text())
+            results["benchmarks"]["aime"]["majority"] = majority
+            Path(path).write_text(json.dumps(results))
         markdown, numbers, html = made(dataclasses.replace(paired, arms=arms))
         both_PS = np.concatenate([of["aime"] for of in seeds], axis=1).astype(float)
         found = numbers["arms"]["mid"]["sampled"]["aime"]
@@ -187,7 +191,15 @@ class TestPaired:
         assert numbers["arms"]["short"]["sampled"] == {}
         rows = rows_of(markdown[markdown.index("**Several answers to a problem**") :])
         mean, error = both_PS.mean(), found["standard_error"]
-        assert rows["mid"][2] == f"{100 * mean:.1f} (avg@6, SE {100 * error:.1f}, pass@6 {100 * passed[6]:.1f})"
+        of_pass = macro_average([[(of["aime"].any(axis=1)).mean()] for of in seeds], [40])
+        of_majority = macro_average([[0.5], [0.6]], [40])
+        assert found["pass95"] == pytest.approx([of_pass.low, of_pass.high])
+        assert found["majority95"] == pytest.approx([of_majority.low, of_majority.high])
+        maj, pass_ = (f"[{100 * of.low:.1f}, {100 * of.high:.1f}]" for of in (of_majority, of_pass))
+        shares = f"maj@6 55.0 {maj}, pass@6 {100 * passed[6]:.1f} {pass_}"
+        assert rows["mid"][2] == f"{100 * mean:.1f} (avg@6, SE {100 * error:.1f}, {shares})"
+        assert numbers["arms"]["mid"]["sampled"]["math"]["majority"] is None  # of an earlier version's results
+        assert "maj@" not in rows["mid"][1]
         assert rows["short"] == ["short", "–", "–"]
         assert "Several answers to a problem" in html
         assert "Several answers" not in made(paired)[0]
