@@ -14,8 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from micota_fast.chat.answer_place import Place, first_difference, place_answer
 from micota_fast.chat.limits import OverLimitError
 from micota_fast.chat.template import ChatTemplate, Message, load_chat_template, special_tokens
+from micota_fast.chat.thought_counts import ThoughtCounts
+from micota_fast.chat.thoughts import CLOSE, OPEN, training_text
 from micota_fast.chat.tokenizer import ForeignTokenizer, TextError
 from micota_fast.common.json_io import read_json_if_there
 from micota_fast.config.generation import ChatConfig
@@ -192,7 +195,12 @@ class Chat:
             text = self._bare_prefix + text
         return text + messages[1]["content"] + self._end_of_turn if len(messages) == 2 else text
 
-    def segments(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> list[Segment]:
+    def segments(
+        self,
+        messages: Sequence[Message],
+        options: Mapping[str, Any] | None = None,
+        counts: ThoughtCounts | None = None,
+    ) -> list[Segment]:
         """Cut a conversation that ends with the assistant into prompt and answer segments, alternating.
 
         Joined, they are the rendered conversation up to the last end-of-turn token. Every assistant turn is supervised
@@ -201,6 +209,7 @@ class Chat:
         Args:
             messages: the conversation.
             options: further names for the template, as a row's `chat_template_kwargs` has them.
+            counts: takes up what becomes of thoughts (`chat.thinking`) and what the template inserts.
 
         Raises:
             InputError: the conversation does not end with the assistant, a message holds the text of a control token
@@ -219,46 +228,51 @@ class Chat:
                 f"{self._template_where()}: the chat template puts no special token after an assistant's message, so a "
                 f"model trained on it would never stop: add eos_token to the template"
             )
+        counts = counts if counts is not None else ThoughtCounts()
+        messages = [self._with_thought(message, number, counts) for number, message in enumerate(messages, 1)]
         last = len(messages) - 1
-        last_prompt, full = self._prompt_and_answered(messages, last, options)
+        last_place = self._place(messages, last, options)
+        full = last_place.answered + self._turn_tail
         segments: list[Segment] = []
         done = 0
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            turn = f"message {index + 1} (assistant)"
-            prompt, answered = (
-                (last_prompt, full) if index == last else self._prompt_and_answered(messages, index, options)
+            prompt, before_tail, inserted, unopened = (
+                last_place if index == last else self._place(messages, index, options)
             )
-            if not answered.startswith(prompt):
-                raise InputError(
-                    f"{turn}: the chat template of {self._template_where()} renders the answered conversation unlike "
-                    f"the prompt it generates from: {_first_difference(prompt, answered)}"
-                )
-            content_end = len(answered) - len(self._turn_tail)
-            if not answered.endswith(self._turn_tail) or not _ends_with(
-                answered[len(prompt) : content_end], message["content"]
-            ):
-                raise InputError(
-                    f"{turn}: the chat template of {self._template_where()} drops or rewrites part of the message (as "
-                    f"some do with thinking), so the model would learn another text; train on a template that keeps it"
-                )
-            end = content_end + self._turn_tail.index(self._end_of_turn) + len(self._end_of_turn)
+            counts.take_place(inserted, unopened)
+            answered = before_tail + self._turn_tail
+            end = len(before_tail) + self._turn_tail.index(self._end_of_turn) + len(self._end_of_turn)
             if not full.startswith(answered[:end]):
                 raise InputError(
-                    f"{turn}: the chat template of {self._template_where()} rewrites this turn once later ones follow, "
-                    f"so it cannot be learned in this row; split the conversation into one row for each answer: "
-                    f"{_first_difference(answered[:end], full)}"
+                    f"message {index + 1} (assistant): the chat template of {self._template_where()} rewrites this "
+                    f"turn once later ones follow, so it cannot be learned in this row; split the conversation "
+                    f"into one row for each answer: {first_difference(answered[:end], full)}"
                 )
             segments += [Segment(full[done : len(prompt)], False), Segment(full[len(prompt) : end], True)]
             done = end
         return segments
 
-    def _prompt_and_answered(
-        self, messages: Sequence[Message], index: int, options: Mapping[str, Any] | None
-    ) -> list[str]:
+    def _with_thought(self, message: Message, number: int, counts: ThoughtCounts) -> Message:
+        """An assistant's message with its thought as `chat.thinking` says; others as they are."""
+        if message["role"] != "assistant":
+            return message
+        tags = (self._config.thinking_tags[0], self._config.thinking_tags[1])
+        try:
+            text = training_text(message["content"], "", self._config.thinking, tags)
+        except InputError as error:
+            raise InputError(f"message {number} (assistant): {error}") from None
+        counts.take_text(message["content"], text)
+        return {**message, "content": text}
+
+    def _place(self, messages: Sequence[Message], index: int, options: Mapping[str, Any] | None) -> Place:
         """The text that an assistant's message is generated from, and the text that ends with it."""
-        return self._render([(messages[:index], True), (messages[: index + 1], False)], options)
+        prompt, answered = self._render([(messages[:index], True), (messages[: index + 1], False)], options)
+        try:
+            return place_answer(prompt, answered, self._turn_tail, messages[index]["content"], self._template_where())
+        except InputError as error:
+            raise InputError(f"message {index + 1} (assistant): {error}") from None
 
     def encode_segments(self, conversations: Sequence[Sequence[Segment]]) -> list[Encoded]:
         """Tokenise many conversations at once, in the tokenizer's own threads; no token is added to the text's own.
@@ -298,7 +312,8 @@ class Chat:
                 text = text[len(before) : len(text) - len(after)]
             if not before:
                 text = text.removeprefix(self._bare_prefix)
-        return next((token for token in self._control_texts if token in text), None)
+        own = (OPEN, CLOSE) if message["role"] == "assistant" else ()
+        return next((token for token in self._control_texts if token in text and token not in own), None)
 
     def _template_where(self) -> str:
         return self._where if self._template is None else self._template.where
@@ -339,13 +354,3 @@ def _eos_token_ids(values: dict[str, Any], where: Path, tokenizer: Tokenizer, vo
 
 def _known(vocab_size: int) -> str:
     return f"the model knows only {vocab_size} (vocab_size in config.json): tokenizer and model do not belong together"
-
-
-def _ends_with(text: str, content: str) -> bool:
-    """Whether `text` ends with `content`, whatever white space a template trims or sets between its parts."""
-    return text.rstrip().endswith(content.strip()) or "".join(text.split()).endswith("".join(content.split()))
-
-
-def _first_difference(expected: str, got: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
-    return f"expected {expected[at : at + 40]!r}, found {got[at : at + 40]!r}"

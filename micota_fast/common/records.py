@@ -48,6 +48,7 @@ class Completion:
     seed: int | None  # sampling seed sent to the server; None where decoding was greedy
     correct: bool | None = None  # None: not graded
     model: str = ""
+    opened: str = ""  # what the generation prompt opened, such as "<think>\n"; left out of the row if nothing
 
 
 _KINDS: dict[Any, tuple[type, ...]] = {
@@ -182,6 +183,8 @@ def encode_row(row: Problem | Completion | Mapping[str, Any]) -> bytes:
         InputError: a text of the row is not Unicode.
     """
     value = row if isinstance(row, Mapping) else vars(row)
+    if value.get("opened") == "":
+        value = {key: item for key, item in value.items() if key != "opened"}
     return encode_json(value) + b"\n"
 
 

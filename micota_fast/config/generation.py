@@ -33,7 +33,20 @@ class ChatConfig:
         True, doc="render through the checkpoint's chat template; false sends the prompt as bare text", source="ours"
     )
 
+    thinking: Literal["keep", "strip", "wrap"] = option(
+        "keep",
+        doc="what becomes of a reasoning model's thought in training text: keep (in one pair of <think> tags, the "
+        "opening one restored where the prompt had it), strip (the answer alone), wrap (in `thinking_tags`)",
+        source="ours",
+        newer=True,
+    )
+    thinking_tags: tuple[str, str] = option(
+        ("<think>", "</think>"), doc="opening and closing tag of `thinking: wrap`", newer=True
+    )
+
     def __post_init__(self) -> None:
+        if not all(tag.strip() for tag in self.thinking_tags):
+            raise InputError("`thinking_tags` must be two texts that are not blank")
         if "{problem}" not in self.prompt:
             raise InputError("`prompt` must contain {problem}, which the problem's text replaces")
 

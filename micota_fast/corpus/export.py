@@ -18,8 +18,11 @@ GROUP_ROWS = 1 << 14
 GROUP_CHARACTERS = 16 << 20  # of problem and completion
 
 
-def schema() -> "pyarrow.Schema":
-    """Return the columns: Completion's fields, by their names; nullable where None may stand. Counts are int64."""
+def schema(opened: bool = False) -> "pyarrow.Schema":
+    """Return the columns: Completion's fields, by their names; nullable where None may stand. Counts are int64.
+
+    `opened` is a column only if the prompt of some row has opened something, as it is a key of such rows alone.
+    """
     import pyarrow as pa
 
     types = {
@@ -30,7 +33,11 @@ def schema() -> "pyarrow.Schema":
         bool | None: pa.bool_(),
     }
     return pa.schema(
-        [pa.field(f.name, types[f.type], nullable=f.type not in (str, int)) for f in fields(Completion)]  # type: ignore[index]
+        [
+            pa.field(f.name, types[f.type], nullable=f.type not in (str, int))  # type: ignore[index]
+            for f in fields(Completion)
+            if opened or f.name != "opened"
+        ]
     )
 
 
@@ -57,7 +64,7 @@ def export(completions: str | Path, out: str | Path) -> int:
     except ImportError:
         raise InputError("export needs pyarrow: pip install 'micota-fast[parquet]'") from None
     refuse_to_overwrite(out, completions)
-    columns, count = schema(), 0
+    columns, count = schema(any(row.opened for row in iter_completions(completions))), 0
     rows = iter_completions(completions)
     with open_atomic(Path(out)) as file, pq.ParquetWriter(file, columns, compression="zstd") as writer:
         while group := list(_group(rows)):

@@ -15,7 +15,7 @@ from micota_fast.common.records import Completion, encode_row, iter_completions
 from micota_fast.common.schema import to_json
 from micota_fast.config.corpus import FilterConfig
 from micota_fast.corpus.results import AcceptedTokens, CorpusCounts
-from micota_fast.corpus.rules import REASONS, reject_at_once, reject_graded
+from micota_fast.corpus.rules import REASONS, SELDOM, reject_at_once, reject_graded
 from micota_fast.errors import InputError
 from micota_fast.grading.gold import GoldCheck
 from micota_fast.grading.grader import Grader
@@ -105,7 +105,7 @@ class _Tally:
             rejected={
                 reason: self._rejected[reason]
                 for reason in REASONS
-                if reason != "content_filter" or self._rejected[reason]  # only APIs have it
+                if reason not in SELDOM or self._rejected[reason]
             },
             tokens=AcceptedTokens(
                 mean=float(measured.mean()),

@@ -10,8 +10,10 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
+from micota_fast.chat.thoughts import CLOSE, split_thought
 from micota_fast.common.records import Completion
 from micota_fast.config.corpus import FilterSettings
+from micota_fast.errors import InputError
 from micota_fast.grading.grader import Grader, Verdict, extract_boxed
 
 # The first that holds is the reason an answer is rejected for.
@@ -25,8 +27,11 @@ REASONS = (
     "wrong",
     "timeout",
     "crashed",
-    "content_filter",  # last, as journals keep the places of reasons
+    "content_filter",  # new ones last, as journals keep the places of reasons
+    "unclosed_thought",
+    "malformed_thought",  # opened or closed twice, or not at the beginning
 )
+SELDOM = REASONS[-3:]  # of APIs or of reasoning models alone: counted only if there are any
 RUN_WORDS = 16  # of `max_repeated`
 GRADED_AT_ONCE = 256  # pairs; a batch ends with its slowest
 
@@ -37,12 +42,23 @@ def reject_at_once(row: Completion, rules: FilterSettings) -> str | None:
         return {"length": "truncated", "content_filter": "content_filter"}.get(row.finish_reason, "aborted")
     if row.completion_tokens >= rules.max_tokens:
         return "too_long"
+    if (reason := _thought_fault(row)) is not None:
+        return reason
     if (rules.require_boxed or rules.require_correct) and not extract_boxed(row.completion):
         return "no_answer"
     if rules.max_foreign is not None and foreign_share(row.completion, row.problem) > rules.max_foreign:
         return "foreign_script"
     if rules.max_repeated is not None and repeated_share(row.completion) > rules.max_repeated:
         return "repetition"
+    return None
+
+
+def _thought_fault(row: Completion) -> str | None:
+    try:
+        split_thought(row.completion, row.opened)
+    except InputError:
+        whole = row.opened + row.completion
+        return "malformed_thought" if CLOSE in whole else "unclosed_thought"
     return None
 
 

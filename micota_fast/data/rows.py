@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from micota_fast.chat.encoding import Chat
 from micota_fast.chat.template import Message
-from micota_fast.chat.thought import CLOSE, OPEN
+from micota_fast.chat.thoughts import join_thought, with_opening
 from micota_fast.errors import InputError
 from micota_fast.sources.columns import advice, quoted
 
@@ -56,7 +56,7 @@ def to_messages(row: Mapping[str, Any], chat: Chat, named: Collection[str] = ())
     """
     row = {key: value for key, value in row.items() if value is not None}
     _refuse_preferences(row)
-    name = _format(row, named)
+    name = format_name(row, named)
     for key in _UNSUPPORTED:
         if row.get(key):
             raise InputError(f"key {key!r} is not supported")
@@ -69,7 +69,9 @@ def to_messages(row: Mapping[str, Any], chat: Chat, named: Collection[str] = ())
     return messages
 
 
-def _format(row: Mapping[str, Any], named: Collection[str]) -> str:
+def format_name(row: Mapping[str, Any], named: Collection[str] = ()) -> str:
+    """Return the name of a row's format; raises InputError if it is of none or of several."""
+    row = {key: value for key, value in row.items() if value is not None}
     found = [name for name, kind in _FORMATS.items() if all(key in row for key in kind.keys)]
     if len(found) > 1 and (meant := [name for name in found if set(named) & set(_FORMATS[name].keys)]):
         found = meant
@@ -158,11 +160,6 @@ def _refuse_preferences(row: Mapping[str, Any]) -> None:
             )
 
 
-def with_thought(thought: str, answer: str) -> str:
-    """Put a thought before its answer, as models that think write it."""
-    return OPEN + thought.strip() + CLOSE + answer
-
-
 def _text(holder: Mapping[str, Any], key: str, of: str = "") -> str:
     value = holder[key]
     if not isinstance(value, str):
@@ -172,8 +169,10 @@ def _text(holder: Mapping[str, Any], key: str, of: str = "") -> str:
 
 def _answer(holder: Mapping[str, Any], key: str, of: str = "") -> Message:
     text = _text(holder, key, of)
+    if key == "completion" and holder.get("opened"):
+        text = with_opening(text, _text(holder, "opened", of))
     if holder.get("reasoning_content"):
-        text = with_thought(_text(holder, "reasoning_content", of), text)
+        text = join_thought(_text(holder, "reasoning_content", of).strip(), text, True)
     return {"role": "assistant", "content": text}
 
 

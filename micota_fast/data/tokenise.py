@@ -1,6 +1,7 @@
 """Training rows -> token arrays with a loss mask, every row accounted for."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from micota_fast.chat.encoding import Chat, Encoded, Segment
+from micota_fast.chat.thought_counts import ThoughtCounts
 from micota_fast.chat.tokenizer import TextError
 from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import write_rows
-from micota_fast.data.rows import to_messages
+from micota_fast.data.rows import format_name, to_messages
 from micota_fast.errors import InputError
 from micota_fast.sources.columns import renamed
 from micota_fast.sources.rows import SourceRow, read_rows
 
+EXAMPLE_PARTS, EXAMPLE_CHARS = 4, 600  # of the row that the log shows
 _BATCH_CHARS = 4_000_000  # text tokenised at once: about 1M tokens, some 100 MB in the tokenizer's own form
 
 
@@ -38,6 +41,7 @@ class Documents:
     truncated: int  # over the limit and kept, cut at its end
     rejected: int  # bad rows set aside
     rejects_path: Path | None  # where they lie; None: none
+    about: tuple[str, ...] = ()  # lines for the log: formats of the rows, their thoughts, one example
     weights: NDArray[np.float32] | None = None  # [D], factor of the loss of each document's tokens; None: all 1
 
     def __len__(self) -> int:
@@ -146,11 +150,15 @@ def load_documents(
 
     batch: list[_Row] = []
     chars = 0
+    formats: Counter[str] = Counter()
+    thoughts = ThoughtCounts()
     for source in read_rows(path):
         n_rows += 1
         try:
             parsed = renamed(parse_json(source.line, ""), columns or {})
-            segments = chat.segments(to_messages(parsed, chat, columns or ()), _template_options(parsed))
+            messages = to_messages(parsed, chat, columns or ())
+            segments = chat.segments(messages, _template_options(parsed), thoughts)
+            formats[format_name(parsed, columns or ())] += 1
             weight = _weight(parsed)
         except InputError as reason:
             if not skip_bad_rows:
@@ -183,8 +191,27 @@ def load_documents(
         truncated=truncated,
         rejected=len(rejects),
         rejects_path=aside if rejects else None,
+        about=(
+            "rows: " + ", ".join(f"{number:,} {name}" for name, number in formats.most_common()),
+            *thoughts.lines(),
+            *_example(documents[0], chat),
+        ),
         weights=None if all(weight == 1 for weight in weights) else np.array(weights, np.float32),
     )
+
+
+def _example(document: Encoded, chat: Chat) -> list[str]:
+    """Decode the first document, a line for each part that is or is not learned."""
+    ids, mask = document
+    ends = [*(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(ids)]
+    lines, start = [], 0
+    for end in ends[:EXAMPLE_PARTS]:
+        text = chat.decode(ids[start:end].tolist(), skip_special_tokens=False)
+        half = EXAMPLE_CHARS // 2
+        shown = text if len(text) <= EXAMPLE_CHARS else f"{text[:half]} ... {text[-half:]}"
+        lines.append(f"  {'learned' if mask[start] else 'prompt '}: {shown!r}")
+        start = end
+    return ["first row, as it is trained on:", *lines]
 
 
 def _template_options(row: dict[str, Any]) -> dict[str, Any]:

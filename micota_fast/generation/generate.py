@@ -17,7 +17,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from micota_fast.common.fingerprint import Fingerprints, differences
 from micota_fast.common.json_io import as_read_back, parse_json, read_json, write_json
 from micota_fast.config import loader
 from micota_fast.config.evaluation import EvaluateConfig
-from micota_fast.config.generation import GenerateConfig, OpenAIConfig
+from micota_fast.config.generation import ChatConfig, GenerateConfig, OpenAIConfig
 from micota_fast.corpus.rules import REASONS, Judge
 from micota_fast.errors import InputError
 from micota_fast.generation.api import Api
@@ -128,7 +127,7 @@ class Generation:
         made_by: dict[str, Any] = {
             "model": known.pop("model"),
             "problems": self.problems.sha256,
-            "prompt": asdict(config.chat),
+            "prompt": _prompt_identity(config.chat),
             "samples": config.samples,
             "seed": config.seed if config.temperature > 0 else None,
             "sampling": sampling_params(config),
@@ -235,6 +234,12 @@ class Generation:
             finally:
                 with contextlib.suppress(InputError):  # a full disk: the error under way says more
                     write_json(Path(f"{self.out}.meters.json"), client.summary(), 2)
+
+
+def _prompt_identity(chat: ChatConfig) -> dict[str, Any]:
+    """What prompts depend on; what becomes of thoughts in training text is not part of it."""
+    found: dict[str, Any] = loader.identity(chat)
+    return {key: value for key, value in found.items() if not key.startswith("thinking")}
 
 
 def model_identity(config: GenerateConfig | EvaluateConfig, hashes: Fingerprints) -> dict[str, Any]:

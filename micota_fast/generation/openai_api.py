@@ -15,7 +15,7 @@ from typing import Any
 
 import aiohttp
 
-from micota_fast.chat.thought import join_thought
+from micota_fast.chat.thoughts import join_thought
 from micota_fast.common.api_key import read_key
 from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import Completion, model_name

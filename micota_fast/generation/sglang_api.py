@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 
 from micota_fast.chat.encoding import Chat
+from micota_fast.chat.thoughts import opening_of
 from micota_fast.common.records import Completion, model_name
 from micota_fast.common.schema import from_json
 from micota_fast.config.generation import SamplingSettings
@@ -42,6 +43,7 @@ SEEDS_IGNORED = (
 )
 _OURS = uuid.uuid4().hex  # how the ids of this process's requests begin
 _numbers = itertools.count()
+OPENING_TOKENS = 32  # at the end of a prompt, among which it opens a thought: `<think>` need not be one token
 
 
 class SGLangApi:
@@ -219,7 +221,13 @@ class SGLangApi:
             completion_tokens=tokens,
             seed=self._seed(problem.id, wanted.sample),
             model=self._model_name,
+            opened=self._opened(wanted.problem),
         )
+
+    def _opened(self, problem: int) -> str:
+        """What a problem's prompt opens at its end."""
+        chat = self._prompts.chat
+        return opening_of(chat.decode(self._prompts.ids(problem)[-OPENING_TOKENS:], skip_special_tokens=False))
 
     def _seed(self, problem_id: str, sample: int) -> int | None:
         return derive_seed(self._config.seed, problem_id, sample) if self._config.temperature > 0 else None

@@ -216,6 +216,7 @@ def introduce(
         f"packs: {data['packs']:,} of {pack_tokens:,} tokens, {data['efficiency']:.1%} filled; "
         f"{data['steps_per_epoch']:,} steps per epoch, {facts['steps']:,} in all"
     )
+    world.say("\n".join(documents.about))
     if world.size > 1:
         world.say(
             f"ranks: {data['idle_share']:.1%} of their time is spent waiting for the slowest, by the model's FLOPs"

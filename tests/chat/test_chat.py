@@ -156,11 +156,11 @@ def test_qwen3_keeps_the_thinking_of_the_last_turn(checkpoints: dict[str, Path])
             r"message 2 .*rewrites this turn",
         ),
         ("qwen3", ["a", "b", "c", "d"], r"message 2 .*rewrites this turn.*<think>"),
-        ("r1-distill-old", ["a", "<think>\nb\n</think>\nc"], r"message 2 .*drops or rewrites part"),
-        ("r1-distill-old", ["a", "b", "c", "<think>\nb\n</think>\nc"], r"message 4 .*drops or rewrites part"),
-        # the generation prompt opens a thought that the rendered answer does not have
-        ("r1-distill", ["a", "<think>\nb\n</think>\nc"], r"message 2 .*unlike the prompt.*expected '<think>"),
-        ("r1-distill", ["a", "b"], r"message 2 .*unlike the prompt"),
+        (
+            "r1-distill",
+            ["a", "<think>\nb\n</think>\nc", "d", "e"],
+            r"message 2 .*rewrites this turn",
+        ),
     ],
 )
 def test_a_template_that_alters_a_turn_is_refused(

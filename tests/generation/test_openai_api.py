@@ -20,7 +20,7 @@ from aiohttp import web
 
 from helpers.servers import serving_app
 from helpers.waiting import wait_for
-from micota_fast.chat.thought import join_thought
+from micota_fast.chat.thoughts import join_thought
 from micota_fast.cli import main
 from micota_fast.common.records import Problem, read_completions, write_rows
 from micota_fast.config import loader
