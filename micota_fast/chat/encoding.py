@@ -118,11 +118,11 @@ class Chat:
         tokenizer = ForeignTokenizer(tokenizer_path)
         template = None
         if config.use_template:
-            template = load_chat_template(path)
+            template = load_chat_template(path, config.template)
             if template is None:
                 raise InputError(
                     f"{path}: no chat template (chat_template.jinja, or key 'chat_template' in tokenizer_config.json): "
-                    f"add one, or set `chat.use_template: false` to send prompts as bare text"
+                    f"name one (`chat.template`), or set `chat.use_template: false` to send prompts as bare text"
                 )
         model_config = read_json_if_there(path / "config.json") or {}
         vocab_size = model_config.get("vocab_size", tokenizer.library.get_vocab_size(with_added_tokens=True))
@@ -162,23 +162,26 @@ class Chat:
             return []
         return [{"role": "system", "content": self._config.system}]
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, options: Mapping[str, Any] | None = None
+    ) -> str:
         """The text of a conversation, ending in the header of the assistant's turn where asked for.
 
-        Without a template that text is the lone user message as it is (after the BOS token, where the tokenizer puts
-        one before bare text), and the answer through the end-of-sequence token if there is one.
+        `options` are further names for the template, as in `segments`. Without a template the text is the lone user
+        message as it is (after the BOS token, where the tokenizer puts one before bare text), and the answer through
+        the end-of-sequence token if there is one.
 
         Raises:
             InputError: the template refuses the messages, or there is no template to render more than that.
         """
-        return self._render([(messages, add_generation_prompt)])[0]
+        return self._render([(messages, add_generation_prompt)], options)[0]
 
     def _render(
         self, conversations: Sequence[tuple[Sequence[Message], bool]], options: Mapping[str, Any] | None = None
     ) -> list[str]:
         """`render` of several conversations, which takes hardly longer than one."""
         if self._template is not None:
-            return self._template.render(conversations, options)
+            return self._template.render(conversations, {**self._config.template_kwargs, **(options or {})})
         if options:
             raise InputError("`chat_template_kwargs` need a chat template, which `chat.use_template: false` leaves out")
         return [self._bare(messages) for messages, _ in conversations]

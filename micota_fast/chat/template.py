@@ -1,12 +1,15 @@
 """A checkpoint's chat template, found in its files and rendered in the limited process (`rendering` says how)."""
 
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from micota_fast.chat.limits import Allowance, Handle
 from micota_fast.common.json_io import read_json_if_there
+from micota_fast.config import loader
+from micota_fast.config.generation import ChatConfig
 from micota_fast.errors import InputError
 
 MIB = 1 << 20
@@ -68,44 +71,113 @@ def special_tokens(tokenizer_config: Mapping[str, Any], where: Path) -> dict[str
     return tokens
 
 
-def load_chat_template(checkpoint: Path) -> ChatTemplate | None:
-    """Read the template from the first of chat_template.jinja, chat_template.json and tokenizer_config.json.
+class TemplateSource(NamedTuple):
+    """The Jinja text of a chat template, the file that holds it, and how messages name it."""
 
-    Of several named templates (a list in tokenizer_config.json) the one called "default" is taken.
+    text: str
+    file: Path
+    where: str
+
+
+def load_chat_template(checkpoint: Path, instead: str | None = None) -> ChatTemplate | None:
+    """Compile the template of a checkpoint; or another one, which sees this checkpoint's special tokens.
+
+    Args:
+        checkpoint: its folder.
+        instead: as `chat.template` names it; None: the checkpoint's own.
 
     Returns:
         None if the checkpoint has no template.
 
     Raises:
-        InputError: a file or key is not what it should be, or the template does not parse or breaks its limits.
+        InputError: as `find_template` and `named_template`; or the template does not parse or breaks its limits.
     """
+    source = find_template(checkpoint) if instead is None else named_template(instead)
+    if source is None:
+        return None
     config_path = checkpoint / "tokenizer_config.json"
-    tokenizer_config = read_json_if_there(config_path) or {}
-    tokens = special_tokens(tokenizer_config, config_path)
+    tokens = special_tokens(read_json_if_there(config_path) or {}, config_path)
+    return ChatTemplate(source.text, source.where, tokens)
+
+
+def named_template(name: str) -> TemplateSource:
+    """Read the template that `chat.template` names: a Jinja file, or a checkpoint's folder or JSON file that has one.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    path = Path(name)
+    if not path.exists():
+        raise InputError(f"`chat.template`: {name}: no such Jinja file or checkpoint")
+    if path.is_file() and path.suffix != ".json":
+        return _read_jinja(path)
+    found = find_template(path) if path.is_dir() else _read_json(path)
+    if found is None:
+        raise InputError(f"`chat.template`: {name} has no chat template")
+    return found
+
+
+def find_template(checkpoint: Path) -> TemplateSource | None:
+    """Read the template from the first of chat_template.jinja, chat_template.json and tokenizer_config.json.
+
+    Returns:
+        None if the checkpoint has no template.
+
+    Raises:
+        InputError: a file or key is not what it should be.
+    """
     jinja_path = checkpoint / "chat_template.jinja"
     if jinja_path.is_file():
-        try:
-            with jinja_path.open("rb") as file:
-                content = file.read(MAX_SOURCE_BYTES + 1)
-            if len(content) > MAX_SOURCE_BYTES:
-                raise InputError(f"{jinja_path}: is larger than {MAX_SOURCE_BYTES} bytes, which no chat template is")
-            # any line end becomes a newline, as in `read_text`
-            source = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{jinja_path}: cannot be read: {error}") from None
-        return ChatTemplate(source, str(jinja_path), tokens)
-    for path in (checkpoint / "chat_template.json", config_path):
-        value = (read_json_if_there(path) or {}).get("chat_template")
-        where = f"{path}: key 'chat_template'"
-        if value is None:
-            continue
-        if isinstance(value, list):
-            entries = [entry for entry in value if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
-            named = {entry["name"]: entry.get("template") for entry in entries}
-            if "default" not in named:
-                raise InputError(f"{where}: no template is named 'default' (found: {', '.join(named)})")
-            value = named["default"]
-        if not isinstance(value, str):
-            raise InputError(f"{where}: must be a string or a list of named templates, got {type(value).__name__}")
-        return ChatTemplate(value, where, tokens)
+        return _read_jinja(jinja_path)
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = _read_json(checkpoint / name)
+        if found is not None:
+            return found
     return None
+
+
+def _read_json(path: Path) -> TemplateSource | None:
+    """Read the key 'chat_template'; of several named templates (a list) the one called "default"."""
+    value = (read_json_if_there(path) or {}).get("chat_template")
+    where = f"{path}: key 'chat_template'"
+    if value is None:
+        return None
+    if isinstance(value, list):
+        entries = [entry for entry in value if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+        named = {entry["name"]: entry.get("template") for entry in entries}
+        if "default" not in named:
+            raise InputError(f"{where}: no template is named 'default' (found: {', '.join(named)})")
+        value = named["default"]
+    if not isinstance(value, str):
+        raise InputError(f"{where}: must be a string or a list of named templates, got {type(value).__name__}")
+    return TemplateSource(value, path, where)
+
+
+def _read_jinja(path: Path) -> TemplateSource:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_SOURCE_BYTES + 1)
+        if len(content) > MAX_SOURCE_BYTES:
+            raise InputError(f"{path}: is larger than {MAX_SOURCE_BYTES} bytes, which no chat template is")
+        # any line end becomes a newline, as in `read_text`
+        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    return TemplateSource(text, path, str(path))
+
+
+def template_file(config: ChatConfig) -> dict[str, str]:
+    """Return name and text of the file that gives a checkpoint the template that is named; nothing if none is."""
+    return {} if config.template is None else {"chat_template.jinja": named_template(config.template).text}
+
+
+def chat_identity(config: ChatConfig) -> dict[str, Any]:
+    """Return what a prompt depends on besides the model: the options, with a named template's contents for its path.
+
+    Raises:
+        InputError: as `named_template`.
+    """
+    found: dict[str, Any] = loader.identity(config)
+    if config.template is not None:
+        found["template"] = hashlib.sha256(named_template(config.template).text.encode()).hexdigest()
+    return found

@@ -17,10 +17,7 @@ class ThoughtCounts:
         """Count one text, given as the row has it and as it is trained on."""
         if CLOSE not in before:
             return
-        kind = "whose opening tag is restored" if OPEN in after and OPEN not in before else "kept as they are"
-        if before != after and OPEN not in after:
-            kind = "stripped or put into other tags"
-        self._texts[kind] += 1
+        self._texts["kept, each in one pair of tags" if CLOSE in after else "stripped or put into other tags"] += 1
 
     def take_place(self, inserted: str, unopened: bool) -> None:
         """Count what the template puts before one text, and whether the thought that its prompt opens is missing."""

@@ -32,7 +32,20 @@ class ChatConfig:
     use_template: bool = option(
         True, doc="render through the checkpoint's chat template; false sends the prompt as bare text", source="ours"
     )
-
+    template: str | None = option(
+        None,
+        doc="chat template in place of the checkpoint's own: a Jinja file, or the folder of a checkpoint that has one; "
+        "a model trained with it is saved with it",
+        source="ours",
+        newer=True,
+    )
+    template_kwargs: dict[str, Any] = option(
+        {},
+        doc="further names that the template looks at, e.g. {enable_thinking: false} for Qwen3; a row's own "
+        "`chat_template_kwargs` come first",
+        source="ours",
+        newer=True,
+    )
     thinking: Literal["keep", "strip", "wrap"] = option(
         "keep",
         doc="what becomes of a reasoning model's thought in training text: keep (in one pair of <think> tags, the "
@@ -47,6 +60,8 @@ class ChatConfig:
     def __post_init__(self) -> None:
         if not all(tag.strip() for tag in self.thinking_tags):
             raise InputError("`thinking_tags` must be two texts that are not blank")
+        if not self.use_template and (self.template is not None or self.template_kwargs):
+            raise InputError("`template` and `template_kwargs` need `use_template: true`")
         if "{problem}" not in self.prompt:
             raise InputError("`prompt` must contain {problem}, which the problem's text replaces")
 
@@ -153,6 +168,7 @@ def check_api(options: "SamplingSettings") -> None:
         "thinking_budget": (options.thinking_budget is not None, "an answer cannot be continued by its token ids"),
         "top_logprobs": (options.top_logprobs > 0, "it gives no token ids"),
         "chat.use_template: false": (not options.chat.use_template, "the server renders every prompt by its template"),
+        "chat.template": (options.chat.template is not None, "the server renders every prompt by its own template"),
     }
     for name, (asked, why) in refused.items():
         if asked:

@@ -103,9 +103,7 @@ class _Tally:
             accepted=len(lengths),
             problems=len(np.unique(np.array(self._problems, np.int64))),
             rejected={
-                reason: self._rejected[reason]
-                for reason in REASONS
-                if reason not in SELDOM or self._rejected[reason]
+                reason: self._rejected[reason] for reason in REASONS if reason not in SELDOM or self._rejected[reason]
             },
             tokens=AcceptedTokens(
                 mean=float(measured.mean()),

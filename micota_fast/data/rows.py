@@ -18,9 +18,8 @@ would change what the model reads (`tools`, `images`, ...) or that say that the 
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from micota_fast.chat.encoding import Chat
 from micota_fast.chat.template import Message
 from micota_fast.chat.thoughts import join_thought, with_opening
 from micota_fast.errors import InputError
@@ -42,7 +41,17 @@ _UNSUPPORTED = (
 )
 
 
-def to_messages(row: Mapping[str, Any], chat: Chat, named: Collection[str] = ()) -> list[Message]:
+class Asks(Protocol):
+    """How problems are put to a model: a `chat.encoding.Chat`, or what knows its options alone."""
+
+    def prompt_messages(self, problem: str) -> list[Message]:
+        """Return the conversation that asks a problem."""
+
+    def system_messages(self) -> list[Message]:
+        """Return the system message for rows that bring none, if there is one."""
+
+
+def to_messages(row: Mapping[str, Any], chat: Asks, named: Collection[str] = ()) -> list[Message]:
     """Read the conversation in a row: an optional system message, then user and assistant in turn, the assistant last.
 
     Args:
@@ -180,7 +189,7 @@ def _from_problem(key: str) -> "_Read":
     return lambda row, chat: [*chat.prompt_messages(_text(row, "problem")), _answer(row, key)]
 
 
-def _from_generations(row: Mapping[str, Any], chat: Chat) -> list[Message]:
+def _from_generations(row: Mapping[str, Any], chat: Asks) -> list[Message]:
     texts = row["generations"]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise InputError(f"key 'generations' must be a list of texts, got {texts!r:.60}")
@@ -211,14 +220,14 @@ def _last_text(messages: Any) -> Any:
     return last.get("content") if isinstance(last, dict) else None
 
 
-def _as_it_stands(row: Mapping[str, Any], chat: Chat, user: str, answer: Message) -> list[Message]:
+def _as_it_stands(row: Mapping[str, Any], chat: Asks, user: str, answer: Message) -> list[Message]:
     """A user's text that is not put through the recipe's prompt, and its answer."""
     system = _text(row, "system") if row.get("system") else ""
     head: list[Message] = [{"role": "system", "content": system}] if system else chat.system_messages()
     return [*head, {"role": "user", "content": user}, answer]
 
 
-def _from_prompt(row: Mapping[str, Any], chat: Chat) -> list[Message]:
+def _from_prompt(row: Mapping[str, Any], chat: Asks) -> list[Message]:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return _as_it_stands(row, chat, prompt, _answer(row, "completion"))
@@ -234,7 +243,7 @@ def _from_prompt(row: Mapping[str, Any], chat: Chat) -> list[Message]:
     return messages + _conversation(completion, "completion")
 
 
-def _from_alpaca(row: Mapping[str, Any], chat: Chat) -> list[Message]:
+def _from_alpaca(row: Mapping[str, Any], chat: Asks) -> list[Message]:
     user = _text(row, "instruction")
     if row.get("input"):
         user += "\n" + _text(row, "input")
@@ -268,11 +277,11 @@ def _conversation(items: Any, name: str) -> list[Message]:
     return messages
 
 
-def _from_messages(row: Mapping[str, Any], chat: Chat) -> list[Message]:
+def _from_messages(row: Mapping[str, Any], chat: Asks) -> list[Message]:
     return _conversation(row["messages"], "messages")
 
 
-def _from_sharegpt(row: Mapping[str, Any], chat: Chat) -> list[Message]:
+def _from_sharegpt(row: Mapping[str, Any], chat: Asks) -> list[Message]:
     messages = _conversation(row["conversations"], "conversations")
     if row.get("system"):
         return [{"role": "system", "content": _text(row, "system")}, *messages]
@@ -292,7 +301,7 @@ def _check_order(messages: list[Message]) -> None:
         raise InputError("the conversation does not end with the assistant")
 
 
-_Read = Callable[[Mapping[str, Any], Chat], list[Message]]
+_Read = Callable[[Mapping[str, Any], Asks], list[Message]]
 
 
 class _Format(NamedTuple):

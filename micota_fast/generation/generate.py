@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from micota_fast.chat.template import chat_identity
 from micota_fast.common.files import write_atomic
 from micota_fast.common.fingerprint import Fingerprints, differences
 from micota_fast.common.json_io import as_read_back, parse_json, read_json, write_json
@@ -238,8 +239,7 @@ class Generation:
 
 def _prompt_identity(chat: ChatConfig) -> dict[str, Any]:
     """What prompts depend on; what becomes of thoughts in training text is not part of it."""
-    found: dict[str, Any] = loader.identity(chat)
-    return {key: value for key, value in found.items() if not key.startswith("thinking")}
+    return {key: value for key, value in chat_identity(chat).items() if not key.startswith("thinking")}
 
 
 def model_identity(config: GenerateConfig | EvaluateConfig, hashes: Fingerprints) -> dict[str, Any]:

@@ -193,6 +193,8 @@ class OpenAIApi:
             self._limit_name: config.max_new_tokens,
             "temperature": config.temperature,
         }
+        if config.chat.template_kwargs:
+            body["chat_template_kwargs"] = config.chat.template_kwargs
         if config.temperature > 0 and config.top_p < 1:
             body["top_p"] = config.top_p
         if config.temperature > 0 and config.top_k != -1:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import micota_fast
+from micota_fast.chat.template import chat_identity
 from micota_fast.common import processes
 from micota_fast.common.files import remove_whole, write_atomic, writing
 from micota_fast.common.fingerprint import Fingerprints, of_file, of_json
@@ -121,7 +122,7 @@ class _Sweep:
         made_by = {
             "merge": self.merge_identity(plan),
             "problems": self._problems,
-            "generate": loader.identity(self.config.generate),
+            "generate": loader.identity(self.config.generate) | {"chat": chat_identity(self.config.generate.chat)},
         }
         folder = self.out / f"weight-{weight:.15g}~{of_json(made_by)[:10]}"
         folder.mkdir(exist_ok=True)

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 import yaml
 
+from micota_fast.chat.template import named_template
 from micota_fast.common.records import benchmark_file, score_file
 from micota_fast.config import loader
 from micota_fast.config.corpus import FilterConfig, FilterSettings, MixConfig
 from micota_fast.config.evaluation import AlignConfig, BenchmarkConfig, ContaminationConfig, EvaluateConfig
-from micota_fast.config.generation import GenerateConfig, SamplingSettings, ServeConfig
+from micota_fast.config.generation import ChatConfig, GenerateConfig, SamplingSettings, ServeConfig
 from micota_fast.config.merge import LengthSweepConfig, LengthSweepSettings, MergeConfig
 from micota_fast.config.recipe import Recipe
 from micota_fast.config.report import PARTS, STUDENT, ReportConfig, TrainingAnswersConfig
@@ -162,6 +163,18 @@ class _Graph:
             self._once(stage, lambda: self._merge_stage(stage, name))
         return self._artefact(stage, "model")
 
+    def _template(self, chat: ChatConfig, where: str) -> tuple[ChatConfig, list[Artefact]]:
+        """Return the options with the file of the template that they name, and the file; none may be named."""
+        if chat.template is None:
+            return chat, []
+        file = self.path.parent / chat.template
+        try:
+            file = named_template(str(file)).file
+        except InputError as error:
+            self.miss(f"{self.path}, `{where}`: {error}")
+        found = Artefact(str(file.resolve()))
+        return dataclasses.replace(chat, template=found.location), [found]
+
     def _checkpoint(self, name: str, where: str) -> Artefact:
         folder = self.path.parent / name
         if folder.is_dir():
@@ -187,6 +200,8 @@ class _Graph:
         if settings.validation_data is not None:
             inputs.append(self._file(settings.validation_data, f"{where}.validation_data"))
             settings.validation_data = inputs[-1].location
+        settings.chat, template = self._template(settings.chat, where)
+        inputs += template
         self._add(Stage(stage, "train", settings, tuple(inputs), ("model", "metrics.jsonl", "summary.json")))
 
     def _merge_stage(self, stage: str, name: str) -> None:
@@ -230,6 +245,7 @@ class _Graph:
                 merge.with_weight(weight)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+        sweep.generate.chat, template = self._template(sweep.generate.chat, "generate.chat")
         if source.limit is not None:
             sweep.limit = min(source.limit, sweep.limit or source.limit)
         self._add(
@@ -237,7 +253,7 @@ class _Graph:
                 stage,
                 "length-sweep",
                 sweep,
-                (*inputs, problems),
+                (*inputs, problems, *template),
                 ("model", "sweep.json", "sweep.md", "sweep.svg", "sweep.png"),
                 files,
             )
@@ -303,6 +319,8 @@ class _Graph:
             settings.model = inputs[0].location
         inputs.append(self._file(source.path, f"problems.{spec.problems}.path"))
         settings.problems = inputs[-1].location
+        settings.chat, template = self._template(settings.chat, "generate.chat")
+        inputs += template
         outputs = ("completions.jsonl", "completions.jsonl.meta.json")
         self._add(Stage(stage, "generate", settings, tuple(inputs), outputs))
 
@@ -350,6 +368,8 @@ class _Graph:
         if built.judge is not None and built.judge.api == "sglang":
             inputs.append(self._checkpoint(built.judge.model, "evaluate.judge.model"))
             built.judge.model = inputs[-1].location
+        built.chat, template = self._template(built.chat, "evaluate.chat")
+        inputs += template
         files_of = {benchmark.name: benchmark_file(benchmark.name) for benchmark in built.benchmarks}
         answers = [f"completions/{file}" for file in files_of.values()]
         outputs = ("results.json", "rows", *answers, *(f"{file}.meta.json" for file in answers))
@@ -452,8 +472,9 @@ class _Graph:
             student_answers=own.location if own is not None else None,
             out=str(self.run_dir / "align"),
         )
+        settings.chat, template = self._template(settings.chat, "alignment.chat")
         outputs = tuple(f"{name}.json" for name in corpora)
-        inputs = (student, *corpora.values(), *([own] if own is not None else []))
+        inputs = (student, *corpora.values(), *([own] if own is not None else []), *template)
         self._add(Stage("align", "align", settings, inputs, outputs))
         files = {name: {"alignment": self._artefact("align", f"{name}.json")} for name in corpora}
         for name in corpora:

@@ -32,6 +32,7 @@ from micota_fast.errors import InputError
 from micota_fast.pipeline.closing import closing
 from micota_fast.pipeline.graph import Artefact, Lasting, Stage, build_stages
 from micota_fast.pipeline.process import StageProcess
+from micota_fast.pipeline.prompt_agreement import prompt_differences
 from micota_fast.pipeline.stages import VERBS
 from micota_fast.pipeline.time_left import TimeLeft
 from micota_fast.pipeline.versions import versions
@@ -82,6 +83,8 @@ def run_recipe(recipe: Recipe, path: Path, folder: Path, dry_run: bool = False) 
     absent: list[str] | None = [] if dry_run else None  # a dry run shows the stages all the same
     run = Run(build_stages(recipe, path, folder, absent), recipe.launch, folder)
     statuses = run.statuses()
+    for difference in prompt_differences(run.stages):
+        print(f"WARNING: {difference}")
     open_stages = [name for name, status in statuses.items() if status.state != "done"]
     if dry_run:
         width = max(map(len, statuses))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from micota_fast.config.recipe import Recipe
+from micota_fast.pipeline.prompt_agreement import prompt_differences
 from micota_fast.planning import checks_machine, checks_recipe
 from micota_fast.planning.needs import Finding, Needs
 
@@ -30,6 +31,8 @@ def check(recipe: Recipe, path: Path, folder: Path) -> int:
 def _findings(needs: Needs) -> Iterator[Finding]:
     """Yield all findings, in the report's order."""
     yield from checks_recipe.files(needs)
+    for difference in prompt_differences(needs.stages):
+        yield Finding("warning", "prompts", difference)
     if needs.unplanned:
         yield Finding("warning", "needs", f"not known: {needs.unplanned}", "fix that, and run this again")
     yield from checks_recipe.packages(needs)

@@ -17,7 +17,7 @@ import torch
 from aiohttp import web
 
 from micota_fast.chat.encoding import Chat
-from micota_fast.chat.template import load_chat_template
+from micota_fast.chat.template import find_template
 from micota_fast.config.generation import ChatConfig
 from micota_fast.errors import InputError
 from micota_fast.model.folder import resolve_checkpoint
@@ -103,7 +103,7 @@ def load_server(
         InputError: the checkpoint cannot be found or read.
     """
     path = resolve_checkpoint(model)
-    has_template = load_chat_template(path) is not None
+    has_template = find_template(path) is not None
     chat = Chat.from_checkpoint(path, ChatConfig(use_template=has_template))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -184,6 +184,12 @@ def _stream_options(key: str, value: Any, limits: Limits) -> dict[str, bool]:
     return read_options(_STREAM_OPTIONS, value, limits, f"{key}.")
 
 
+def _object(key: str, value: Any, _: Limits) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadRequest(f"{key} must be an object, got {shown(value)}")
+    return value
+
+
 def _unchecked(_: str, value: Any, __: Limits) -> Any:
     return value  # the parser of the endpoint has a function of its own for it
 
@@ -331,7 +337,7 @@ CHAT_COMPLETIONS: dict[str, Option] = _OPENAI | {
     "verbosity": _refused(),
     "thinking": _refused(),
     "task": _refused(),
-    "chat_template_kwargs": _refused({}),
+    "chat_template_kwargs": _passed(_object),
     "input_ids": _refused(),
     "return_prompt_token_ids": _OFF,
     "return_meta_info": _OFF,

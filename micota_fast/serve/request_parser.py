@@ -190,7 +190,7 @@ class RequestParser:
                 "unsupported_parameter",
             )
         try:
-            text = self.chat.render(messages, add_generation_prompt=True) + begun
+            text = self.chat.render(messages, True, read.get("chat_template_kwargs")) + begun
         except InputError as error:
             raise BadRequest(str(error), "messages") from None
         prompts = self._encode("messages", [text], add_special_tokens=False)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from micota_fast.chat.encoding import Chat
 from micota_fast.chat.end_tokens import end_token_file
+from micota_fast.chat.template import template_file
 from micota_fast.common.json_io import write_json
 from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
@@ -149,7 +150,8 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
         )
     world.say(chosen)
     card = model_card(config.model, config.data, identity, facts, metrics, chosen)
-    export(model.decoder, source, out / "model", world, {"README.md": card} | end_tokens, config.save_dtype)
+    files = {"README.md": card} | end_tokens | template_file(config.chat)
+    export(model.decoder, source, out / "model", world, files, config.save_dtype)
     speed = {"steps": progress["step"] - start, **meters.close()}
     results = {"final": meters.last, "validation": validation.state, "skipped_steps": meters.skipped["in_all"]}
     summary = {"identity": identity, **facts, **results, "timing": speed}

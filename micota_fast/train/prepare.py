@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from micota_fast import __version__
 from micota_fast.chat.encoding import Chat
+from micota_fast.chat.template import chat_identity
 from micota_fast.common.fingerprint import of_file
 from micota_fast.common.lock import locked
 from micota_fast.config import loader
@@ -83,6 +84,7 @@ def run_identity(
         listing = "".join(f"{name} {of_file(path)}\n" for name, path in sorted(files.items()))
         places = ("model", "data", "columns", "out", "validation_data")
         options = {k: v for k, v in loader.identity(config).items() if k not in places}
+        options["chat"] = chat_identity(config.chat)
         model = hashlib.sha256(listing.encode()).hexdigest()
         found = {"model": model, "documents": documents.fingerprint, "options": options}
         return found if held_out is None else found | {"held_out": held_out.fingerprint}

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+
 from helpers.chats import make_chat_checkpoint
 from helpers.paths import CASES
-
 from micota_fast.chat.encoding import Chat
 from micota_fast.chat.thought_counts import ThoughtCounts
 from micota_fast.chat.thoughts import training_text
@@ -89,7 +89,7 @@ def test_what_a_template_inserts_is_counted(tmp_path: Path) -> None:
 
 
 def test_a_template_that_closes_a_thought_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="message 2 .*a second time"):
+    with pytest.raises(InputError, match=r"message 2 .*a second time"):
         parts(tmp_path / "a", template("doubles"), FULL)
 
 

@@ -222,7 +222,6 @@ CHAT_REFUSED = {
     "modalities": ["text", "audio"],
     "audio": {},
     "reasoning_effort": "high",
-    "chat_template_kwargs": {"enable_thinking": False},
     "echo": True,
     "include_reasoning": False,
     "chat_template": "{{ messages }}",

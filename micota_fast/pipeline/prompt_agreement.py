@@ -1,0 +1,110 @@
+"""Whether students are trained on prompts like those that they are evaluated with."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from micota_fast.chat.template import Message
+from micota_fast.common.json_io import parse_json
+from micota_fast.config.evaluation import EvaluateConfig
+from micota_fast.config.generation import ChatConfig
+from micota_fast.config.train import TrainConfig
+from micota_fast.data.rows import to_messages
+from micota_fast.errors import InputError
+from micota_fast.pipeline.graph import Stage
+from micota_fast.sources.columns import renamed
+from micota_fast.sources.rows import read_rows
+
+ROWS = 100  # of each corpus, from its beginning
+SHOWN = 60  # characters of a text
+
+
+class _Prompts:
+    """What `to_messages` asks of a chat, without a tokenizer."""
+
+    def __init__(self, config: ChatConfig) -> None:
+        self._config = config
+
+    def prompt_messages(self, problem: str) -> list[Message]:
+        user = {"role": "user", "content": self._config.prompt.replace("{problem}", problem)}
+        return [*self.system_messages(), user]
+
+    def system_messages(self) -> list[Message]:
+        system = self._config.system if self._config.use_template else None
+        return [] if system is None else [{"role": "system", "content": system}]
+
+
+def prompt_differences(stages: Sequence[Stage]) -> list[str]:
+    """Say where the prompt or the system message of training rows differs from that of the student's evaluation.
+
+    A corpus that a stage has yet to make is taken for what it will hold, rows of `problem` and `completion`.
+
+    Args:
+        stages: of a recipe.
+
+    Returns:
+        One sentence for each difference, with the corpora that have it. Rows that cannot be read are left to the stage
+        that trains on them.
+    """
+    trained = {stage.name: stage for stage in stages if stage.verb == "train"}
+    corpora: dict[str, dict[str, None]] = {}  # of each difference
+    for stage in stages:
+        source = stage.inputs[0].stage if stage.verb == "evaluate" else None
+        if source in trained:
+            train = trained[source].settings
+            data = Path(train.data)
+            corpus = data.parent.name if data.name == "corpus.jsonl" else data.name
+            for difference in _differences(train, stage.settings):
+                corpora.setdefault(difference, {})[corpus] = None
+    return [f"students trained on {', '.join(names)}: {difference}" for difference, names in corpora.items()]
+
+
+def _differences(train: TrainConfig, evaluate: EvaluateConfig) -> Iterator[str]:
+    ours, theirs = train.chat, evaluate.chat
+    if ours.template_kwargs != theirs.template_kwargs:
+        yield (
+            f"`train.chat.template_kwargs` are {ours.template_kwargs}, and `evaluate.chat.template_kwargs` "
+            f"{theirs.template_kwargs}"
+        )
+    if ours.use_template != theirs.use_template or (theirs.template is not None and theirs.template != ours.template):
+        yield "`train.chat` and `evaluate.chat` name different templates"
+    asked = list(_conversations(train))
+    systems = Counter(messages[0]["content"] if messages[0]["role"] == "system" else None for messages in asked)
+    wanted = theirs.system if theirs.use_template else None
+    if asked and (others := len(asked) - systems[wanted]):
+        other = next(system for system, _ in systems.most_common() if system != wanted)
+        yield (f"{_share(others, asked)} {_quoted(other)}, and `evaluate.chat.system` puts {_quoted(wanted)}")
+    users = [next(message["content"] for message in messages if message["role"] == "user") for messages in asked]
+    prompts = {benchmark.name: benchmark.prompt or theirs.prompt for benchmark in evaluate.benchmarks}
+    for prompt in dict.fromkeys(prompts.values()):
+        before, after = prompt.split("{problem}", 1)
+        others = sum(not (text.startswith(before) and text.endswith(after)) for text in users)
+        if others:
+            names = ", ".join(benchmark for benchmark, its in prompts.items() if its == prompt)
+            yield (
+                f"{_share(others, asked)} another prompt than the evaluation on {names}: "
+                f"{prompt[:SHOWN]!r}{'...' if len(prompt) > SHOWN else ''}"
+            )
+
+
+def _conversations(train: TrainConfig) -> Iterator[list[Message]]:
+    """The first conversations of a corpus."""
+    prompts = _Prompts(train.chat)
+    if not Path(train.data).is_file():
+        yield to_messages({"problem": "1+2?", "completion": "3"}, prompts)
+        return
+    with contextlib.suppress(InputError):
+        for row in islice(read_rows(train.data), ROWS):
+            yield to_messages(renamed(parse_json(row.line, ""), train.columns), prompts, train.columns)
+
+
+def _share(number: int, of: Sequence[object]) -> str:
+    return "rows have" if number == len(of) else f"{number} of the first {len(of)} rows have"
+
+
+def _quoted(system: str | None) -> str:
+    if system is None:
+        return "no system message"
+    return f"the system message {system[:SHOWN]!r}" + ("..." if len(system) > SHOWN else "")
