@@ -50,9 +50,12 @@ def test_answers_are_compared_until_no_other_can_win() -> None:
         compared.append(len(pairs))
         return [grade_by_string(*pair) for pair in pairs]
 
-    rows = [
-        Completion("a", i, "?", "7", f"\\boxed{{{x}}}", "stop", 1, 1, None) for i, x in enumerate("12777773" + "4" * 4)
-    ]
-    verdicts = [grade_by_string(of.completion, of.answer) for of in rows]
-    assert majority_correct(rows, verdicts, len(rows), by_string) == [True]
+    def voted(answers: str) -> bool:
+        rows = [Completion("a", i, "?", "7", f"\\boxed{{{x}}}", "stop", 1, 1, None) for i, x in enumerate(answers)]
+        verdicts = [grade_by_string(of.completion, of.answer) for of in rows]
+        [correct] = majority_correct(rows, verdicts, len(rows), by_string)
+        return correct
+
+    assert voted("127777734444")
     assert compared == [4, 3, 2]  # 1, 2 and 7 with what is left, each spelling once; 3 and 4 could not outvote 7
+    assert not voted("37735"), "of equals the first, also where others could still have won"
