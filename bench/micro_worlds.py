@@ -21,11 +21,11 @@ import yaml
 from machine import ROOT, provenance
 
 from micota_fast.common.json_io import read_json, write_json
-from micota_fast.common.records import iter_completions
 from micota_fast.common.schema import load
 from micota_fast.length_sweep.results import Sweep
 from micota_fast.micro import build, world
 from micota_fast.micro.skills import LEAST, skills
+from micota_fast.sources.completions import iter_completions
 from micota_fast.statistics.intervals import mean_and_sd, student_t95
 
 MICRO = ROOT / "micota_fast" / "micro"

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 
 from micota_fast.common.files import reading, write_atomic
-from micota_fast.common.json_io import MAX_BYTES, encode_json, parse_json
+from micota_fast.common.json_io import MAX_BYTES, encode_json
 from micota_fast.errors import InputError
 
 
@@ -113,37 +113,6 @@ def bounded_lines(file: BinaryIO, path: str | Path) -> Iterator[tuple[int, bytes
         yield number, line
 
 
-def iter_completions(path: str | Path) -> Iterator[Completion]:
-    """Yield a finished file's completions in file order.
-
-    Holds 8 bytes per row, a hash of its key; whether a key occurs twice is known, and raised, after the last row.
-
-    Raises:
-        InputError: unreadable file, bad row or duplicate (id, sample), with file:line.
-    """
-    keys = array("q")
-
-    def check_keys() -> None:
-        for first, second in repeats(keys):
-            (where, row), (where_again, again) = (
-                (where, parse_row(Completion, parse_json(line, where), where))
-                for number, (where, line) in enumerate(read_lines(Path(path)))
-                if number in (first, second)
-            )
-            if (row.id, row.sample) == (again.id, again.sample):
-                raise InputError(f"{where_again}: ({row.id!r}, sample {row.sample}) occurs already at {where}")
-
-    for where, line in read_lines(Path(path)):
-        try:
-            row = parse_row(Completion, parse_json(line, where), where)
-        except InputError:
-            check_keys()  # of two errors, the first in the file
-            raise
-        keys.append(hash((row.id, row.sample)))
-        yield row
-    check_keys()
-
-
 def repeats(hashes: "array[int]") -> Iterator[tuple[int, int]]:
     """Yield the pairs of places (first, second) at which the same 64-bit hash stands, in order of the second."""
     values = np.frombuffer(hashes, np.int64)
@@ -155,15 +124,6 @@ def repeats(hashes: "array[int]") -> Iterator[tuple[int, int]]:
     for place in again[np.argsort(order[again])]:
         for before in range(np.searchsorted(in_order, in_order[place]), place):
             yield int(order[before]), int(order[place])
-
-
-def read_completions(path: str | Path) -> list[Completion]:
-    """Read a finished file of completions in file order.
-
-    Raises:
-        InputError: see `iter_completions`.
-    """
-    return list(iter_completions(path))
 
 
 def benchmark_file(name: str) -> str:

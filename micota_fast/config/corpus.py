@@ -43,7 +43,10 @@ class FilterSettings:
 class FilterConfig(FilterSettings):
     """`micota filter`: completions in; corpus, rejects and counts out."""
 
-    completions: str = option(doc="JSONL of completions")
+    completions: str = option(
+        doc="completions as `micota generate` writes them: JSONL, a JSON list (both also .gz or .zst), Parquet or "
+        "hf://datasets/ORG/NAME[:SPLIT]"
+    )
     out: str = option(doc="JSONL of accepted rows; OUT.rejects.jsonl and OUT.counts.json are written next to it")
 
 

@@ -1,4 +1,4 @@
-"""`micota export`: completions as a Parquet file, for the tools that read that and not JSONL."""
+"""`micota export`: completions as a Parquet file, for tools that do not read JSONL."""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from micota_fast.common.files import open_atomic, refuse_to_overwrite
-from micota_fast.common.records import Completion, iter_completions
+from micota_fast.common.records import Completion
 from micota_fast.errors import InputError
+from micota_fast.sources.completions import iter_completions
 
 if TYPE_CHECKING:
     import pyarrow
@@ -42,7 +43,7 @@ def schema(opened: bool = False) -> "pyarrow.Schema":
 
 
 def run(completions: str, out: str) -> None:
-    """Write a JSONL file of completions as Parquet, and print how many there were.
+    """Write a file of completions as Parquet, and print how many there were.
 
     Raises:
         InputError: see `export`.
@@ -51,7 +52,7 @@ def run(completions: str, out: str) -> None:
 
 
 def export(completions: str | Path, out: str | Path) -> int:
-    """Write a JSONL file of completions as Parquet (zstd), in the same order, atomically. Returns how many there were.
+    """Write a file of completions as Parquet (zstd), in the same order, atomically. Returns how many there were.
 
     Holds one row group, at most GROUP_ROWS rows, and 8 bytes per row of the file.
 

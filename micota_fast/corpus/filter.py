@@ -11,7 +11,7 @@ import numpy as np
 
 from micota_fast.common.files import open_atomic, refuse_to_overwrite
 from micota_fast.common.json_io import write_json
-from micota_fast.common.records import Completion, encode_row, iter_completions
+from micota_fast.common.records import Completion, encode_row
 from micota_fast.common.schema import to_json
 from micota_fast.config.corpus import FilterConfig
 from micota_fast.corpus.results import AcceptedTokens, CorpusCounts
@@ -19,6 +19,7 @@ from micota_fast.corpus.rules import REASONS, SELDOM, reject_at_once, reject_gra
 from micota_fast.errors import InputError
 from micota_fast.grading.gold import GoldCheck
 from micota_fast.grading.grader import Grader
+from micota_fast.sources.completions import iter_completions
 from micota_fast.statistics.quantiles import quantiles
 
 QUANTILES = (1, 10, 25, 50, 75, 90, 99)

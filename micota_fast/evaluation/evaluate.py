@@ -14,7 +14,7 @@ import numpy as np
 import micota_fast
 from micota_fast.common.fingerprint import Fingerprints, of_file
 from micota_fast.common.json_io import as_read_back, write_json
-from micota_fast.common.records import Completion, benchmark_file, model_name, read_completions, score_file, write_rows
+from micota_fast.common.records import Completion, benchmark_file, model_name, score_file, write_rows
 from micota_fast.common.schema import ABSENT, Absent, load, to_json
 from micota_fast.config.evaluation import BenchmarkConfig, EvaluateConfig
 from micota_fast.errors import InputError
@@ -45,6 +45,7 @@ from micota_fast.grading.paper_rules import (
     why_unreadable_as_number,
     why_unreadable_as_string,
 )
+from micota_fast.sources.completions import read_completions
 from micota_fast.statistics.intervals import clustered_se, macro_average, mean_pass_at, wilson95
 
 # What verdicts depend on besides our own code: prompts' tokens, and the comparison of answers.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from micota_fast.common.files import write_atomic
 from micota_fast.common.fingerprint import Fingerprints
-from micota_fast.common.records import Completion, Problem, encode_row, model_name, read_completions
+from micota_fast.common.records import Completion, Problem, encode_row, model_name
 from micota_fast.config.evaluation import JudgeConfig
 from micota_fast.config.generation import ChatConfig, GenerateConfig
 from micota_fast.evaluation.results import Judge
@@ -20,6 +20,7 @@ from micota_fast.generation.generate import Generation, model_identity
 from micota_fast.generation.request import sampling_params
 from micota_fast.generation.servers import servers_for
 from micota_fast.grading.grader import Verdict
+from micota_fast.sources.completions import read_completions
 
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 QUESTION = (

@@ -22,7 +22,7 @@ from micota_fast.common.files import remove_whole, write_atomic, writing
 from micota_fast.common.fingerprint import Fingerprints, of_file, of_json
 from micota_fast.common.json_io import read_json_if_there, write_json
 from micota_fast.common.lock import RUN_ENDS_S, locked
-from micota_fast.common.records import Completion, encode_row, read_completions
+from micota_fast.common.records import Completion, encode_row
 from micota_fast.common.schema import load, to_json
 from micota_fast.config import loader
 from micota_fast.config.generation import GenerateConfig
@@ -35,6 +35,7 @@ from micota_fast.length_sweep.render import DEFINITIONS, accuracy_text, findings
 from micota_fast.length_sweep.results import Measurement, Sweep, Target
 from micota_fast.merge.mergekit import MergePlan, read_mergekit
 from micota_fast.report.drawing import require_matplotlib
+from micota_fast.sources.completions import read_completions
 from micota_fast.sources.hub import absolute
 from micota_fast.sources.problems import read_problems
 

@@ -244,7 +244,12 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
             summary="write completions as a Parquet file, in their order",
             function="micota_fast.corpus.export:run",
             arguments=(
-                _argument("completions", metavar="COMPLETIONS", help="JSONL, as `generate` and `filter` write it"),
+                _argument(
+                    "completions",
+                    metavar="COMPLETIONS",
+                    help="as `generate` and `filter` write them: JSONL, a JSON list (both also .gz or .zst), Parquet "
+                    "or hf://datasets/ORG/NAME[:SPLIT]",
+                ),
                 _argument(
                     "out", metavar="OUT", help="the Parquet file; needs pyarrow (pip install 'micota-fast[parquet]')"
                 ),

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from micota_fast.common.records import iter_completions
 from micota_fast.config.report import TrainingAnswersConfig
 from micota_fast.report.inputs import Inputs
 from micota_fast.report.summary import Summary, percent, points
 from micota_fast.report.tables import ABSENT, Cell, Table
+from micota_fast.sources.completions import iter_completions
 from micota_fast.sources.problems import iter_problems
 
 # Fixed before any arm was trained, for a small world in which the method can show itself; ours: the paper has none.

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from helpers.schemas import check_schema
-from micota_fast.common.records import Completion, read_completions, write_rows
+from micota_fast.common.records import Completion, write_rows
 from micota_fast.config.corpus import FilterConfig, MixConfig
 from micota_fast.corpus import mix
 from micota_fast.corpus.filter import run
 from micota_fast.corpus.mix import apportion
 from micota_fast.corpus.results import CorpusCounts
 from micota_fast.errors import InputError
+from micota_fast.sources.completions import read_completions
 
 GOOD = Completion(
     id="good",

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from helpers.paths import ROOT
-from micota_fast.common.records import read_completions
 from micota_fast.config.evaluation import BenchmarkConfig, EvaluateConfig, OwnSampling
 from micota_fast.config.generation import OpenAIConfig, ServeConfig
 from micota_fast.evaluation.evaluate import run
 from micota_fast.serve.serve import serving
+from micota_fast.sources.completions import read_completions
 
 MICRO = ROOT / "micota_fast" / "micro"
 MODEL = str(MICRO / "checkpoints" / "assistant")

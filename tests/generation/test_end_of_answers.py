@@ -13,10 +13,11 @@ from helpers.servers import Server, http_server, sglang_config
 from helpers.speaking import CHAT, END_OF_TEXT, END_OF_TURN, speaking_base
 from micota_fast.chat.encoding import Chat
 from micota_fast.chat.end_tokens import end_token_file
-from micota_fast.common.records import Problem, read_completions, write_rows
+from micota_fast.common.records import Problem, write_rows
 from micota_fast.config.generation import GenerateConfig, ServeConfig
 from micota_fast.generation import generate
 from micota_fast.serve.serve import serving
+from micota_fast.sources.completions import read_completions
 
 PROBLEM, WORDS = "1 + 1 =", 5
 

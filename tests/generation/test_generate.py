@@ -26,7 +26,7 @@ from helpers.ports import free_port
 from helpers.servers import http_server
 from helpers.waiting import wait_for
 from micota_fast.common.fingerprint import Fingerprints
-from micota_fast.common.records import Completion, Problem, read_completions, write_rows
+from micota_fast.common.records import Completion, Problem, write_rows
 from micota_fast.config.corpus import FilterSettings
 from micota_fast.config.generation import ChatConfig, GenerateConfig, ServeConfig
 from micota_fast.errors import InputError
@@ -36,6 +36,7 @@ from micota_fast.generation.generate import Generation, model_fingerprint
 from micota_fast.generation.journal import Journal
 from micota_fast.generation.request import derive_seed
 from micota_fast.serve.serve import serving
+from micota_fast.sources.completions import read_completions
 
 SERVE = ServeConfig(dtype="float64", startup_timeout_s=120)
 SAMPLES = 2

@@ -24,12 +24,13 @@ from helpers.faulty_server import FAULTS, FaultyServer, Plan, answer, expected, 
 from helpers.ports import free_port
 from helpers.waiting import wait_for
 from micota_fast.chat.encoding import Chat
-from micota_fast.common.records import Problem, read_completions, write_rows
+from micota_fast.common.records import Problem, write_rows
 from micota_fast.config.corpus import FilterSettings
 from micota_fast.config.generation import ChatConfig, GenerateConfig
 from micota_fast.errors import InputError
 from micota_fast.generation import client, endpoint, fleet, generate
 from micota_fast.generation.request import derive_seed
+from micota_fast.sources.completions import read_completions
 
 PROBLEMS, SAMPLES = 200, 4
 CHAT = ChatConfig(system=None, prompt="{problem}")

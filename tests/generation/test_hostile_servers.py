@@ -18,10 +18,11 @@ from helpers.faulty_server import FaultyServer, Plan, answer
 from helpers.ports import free_port
 from helpers.servers import Handler, serving_app
 from helpers.waiting import wait_for
-from micota_fast.common.records import Problem, read_completions, write_rows
+from micota_fast.common.records import Problem, write_rows
 from micota_fast.config.generation import ChatConfig, GenerateConfig
 from micota_fast.errors import InputError
 from micota_fast.generation import fleet, generate
+from micota_fast.sources.completions import read_completions
 
 PROBLEMS = 24
 MODEL_PAGE, INFO_PAGE, LOADS_PAGE = "/get_model_info", "/server_info", "/v1/loads"

@@ -22,13 +22,14 @@ from helpers.servers import serving_app
 from helpers.waiting import wait_for
 from micota_fast.chat.thoughts import join_thought
 from micota_fast.cli import main
-from micota_fast.common.records import Problem, read_completions, write_rows
+from micota_fast.common.records import Problem, write_rows
 from micota_fast.config import loader
 from micota_fast.config.corpus import FilterSettings
 from micota_fast.config.generation import GenerateConfig, OpenAIConfig
 from micota_fast.errors import InputError
 from micota_fast.generation import fleet, generate
 from micota_fast.generation.request import derive_seed
+from micota_fast.sources.completions import read_completions
 
 PROBLEMS, MODEL, KEY = 6, "org/teacher", "sk-very-secret-0123456789"
 ROUTE = "/v1/chat/completions"

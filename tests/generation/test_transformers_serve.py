@@ -11,9 +11,10 @@ from helpers.paths import ROOT
 from helpers.ports import free_port
 from helpers.servers import Server, clients_python
 from helpers.waiting import wait_for
-from micota_fast.common.records import Completion, read_completions
+from micota_fast.common.records import Completion
 from micota_fast.config.generation import GenerateConfig, OpenAIConfig, ServeConfig
 from micota_fast.generation import generate
+from micota_fast.sources.completions import read_completions
 
 pytestmark = pytest.mark.slow
 

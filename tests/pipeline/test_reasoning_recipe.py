@@ -9,7 +9,7 @@ import yaml
 
 from helpers.checkpoints import CHAT_TEMPLATE, make_checkpoint
 from micota_fast.cli import main
-from micota_fast.common.records import iter_completions
+from micota_fast.sources.completions import iter_completions
 
 OPENED = "<|im_start|>assistant\n<think>\n"
 # Opens a thought in the prompt, and leaves thoughts out of the answers that it renders.

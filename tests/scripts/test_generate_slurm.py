@@ -13,8 +13,9 @@ import pytest
 from helpers.paths import ROOT
 from helpers.servers import Server
 from helpers.waiting import wait_for
-from micota_fast.common.records import Problem, read_completions, write_rows
+from micota_fast.common.records import Problem, write_rows
 from micota_fast.serve.serve import QUIET_PORTS
+from micota_fast.sources.completions import read_completions
 
 PROBLEMS, SAMPLES = 100, 2
 

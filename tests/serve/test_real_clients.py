@@ -22,11 +22,11 @@ from helpers.paths import HELPERS, ROOT
 from helpers.servers import Server, clients_python, sglang_python, skip_or_fail
 from helpers.waiting import wait_for
 from micota_fast.chat.encoding import Chat
-from micota_fast.common.records import read_completions
 from micota_fast.config.evaluation import BenchmarkConfig, EvaluateConfig
 from micota_fast.config.generation import TEACHER_PROMPT, ChatConfig, ServeConfig
 from micota_fast.evaluation import evaluate
 from micota_fast.serve.serve import serving
+from micota_fast.sources.completions import read_completions
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,10 @@ from helpers.ports import free_ports
 from helpers.servers import PROMPT, Server, greedy, sglang_python
 from helpers.waiting import wait_for
 from micota_fast.common import processes
-from micota_fast.common.records import Problem, read_completions, write_rows
+from micota_fast.common.records import Problem, write_rows
 from micota_fast.config.generation import ServeConfig
 from micota_fast.serve.serve import serving
+from micota_fast.sources.completions import read_completions
 
 PROBLEMS, SAMPLES = 100, 2
 

@@ -19,10 +19,11 @@ import yaml
 
 from helpers.servers import Server, sglang_config
 from helpers.waiting import wait_for
-from micota_fast.common.records import Problem, read_completions, write_rows
+from micota_fast.common.records import Problem, write_rows
 from micota_fast.config import loader
 from micota_fast.config.generation import ServeConfig
 from micota_fast.serve.serve import QUIET_PORTS, serving
+from micota_fast.sources.completions import read_completions
 
 PROBLEMS, SAMPLES = 20, 2
 START_S = 240.0
