@@ -140,13 +140,13 @@ HEADING = " ".join([" " * 27, *(f"{name:>{n}}" for name, n in zip(COLUMNS, (9, 1
 def main() -> None:
     """Measure, append rows, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model on the CPU, one run: about a minute")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, one run: about a minute")
     parser.add_argument("--trl-python", default=sys.executable, metavar="PATH", help="interpreter that has TRL")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows here")
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() and not arguments.quick else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     runs = 1 if arguments.quick else 3
-    cases = GPU_CASES if device == "cuda" else (TINY_CASE,) if arguments.quick else (CPU_CASE,)
+    cases = (TINY_CASE,) if arguments.quick else GPU_CASES if device == "cuda" else (CPU_CASE,)
     present, absent = contestants(device, arguments.trl_python)
     if arguments.quick:
         present = [c for c in present if not c.options.get("compile")]  # which takes longer than all the rest

@@ -134,7 +134,7 @@ def _times(gradient: Tensor, factor: Tensor) -> Tensor:
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and chunks.takes_triton(gradient.device.type, gradient.dtype):
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not _graph_is_kept():
             from .in_place import multiply_in_place  # without a GPU there need be no Triton
 
             return multiply_in_place(gradient, factor)
@@ -143,6 +143,16 @@ def _times(gradient: Tensor, factor: Tensor) -> Tensor:
     # On CUDA a 0-d factor would be rounded to the gradient's type.
     factor = factor if factor.device.type == "cpu" else factor.reshape(1, 1)
     return torch.mul(gradient, factor, out=torch.empty_like(gradient))
+
+
+def _graph_is_kept() -> bool:
+    """Return whether the running backward pass keeps its graph, so that saved gradients may be read again.
+
+    The function asked is private to torch, whose AOTAutograd depends on it as well (donated buffers). A torch without
+    it gets True: the gradients are then copied, which costs memory of their size and is right either way.
+    """
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
 
 
 class _TokenLoss(torch.autograd.Function):

@@ -1,6 +1,7 @@
-"""Python with a GPU, in name: `python -m fake_cuda.interpreter (-c CODE | -m MODULE | FILE) [ARGUMENT...]`.
+"""Python with a GPU, in name: `python -m fake_cuda.interpreter (-c CODE | -m MODULE | FILE | --version) [ARGUMENT...]`.
 
-What it runs finds the fake device. Figures are without meaning, so `bench/results/` is refused as a place for them.
+What it runs finds the fake device, and so do the processes that it starts by `sys.executable`, which is the executable
+that FAKE_CUDA_PYTHON names. Figures are without meaning, so `bench/results/` is refused as a place for them.
 """
 
 import os
@@ -19,13 +20,21 @@ def main(arguments: list[str]) -> None:
     for argument in arguments:
         if RESULTS in (ROOT / argument).resolve().parents:
             sys.exit(f"{argument}: figures of a device that is not there do not belong in {RESULTS}")
+    what, *rest = arguments
+    if what.startswith("-") and what not in ("-c", "-m"):
+        os.execv(sys.executable, [sys.executable, *arguments])
     session = Session(world=1)
     import torch
 
-    on_host = torch.Generator
-    torch.Generator = lambda device="cpu": on_host()  # type: ignore[assignment, misc]
+    if wrapper := os.environ.get("FAKE_CUDA_PYTHON"):
+        sys.executable = wrapper
+
+    class OnHost(torch.Generator):
+        def __new__(cls, device: object = "cpu") -> "OnHost":
+            return super().__new__(cls)
+
+    torch.Generator = OnHost  # type: ignore[misc]
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a fake tensor cannot be put into a real one
-    what, *rest = arguments
     with session.running():
         if what == "-c":
             exec(rest[0], {"__name__": "__main__"})

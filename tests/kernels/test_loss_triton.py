@@ -487,6 +487,19 @@ def test_a_backward_pass_takes_no_second_copy_of_the_gradients() -> None:
     assert [x.data_ptr() for x in got] == stored
 
 
+def test_without_torchs_word_on_the_graph_the_gradients_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = inputs(20, 16, 100, torch.float32)
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    expected = torch.autograd.grad(loss * 2, (hidden, weight))
+    monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    loss = linear_cross_entropy(hidden, weight, targets)
+    stored = [x.data_ptr() for x in loss.grad_fn.saved_tensors[1:]]  # type: ignore[union-attr]
+    for keep in (True, False):
+        got = torch.autograd.grad(loss * 2, (hidden, weight), retain_graph=keep)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
+        assert not {x.data_ptr() for x in got} & set(stored)
+
+
 # What can be seen of CUDA without one
 
 
