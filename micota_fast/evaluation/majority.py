@@ -16,12 +16,16 @@ Grade = Callable[[Sequence[tuple[str, str]]], list[Verdict]]
 
 @dataclass
 class _Answer:
-    """A final answer as it is spelled: a text that has it, how often it was given, and whether it is right."""
+    """A final answer as it is spelled: a text that has it, how often it was given, and whether it is right.
+
+    What could not be compared with the gold answer, within the limits, is not compared with the others either.
+    """
 
     text: str
     extracted: str
     votes: int
     correct: bool
+    comparable: bool
 
 
 class _Poll:
@@ -32,7 +36,8 @@ class _Poll:
         for row, verdict in zip(rows, verdicts, strict=True):
             if verdict.status == "no_answer" or verdict.extracted is None or row.finish_reason in ABORTED:
                 continue
-            answer = _Answer(row.completion, verdict.extracted, 0, verdict.status == "correct")
+            correct, comparable = verdict.status == "correct", verdict.status in ("correct", "wrong")
+            answer = _Answer(row.completion, verdict.extracted, 0, correct, comparable)
             spelled.setdefault(verdict.extracted, answer).votes += 1
         self.waiting = list(spelled.values())
         self.most, self.correct = 0, False
@@ -45,14 +50,14 @@ class _Poll:
     def pairs(self) -> list[tuple[str, str]]:
         """Return what is to be compared: each answer but the first, with the first as the gold answer."""
         first, *others = self.waiting
-        return [(answer.text, first.extracted) for answer in others]
+        return [(answer.text, first.extracted) for answer in others if first.comparable and answer.comparable]
 
     def count(self, verdicts: Iterator[Verdict]) -> None:
         """Make a class of the first answer and its equals, by the verdicts on `pairs`."""
         first, *others = self.waiting
         votes, self.waiting = first.votes, []
         for answer in others:
-            if next(verdicts).status == "correct":
+            if first.comparable and answer.comparable and next(verdicts).status == "correct":
                 votes += answer.votes
             else:
                 self.waiting.append(answer)
@@ -66,7 +71,7 @@ def majority_correct(rows: Sequence[Completion], verdicts: Sequence[Verdict], sa
     Two answers are equal if `grade` takes one for right where the other, of which it is a later sample, is the gold
     answer; a class of equals is right if its first is. Of classes of one size, the one sampled first wins, so that a
     problem counts as 0 or 1. An answer without a final answer, or that the server broke off, has no vote; a problem
-    without a vote is wrong.
+    without a vote is wrong. One whose comparison with the gold answer came to no end is equal to its own spelling only.
 
     Args:
         rows: the answers, problem by problem, `samples` to each.

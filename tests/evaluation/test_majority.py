@@ -59,3 +59,20 @@ def test_answers_are_compared_until_no_other_can_win() -> None:
     assert voted("127777734444")
     assert compared == [4, 3, 2]  # 1, 2 and 7 with what is left, each spelling once; 3 and 4 could not outvote 7
     assert not voted("37735"), "of equals the first, also where others could still have won"
+
+
+def test_an_answer_whose_comparison_came_to_no_end_is_equal_to_its_own_spelling_only() -> None:
+    compared: list[str] = []
+
+    def by_string(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        compared.extend(text + gold for text, gold in pairs)
+        return [grade_by_string(*pair) for pair in pairs]
+
+    rows = [
+        Completion("a", i, "?", "7", f"\\boxed{{{x}}}", "stop", 1, 1, None)
+        for i, x in enumerate(["9!", "7", "9!", "8"])
+    ]
+    verdicts = [Verdict("timeout", "9!") if "!" in of.completion else Verdict("correct", "7") for of in rows[:3]]
+    assert majority_correct(rows, [*verdicts, Verdict("wrong", "8")], 4, by_string) == [False]
+    assert majority_correct(rows[1:], [*verdicts[1:], Verdict("wrong", "8")], 3, by_string) == [True]
+    assert compared == [r"\boxed{8}7"]
