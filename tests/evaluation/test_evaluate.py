@@ -25,7 +25,7 @@ from helpers.schemas import check_schema
 from helpers.servers import http_server
 from micota_fast.chat.encoding import Chat
 from micota_fast.common.fingerprint import Fingerprints
-from micota_fast.common.records import Completion, Problem, write_rows
+from micota_fast.common.records import Completion, Problem, encode_row, write_rows
 from micota_fast.common.schema import to_json
 from micota_fast.config import loader
 from micota_fast.config.evaluation import BenchmarkConfig, EvaluateConfig, JudgeConfig, OwnSampling
@@ -371,8 +371,8 @@ def test_a_judge_is_asked_about_what_the_string_rule_rejects(settings: EvaluateC
     ]
     assert rows == [True, False, True, False, None]
     check_schema(EvaluationResults, Path(settings.out) / "results.json")
-    graded = [to_json(row) for _, row in read_graded(Path(settings.out) / "rows/four.jsonl")]
-    assert graded == [json.loads(line) for line in (Path(settings.out) / "rows/four.jsonl").open()]
+    graded = [encode_row(to_json(row)) for _, row in read_graded(Path(settings.out) / "rows/four.jsonl")]
+    assert b"".join(graded) == (Path(settings.out) / "rows/four.jsonl").read_bytes()
     judge = json.loads((Path(settings.out) / "results.json").read_text())["judge"]
     assert judge["model"] == Path(settings.model).name
     assert judge["made_by"]["model"] == model_fingerprint(Path(settings.model), Fingerprints(None))
