@@ -4,5 +4,6 @@
 # finds this folder. The operator defined a second time would leave the first with freed memory.
 if __name__ != "kernels":
     from .linear_cross_entropy import linear_cross_entropy
+    from .soft_targets import SoftTargets
 
-    __all__ = ["linear_cross_entropy"]
+    __all__ = ["SoftTargets", "linear_cross_entropy"]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .rows import LossInputs, kept_rows
+from .soft_targets import soft_rows
 from .torch_chunk import torch_chunk
 
 # Bytes of logits held at a time, small beside the activations of a pack. N has no part in it, so it has none in the
@@ -109,6 +110,7 @@ def run(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             target_C,
             scale[at].contiguous() if scale.ndim else scale,
             buffer[: stop - start, :v],
+            soft=soft_rows(inputs, at),
             ignore_index=inputs.ignore_index,
             threshold=inputs.threshold,
             nll_C=nll_C,

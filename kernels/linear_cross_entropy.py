@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from . import chunks
 from .rows import LossInputs
+from .soft_targets import SoftTargets, check_distributions
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,7 +25,7 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor,
+    targets: Tensor | SoftTargets,
     *,
     ignore_index: int = -100,
     reduction: Literal["none", "sum", "mean"] = "mean",
@@ -34,6 +35,9 @@ def linear_cross_entropy(
     row_filter: float = 0.0,
 ) -> Tensor:
     """Compute the negative log-likelihood of `targets` under `softmax(hidden @ weight.T)`.
+
+    Soft targets are distributions over the vocabulary, and the loss is the KL divergence from them; `SoftTargets` has
+    its definition. Hard targets are those of one token of probability 1, and give the same bits.
 
     Logits are products of the inputs' type, summed in float32 and rounded to the inputs' type, as a dense head rounds
     them. Softmax, loss and the sum over rows of the weight's gradient are float32 (float64 for float64 inputs). The
@@ -46,7 +50,7 @@ def linear_cross_entropy(
     Args:
         hidden: [N, H], bfloat16, float32 or float64.
         weight: [V, H], same type.
-        targets: [N] int64 in [0, V), or `ignore_index`.
+        targets: [N] int64 in [0, V), or `ignore_index`; or the `SoftTargets` of N rows.
         ignore_index: the target that marks a row to ignore.
         reduction: "none": [N], 0 where ignored; "sum": over the rows; "mean": sum / normalizer.
         normalizer: divisor of "mean", a host number (not 0) or a 0-d tensor: the count of supervised tokens over all
@@ -59,19 +63,27 @@ def linear_cross_entropy(
             this, which is to say whose target has a probability of at least 1 - row_filter. The loss is exact. A row
             left out takes an error of at most row_filter * (|weight[target]| + max |weight[j]|) * its factor to its
             gradient of `hidden`, and a matrix of rank one and of Frobenius norm at most
-            sqrt(2) * row_filter * |hidden[row]| * its factor out of the gradient of `weight`. 0: exact.
+            sqrt(2) * row_filter * |hidden[row]| * its factor out of the gradient of `weight`. 0: exact. Not with soft
+            targets: their loss bounds the gradient by Pinsker's inequality alone, no entry above sqrt(KL / 2), and
+            the KL of 2e-6 which a row_filter of 1e-3 then asks for is lost in float32's rounding of the entropy.
 
     Returns:
         Float32 (float64 for float64 inputs) scalar, or [N] for "none". No supervised row: 0, with zero gradients.
 
     Raises:
         ValueError: shapes, types or arguments that do not fit together; on a CPU, and on CUDA with MICOTA_DEBUG=1, a
-            wrong `n_supervised`.
-        IndexError: a target outside [0, V). On CUDA the loss is NaN instead, as checking would stall the device;
-            MICOTA_DEBUG=1 in the environment makes it check, and raise, there too.
+            wrong `n_supervised`, and a row of soft targets that is no distribution: without a token, with one twice,
+            with NaN, or of probabilities that sum to more than 1 by more than rounding to float16 can do.
+        IndexError: a target outside [0, V). On CUDA the loss is NaN instead, of such a row as well, as checking would
+            stall the device; MICOTA_DEBUG=1 in the environment makes it check, and raise, there too.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
         raise ValueError(f"hidden [N, H] and weight [V, H] expected, not {list(hidden.shape)}, {list(weight.shape)}")
+    soft = targets if isinstance(targets, SoftTargets) else None
+    if soft is not None:
+        soft.check(hidden.shape[0])
+        targets = soft.row_targets()
+    assert isinstance(targets, Tensor)
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets: int64 [{hidden.shape[0]}] expected, not {targets.dtype} {list(targets.shape)}")
     if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
@@ -91,19 +103,33 @@ def linear_cross_entropy(
         raise ValueError("token_weights: [N] with reduction 'sum' or 'mean' expected; multiply what 'none' returns")
     if not 0 <= row_filter < 1:
         raise ValueError(f"row_filter {row_filter} is not in [0, 1)")
+    if soft is not None and row_filter > 0:
+        raise ValueError(f"row_filter {row_filter} with soft targets, whose loss does not bound their gradient: use 0")
 
     threshold = -math.log1p(-row_filter)
     exact = torch.promote_types(hidden.dtype, torch.float32)
     scale = torch.ones((), dtype=exact, device=hidden.device) if token_weights is None else token_weights.to(exact)
+    inputs = LossInputs(hidden, weight, targets, scale, ignore_index, n_supervised, threshold, False, False)
+    if soft is not None:
+        inputs = inputs._replace(
+            ids=soft.ids,
+            logprobs=soft.logprobs.detach(),
+            tail_bucket=soft.tail == "bucket",
+            temperature=soft.temperature,
+            alpha=soft.alpha,
+        )
     if reduction == "none":
-        inputs = LossInputs(hidden, weight, targets, scale, ignore_index, n_supervised, threshold, False, False)
         return _TokenLoss.apply(*inputs)
     if reduction == "mean":
         scale = scale / ((targets != ignore_index).sum().clamp(min=1) if normalizer is None else normalizer)
     scale = scale.detach().to(exact)  # a normalizer of another type must not change that of the loss
     recording = torch.is_grad_enabled()
-    wants = (recording and hidden.requires_grad, recording and weight.requires_grad)
-    return _SummedLoss.apply(*LossInputs(hidden, weight, targets, scale, ignore_index, n_supervised, threshold, *wants))
+    inputs = inputs._replace(
+        scale=scale,
+        want_hidden=recording and hidden.requires_grad,
+        want_weight=recording and weight.requires_grad,
+    )
+    return _SummedLoss.apply(*inputs)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -161,20 +187,18 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         inputs = LossInputs(*arguments)
-        ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.targets)
+        ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.targets, inputs.ids, inputs.logprobs)
         ctx.options = inputs.ignore_index, inputs.n_supervised, inputs.threshold
+        ctx.soft_options = inputs.tail_bucket, inputs.temperature, inputs.alpha
         nll_N, valid, _, _ = _by_chunks(*inputs)
         return nll_N * valid
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_nll_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets = ctx.saved_tensors
-        want_hidden, want_weight = wants = ctx.needs_input_grad[:2]
-        ignore_index, n_supervised, threshold = ctx.options
-        inputs = LossInputs(
-            hidden, weight, targets, grad_nll_N, ignore_index, n_supervised, threshold, want_hidden, want_weight
-        )
+        hidden, weight, targets, ids, logprobs = ctx.saved_tensors
+        wants = ctx.needs_input_grad[:2]
+        inputs = LossInputs(hidden, weight, targets, grad_nll_N, *ctx.options, *wants, ids, logprobs, *ctx.soft_options)
         _, valid, *gradients = _by_chunks(*inputs)
         return *(_times(g, valid) if want else None for g, want in zip(gradients, wants, strict=True)), *_NO_MORE
 
@@ -195,6 +219,7 @@ def _operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = LossInputs(*arguments)
     on_cpu = inputs.targets.device.type == "cpu"
     if on_cpu or os.environ.get("MICOTA_DEBUG") == "1":
+        check_distributions(inputs)
         count = _checked(inputs.targets, inputs.weight.shape[0], inputs.ignore_index, inputs.n_supervised)
         inputs = inputs._replace(n_supervised=count) if on_cpu else inputs
     # Triton launches on the current device, which need not be that of the inputs; autocast would change some products.

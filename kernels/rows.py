@@ -21,6 +21,12 @@ class LossInputs(NamedTuple):
     threshold: float  # rows of at most this loss stay out of the gradients; 0: every row counts
     want_hidden: bool  # whether to make the gradient of `hidden`
     want_weight: bool  # whether to make the gradient of `weight`
+    # Of soft targets alone, see `SoftTargets`; `targets` then says which rows are ignored, and has the hard targets.
+    ids: Tensor | None = None  # int64 [N, K]
+    logprobs: Tensor | None = None  # floating point [N, K]
+    tail_bucket: bool = False  # whether the tokens outside the K are one event
+    temperature: float = 1.0
+    alpha: float = 1.0  # share of the soft term; below 1 `targets` are hard targets
 
 
 def kept_rows(kept_N: Tensor, size: int) -> Tensor:

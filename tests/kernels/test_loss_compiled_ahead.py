@@ -21,6 +21,8 @@ from micota_fast.kernels.triton_chunk import NUM_WARPS
 CHIPS = {80: "A100", 90: "H100", 100: "B200"}  # compute capability
 # What multiplies tiles of bfloat16 into float32 on tensor cores.
 TENSOR_CORES = {80: r"HMMA\.16816\.F32\.BF16", 90: r"HGMMA\.64x\d+x16\.F32\.BF16", 100: r"UTCHMMA"}
+FLAGS = ("WANT_GRADIENT", "FILTER", "FIRST", "HOT", "MIXED", "K")
+MOST = 128  # tokens of a distribution
 PADDED, ODD = 2 * 8192, 2 * 8192 + 7  # columns: of a vocabulary padded as they are, and of one that is not
 
 
@@ -55,6 +57,7 @@ def compile_all(out: Path) -> None:
 
     from helpers.cubins import inspect_cubin
     from micota_fast.kernels import in_place, triton_chunk
+    from micota_fast.kernels.soft_targets import SoftRows
 
     chip, call, found = 0, {}, {}
 
@@ -74,7 +77,7 @@ def compile_all(out: Path) -> None:
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         compiled = run(kernel, *args, grid=grid, warmup=True, **options)
-        flags = {name: options[name] for name in ("WANT_GRADIENT", "FILTER", "FIRST") if name in options}
+        flags = {name: options[name] for name in FLAGS if name in options}
         if compiled.hash not in found:
             facts = inspect_cubin(compiled, out.parent, call["listed"])
             what = {"name": kernel.__name__, "chip": chip, "flags": flags, **call["what"]}
@@ -88,6 +91,7 @@ def compile_all(out: Path) -> None:
         call.update(what={"dtype": str(dtype).removeprefix("torch."), "columns": columns}, listed=listed)
         rows, h, aligned = 64, 64, -(-columns // 64) * 64
         how = {"threshold": 0.0, "scale": torch.ones(()), "first": True, "grad_CH": None, "grad_VH": None} | how
+        how.setdefault("soft", None)
         triton_chunk.triton_chunk(
             torch.zeros(rows, h, dtype=dtype),
             torch.zeros(columns, h, dtype=dtype),
@@ -97,6 +101,10 @@ def compile_all(out: Path) -> None:
             nll_C=torch.zeros(rows),
             **how,
         )
+
+    def distributions(k: int, temperature: float, alpha: float) -> SoftRows:
+        parts = torch.zeros(64, k, dtype=torch.int64), torch.zeros(64, k), torch.zeros(64), torch.zeros(64)
+        return SoftRows(*parts, temperature, alpha)
 
     for chip in CHIPS:  # noqa: B007 (Driver reads it)
         for dtype in (torch.float32, torch.bfloat16):
@@ -114,6 +122,10 @@ def compile_all(out: Path) -> None:
             launch(dtype, PADDED, grad_VH=weight.float(), threshold=0.1)
             launch(dtype, PADDED, grad_VH=weight.float(), threshold=0.1, first=False)
             in_place.multiply_in_place(hidden, torch.ones(()))
+            for temperature, alpha in ((1.0, 1.0), (2.0, 1.0), (1.0, 0.5), (2.0, 0.5)):
+                launch(dtype, PADDED, listed=True, grad_VH=weight, soft=distributions(MOST, temperature, alpha))
+            launch(dtype, PADDED, soft=distributions(MOST, 2.0, 0.5))
+            launch(dtype, PADDED, grad_VH=weight, soft=distributions(1, 1.0, 1.0))
     out.write_text(json.dumps(list(found.values())))
 
 

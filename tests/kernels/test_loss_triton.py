@@ -7,79 +7,31 @@ driver goes the way that it goes on CUDA.
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime import interpreter
 
-from micota_fast.kernels import chunks, in_place, kept_products, linear_cross_entropy, triton_chunk
+from helpers.cuda_way import DEVICE, HAS_GPU, as_on_cuda, chunks_of
+from micota_fast.kernels import chunks, in_place, kept_products, linear_cross_entropy, triton_chunk, triton_rows
 from micota_fast.kernels.reference import dense_linear_cross_entropy
 from micota_fast.kernels.rows import LossInputs, kept_rows
 
 implementation = sys.modules[linear_cross_entropy.__module__]
 
-HAS_GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu] if HAS_GPU else []
-DEVICE = "cuda" if HAS_GPU else "cpu"
 NAN, INF = float("nan"), float("inf")
 FEW = settings(deadline=None, max_examples=200 if HAS_GPU else 25)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
 @pytest.fixture(autouse=True, scope="module")
-def as_on_cuda() -> Iterator[None]:
-    """Blocks and tiles small enough that small shapes take several, and the way of CUDA for CPU tensors."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_chunk, "BLOCK_BYTES", 256)
-        if not HAS_GPU:
-            for tiles in kept_products.TILES.values():
-                for name, size in (("BLOCK_M", 32), ("BLOCK_N", 16), ("BLOCK_K", 16), ("GROUP_M", 2)):
-                    patch.setitem(tiles, name, size)
-            patch.setattr(chunks, "takes_triton", lambda device, dtype: dtype != torch.float64)
-            patch.setattr(implementation, "_checked", lambda targets, v, ignore_index, n_supervised: n_supervised)
-            patch.setattr(triton_chunk, "_add_product", add_product_on_cpu)
-            make_bfloat16_faithful(patch)
-        yield
-
-
-def add_product_on_cpu(a: Tensor, b: Tensor, total: Tensor, first: bool) -> None:
-    """Summed in float32, then rounded, as cuBLAS does: torch.mm and addmm have `out_dtype` on CUDA alone."""
-    product = a.float() @ b.float()
-    total.copy_(product if first else total + product)
-
-
-def make_bfloat16_faithful(patch: pytest.MonkeyPatch) -> None:
-    """The interpreter cuts float32 off to bfloat16, where a GPU rounds, and multiplies bfloat16 as integers."""
-    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
-
-    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        if (source, target) == (tl.float32, tl.bfloat16):
-            bits = torch.from_numpy(data.astype(np.float32).reshape(-1)).bfloat16().view(torch.int16)
-            return bits.numpy().view(np.uint16).reshape(data.shape)
-        return convert(data, source, target, mode)
-
-    def widened(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        wide = [self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)]
-        return dot(self, *wide, *rest)
-
-    patch.setattr(interpreter, "_convert_float", rounded)
-    patch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)
-
-
-@contextmanager
-def chunks_of(rows: int, v: int, dtype: torch.dtype) -> Iterator[None]:
-    """That many rows of logits a chunk."""
-    aligned = chunks.ALIGNED_BYTES // dtype.itemsize
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(chunks.LOGITS_BYTES, DEVICE, rows * math.ceil(v / aligned) * aligned * dtype.itemsize)
+def the_way_of_cuda() -> Iterator[None]:
+    with as_on_cuda():
         yield
 
 
@@ -105,7 +57,7 @@ def softmax_rows(
     buffer = logits_CV.new_full((c, math.ceil(v / aligned) * aligned), NAN)
     buffer[:, :v] = logits_CV
     buffer, nll_C = buffer.to(DEVICE), torch.full((c,), 7.0, device=DEVICE)
-    triton_chunk.softmax_rows[(c,)](
+    triton_rows.softmax_rows[(c,)](
         buffer,
         targets.to(DEVICE),
         scale.to(DEVICE),
