@@ -1,31 +1,31 @@
 """MiCoTA: distil long chains of thought into small models through a merged, mid-sized teacher assistant."""
 
-import importlib.util
 import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 
 __version__ = "0.1.0"
 
 
-def _map_kernels_of_a_bare_checkout() -> None:
-    """Make `micota_fast.kernels` importable where the package runs from the repository's root without being installed.
+class _KernelsOfABareCheckout(MetaPathFinder):
+    """Finds `micota_fast.kernels` where the package runs from the repository's root without being installed.
 
-    An installation maps the folder by `package-dir` (pyproject.toml). The module is loaded lazily, so importing the
-    package stays free of torch.
+    An installation maps the folder by `package-dir` (pyproject.toml). Nothing is loaded before it is imported, so
+    importing the package stays free of torch. (A lazy module in its place would be loaded in the middle of the import
+    of a module inside it, which then runs twice.)
     """
-    name = f"{__name__}.kernels"
+
     folder = Path(__file__).parent.parent / "kernels"
-    if importlib.util.find_spec(name) is not None or not (folder / "__init__.py").is_file():
-        return
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    if spec is None or spec.loader is None:
-        return
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        """Return the spec of this one package."""
+        if fullname != f"{__name__}.kernels" or not (self.folder / "__init__.py").is_file():
+            return None
+        return spec_from_file_location(
+            fullname, self.folder / "__init__.py", submodule_search_locations=[str(self.folder)]
+        )
 
 
-_map_kernels_of_a_bare_checkout()
+sys.meta_path.append(_KernelsOfABareCheckout())  # after those of an installation

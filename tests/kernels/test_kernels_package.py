@@ -26,3 +26,15 @@ def test_a_second_import_under_another_name_defines_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert abs(float(done.stdout) - 1.6094379) < 1e-6  # log 5
+
+
+def test_a_module_of_the_package_that_is_imported_first_runs_once() -> None:
+    """Or a class would be there twice, and no instance of one is one of the other."""
+    program = """
+from micota_fast.kernels.soft_targets import SoftTargets
+import micota_fast.kernels.reference
+
+assert micota_fast.kernels.SoftTargets is micota_fast.kernels.reference.SoftTargets is SoftTargets
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

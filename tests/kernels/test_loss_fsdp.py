@@ -1,5 +1,6 @@
 """The loss under FSDP2 on two gloo ranks: what is gathered and reduced, and the gradients."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.ranks import run_ranks
-from micota_fast.kernels import chunks, linear_cross_entropy
+from helpers.soft_cases import soft_targets
+from micota_fast.kernels import SoftTargets, chunks, linear_cross_entropy
 from micota_fast.kernels.reference import dense_linear_cross_entropy
 from micota_fast.train.world import World
 
@@ -32,17 +34,22 @@ class TinyLoss(nn.Module):
         self.block = nn.Linear(H, H)
         self.head = self.embedding if tied else nn.Parameter(torch.randn(V, H))
 
-    def forward(self, ids: Tensor, targets: Tensor, n_supervised: int, normalizer: int, dense: bool = False) -> Tensor:
+    def forward(
+        self, ids: Tensor, targets: Tensor | SoftTargets, n_supervised: int, normalizer: int, dense: bool = False
+    ) -> Tensor:
         hidden = self.block(F.embedding(ids, self.embedding)).tanh()
         if dense:
             return dense_linear_cross_entropy(hidden, self.head, targets, normalizer=normalizer)
         return linear_cross_entropy(hidden, self.head, targets, n_supervised=n_supervised, normalizer=normalizer)
 
 
-def batch(rank: int, n_supervised: int) -> tuple[Tensor, Tensor]:
+def batch(rank: int, n_supervised: int, soft: bool) -> tuple[Tensor, Tensor | SoftTargets]:
     generator = torch.Generator().manual_seed(rank)
     ids, targets = (torch.randint(0, V, (N,), generator=generator) for _ in range(2))
     targets[torch.randperm(N, generator=generator)[n_supervised:]] = -100
+    if soft:
+        made = soft_targets(N, V, 8, hard=True, seed=rank, tail="bucket", alpha=0.5, temperature=2.0)
+        return ids, replace(made, hard=targets)
     return ids, targets
 
 
@@ -62,7 +69,7 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gradients_equal_those_of_one_process(world: World, dtype: torch.dtype, tied: bool) -> None:
+def gradients_equal_those_of_one_process(world: World, dtype: torch.dtype, tied: bool, soft: bool) -> None:
     chunks.LOGITS_BYTES["cpu"] = 5 * V * 4  # rows of several chunks
     mesh = init_device_mesh("cpu", (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -74,7 +81,7 @@ def gradients_equal_those_of_one_process(world: World, dtype: torch.dtype, tied:
             sharded.set_force_sum_reduction_for_comms(True)
         normalizer = max(1, sum(supervised))
         with Collectives() as collectives:
-            ids, targets = batch(world.rank, supervised[world.rank])
+            ids, targets = batch(world.rank, supervised[world.rank], soft)
             model(ids, targets, supervised[world.rank], normalizer).backward()
 
         root = (1 if tied else 2) * V * H
@@ -83,7 +90,7 @@ def gradients_equal_those_of_one_process(world: World, dtype: torch.dtype, tied:
         assert sorted(collectives.reduced) == [block, root]
 
         for rank, count in enumerate(supervised):
-            alone(*batch(rank, count), count, normalizer, dense=True).backward()
+            alone(*batch(rank, count, soft), count, normalizer, dense=True).backward()
         for (name, ours), (_, theirs) in zip(model.named_parameters(), alone.named_parameters(), strict=True):
             assert isinstance(ours.grad, DTensor)
             assert theirs.grad is not None
@@ -97,11 +104,13 @@ def gradients_equal_those_of_one_process(world: World, dtype: torch.dtype, tied:
                 assert (got - theirs.grad).norm() < 0.02 * theirs.grad.norm(), name
 
 
-def in_both_types(world: World, tied: bool) -> None:
+def in_both_types(world: World, tied: bool, soft: bool) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        gradients_equal_those_of_one_process(world, dtype, tied)
+        gradients_equal_those_of_one_process(world, dtype, tied, soft)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_output_weight_is_gathered_once_and_its_gradient_reduced_once(tied: bool, tmp_path: Path) -> None:
-    run_ranks(2, in_both_types, tmp_path / "log", tied)
+@pytest.mark.parametrize(("tied", "soft"), [(False, False), (True, False), (True, True)])
+def test_the_output_weight_is_gathered_once_and_its_gradient_reduced_once(
+    tied: bool, soft: bool, tmp_path: Path
+) -> None:
+    run_ranks(2, in_both_types, tmp_path / "log", tied, soft)
