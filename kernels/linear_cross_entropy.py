@@ -188,8 +188,8 @@ class _TokenLoss(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         inputs = LossInputs(*arguments)
         ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.targets, inputs.ids, inputs.logprobs)
-        ctx.options = inputs.ignore_index, inputs.n_supervised, inputs.threshold
-        ctx.soft_options = inputs.tail_bucket, inputs.temperature, inputs.alpha
+        names = ("ignore_index", "n_supervised", "threshold", "tail_bucket", "temperature", "alpha")
+        ctx.options = {name: getattr(inputs, name) for name in names}
         nll_N, valid, _, _ = _by_chunks(*inputs)
         return nll_N * valid
 
@@ -197,8 +197,18 @@ class _TokenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_nll_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, ids, logprobs = ctx.saved_tensors
-        wants = ctx.needs_input_grad[:2]
-        inputs = LossInputs(hidden, weight, targets, grad_nll_N, *ctx.options, *wants, ids, logprobs, *ctx.soft_options)
+        want_hidden, want_weight = wants = ctx.needs_input_grad[:2]
+        inputs = LossInputs(
+            hidden,
+            weight,
+            targets,
+            grad_nll_N,
+            want_hidden=want_hidden,
+            want_weight=want_weight,
+            ids=ids,
+            logprobs=logprobs,
+            **ctx.options,
+        )
         _, valid, *gradients = _by_chunks(*inputs)
         return *(_times(g, valid) if want else None for g, want in zip(gradients, wants, strict=True)), *_NO_MORE
 

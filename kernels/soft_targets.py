@@ -114,7 +114,9 @@ def soft_rows(inputs: LossInputs, at: slice | Tensor) -> SoftRows | None:
     entropy_C = -torch.xlogy(probs_CK, probs_CK).sum(1) - torch.xlogy(tail_C, tail_C)
     return SoftRows(
         ids_CK.where(present_CK & (ids_CK >= 0) & (ids_CK < vocabulary), -1).contiguous(),
-        *(part.to(exact).contiguous() for part in (probs_CK, tail_C, entropy_C)),
+        probs_CK.to(exact).contiguous(),
+        tail_C.to(exact),
+        entropy_C.to(exact),
         inputs.temperature,
         inputs.alpha,
     )
