@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import itertools
 import os
 import re
 import sys
@@ -12,7 +13,9 @@ from typing import Any
 from micota_fast import __version__
 from micota_fast.common.terminal import safe_output
 from micota_fast.config.loader import describe, load
+from micota_fast.config.option_help import help_lines
 from micota_fast.config.shipped import recipe_file
+from micota_fast.config.suggestions import OTHER_VERBS, closest_key, did_you_mean
 from micota_fast.errors import InputError
 from micota_fast.pipeline.stages import SET, VERBS, Verb, imported
 
@@ -32,9 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    given = vars(_parser(arguments).parse_args(arguments))
+    if wrong := _wrong_verb(arguments):
+        print(f"micota: {wrong}", file=sys.stderr)
+        return 2
+    namespace, unknown = _parser(arguments).parse_known_args(arguments)
+    given = vars(namespace)
     verb = given.pop("verb")
     try:
+        _check_words(verb, arguments, unknown)
         result = _call(VERBS[verb], given)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough
@@ -64,6 +72,42 @@ def _run(arguments: Sequence[str]) -> int:
     return result if type(result) is int else 0
 
 
+def _wrong_verb(arguments: Sequence[str]) -> str | None:
+    """Say what is wrong with the verb; None: nothing, or there is none."""
+    word = next((word for word in arguments if not word.startswith("-")), None)
+    if word is None or word in VERBS:
+        return None
+    asked = did_you_mean(word, VERBS, f"verbs: {', '.join(VERBS)}", OTHER_VERBS)
+    return f"{word}: no such verb; {asked}"
+
+
+def _check_words(verb: str, arguments: Sequence[str], unknown: Sequence[str]) -> None:
+    """Check that nothing is left over, and that each --set has a value.
+
+    Raises:
+        InputError: says how it is written.
+    """
+    following = dict(itertools.pairwise(arguments))
+    for word, key in itertools.pairwise(arguments):
+        if word == "--set" and "=" not in key:
+            raise InputError(f"--set {key}: expected KEY=VALUE in one word: --set {key}={following.get(key, 'VALUE')}")
+    if not unknown:
+        return
+    settable = any("--set" in argument.names for argument in VERBS[verb].arguments)
+    flag = next((word for word in unknown if word.startswith("-")), None)
+    if flag is None:
+        raise InputError(f"{' '.join(unknown)}: too many words{'; options: --set KEY=VALUE' if settable else ''}")
+    name, equals, value = flag.lstrip("-").partition("=")
+    if settable:
+        keys = [row[0] for row in describe(imported(VERBS[verb].options or ""))]
+        if key := closest_key(name, keys):
+            value = value if equals else following.get(flag, "VALUE")
+            raise InputError(f"{flag}: no such option; options are set by --set: --set {key}={value}")
+    flags = [word for argument in VERBS[verb].arguments for word in argument.names if word.startswith("--")]
+    asked = did_you_mean(f"--{name}", flags, f"`micota {verb} --help` lists them")
+    raise InputError(f"{flag}: no such option; {asked}")
+
+
 def _indented(text: str) -> str:
     """A text whose further lines, such as those of a log, are never taken for lines of our own."""
     return re.sub(r"\n(?! )", "\n    ", text)
@@ -76,20 +120,17 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for name, verb in VERBS.items():
         sub = verbs.add_parser(name, help=verb.summary)
         if name in arguments:  # only the help of the verb that is called needs its options, which are imported for it
-            _describe(sub, verb)
+            _describe(sub, name, verb)
     return parser
 
 
-def _describe(parser: argparse.ArgumentParser, verb: Verb) -> None:
+def _describe(parser: argparse.ArgumentParser, name: str, verb: Verb) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = f"{verb.summary[0].upper()}{verb.summary[1:]}."
     for argument in verb.arguments:
         parser.add_argument(*argument.names, **argument.keywords)
     if SET in verb.arguments:
-        lines = ["options, with their defaults and, in brackets, where the default comes from:"]
-        for key, default, doc in describe(imported(verb.options or "")):
-            lines += [f"  {key} = {default}", f"      {doc}"]
-        parser.epilog = "\n".join(lines)
+        parser.epilog = "\n".join(help_lines(name, imported(verb.options or "")))
 
 
 def _call(verb: Verb, given: dict[str, Any]) -> Any:

@@ -28,7 +28,7 @@ def test_a_stage_that_was_asked_to_end_has_not_failed_and_a_number_is_a_status(m
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "nowhere"], "micota run: cannot read nowhere: No such file"),
+        (["run", "nowhere"], "micota run: nowhere: no such file, and no shipped recipe; shipped: micota-qwen2.5-3b"),
         (["run", "micro", "--set", "seedz=1"], "`seedz`: unknown key"),
         (["generate", "--set", "model=nowhere"], "`problems`: this key is required"),
         (["filter", "--set", "completions=nowhere.jsonl", "--set=out=o.jsonl"], "cannot read nowhere.jsonl"),

@@ -18,11 +18,13 @@ import yaml
 
 from micota_fast.common.files import reading
 from micota_fast.common.json_io import MAX_DEPTH
+from micota_fast.config.suggestions import closest_key
 from micota_fast.errors import InputError
 
 MAX_BYTES = 1 << 20  # of a file of options
 MAX_VALUES = 100_000  # that a file holds, each alias counted with all it stands for
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_QUOTED = re.compile("`([^`]+)`")  # the keys that a message names
 
 T = TypeVar("T")
 
@@ -192,9 +194,8 @@ def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
         if dataclasses.is_dataclass(hint):
             rows += describe(typing.cast(type, hint), f"{key}.")
             continue
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         # JSON is YAML, on one line.
-        default = "required" if required else json.dumps(plain(_default(field)), ensure_ascii=False)
+        default = "required" if _is_required(field) else json.dumps(plain(_default(field)), ensure_ascii=False)
         doc = field.metadata.get("doc", "")
         if field.metadata.get("source"):
             doc += f" [{field.metadata['source']}]"
@@ -341,7 +342,7 @@ def _build(hint: Any, node: yaml.Node | None, where: _Where) -> Any:
     if origin is dict:
         if not isinstance(node, yaml.MappingNode):
             raise where.error(node, "must be a mapping of names to values")
-        return {name: _build(args[1], child, where.child(name)) for name, child in _pairs(node, where)}
+        return {name: _build(args[1], child, where.child(name)) for name, _, child in _pairs(node, where)}
     if origin in (list, tuple):
         if not isinstance(node, yaml.SequenceNode):
             raise where.error(node, "must be a list")
@@ -363,10 +364,14 @@ def _build_dataclass(cls: type, node: yaml.Node | None, where: _Where) -> Any:
         raise where.error(node, "must be a mapping of keys to values")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
-    for key, child in _pairs(node, where):
+    for key, key_node, child in _pairs(node, where):
         name, hint = find_option(cls, key)
         if name not in fields:
-            raise where.child(key).error(child, f"unknown key; known here: {', '.join(fields)}")
+            # Options of named things are left out: which name is meant is not known.
+            keys = [*fields, *(row[0] for row in describe(cls) if ".NAME" not in row[0] and "[i]" not in row[0])]
+            meant = closest_key(key, keys)
+            asked = f"did you mean `{where.child(meant).key}`? Known" if meant else "known"
+            raise where.child(key).error(key_node, f"unknown key; {asked} here: {', '.join(fields)}")
         if name in values:
             raise where.child(key).error(
                 child, f"given twice: `{fields[name].metadata['alias']}` is the old name of `{name}`"
@@ -378,14 +383,34 @@ def _build_dataclass(cls: type, node: yaml.Node | None, where: _Where) -> Any:
         values[name] = _build(hint, child, where.child(key))
         if _is_infinite(values[name]) and not fields[name].metadata.get("infinite"):
             raise where.child(key).error(child, "must be a finite number")
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise where.child(name).error(node if node.start_mark else None, "this key is required")
+    missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
+    if missing:
+        first, *rest = (where.child(name).key for name in missing)
+        what = f"this key is required{', and so are ' if rest else ''}{', '.join(f'`{key}`' for key in rest)}"
+        raise where.child(missing[0]).error(node if node.start_mark else None, what)
     try:
         return cls(**values)
     except InputError as error:  # a check in __post_init__ knows the keys, this place knows the file and line
-        raise where.error(node if node.start_mark else None, str(error)) from None
+        at = next(filter(None, (_node_at(cls, node, key) for key in _QUOTED.findall(str(error)))), node)
+        raise where.error(at if at.start_mark else None, str(error)) from None
+
+
+def _node_at(hint: Any, node: yaml.Node, path: str) -> yaml.Node | None:
+    """Return the node of a dotted path, or None; names may have dots in them, and options go by both their names."""
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    for key, child in node.value:
+        name, inner = find_option(hint, key.value)
+        for written in (name, key.value):
+            if path == written:
+                return typing.cast(yaml.Node, key)
+            if path.startswith(f"{written}.") and (found := _node_at(inner, child, path[len(written) + 1 :])):
+                return found
+    return None
+
+
+def _is_required(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _is_infinite(value: Any) -> bool:
@@ -438,8 +463,9 @@ def _build_scalar(hint: Any, node: yaml.Node | None, where: _Where) -> Any:
     raise where.error(node, f"must be {getattr(hint, '__name__', hint)}, not {value!r:.60}")
 
 
-def _pairs(node: yaml.MappingNode, where: _Where) -> list[tuple[str, yaml.Node]]:
-    pairs: list[tuple[str, yaml.Node]] = []
+def _pairs(node: yaml.MappingNode, where: _Where) -> list[tuple[str, yaml.Node, yaml.Node]]:
+    """Return the name of each key, its node and that of its value."""
+    pairs: list[tuple[str, yaml.Node, yaml.Node]] = []
     seen: set[str] = set()
     for key, child in node.value:
         if not isinstance(key, yaml.ScalarNode):
@@ -449,7 +475,10 @@ def _pairs(node: yaml.MappingNode, where: _Where) -> list[tuple[str, yaml.Node]]
         if key.value in seen:
             raise where.child(key.value).error(key, "this key is given twice")
         seen.add(key.value)
-        pairs.append((key.value, child))
+        name, colon, value = key.value.partition(":")
+        if colon and node.flow_style and isinstance(child, yaml.ScalarNode) and not child.value:
+            raise where.error(key, f"`{key.value}` needs a space after the colon: {{{name}: {value}}}")
+        pairs.append((key.value, key, child))
     return pairs
 
 

@@ -9,6 +9,7 @@ from micota_fast.config.evaluation import AlignSettings, EvaluateSettings
 from micota_fast.config.generation import COLUMNS, PROBLEMS, GenerateSettings
 from micota_fast.config.loader import option
 from micota_fast.config.report import ClaimsConfig
+from micota_fast.config.suggestions import did_you_mean
 from micota_fast.config.train import TrainSettings
 from micota_fast.errors import InputError
 
@@ -164,7 +165,8 @@ class Recipe:
     def __post_init__(self) -> None:
         def known(name: str, table: dict[str, Any], where: str, kind: str) -> None:
             if name not in table:
-                raise InputError(f"`{where}` names the {kind} {name!r}; known: {', '.join(table) or 'none'}")
+                asked = did_you_mean(name, table, f"known: {', '.join(table) or 'none'}")
+                raise InputError(f"`{where}` names the {kind} {name!r}; {asked}")
 
         check_names("name", [self.name])
         for table in ("problems", "models", "corpora", "arms"):

@@ -1,6 +1,10 @@
 """The recipes that the package ships."""
 
+import os
 from pathlib import Path
+
+from micota_fast.config.suggestions import did_you_mean
+from micota_fast.errors import InputError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -11,6 +15,16 @@ def recipe_names() -> list[str]:
 
 
 def recipe_file(name: str) -> Path:
-    """Return the file of this name or, if there is none, that of the shipped recipe; neither need exist."""
+    """Return the file of this name or, if there is none, that of the shipped recipe.
+
+    Raises:
+        InputError: there is neither; names the shipped recipes.
+    """
     shipped = RECIPES / f"{name}.yaml"
-    return shipped if not Path(name).is_file() and shipped.exists() else Path(name)
+    if os.path.lexists(name):
+        return shipped if shipped.exists() and not Path(name).is_file() else Path(name)
+    if not shipped.exists():
+        known = recipe_names()
+        asked = did_you_mean(Path(name).stem, known, f"shipped: {', '.join(known)}")
+        raise InputError(f"{name}: no such file, and no shipped recipe; {asked}")
+    return shipped

@@ -44,7 +44,7 @@ SET = _argument(
 _RECIPE = _argument(
     "recipe", metavar="RECIPE", help=f"YAML file, or the name of a shipped recipe: {', '.join(recipe_names())}"
 )
-_SET_OF_RECIPE = _argument(*SET.names, **{**SET.keywords, "help": "set an option; `micota run --help` lists them"})
+_SET_OF_RECIPE = _argument(*SET.names, **{**SET.keywords, "help": "set an option; `micota options run` lists them"})
 _FOLDER = _argument("--out", metavar="DIR", help="the run's folder; default: runs/NAME")
 
 
@@ -274,6 +274,11 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
             summary="download the shipped benchmarks' problems from the Hugging Face Hub; existing files stay",
             function="micota_fast.evaluation.benchmarks:fetch",
             arguments=(_argument("folder", metavar="DIR", help="where the files go: the `data_dir` of a recipe"),),
+        ),
+        "options": Verb(
+            summary="explain the options of one verb or section: `micota options serve`, `micota options train.chat`",
+            function="micota_fast.pipeline.options:print_options",
+            arguments=(_argument("name", metavar="NAME", nargs="?", help="verb or section; default: list them all"),),
         ),
     }
 )

@@ -45,7 +45,7 @@ def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "overrides", "said"),
     [
-        ("lrr: 1\n", [], r"config\.yaml, line 4: `lrr`: unknown key; known here: .*lr"),
+        ("lrr: 1\n", [], r"config\.yaml, line 4: `lrr`: unknown key; did you mean `lr`\? Known here: .*lr"),
         ("lr: fast\n", [], r"config\.yaml, line 4: `lr`: must be float, not 'fast'"),
         ("seed: true\n", [], r"line 4: `seed`: must be int"),
         ("seed: 1\nseed: 2\n", [], r"line 5: `seed`: this key is given twice"),
