@@ -100,9 +100,9 @@ def _check_words(verb: str, arguments: Sequence[str], unknown: Sequence[str]) ->
     name, equals, value = flag.lstrip("-").partition("=")
     if settable:
         keys = [row[0] for row in describe(imported(VERBS[verb].options or ""))]
-        if key := closest_key(name, keys):
+        if option := closest_key(name, keys):
             value = value if equals else following.get(flag, "VALUE")
-            raise InputError(f"{flag}: no such option; options are set by --set: --set {key}={value}")
+            raise InputError(f"{flag}: no such option; options are set by --set: --set {option}={value}")
     flags = [word for argument in VERBS[verb].arguments for word in argument.names if word.startswith("--")]
     asked = did_you_mean(f"--{name}", flags, f"`micota {verb} --help` lists them")
     raise InputError(f"{flag}: no such option; {asked}")

@@ -71,13 +71,15 @@ def parse_row(kind: type[Row], value: Mapping[str, Any], where: str) -> Row:
     """Build a Problem or Completion from a decoded JSON object; unknown keys are left aside.
 
     Raises:
-        InputError: a key is missing or of the wrong type; `where` (file:line) opens the message.
+        InputError: keys are missing, or one is of the wrong type; `where` (file:line) opens the message.
     """
+    missing = [name for name, _, required in _FIELDS[kind] if required and name not in value]
+    if missing:
+        named = ", ".join(map(repr, missing))
+        raise InputError(f"{where}: {f'key {named} is' if len(missing) == 1 else f'keys {named} are'} missing")
     known: dict[str, Any] = {}
-    for name, kinds, required in _FIELDS[kind]:
+    for name, kinds, _ in _FIELDS[kind]:
         if name not in value:
-            if required:
-                raise InputError(f"{where}: key {name!r} is missing")
             continue
         item = value[name]
         if type(item) not in kinds:  # JSON gives no subclasses but bool, which is no int here

@@ -385,7 +385,7 @@ def _build_dataclass(cls: type, node: yaml.Node | None, where: _Where) -> Any:
             raise where.child(key).error(child, "must be a finite number")
     missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
     if missing:
-        first, *rest = (where.child(name).key for name in missing)
+        rest = [where.child(name).key for name in missing[1:]]
         what = f"this key is required{', and so are ' if rest else ''}{', '.join(f'`{key}`' for key in rest)}"
         raise where.child(missing[0]).error(node if node.start_mark else None, what)
     try:

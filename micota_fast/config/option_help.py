@@ -1,4 +1,4 @@
-"""The text that explains the options of a dataclass: section by section, what repeats an earlier one named only once."""
+"""The text that explains the options of a dataclass, section by section; each is explained once."""
 
 import textwrap
 from collections.abc import Iterator, Mapping

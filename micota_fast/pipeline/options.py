@@ -19,7 +19,7 @@ def print_options(name: str | None) -> None:
     if name is None:
         print("`micota options NAME` explains the options of one of these; those of `run` are a recipe's:")
         for verb, cls in classes.items():
-            print("  " + " ".join(part and f"{verb}.{part}" or verb for part in sections(cls)))
+            print("  " + " ".join(f"{verb}.{part}" if part else verb for part in sections(cls)))
         return
     verb, _, section = name.partition(".")
     if verb not in classes:

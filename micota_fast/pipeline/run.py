@@ -9,6 +9,7 @@ new folder.
 
 import contextlib
 import glob
+import json
 import re
 import shlex
 import shutil
@@ -39,6 +40,7 @@ from micota_fast.pipeline.versions import versions
 
 DONE, MAKING = "done.json", "making.json"
 POLL_S = 0.05
+MOST_SHOWN = 40  # characters of an option's value in the reason why a stage is stale
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,8 @@ class Run:
         folder = self.folder / stage.name
         record = read_done(folder)
         if any(state != "done" for state in needed.values()):
-            waits_for = next(name for name, state in needed.items() if state != "done")
-            return Status("waits" if record else "to do", f"after {waits_for}")
+            waits_for = [name for name, state in needed.items() if state != "done"]
+            return Status("waits" if record else "to do", f"after {', '.join(waits_for)}")
         identity = self._identity(stage)
         if record is None:
             making = _read(Making, folder / MAKING)
@@ -401,9 +403,19 @@ def _reason(status: Status) -> str:
 
 
 def _difference(record: Making, identity: dict[str, Any]) -> str:
-    """Name the options that differ between how a stage was made and how it is wanted."""
-    differing = [key.removeprefix("options.") for key in sorted(differences(record.identity, identity))]
-    return f"{', '.join(differing[:3])}{' and more' if len(differing) > 3 else ''} changed"
+    """Name the options that differ between how a stage was made and how it is wanted, with both values if short."""
+    differing = [
+        _change(key.removeprefix("options."), old, new)
+        for key, (old, new) in sorted(differences(record.identity, identity).items())
+    ]
+    return f"{', '.join(differing[:3])}{' and more' if len(differing) > 3 else ''}"
+
+
+def _change(key: str, old: Any, new: Any) -> str:
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in (old, new)]
+    if any(len(text) > MOST_SHOWN or "\n" in text or re.fullmatch("[0-9a-f]{64}", text) for text in texts):
+        return f"{key} changed"
+    return f"{key} {texts[0]} -> {texts[1]}"
 
 
 def read_done(folder: Path) -> Done | None:

@@ -143,7 +143,7 @@ def test_changed_option_is_named_and_the_old_artefact_comes_back(sources: Path) 
     old = (sources / "run/corpus/mix/corpus.jsonl").read_bytes()
     other = Run(stages(sources, sources / "run", seed=5), ONE_JOB, sources / "run")
     status = other.statuses()["corpus/mix"]
-    assert (status.state, status.why) == ("stale", "seed changed")
+    assert (status.state, status.why) == ("stale", "seed 0 -> 5")
     other.run(lambda line: None)
     assert (sources / "run/corpus/mix/corpus.jsonl").read_bytes() != old
     said: list[str] = []
