@@ -2,9 +2,14 @@
 
     .venv/bin/python bench/loss.py [--quick | --full] [--json FILE]
 
-Cases: shapes of real models, numbers of tokens, shares of masked tokens, random and trained-like logits. By default a
-base case and each of these varied from it; --full: all combinations; --quick: two cases. On a GPU the default stops
-after BUDGET_S and names the cases it has not reached. Without a GPU small shapes are run, in float32 and bfloat16.
+Cases: shapes of real models, numbers of tokens, shares of masked tokens, random and trained-like logits, and how many
+tokens a teacher's distributions have ("top"). By default a base case and each of these varied from it; --full: all
+combinations; --quick: three cases. On a GPU the default stops after BUDGET_S and names the cases it has not reached.
+Without a GPU small shapes are run, in float32 and bfloat16.
+
+Where there is a teacher, our loss of hard targets runs next to those of distributions: of the teacher's likeliest
+tokens with a bucket of all others, the same mixed with hard targets at a temperature of 2, and of the whole teacher,
+whose hidden states such a contestant is given and whose logits it makes within its time.
 
 The contestants of a case take turns in one process. Of each:
 
@@ -36,7 +41,7 @@ from typing import Any
 
 import torch
 from loss_cases import SHAPES, Case, Inputs, grid, inputs
-from loss_contestants import CONTESTANTS, GEMMS, Forward, available, backward
+from loss_contestants import CONTESTANTS, GEMMS, Forward, Target, available, backward, targets_of
 from machine import provenance
 from torch import Tensor
 
@@ -95,10 +100,10 @@ def peak_bytes(name: str, forward: Forward, given: Inputs) -> int:
     return peak
 
 
-def exact_values(given: Inputs) -> list[Tensor]:
+def exact_values(given: Inputs, target: Target) -> list[Tensor]:
     """Loss and gradients by dense logits in float64."""
     hidden, weight = (x.detach().double().requires_grad_() for x in (given.hidden, given.weight))
-    loss = dense_linear_cross_entropy(hidden, weight, given.targets, normalizer=given.n_supervised)
+    loss = dense_linear_cross_entropy(hidden, weight, targets_of(given, target), normalizer=given.n_supervised)
     return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
 
 
@@ -139,8 +144,9 @@ class Race:
 def measure_errors(race: Race, case: Case, device: str) -> None:
     """Relative errors, on a smaller case alike."""
     given = inputs(replace(case, tokens=min(case.tokens, ERROR_TOKENS)), device)
-    exact = exact_values(given)
-    race.each(lambda name, forward: errors(name, forward, given, exact))
+    target_of = {c.name: c.target for c in CONTESTANTS if c.name in race.running}
+    exact = {target: exact_values(given, target) for target in dict.fromkeys(target_of.values())}
+    race.each(lambda name, forward: errors(name, forward, given, exact[target_of[name]]))
 
 
 def measure_cost(race: Race, case: Case, device: str, runs: int) -> None:
@@ -193,8 +199,9 @@ def line(where: str, case: Case, name: str, row: Row) -> str:
 
 
 HEADING = (
-    f"{'':8} {'model':12} {'tokens':>6} {'mask':>4} {'logits':13} {'type':8}  {'':20} {'forward':>9} {'backward':>9} "
-    f"{'both, ms':>9} {'[min, max]':>20} {'of GEMMs':>8} {'TFLOP/s':>8} {'MiB':>9} {'- grads':>9}  error: loss, dH, dW"
+    f"{'':8} {'model':12} {'tokens':>6} {'mask':>4} {'logits':13} {'type':8} {'top':>3}  {'':20} "
+    f"{'forward':>9} {'backward':>9} {'both, ms':>9} {'[min, max]':>20} {'of GEMMs':>8} {'TFLOP/s':>8} "
+    f"{'MiB':>9} {'- grads':>9}  error: loss, dH, dW"
 )
 
 
@@ -202,7 +209,7 @@ def main() -> None:
     """Measure, append rows, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="two cases, three runs: under a minute")
+    size.add_argument("--quick", action="store_true", help="three cases, three runs: under a minute")
     size.add_argument("--full", action="store_true", help="every combination")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows here")
     arguments = parser.parse_args()
@@ -241,6 +248,7 @@ def main() -> None:
             "masked": case.masked,
             "logits": case.logits,
             "dtype": str(case.dtype).removeprefix("torch."),
+            "top": case.top,
         }
         race = Race({c.name: present[c.name] for c in CONTESTANTS if c.name in present and c.takes_part(case)})
         measure_errors(race, case, device)

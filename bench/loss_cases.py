@@ -53,19 +53,35 @@ MISS_QUANTILES: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs. `masked`: share of the tokens without loss; `logits`: "random" or a key of MISS_QUANTILES."""
+    """One set of inputs.
+
+    Attributes:
+        masked: share of the tokens without loss.
+        logits: "random" or a key of MISS_QUANTILES.
+        top: how many tokens of a teacher's distribution are given at each; 0: there is no teacher.
+    """
 
     model: str
     tokens: int
     masked: float = 0.0
     logits: str = "random"
     dtype: torch.dtype = torch.bfloat16
+    top: int = 0
 
     @property
     def label(self) -> str:
         """The case in one word a property, as the table shows it."""
         kind = str(self.dtype).removeprefix("torch.")
-        return f"{self.model:12} {self.tokens:>6} {self.masked:>4.0%} {self.logits:13} {kind:8}"
+        return f"{self.model:12} {self.tokens:>6} {self.masked:>4.0%} {self.logits:13} {kind:8} {self.top:>3}"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher with the student's output matrix, and the likeliest tokens of its distributions."""
+
+    hidden: Tensor  # [N, H]
+    ids: Tensor  # [N, K] int64
+    logprobs: Tensor  # [N, K] float32
 
 
 @dataclass(frozen=True)
@@ -76,13 +92,15 @@ class Inputs:
     weight: Tensor  # [V, H]
     targets: Tensor  # [N] int64, IGNORE_INDEX where masked
     n_supervised: int
+    teacher: Teacher | None = None
 
 
 def grid(device: str, quick: bool, full: bool) -> list[Case]:
     """The cases to run: a base case and each axis varied from it, or (`full`) every combination."""
     if quick:
         base = Case("Qwen2.5-0.5B", 8192) if device == "cuda" else Case("tiny", 256, dtype=torch.float32)
-        return [base, replace(base, masked=0.3, logits="micro-teacher")]
+        varied = replace(base, masked=0.3, logits="micro-teacher")
+        return [base, varied, replace(varied, top=32)]
     if device == "cuda":
         base = Case("Qwen2.5-7B", 8192)
         models = [name for name in SHAPES if name.startswith(("Qwen", "Llama"))]
@@ -97,6 +115,7 @@ def grid(device: str, quick: bool, full: bool) -> list[Case]:
         "model": models,
         "tokens": tokens,
         "dtype": dtypes,
+        "top": [0, 32, 128],
     }
     if full:
         return [Case(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
@@ -132,7 +151,16 @@ def inputs(case: Case, device: str) -> Inputs:
         weight.requires_grad_(),
         targets,
         case.tokens - int(masked.sum()),
+        _teacher(hidden.detach(), weight.detach(), case, generator) if case.top else None,
     )
+
+
+def _teacher(hidden: Tensor, weight: Tensor, case: Case, generator: torch.Generator) -> Teacher:
+    """A teacher that thinks much as the student does: half a deviation away from it in every channel."""
+    noise = torch.randn(hidden.shape, generator=generator, device=hidden.device)
+    teacher = (hidden + 0.5 * noise).to(case.dtype)
+    tops = [(rows @ weight.T).float().log_softmax(1).topk(case.top) for rows in teacher.split(1024)]
+    return Teacher(teacher, torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops]))
 
 
 def _log_odds(case: Case) -> np.ndarray:

@@ -31,13 +31,13 @@ def test_loss(tmp_path: Path) -> None:
         if row["status"] == "absent":
             assert f"absent: {row['contestant']}: {row['reason']}" in shown
         else:
-            measured[row["contestant"], row["masked"]] = row
-    assert all(row["status"] == "measured" for (name, _), row in measured.items() if name != "trl")
-    assert {"bare GEMMs", "micota", "dense torch"} <= {name for name, _ in measured}
-    for (name, masked), row in measured.items():
+            measured[row["contestant"], row["masked"], row["top"]] = row
+    assert all(row["status"] == "measured" for (name, *_), row in measured.items() if not name.startswith("trl"))
+    assert {"bare GEMMs", "micota", "dense torch", "micota, top"} <= {name for name, *_ in measured}
+    for (name, masked, top), row in measured.items():
         if row["status"] != "measured":
             continue
-        gemms = measured["bare GEMMs", masked]
+        gemms = measured["bare GEMMs", masked, top]
         assert row["of_gemms"] == pytest.approx(row["both_s"] / gemms["both_s"])
         flop = 6 * row["supervised"] * row["hidden_size"] * row["vocab_size"]
         assert row["tflop_per_s"] * row["both_s"] == pytest.approx(flop / 1e12)
@@ -45,9 +45,9 @@ def test_loss(tmp_path: Path) -> None:
         if "filter" not in name and name != "bare GEMMs":
             assert max(row["error_loss"], row["error_hidden"], row["error_weight"]) < 1e-4
     # All 256 x 2,000 logits in float32 is what the dense loss holds at least, and more than once.
-    assert measured["dense torch", 0]["peak_bytes"] > 2 * 256 * 2000 * 4
-    filtered = measured["micota, filter 0.001", 0.3]
-    assert measured["micota", 0.3]["error_weight"] < filtered["error_weight"] < 0.1, "nothing was left out"
+    assert measured["dense torch", 0, 0]["peak_bytes"] > 2 * 256 * 2000 * 4
+    filtered = measured["micota, filter 0.001", 0.3, 0]
+    assert measured["micota", 0.3, 0]["error_weight"] < filtered["error_weight"] < 0.1, "nothing was left out"
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_the_default_cases_cover_every_axis(device: str) -> None:
     chosen, every = grid(device, quick=False, full=False), grid(device, quick=False, full=True)
     assert len(set(chosen)) == len(chosen)
     assert set(chosen) < set(every)
-    for axis in ("model", "tokens", "masked", "logits", "dtype"):
+    for axis in ("model", "tokens", "masked", "logits", "dtype", "top"):
         assert {getattr(case, axis) for case in chosen} == {getattr(case, axis) for case in every}
 
 
