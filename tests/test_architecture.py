@@ -31,17 +31,17 @@ ALLOWED: dict[str, set[str]] = {
     "grading": {"common", "config"},
     "data": {"chat", "common", "config", "sources"},
     # Stages. They meet in files; what one takes of another is a library of it, and never the module of its verb.
-    "corpus": {"common", "config", "grading", "sources", "statistics"},
+    "corpus": {"chat", "common", "config", "grading", "sources", "statistics"},
     "serve": {"chat", "common", "config", "model"},
     "generation": {"chat", "common", "config", "corpus", "grading", "model", "serve", "sources"},
     "train": {"chat", "common", "config", "data", "kernels", "model"},
     "merge": {"chat", "common", "config", "model"},
     "alignment": {"chat", "common", "config", "data", "kernels", "model", "sources", "statistics"},
     "evaluation": {"common", "config", "generation", "grading", "model", "sources", "statistics"},
-    "length_sweep": {"common", "config", "generation", "grading", "merge", "report", "sources", "statistics"},
+    "length_sweep": {"chat", "common", "config", "generation", "grading", "merge", "report", "sources", "statistics"},
     "report": {"alignment", "common", "config", "corpus", "evaluation", "sources", "statistics"},
     # What knows the stages.
-    "pipeline": {"common", "config", "merge", "sources"},
+    "pipeline": {"chat", "common", "config", "data", "merge", "sources"},
     "planning": {
         "chat",
         "common",

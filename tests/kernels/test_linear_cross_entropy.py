@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from helpers.tensors import assert_same, assert_same_bits
 from micota_fast.kernels import chunks, linear_cross_entropy
 from micota_fast.kernels.reference import dense_linear_cross_entropy
 
@@ -68,15 +69,6 @@ def weighted_dense(hidden: Tensor, weight: Tensor, targets: Tensor, *, token_wei
     if normalizer is None:
         normalizer = (targets != options.get("ignore_index", -100)).sum().clamp(min=1)
     return (nll_N * token_weights).sum() / normalizer
-
-
-def assert_same(got: list[Tensor], expected: list[Tensor], **tolerances: Any) -> None:
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, **tolerances)
-
-
-def assert_same_bits(got: list[Tensor], expected: list[Tensor]) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @settings(deadline=None, max_examples=100)

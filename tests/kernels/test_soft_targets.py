@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers.soft_cases import soft_targets
+from helpers.tensors import assert_same, assert_same_bits
 from micota_fast.kernels import SoftTargets, chunks, linear_cross_entropy
 from micota_fast.kernels.reference import dense_linear_cross_entropy
 
@@ -36,15 +37,6 @@ def with_gradients(function: Any, hidden: Tensor, weight: Tensor, targets: Any, 
     assert hidden.grad is not None
     assert weight.grad is not None
     return [loss.detach(), hidden.grad, weight.grad]
-
-
-def assert_same(got: list[Tensor], expected: list[Tensor], **tolerances: Any) -> None:
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, **tolerances)
-
-
-def assert_same_bits(got: list[Tensor], expected: list[Tensor]) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @settings(deadline=None, max_examples=100)
