@@ -15,7 +15,7 @@ from micota_fast.common.terminal import safe_output
 from micota_fast.config.loader import describe, load
 from micota_fast.config.option_help import help_lines
 from micota_fast.config.shipped import recipe_file
-from micota_fast.config.suggestions import OTHER_VERBS, closest_key, did_you_mean
+from micota_fast.config.suggestions import OTHER_VERBS, closest, closest_key, did_you_mean
 from micota_fast.errors import InputError
 from micota_fast.pipeline.stages import SET, VERBS, Verb, imported
 
@@ -103,9 +103,10 @@ def _check_words(verb: str, arguments: Sequence[str], unknown: Sequence[str]) ->
         if option := closest_key(name, keys):
             value = value if equals else following.get(flag, "VALUE")
             raise InputError(f"{flag}: no such option; options are set by --set: --set {option}={value}")
-    flags = [word for argument in VERBS[verb].arguments for word in argument.names if word.startswith("--")]
-    asked = did_you_mean(f"--{name}", flags, f"`micota {verb} --help` lists them")
-    raise InputError(f"{flag}: no such option; {asked}")
+    flags = [word[2:] for argument in VERBS[verb].arguments for word in argument.names if word.startswith("--")]
+    meant = closest(name, flags)
+    asked = f"did you mean `--{meant}`? " if meant else ""
+    raise InputError(f"{flag}: no such option; {asked}`micota {verb} --help` lists them")
 
 
 def _indented(text: str) -> str:
@@ -145,4 +146,6 @@ def _call(verb: Verb, given: dict[str, Any]) -> Any:
             given["config"] = load(options, given.get("config"), given.pop("overrides"))
         else:
             given = {"config": options(**given)}
+    if verb.preflight is not None:
+        imported(verb.preflight)(given["config"])
     return imported(verb.function)(**given)

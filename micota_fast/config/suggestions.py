@@ -96,7 +96,7 @@ def closest(word: str, known: Iterable[str], others: Mapping[str, str] = Mapping
     """Return the known name that `word` stands for: by the table of other names, else the most similar one, or None."""
     names = {name.lower(): name for name in known}
     plain = word.lower()
-    if (same := names.get(plain) or names.get(others.get(plain, ""))) is not None:
+    if same := names.get(plain) or names.get(others.get(plain, plain)):
         return same
     near = difflib.get_close_matches(plain, names, n=1, cutoff=0.7)
     return names[near[0]] if near else None

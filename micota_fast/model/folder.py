@@ -48,14 +48,11 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
 
     Raises InputError if there is neither.
     """
+    require_checkpoint(name_or_path)
     path = Path(name_or_path)
     if path.is_dir():
         return path
     name = str(name_or_path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise InputError(
-            f"{name}: no such folder; name a checkpoint's folder, or a model of the hub as organisation/name"
-        )
     import huggingface_hub
 
     try:
@@ -68,6 +65,15 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
             f"With a network, check the name and your access; without one, fetch it elsewhere with "
             f"`hf download {name} --local-dir DIR` and name that DIR"
         ) from None
+
+
+def require_checkpoint(name_or_path: str | Path) -> None:
+    """Raise InputError if this is neither a folder here nor the form of a name on the hub, which is not asked."""
+    name = str(name_or_path)
+    if not Path(name).is_dir() and (not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".")):
+        raise InputError(
+            f"{name}: no such folder; name a checkpoint's folder, or a model of the hub as organisation/name"
+        )
 
 
 def tensor_files(directory: Path | str) -> dict[str, Path]:

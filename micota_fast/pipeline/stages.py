@@ -80,6 +80,8 @@ class Verb:
             are written to, and how stages are launched.
         results: pattern of the lines of a stage's log that `micota run` shows as soon as they are there; None: it only
             shows the last line now and then.
+        preflight: "module:function" that is called with the `config` before `function`, and torch with it, is imported,
+            and raises an InputError for what is missing on this machine; None: that shows at once anyway.
         cost: "module:function" that estimates a stage (see `planning.costs`); None: too little to count.
     """
 
@@ -89,6 +91,7 @@ class Verb:
     arguments: tuple[Argument, ...] = (_CONFIG, SET)
     command: Callable[[str, Any, Path, "LaunchConfig"], list[str]] = _config_command
     results: str | None = None
+    preflight: str | None = None
     cost: str | None = None
 
 
@@ -188,6 +191,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
                 _argument("--profile", action="store_true", help="also trace two steps, into OUT/profile"),
             ),
             command=_train_command,
+            preflight="micota_fast.train.preflight:check",
             cost="micota_fast.planning.costs:train",
         ),
         "merge": Verb(
@@ -228,6 +232,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
             summary="measure the perplexity and length of corpora under a model",
             function="micota_fast.alignment.align:run",
             options="micota_fast.config.evaluation:AlignConfig",
+            preflight="micota_fast.alignment.preflight:check",
             cost="micota_fast.planning.costs:align",
         ),
         "contamination": Verb(

@@ -8,6 +8,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -54,6 +55,20 @@ def read_rows(source: str | Path) -> Iterator[SourceRow]:
             for where, number, line in _rows(file, name, path):
                 yield SourceRow(where, before + number, line)
         before += number
+
+
+def require_readable(source: str | Path) -> None:
+    """Check that a file is there and that what reads it is installed; a dataset on the Hub is not asked for.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if hub.is_hub(source):
+        return
+    with reading(source), Path(source).open("rb") as file:
+        start = file.read(len(_PARQUET))
+    if start in (_ZSTD, _PARQUET) and find_spec("pyarrow") is None:
+        raise InputError(f"{source} is Parquet or compressed by zstd: pip install 'micota-fast[parquet]'")
 
 
 def is_plain(path: Path) -> bool:

@@ -18,10 +18,11 @@ from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.train import prepare
 from micota_fast.train.checkpoint import Checkpoints
 from micota_fast.train.export import export, model_card
-from micota_fast.train.meters import Meters, require_trackers
+from micota_fast.train.meters import Meters
 from micota_fast.train.optim import clip_gradients, learning_rate, make_optimizer, step_if_finite
 from micota_fast.train.packed_loss import DUMMY_BATCH, on_device
 from micota_fast.train.parallel import last_micro_step, parallelize
+from micota_fast.train.preflight import require_trackers
 from micota_fast.train.signals import StopSignals
 from micota_fast.train.stopwatch import Stopwatch, profiler
 from micota_fast.train.validation import Validation

@@ -1,6 +1,5 @@
 """What people watch: progress lines, a row of metrics.jsonl per step, TensorBoard and Weights & Biases on request."""
 
-import importlib
 import math
 import os
 import resource
@@ -220,19 +219,6 @@ class Meters:
             if self._wandb is not None:
                 self._wandb.finish()
         return {"seconds": round(seconds, 3), "tokens_per_s": round(self._tokens / seconds, 1)}
-
-
-def require_trackers(config: TrainConfig) -> None:
-    """Raise InputError if TensorBoard or wandb is requested and not installed."""
-    for wanted, module, name in (
-        (config.tensorboard, "torch.utils.tensorboard", "tensorboard"),
-        (config.wandb is not None, "wandb", "wandb"),
-    ):
-        if wanted:
-            try:
-                importlib.import_module(module)
-            except ImportError:
-                raise InputError(f"`{name}` needs a package that is not installed: pip install {name}") from None
 
 
 def _trackers(config: TrainConfig, out: Path, start: int) -> tuple[Any, Any]:

@@ -217,7 +217,7 @@ def test_a_foreign_model_folder_is_not_overwritten(qwen2_checkpoint: Path, tmp_p
 def test_a_missing_tracker_is_named(
     option: dict[str, object], package: str, qwen2_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match=f"pip install {package}"):
         train(train_config(qwen2_checkpoint, tmp_path, **option))

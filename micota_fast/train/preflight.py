@@ -1,0 +1,27 @@
+"""What a training would fail of later: found at once, before torch is imported, which can take many seconds."""
+
+from importlib.util import find_spec
+
+from micota_fast.config.train import TrainConfig
+from micota_fast.errors import InputError
+from micota_fast.model.folder import require_checkpoint
+from micota_fast.sources.rows import require_readable
+
+
+def check(config: TrainConfig) -> None:
+    """Check that the model, the rows and the packages that a training needs are there.
+
+    Raises:
+        InputError: one is not.
+    """
+    require_trackers(config)
+    require_checkpoint(config.model)
+    for source in filter(None, (config.data, config.validation_data)):
+        require_readable(source)
+
+
+def require_trackers(config: TrainConfig) -> None:
+    """Raise InputError if TensorBoard or wandb is requested and not installed."""
+    for wanted, package in ((config.tensorboard, "tensorboard"), (config.wandb is not None, "wandb")):
+        if wanted and find_spec(package) is None:
+            raise InputError(f"`{package}` needs a package that is not installed: pip install {package}")

@@ -1,0 +1,166 @@
+"""What somebody may well type wrongly, each with the words of the answer that put it right."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from micota_fast.cli import main
+from micota_fast.config.loader import describe
+from micota_fast.config.shipped import RECIPES
+from micota_fast.config.suggestions import OTHER_KEYS, OTHER_VERBS
+from micota_fast.pipeline.stages import VERBS, imported
+
+TRAIN = "model: m\ndata: rows.jsonl\nout: out\n"
+RECIPE = """name: mine
+problems:
+  train: {path: problems.jsonl}
+models:
+  student: {checkpoint: org/name}
+corpora:
+  long:
+    file: long.jsonl
+  short: {file: short.jsonl}
+student: student
+arms:
+  short: short
+  long: lnog
+evaluate:
+  benchmarks: [{preset: gsm8k, path: gsm8k.jsonl}]
+"""
+# The command line, files by name, and what the message says.
+WRONG: list[tuple[str, dict[str, str], str]] = [
+    # Verbs
+    ("trian c.yaml", {}, "trian: no such verb; did you mean `train`?"),
+    ("eval c.yaml", {}, "did you mean `evaluate`?"),
+    ("sft c.yaml", {}, "did you mean `train`?"),
+    ("benchmark data", {}, "did you mean `benchmarks`?"),
+    ("Merge a.yaml b", {}, "did you mean `merge`?"),
+    ("lengthsweep c.yaml", {}, "did you mean `length-sweep`?"),
+    ("brew c.yaml", {}, "brew: no such verb; verbs: run, plan, doctor"),
+    # Words
+    ("train --lr 1e-4", {}, "--lr: no such option; options are set by --set: --set lr=1e-4"),
+    ("train c.yaml --learning-rate=1e-4", {"c.yaml": TRAIN}, "--set lr=1e-4"),
+    ("train c.yaml --num_train_epochs 3", {"c.yaml": TRAIN}, "--set epochs=3"),
+    ("train c.yaml --bf16", {"c.yaml": TRAIN}, "--set dtype=VALUE"),
+    ("run micro --lr 1e-4", {}, "--set train.lr=1e-4"),
+    ("plan micro --dollars-per-hour 3", {}, "did you mean `--dollars-per-gpu-hour`?"),
+    ("serve m --port 30000", {}, "--set port=30000"),
+    ("serve m --tensor-parallel-size 2", {}, "--set tp=2"),
+    ("run micro --dry", {}, ""),  # a beginning is enough
+    ("run micro --colour", {}, "--colour: no such option; `micota run --help` lists them"),
+    ("train --set model PATH", {}, "--set model: expected KEY=VALUE in one word: --set model=PATH"),
+    ("train c.yaml --set lr", {"c.yaml": TRAIN}, "--set lr=VALUE"),
+    ("train c.yaml lr=1e-4", {"c.yaml": TRAIN}, "lr=1e-4: too many words; options: --set KEY=VALUE"),
+    # Keys
+    ("train --set learning_rate=1e-4", {}, "`learning_rate`: unknown key; did you mean `lr`?"),
+    ("train c.yaml", {"c.yaml": TRAIN + "epoch: 3\n"}, "c.yaml, line 4: `epoch`: unknown key; did you mean `epochs`?"),
+    ("train c.yaml", {"c.yaml": TRAIN + "Lr: 3\n"}, "did you mean `lr`?"),
+    ("train c.yaml", {"c.yaml": TRAIN + "max_seq_length: 4096\n"}, "did you mean `pack_tokens`?"),
+    ("train c.yaml", {"c.yaml": TRAIN + "system: Hello\n"}, "did you mean `chat.system`?"),
+    ("train c.yaml", {"c.yaml": TRAIN + "chat:\n  sytem: Hello\n"}, "line 5: `chat.sytem`: unknown key; did you mean"),
+    ("run micro --set lr=1e-4", {}, "did you mean `train.lr`?"),
+    ("run micro --set train.learning_rate=1e-4", {}, "did you mean `train.lr`?"),
+    ("run micro --set arm.mid=mid", {}, "did you mean `arms`?"),
+    ("generate --set max_tokens=9", {}, "did you mean `accept.max_tokens`?"),
+    ("train c.yaml", {"c.yaml": "lr: 1e-4\n"}, "`model`: this key is required, and so are `data`, `out`"),
+    # Values, and where they stand
+    ("run r.yaml", {"r.yaml": RECIPE}, "r.yaml, line 13: `arms.long` names the corpus 'lnog'; did you mean `long`?"),
+    (
+        "run r.yaml --set arms={long:lnog}",
+        {"r.yaml": RECIPE},
+        "`long:lnog` needs a space after the colon: {long: lnog}",
+    ),
+    ("run r.yaml --set arms.long=longer", {"r.yaml": RECIPE}, "--set arms.long=longer: `arms.long` names the corpus"),
+    ("run r.yaml", {"r.yaml": RECIPE.replace("student: s", "student: S")}, "line 10: `student` names the model"),
+    ("train c.yaml", {"c.yaml": TRAIN + "dtype: bf16\n"}, "line 4: `dtype`: must be one of bfloat16, float32"),
+    ("train c.yaml", {"c.yaml": TRAIN + "lr: -1\n"}, "c.yaml, line 4: `lr` must be above 0"),
+    ("train c.yaml", {"c.yaml": TRAIN + "early_stop: 3\n"}, "line 4: `early_stop` needs `validation_data`"),
+    # What is not there
+    ("run micota-qwen2.5-14b", {}, "did you mean `micota-qwen2.5-7b`? Shipped: micota-qwen2.5-3b, micota-qwen2.5-7b"),
+    ("run mine.yaml", {}, "mine.yaml: no such file, and no shipped recipe; shipped: "),
+    ("train c.yaml", {"c.yaml": TRAIN}, "m: no such folder; name a checkpoint's folder, or a model of the hub as"),
+    ("train c.yaml --set model=a/b", {"c.yaml": TRAIN}, "cannot read rows.jsonl: No such file"),
+    ("options srve", {}, "did you mean `serve`? `micota options` lists them"),
+    ("options train.chta", {}, "`micota options` lists them"),
+]
+
+
+@pytest.mark.parametrize(("line", "files", "said"), WRONG, ids=[f"{n}, {line}" for n, (line, _, _) in enumerate(WRONG)])
+def test_the_answer_names_the_remedy(
+    line: str,
+    files: dict[str, str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert main(line.split()) == (2 if said else 0)
+    assert said in capsys.readouterr().err
+
+
+def test_other_projects_names_stand_for_options_and_verbs_of_ours() -> None:
+    ours = {
+        row[0].rpartition(".")[2] for verb in VERBS.values() if verb.options for row in describe(imported(verb.options))
+    }
+    assert not {key for key, name in OTHER_KEYS.items() if name not in ours}
+    assert not OTHER_KEYS.keys() & ours - {"max_tokens", "dataset"}, "a name of ours stands for itself"
+    assert not {verb for verb, name in OTHER_VERBS.items() if name not in VERBS or verb in VERBS}
+
+
+def test_what_is_missing_is_found_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    cases = {
+        "train --set model=/nowhere --set data=rows.jsonl --set out=o": "/nowhere: no such folder",
+        "train --set model=a/b --set data=rows.jsonl --set out=o": "cannot read rows.jsonl: No such file",
+        "train --set model=a/b --set data=hf://datasets/a/b --set out=o --set validation_data=v": "cannot read v",
+        "train --set model=a/b --set data=rows.parquet --set out=o": "pip install 'micota-fast[parquet]'",
+        "train --set model=a/b --set data=rows.jsonl --set out=o --set wandb=mine": "pip install wandb",
+        "train --set model=a/b --set data=rows.jsonl --set out=o --set tensorboard=true": "pip install tensorboard",
+        "align --set model=a/b --set out=o --set corpora.a=rows.jsonl": "cannot read rows.jsonl: No such file",
+    }
+    program = (
+        "import json, sys\n"
+        "sys.modules |= dict.fromkeys(('pyarrow', 'wandb', 'tensorboard'))\n"
+        "from micota_fast.cli import main\n"
+        "for line in json.loads(sys.argv[1]):\n"
+        "    assert main(line.split()) == 2\n"
+        "    print('--', file=sys.stderr)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", program, json.dumps(list(cases))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for answer, said in zip(done.stderr.split("--\n"), cases.values(), strict=False):
+        assert said in answer
+
+
+def test_the_help_of_a_recipe_names_each_section_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 100
+    assert sum(line.startswith("  evaluate.serve: engine, host") for line in lines) == 1
+    assert main(["options", "run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "evaluate.serve.*: as generate.serve.*" in lines
+    assert len([line for line in lines if line.startswith("  ") and ".allow_hosts = " in line]) == 1
+
+
+@pytest.mark.parametrize(("name", "line"), [("serve", "  port = "), ("train.chat", "  chat.system = "), ("claims", "")])
+def test_options_explains_a_verb_or_a_section(name: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["options", name]) == 0
+    assert line in capsys.readouterr().out
+    assert main(["options"]) == 0
+    assert name in capsys.readouterr().out
+
+
+def test_a_dry_run_names_all_that_a_stage_waits_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(RECIPES / "micro.yaml"), "--dry-run", "--out", str(tmp_path / "run")]) == 0
+    waiting = [line.partition("  after ")[2] for line in capsys.readouterr().out.splitlines() if "  after " in line]
+    assert any(", " in names for names in waiting)
