@@ -173,7 +173,7 @@ class Endpoint:
         return max(0.0, self._rests_until - now, self.asked_to_rest_until - now)
 
     def rest(self, seconds: float) -> None:
-        """Send it nothing for so many seconds, as it has asked."""
+        """Send it nothing for this time, as it has asked."""
         self.asked_to_rest_until = max(self.asked_to_rest_until, time.monotonic() + seconds)
 
     def lost(self, why: str) -> None:

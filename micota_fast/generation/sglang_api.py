@@ -276,7 +276,7 @@ class SGLangApi:
         return answer
 
     def _most_bytes(self, tokens: int) -> int:
-        """Bytes that an honest reply of so many tokens can have, whatever JSON escapes and SGLang adds."""
+        """Return the most bytes that an honest reply with this number of tokens has, with all that is around them."""
         places = self._config.top_logprobs + 1 if self._config.top_logprobs else 0
         return REPLY_BYTES + tokens * (self._token_bytes + ID_BYTES + places * LOGPROB_BYTES)
 

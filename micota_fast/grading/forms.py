@@ -244,12 +244,12 @@ _CIS = re.compile(r"\\(?:cis|operatorname\{cis\}) ?(?:\(([^()]+)\)|(\\frac\{[^{}
 
 
 def _of_different_kinds(answer: str, gold: str) -> bool:
-    """Whether one is in degrees of pi or minutes of arc, to a modulus, or goes on with dots, and the other is not."""
+    """Whether one is in degrees of pi or minutes of arc, to a modulus, or ends in dots, and the other is not."""
     texts = (answer, gold)
     if any(map(_DEGREES_OF_PI.search, texts)) and not any(map(_TRIGONOMETRIC.search, texts)):
         return not all("\\pi" in text and "^\\circ" in text for text in texts)
     listed = ["\\ldots" in text for text in texts]
-    if listed[0] != listed[1] and all("," in text for text in texts):  # a list that goes on is another list
+    if listed[0] != listed[1] and all("," in text for text in texts):  # a list that continues is another list
         return True
     if any("^\\circ" in text for text in texts) and bool(_MINUTES.search(answer)) != bool(_MINUTES.search(gold)):
         return True

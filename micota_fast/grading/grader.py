@@ -235,7 +235,7 @@ class _Worker:
             self.questions.flush()
 
     def receive(self) -> tuple[Status | None, bool]:
-        """(status of the pair, or None for the greeting; whether the worker can go on)."""
+        """Return the pair's status, or None for the greeting, and whether the worker can take another pair."""
         line = self.answers.readline()
         if not line:
             code = self.process.wait()

@@ -48,7 +48,7 @@ def prune(run: str, older_than: float | None = None, yes: bool = False) -> None:
 
     Args:
         run: folder of the run.
-        older_than: only those whose stage ended more than so many days ago; None: all.
+        older_than: only those whose stage ended more than this number of days ago; None: all.
         yes: remove without asking.
 
     Raises:

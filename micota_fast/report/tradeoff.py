@@ -37,7 +37,7 @@ def tradeoff_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]
         mean, low, high = 100 * average.mean, 100 * average.low, 100 * average.high
         # With caps: arms of one length cover each other's lines.
         axes.plot([length, length], [low, high], color=colours[name], linewidth=2.0, marker="_", markersize=9)
-        if name == BASE:  # a ring, which is told apart without colours and hides no other point
+        if name == BASE:  # a ring: distinct without colours, and it hides no other point
             axes.plot(length, mean, "o", color=colours[name], markersize=11, markerfacecolor="none", zorder=4)
         else:
             axes.plot(length, mean, "o", color=colours[name], markersize=7)

@@ -336,7 +336,7 @@ class Engine:
             return ids_B
 
     def _take(self, request: Request, token_id: int, logits_V: Tensor) -> dict[str, Any] | None:
-        """Add a token to an answer. Returns why the answer ends with it; None: it goes on."""
+        """Add a token to an answer. Returns why the answer ends with it; None: it continues."""
         params = request.params
         if params.max_new_tokens == 0:  # only the prompt was to be run
             return {"type": "length", "length": 0}

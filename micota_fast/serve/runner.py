@@ -25,7 +25,7 @@ class Runner:
     Args:
         model: in the compute dtype and on the device it is to run on.
         kv_tokens: tokens of all slots together, padding included; None: what KV_MEMORY_SHARE of the free memory holds.
-        min_kv_tokens: at least so many.
+        min_kv_tokens: the least number of those.
     """
 
     def __init__(self, model: Decoder, kv_tokens: int | None, min_kv_tokens: int) -> None:
