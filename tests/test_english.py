@@ -1,4 +1,4 @@
-"""Phrases that an English reader stumbles over do not come back; CONTRIBUTING.md says how sentences are written."""
+"""Phrases that an English reader stumbles over do not come back."""
 
 import re
 
