@@ -290,9 +290,8 @@ def test_the_tests_mirror_the_packages() -> None:
     tested = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("*.py"))}
     assert tested == packages | FOLDERS_OF_TESTS
     loose = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
-    assert loose == {"test_architecture", "test_cli", "test_hostile_rows"}, (
-        "a test belongs into the folder of a package"
-    )
+    of_all = {"architecture", "cli", "english", "examples", "hostile_rows", "wrong_inputs"}
+    assert loose == {f"test_{name}" for name in of_all}, "a test of one package belongs into its folder"
 
 
 def test_options_and_common_need_neither_torch_nor_a_server() -> None:
