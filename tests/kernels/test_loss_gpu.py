@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from micota_fast.kernels import chunks, linear_cross_entropy
+from micota_fast.kernels import SoftTargets, chunks, linear_cross_entropy
 from micota_fast.kernels.reference import dense_linear_cross_entropy
 
 pytestmark = [
@@ -35,10 +35,10 @@ def inputs(
     return hidden.to(dtype), weight.to(dtype), targets, n - int(n * ignored)
 
 
-def with_gradients(function: Any, hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> list[Tensor]:
+def with_gradients(function: Any, hidden: Tensor, weight: Tensor, targets: Any, **options: Any) -> list[Tensor]:
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     loss = function(hidden, weight, targets, **options)
-    loss.backward(torch.linspace(-1, 2, len(targets), device="cuda") if loss.ndim else None)
+    loss.backward(torch.linspace(-1, 2, len(hidden), device="cuda") if loss.ndim else None)
     assert hidden.grad is not None
     assert weight.grad is not None
     return [loss.detach(), hidden.grad, weight.grad]
@@ -112,6 +112,56 @@ def test_nothing_waits_for_the_device(options: dict[str, Any], row_filter: float
         with_gradients(linear_cross_entropy, hidden, weight, targets, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+SOFT = ({}, {"tail": "bucket"}, {"tail": "bucket", "temperature": 2.0, "alpha": 0.5})
+
+
+def distributions(targets: Tensor, v: int, k: int = 32, **options: Any) -> SoftTargets:
+    """Random ones of k tokens, the first of which is the target, and the targets as hard ones."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    ids = (targets.clamp(min=0).unsqueeze(1) + torch.arange(k, device="cuda") * (v // k)) % v
+    logits = torch.randn(len(targets), k + 1, device="cuda", generator=generator) * 2
+    return SoftTargets(ids, logits.log_softmax(1)[:, :k].contiguous(), targets, **options)
+
+
+@pytest.mark.usefixtures("chunking")
+@pytest.mark.parametrize("v", VOCABULARIES)
+@pytest.mark.parametrize("how", SOFT)
+@pytest.mark.parametrize("k", [32, 128])
+def test_float32_error_of_distributions_is_below_2e_5(v: int, how: dict[str, Any], k: int) -> None:
+    hidden, weight, targets, count = inputs(96, 64, v, torch.float32)
+    soft = distributions(targets, v, k, **how)
+    got = with_gradients(linear_cross_entropy, hidden, weight, soft, n_supervised=count)
+    exact = with_gradients(dense_linear_cross_entropy, hidden.double(), weight.double(), soft)
+    assert all((a.double() - b).norm() < 2e-5 * b.norm() for a, b in zip(got, exact, strict=True))
+
+
+@pytest.mark.usefixtures("chunking")
+@pytest.mark.parametrize("v", VOCABULARIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tail", ["ignore", "bucket"])
+def test_one_token_of_probability_1_is_a_hard_target_to_the_bit(v: int, dtype: torch.dtype, tail: Any) -> None:
+    hidden, weight, targets, count = inputs(300, 128, v, dtype)
+    soft = SoftTargets(targets.unsqueeze(1), torch.zeros(300, 1, device="cuda"), tail=tail)
+    got, hard = (with_gradients(linear_cross_entropy, hidden, weight, t, n_supervised=count) for t in (soft, targets))
+    assert all(torch.equal(a, b) for a, b in zip(got, hard, strict=True))
+
+
+@pytest.mark.usefixtures("chunking")
+@pytest.mark.parametrize("how", SOFT)
+def test_distributions_give_the_same_bits_ten_times_and_wait_for_nothing(how: dict[str, Any]) -> None:
+    hidden, weight, targets, count = inputs(1024, 256, VOCABULARIES[0])
+    soft = distributions(targets, VOCABULARIES[0], **how)
+    options = {"normalizer": 700, "n_supervised": count}
+    first = with_gradients(linear_cross_entropy, hidden, weight, soft, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        others = [with_gradients(linear_cross_entropy, hidden, weight, soft, **options) for _ in range(9)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for again in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:

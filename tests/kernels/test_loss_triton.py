@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.cuda_way import DEVICE, HAS_GPU, as_on_cuda, chunks_of
-from micota_fast.kernels import chunks, in_place, kept_products, linear_cross_entropy, triton_chunk, triton_rows
+from micota_fast.kernels import (
+    SoftTargets,
+    chunks,
+    in_place,
+    kept_products,
+    linear_cross_entropy,
+    triton_chunk,
+    triton_rows,
+)
 from micota_fast.kernels.reference import dense_linear_cross_entropy
 from micota_fast.kernels.rows import LossInputs, kept_rows
 
@@ -512,11 +520,11 @@ class Launches:
         return lambda *args, **options: None
 
 
-@pytest.mark.parametrize("row_filter", [0.0, 1e-3])
+@pytest.mark.parametrize(("row_filter", "soft"), [(0.0, False), (1e-3, False), (0.0, True)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_waits_for_the_device(
-    row_filter: float, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    row_filter: float, soft: bool, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On tensors without a value: what depends on one, as item(), nonzero() or a boolean index do, raises an error."""
     monkeypatch.setattr(chunks, "takes_triton", lambda device, dtype: True)
@@ -524,6 +532,7 @@ def test_nothing_waits_for_the_device(
     monkeypatch.setattr(implementation, "_by_chunks", lambda *arguments: chunks.run(LossInputs(*arguments)))
     for kernels, name in (
         (triton_chunk, "softmax_rows"),
+        (triton_chunk, "soft_softmax_rows"),
         (kept_products, "grad_hidden_kernel"),
         (kept_products, "grad_weight_kernel"),
         (in_place, "multiply_kernel"),
@@ -533,10 +542,12 @@ def test_nothing_waits_for_the_device(
     with torch.device("meta"):
         hidden, weight = (torch.empty(n, 64, dtype=dtype, requires_grad=True) for n in (2000, 2048))
         targets, count = torch.empty(2000, dtype=torch.int64), torch.empty((), dtype=torch.int64)
+        ids, logprobs = torch.empty(2000, 32, dtype=torch.int64), torch.empty(2000, 32)
+    of_rows = SoftTargets(ids, logprobs, targets, "bucket", 2.0, 0.5) if soft else targets
     options = {"normalizer": count} if reduction == "mean" else {}
     with Waits() as waits:
         loss = linear_cross_entropy(
-            hidden, weight, targets, reduction=reduction, n_supervised=1500, row_filter=row_filter, **options
+            hidden, weight, of_rows, reduction=reduction, n_supervised=1500, row_filter=row_filter, **options
         )
         loss.backward(torch.empty_like(loss))
     assert hidden.grad is not None
