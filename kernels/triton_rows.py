@@ -233,8 +233,9 @@ def soft_softmax_rows(
                 hard = tl.exp((hard_logit - base) * inverse) * factor + tl.exp(hard_logit - base) * cold_factor
             else:
                 hard = tl.exp(hard_logit - base) * factor
-            hard = (scale * (hard - (1 - alpha))).to(logits_ptr.dtype.element_ty)
-            among = tl.max(is_hard_K.to(tl.int32), 0) == 1
-            tl.store(logits_ptr + target, hard, mask=in_range & (among == 0))
         gradient_K = (scale * gradient_K).to(logits_ptr.dtype.element_ty)
         tl.store(logits_ptr + id_K, gradient_K, mask=present)
+        if MIXED:
+            among = tl.max(is_hard_K.to(tl.int32), 0) == 1  # its gradient is then written already
+            hard = (scale * (hard - (1 - alpha))).to(logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + target, hard, mask=in_range & (among == 0))
