@@ -30,6 +30,13 @@ arms:
 evaluate:
   benchmarks: [{preset: gsm8k, path: gsm8k.jsonl}]
 """
+MERGE = """merge_method: dare_ties
+base_model: a/b
+models:
+  - model: c/d
+    parameters: {weight: 0.5}
+dtype: bfloat16
+"""
 # The command line, files by name, and what the message says.
 WRONG: list[tuple[str, dict[str, str], str]] = [
     # Verbs
@@ -75,7 +82,10 @@ WRONG: list[tuple[str, dict[str, str], str]] = [
     ),
     ("run r.yaml --set arms.long=longer", {"r.yaml": RECIPE}, "--set arms.long=longer: `arms.long` names the corpus"),
     ("run r.yaml", {"r.yaml": RECIPE.replace("student: s", "student: S")}, "line 10: `student` names the model"),
-    ("train c.yaml", {"c.yaml": TRAIN + "dtype: bf16\n"}, "line 4: `dtype`: must be one of bfloat16, float32"),
+    ("train c.yaml", {"c.yaml": TRAIN + "dtype: bf16\n"}, "bfloat16, float32, not 'bf16'; did you mean `bfloat16`?"),
+    ("merge m.yaml o", {"m.yaml": MERGE.replace("dare_ties", "dare-ties")}, "did you mean `dare_ties`?"),
+    ("merge m.yaml o", {"m.yaml": MERGE.replace("weight:", "weigth:")}, "unknown key; did you mean `weight`?"),
+    ("merge m.yaml o", {"m.yaml": MERGE.replace("dtype:", "dtpye:")}, "m.yaml, line 6: `dtpye`: unknown key; did you"),
     ("train c.yaml", {"c.yaml": TRAIN + "lr: -1\n"}, "c.yaml, line 4: `lr` must be above 0"),
     ("train c.yaml", {"c.yaml": TRAIN + "early_stop: 3\n"}, "line 4: `early_stop` needs `validation_data`"),
     # What is not there

@@ -18,7 +18,7 @@ import yaml
 
 from micota_fast.common.files import reading
 from micota_fast.common.json_io import MAX_DEPTH
-from micota_fast.config.suggestions import closest_key
+from micota_fast.config.suggestions import OTHER_VALUES, closest, closest_key
 from micota_fast.errors import InputError
 
 MAX_BYTES = 1 << 20  # of a file of options
@@ -337,7 +337,9 @@ def _build(hint: Any, node: yaml.Node | None, where: _Where) -> Any:
     if origin is Literal:
         value = _scalar_or_tree(node, where)
         if value not in args:
-            raise where.error(node, f"must be one of {', '.join(map(str, args))}, not {value!r:.60}")
+            meant = closest(str(value), map(str, args), OTHER_VALUES)
+            asked = f"; did you mean `{meant}`?" if meant else ""
+            raise where.error(node, f"must be one of {', '.join(map(str, args))}, not {value!r:.60}{asked}")
         return value
     if origin is dict:
         if not isinstance(node, yaml.MappingNode):

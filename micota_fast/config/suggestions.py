@@ -68,6 +68,14 @@ OTHER_KEYS = {
 }
 # In a generation, whose names the training does not have.
 OTHER_KEYS |= dict.fromkeys(("max_tokens", "max_completion_length", "max_gen_toks"), "max_new_tokens")
+OTHER_VALUES = {
+    "bf16": "bfloat16",
+    "flash_attention_2": "flash",
+    "flash_attention_3": "flash",
+    "fp32": "float32",
+    "gpu": "cuda",
+    "torch.bfloat16": "bfloat16",
+}
 OTHER_VERBS = {
     "check": "doctor",
     "clean": "prune",

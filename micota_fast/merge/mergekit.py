@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from micota_fast.config.loader import build, load, option
+from micota_fast.config.suggestions import did_you_mean
 from micota_fast.errors import InputError
 from micota_fast.merge.methods import METHODS, PARAMETERS, MethodSpec, Rescale, Scalars
 from micota_fast.merge.settings import Case, Scalar, Setting, plain, read_setting, value_at
@@ -249,4 +250,5 @@ def _check_keys(where: str, parameters: dict[str, Any], known: tuple[str, ...], 
     for key in parameters:
         if key not in known:
             what = f"has no meaning here for merge_method {method}" if key in PARAMETERS else "unknown key"
-            raise InputError(f"`{where}.{key}`: {what}; known here: {', '.join(known) or 'none'}")
+            asked = did_you_mean(key, known, f"known here: {', '.join(known) or 'none'}")
+            raise InputError(f"`{where}.{key}`: {what}; {asked}")
