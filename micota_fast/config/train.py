@@ -27,6 +27,36 @@ class MeshConfig:
             at_least(self, shard=1)
 
 
+# Of a block's modules, all that are matrices.
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685), which are trained in place of the model's weights."""
+
+    rank: int = option(
+        16, doc="rank of an adapter: the product of two thin matrices, added to the weight", source="ours"
+    )
+    alpha: float = option(32.0, doc="an adapter's product is multiplied by alpha / rank", source="Schulman et al. 2025")
+    targets: list[str] = option(
+        PROJECTIONS,
+        doc="modules that get an adapter, by name or its last parts: [q_proj, layers.0.mlp.up_proj]",
+        source="QLoRA, arXiv 2305.14314: all matrices of a block",
+    )
+    dropout: float = option(0.0, doc="share of an adapter's inputs that is zeroed in training", source="peft")
+    merged: bool = option(False, doc="besides adapter/, write model/: the weights with the adapters added to them")
+
+    def __post_init__(self) -> None:
+        at_least(self, rank=1)
+        if not 0 < self.alpha < math.inf:
+            raise InputError(f"`alpha` must be above 0 and finite, not {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"`dropout` must be at least 0 and below 1, not {self.dropout}")
+        if not self.targets:
+            raise InputError("`targets` is empty: no module would get an adapter")
+
+
 @dataclass(kw_only=True)
 class TrainSettings:
     """How a model is trained."""
@@ -66,6 +96,9 @@ class TrainSettings:
     )
     freeze: list[str] = option(
         [], doc="parameters that stay as they are, by pattern of their names: [model.embed_tokens.*, '*.layers.0.*']"
+    )
+    lora: LoraConfig | None = option(
+        None, doc="train low-rank adapters and leave the weights as they are; null: train the weights", newer=True
     )
     validation_data: str | None = option(
         None, doc="JSONL of held-out rows whose loss is measured during training; null: no validation"
@@ -123,6 +156,8 @@ class TrainSettings:
         for name in ("warmup_ratio", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"`{name}` must lie between 0 and 1, not {getattr(self, name)}")
+        if self.lora is not None and self.init == "random":
+            raise InputError("`lora` adapts the weights of a checkpoint, and `init: random` takes none from it")
         if self.early_stop is not None and self.validation_data is None:
             raise InputError("`early_stop` needs `validation_data`, whose loss it watches")
         if self.max_doc_tokens is not None and self.max_doc_tokens > self.pack_tokens:

@@ -16,6 +16,7 @@ from micota_fast.model.dtypes import DTYPES
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"  # of a LoRA adapter in peft's layout
 # What a folder needs besides weights and config.json to tokenise, to render a chat and to know where to stop.
 COPIED_FILES = (
     "tokenizer.json",
@@ -102,7 +103,7 @@ def tensor_files(directory: Path | str) -> dict[str, Path]:
 
 def what_else(directory: Path) -> str:
     """Return what a folder without a checkpoint's files holds instead and what to do about it, to end an error with."""
-    if (directory / "adapter_config.json").is_file():
+    if (directory / ADAPTER).is_file():
         return (
             ". It is a LoRA adapter (adapter_config.json): merge it into its base model first, with peft: "
             "`PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(OUT)`"

@@ -73,14 +73,11 @@ def read_weights(model: Decoder, directory: Path | str) -> None:
                     raise InputError(
                         f"{path}: tensor {name} has shape {list(found)}; {where} calls for {list(shapes[name])}"
                     )
-                tensor = shard.get_tensor(name)
-                if tensor.dtype not in _DTYPES.values():
-                    raise InputError(f"{path}: tensor {name} is stored as {tensor.dtype}, not as a plain float")
-                _set(parameters[name], tensor, f"{path}: tensor {name}")
+                set_parameter(parameters[name], _plain_float(shard, path, name), f"{path}: tensor {name}")
 
 
 @torch.no_grad()
-def _set(parameter: nn.Parameter, value: Tensor, where: str | None = None) -> None:
+def set_parameter(parameter: Tensor, value: Tensor, where: str | None = None) -> None:
     """Copy `value`, whole and on the CPU, to the parameter or, of its rows, to this rank's shard of it.
 
     Args:
@@ -130,7 +127,7 @@ def draw_weights(model: Decoder, seed: int) -> None:
             value = torch.zeros(shapes[name])
         else:
             value = torch.empty(shapes[name]).normal_(0.0, model.config.initializer_range, generator=generator)
-        _set(parameter, value)
+        set_parameter(parameter, value)
 
 
 def check_savable(config: ModelConfig, source_dir: Path | str, dtype: torch.dtype | str | None = None) -> None:
@@ -218,6 +215,23 @@ def _write_weights(
 def memory_of(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor on the CPU, without a copy if it is contiguous."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Return one tensor of a safetensors file, mapped.
+
+    Raises:
+        InputError: the file is damaged, or the tensor is no plain float.
+    """
+    with _open(path) as file:
+        return _plain_float(file, path, name)
+
+
+def _plain_float(file: safe_open, path: Path, name: str) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    if tensor.dtype not in _DTYPES.values():
+        raise InputError(f"{path}: tensor {name} is stored as {tensor.dtype}, not as a plain float")
+    return tensor
 
 
 def _open(path: Path) -> safe_open:

@@ -196,6 +196,10 @@ class _Graph:
             columns=self.recipe.corpora[corpus].columns,
             out=str(self.run_dir / stage),
         )
+        if settings.lora is not None and not settings.lora.merged:
+            raise InputError(
+                f"{self.path}, `train.lora`: set `merged: true`: the stages that follow serve whole models"
+            )
         inputs = [model, data]
         if settings.validation_data is not None:
             inputs.append(self._file(settings.validation_data, f"{where}.validation_data"))

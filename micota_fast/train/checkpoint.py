@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from micota_fast.common.files import remove_whole, sync, writing
@@ -75,8 +75,9 @@ class Checkpoints:
                     f"{out} contains an unfinished run with different settings, according to {file} ({differing}). Use "
                     f"its settings to finish it, choose another `out`, or delete {out} to start over"
                 )
-        if not owners and (out / "model").exists():
-            raise InputError(f"{out / 'model'} is there and no run of this folder made it; choose another `out`")
+        for result in (out / "model", out / "adapter") if not owners else ():
+            if result.exists():
+                raise InputError(f"{result} is there and no run of this folder made it; choose another `out`")
         for torn in self._dir.glob(".step-*"):
             shutil.rmtree(torn, ignore_errors=True)
         with writing(self._dir):
@@ -105,7 +106,7 @@ class Checkpoints:
 
         Args:
             progress: plain JSON values including "step" (steps done); `restore` returns those of rank 0.
-            model: its decoder's parameters, plain or sharded.
+            model: the parameters of its decoder that are trained, plain or sharded.
             optimizer: of `model`; every tensor of its state.
             score: a validation loss; the checkpoint with the lowest one is kept.
 
@@ -225,7 +226,7 @@ class Checkpoints:
         reader = dcp.HuggingFaceStorageReader(str(folder))
         stored = reader.read_metadata().state_dict_metadata
         if optimizer is None:
-            targets = {f"model.{name}": p.detach() for name, p in model.decoder.named_parameters()}
+            targets = {f"model.{name}": p.detach() for name, p in _trained(model).items()}
         else:
             _make_state(stored, model, optimizer)
             targets = dict(_state(model, optimizer))
@@ -265,9 +266,14 @@ class Checkpoints:
         self._staging.close()
 
 
+def _trained(model: PackedLoss) -> dict[str, nn.Parameter]:
+    """Return the parameters that training changes, by name; the others are what it starts from."""
+    return {name: p for name, p in model.decoder.named_parameters() if p.requires_grad}
+
+
 def _state(model: PackedLoss, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Yield name and tensor, sharing memory, of everything that is restored by name and may be sharded."""
-    for name, parameter in model.decoder.named_parameters():
+    for name, parameter in _trained(model).items():
         yield f"model.{name}", parameter.detach()
         for field, value in optimizer.state.get(parameter, {}).items():
             yield f"optimizer.{field}.{name}", value

@@ -1,7 +1,9 @@
 """The trained model as a Hugging Face checkpoint: streamed, with a model card that says how it was made."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from micota_fast.common.files import remove_whole
+from micota_fast.config.train import LoraConfig
 from micota_fast.errors import InputError
+from micota_fast.model.adapter import save_adapter, save_merged
+from micota_fast.model.checks import checked_config
 from micota_fast.model.decoder import Decoder, parameter_shapes
+from micota_fast.model.folder import stored_tensors
 from micota_fast.model.safetensors_io import save_checkpoint
+from micota_fast.train.lora import adapted_modules
 from micota_fast.train.storage import require_room
 from micota_fast.train.world import World
 
@@ -43,20 +50,14 @@ def export(
     Raises:
         InputError: on all ranks, if rank 0 could not write.
     """
-    weights = _Gathered(decoder, world)
+    weights = _Gathered(decoder, list(parameter_shapes(decoder.config)), world)
     stored = getattr(torch, dtype or decoder.config.dtype_name or "float32", torch.float32)
     size = stored.itemsize * sum(shape.numel() for shape in parameter_shapes(decoder.config).values())
 
     def write() -> None:
         try:
-            remove_whole(out)
-            require_room(out.parent, size)
-            save_checkpoint(weights, decoder.config, source, out, dtype, max_shard_bytes, extra_files=files)
-        except (InputError, OSError) as error:
-            raise InputError(
-                f"{out} ({size:,} bytes of weights) could not be written: {error}. The checkpoints are kept: run the "
-                f"same command to resume from the last one"
-            ) from None
+            with _replacing(out, size):
+                save_checkpoint(weights, decoder.config, source, out, dtype, max_shard_bytes, extra_files=files)
         finally:
             weights.drain()
 
@@ -65,17 +66,71 @@ def export(
     world.on_main(write)
 
 
+def export_adapter(
+    decoder: Decoder, lora: LoraConfig, base: str, out: Path, world: World, files: Mapping[str, str]
+) -> None:
+    """Write the adapters of `decoder`, plain or sharded, to `out` in peft's layout. Call it on all ranks.
+
+    Args:
+        decoder: with trained adapters.
+        lora: of the adapters.
+        base: the checkpoint they were trained beside, as peft is to find it.
+        out: replaced if it exists; it appears whole or not at all.
+        world: the processes; rank 0 writes.
+        files: names and texts of what else the folder holds.
+
+    Raises:
+        InputError: on all ranks, if rank 0 could not write.
+    """
+    names = [f"{name}.lora_{half}.weight" for name in adapted_modules(decoder) for half in "AB"]
+    gathered = _Gathered(decoder, names, world)
+    tensors = {name: gathered[name].cpu() for name in names}
+
+    def write() -> None:
+        with _replacing(out, sum(tensor.nbytes for tensor in tensors.values())):
+            save_adapter(tensors, lora, base, out, files)
+
+    world.on_main(write)
+
+
+def export_merged(
+    source: Path, adapter: Path, out: Path, world: World, files: Mapping[str, str], dtype: str | None
+) -> None:
+    """Write the checkpoint `source` with `adapter` added to its weights to `out`; for the rest see `export`."""
+    stored = getattr(torch, dtype or checked_config(source).dtype_name or "float32", torch.float32)
+    size = stored.itemsize * sum(math.prod(tensor.shape) for _, tensor in stored_tensors(source).values())
+
+    def write() -> None:
+        with _replacing(out, size):
+            save_merged(source, adapter, out, dtype, files=files)
+
+    world.on_main(write)
+
+
+@contextmanager
+def _replacing(out: Path, size: int) -> Iterator[None]:
+    """Make room for `size` bytes of weights at `out`, and say what a failure to write them means for the run."""
+    try:
+        remove_whole(out)
+        require_room(out.parent, size)
+        yield
+    except (InputError, OSError) as error:
+        raise InputError(
+            f"{out} ({size:,} bytes of weights) could not be written: {error}. The checkpoints are kept: run the "
+            f"same command to resume from the last one"
+        ) from None
+
+
 class _Gathered(Mapping[str, Tensor]):
-    """Gathers each parameter when it is asked for. All ranks must ask in the model's order.
+    """Gathers each parameter when it is asked for. All ranks must ask in the order of `names`.
 
     The ranks meet on their hosts before each gather. NCCL would end a rank that enters one long before rank 0, which
     writes files between gathers.
     """
 
-    def __init__(self, decoder: Decoder, world: World) -> None:
-        self._world = world
+    def __init__(self, decoder: Decoder, names: list[str], world: World) -> None:
+        self._world, self._names = world, names
         self._parameters = dict(decoder.named_parameters())
-        self._names = list(parameter_shapes(decoder.config))
         self._taken = 0
 
     def __getitem__(self, name: str) -> Tensor:
@@ -101,7 +156,13 @@ class _Gathered(Mapping[str, Tensor]):
 
 
 def model_card(
-    model: str, data: str, identity: dict[str, Any], facts: dict[str, Any], metrics: dict[str, Any], chosen: str
+    model: str,
+    data: str,
+    identity: dict[str, Any],
+    facts: dict[str, Any],
+    metrics: dict[str, Any],
+    chosen: str,
+    adapter: bool = False,
 ) -> str:
     """Return README.md of a trained model. Equal runs give equal text, so it has no date and no path of this machine.
 
@@ -112,10 +173,15 @@ def model_card(
         facts: parameters, processes, data and versions, as in summary.json.
         metrics: plain values by name, of the step that gave these weights.
         chosen: which step that is, and why.
+        adapter: whether the card is that of an adapter alone.
     """
     base = model if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not Path(model).is_dir() else Path(model).name
     front: dict[str, Any] = {"base_model": base, "library_name": "transformers", "pipeline_tag": "text-generation"}
     front["tags"] = ["micota-fast", "fine-tuned"]
+    what = f"{facts['parameters']:,} parameters"
+    if adapter:
+        front |= {"library_name": "peft", "tags": [*front["tags"], "lora"]}
+        what = f"A LoRA adapter of {facts['adapter_parameters']:,} parameters"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     counts = facts["data"]
     recipe = identity["options"]
@@ -124,7 +190,7 @@ def model_card(
 
 # {base}, fine-tuned
 
-{facts["parameters"]:,} parameters, trained on chains of thought with micota-fast. {chosen}
+{what}, trained on chains of thought with micota-fast. {chosen}
 
 ## Metrics
 

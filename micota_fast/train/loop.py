@@ -3,6 +3,7 @@
 import math
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from micota_fast.errors import InputError
 from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.train import prepare
 from micota_fast.train.checkpoint import Checkpoints
-from micota_fast.train.export import export, model_card
+from micota_fast.train.export import export, export_adapter, export_merged, model_card
+from micota_fast.train.lora import flops_per_token
 from micota_fast.train.meters import Meters
 from micota_fast.train.optim import clip_gradients, learning_rate, make_optimizer, step_if_finite
 from micota_fast.train.packed_loss import DUMMY_BATCH, on_device
@@ -61,6 +63,7 @@ def train(config: TrainConfig, profile: bool = False) -> bool:
 def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, profile: bool, stack: ExitStack) -> bool:
     torch.manual_seed(config.seed)
     source = resolve_checkpoint(config.model)
+    prepare.check_trained_parameters(config, source)
     documents, held_out = prepare.load_documents(config, source, out)
     identity = prepare.run_identity(config, source, documents, held_out, world)
     if prepare.is_finished(out, identity, world):
@@ -74,7 +77,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
     validate_every = config.validate_every or math.ceil(total / 10)
     facts = prepare.run_facts(model, documents, steps, total, world)
     prepare.introduce(config, facts, model.decoder.config, documents, world)
-    flops_per_token = model.decoder.flops_per_token(prepare.mean_context(documents))
+    flops = flops_per_token(model.decoder, prepare.mean_context(documents))
     parallelize(model, config, world)
     prepare.load_initial_weights(model, config, source, world)
     optimizer = make_optimizer(model, config)
@@ -86,7 +89,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
         world.say(f"stopped before step {start + 1}; run the same command to resume")
         return False
     watch = Stopwatch(world.device)
-    meters = Meters(config, out, world, progress, total, steps, flops_per_token, watch)
+    meters = Meters(config, out, world, progress, total, steps, flops, watch)
     trace = stack.enter_context(profiler(out, world)) if profile else None
 
     for step in range(start, total):
@@ -150,9 +153,15 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
             f"The weights are those after step {metrics['step']:,} of {progress['step']:,}, the best on held-out rows."
         )
     world.say(chosen)
-    card = model_card(config.model, config.data, identity, facts, metrics, chosen)
-    files = {"README.md": card} | end_tokens | template_file(config.chat)
-    export(model.decoder, source, out / "model", world, files, config.save_dtype)
+    card = partial(model_card, config.model, config.data, identity, facts, metrics, chosen)
+    files = {"README.md": card()} | end_tokens | template_file(config.chat)
+    if config.lora is None:
+        export(model.decoder, source, out / "model", world, files, config.save_dtype)
+    else:
+        alone = {"README.md": card(adapter=True)}
+        export_adapter(model.decoder, config.lora, config.model, out / "adapter", world, alone)
+        if config.lora.merged:
+            export_merged(source, out / "adapter", out / "model", world, files, config.save_dtype)
     speed = {"steps": progress["step"] - start, **meters.close()}
     results = {"final": meters.last, "validation": validation.state, "skipped_steps": meters.skipped["in_all"]}
     summary = {"identity": identity, **facts, **results, "timing": speed}

@@ -24,7 +24,7 @@ def parallelize(model: PackedLoss, config: TrainSettings, world: World) -> None:
     blocks = model.decoder.model.layers
     for block in blocks:
         if config.activation_checkpointing != "none":
-            block.forward = checkpoint_activations(block.forward, config.activation_checkpointing)
+            checkpoint_activations(block, config.activation_checkpointing)
         if config.compile:
             block.compile(dynamic=True)  # packs differ in length: one graph for all, not one for each
     if world.size == 1 and config.dtype == "float32":

@@ -5,6 +5,7 @@ import math
 import platform
 import shutil
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from micota_fast.model import safetensors_io
 from micota_fast.model.attention import choose_backend
 from micota_fast.model.checks import checked_config
 from micota_fast.model.config import ModelConfig
-from micota_fast.model.folder import COPIED_FILES, tensor_files
+from micota_fast.model.decoder import Decoder
+from micota_fast.model.folder import ADAPTER, COPIED_FILES, tensor_files
 from micota_fast.model.pointwise import choose_pointwise
 from micota_fast.train.checkpoint import describe_differences, read_identity
+from micota_fast.train.lora import adapted_modules, add_adapters, check_frozen_adapters, draw_adapters, flops_per_token
 from micota_fast.train.memory import estimate, longest_pack
 from micota_fast.train.optim import freeze
 from micota_fast.train.packed_loss import PackedLoss, choose_loss
@@ -47,6 +50,16 @@ def lock(out: Path, stack: ExitStack) -> None:
         InputError: another trainer is using it, or it cannot be written.
     """
     stack.enter_context(locked(out / ".lock", "trainer", TRAINER_ENDS_S))
+
+
+def check_trained_parameters(config: TrainConfig, source: Path) -> None:
+    """Check the names and sizes that `lora` and `freeze` give against the model's, before anything is loaded.
+
+    Raises:
+        InputError: naming the option: it does not fit the model.
+    """
+    if config.lora is not None or config.freeze:
+        _shaped(config, ModelConfig.from_checkpoint(source))
 
 
 def load_documents(config: TrainConfig, source: Path, out: Path) -> tuple[Documents, Documents | None]:
@@ -112,7 +125,10 @@ def is_finished(out: Path, identity: dict[str, Any], world: World) -> bool:
                 f"{out} holds the result of another run ({differing}); "
                 f"choose another `out`, or delete {out} to replace it"
             )
-        return (out / "model" / "config.json").is_file()
+        lora = identity["options"].get("lora")
+        files = [out / "adapter" / ADAPTER] if lora else []
+        files += [out / "model" / "config.json"] if not lora or lora["merged"] else []
+        return all(file.is_file() for file in files)
 
     if not world.on_main(look):
         return False
@@ -122,8 +138,18 @@ def is_finished(out: Path, identity: dict[str, Any], world: World) -> bool:
     return True
 
 
+def _shaped(config: TrainConfig, shape: ModelConfig) -> tuple[Decoder, str | None]:
+    """Return the decoder, without memory, and what of it is not trained, in words."""
+    # Weights that are not trained need no more than the compute type.
+    decoder = safetensors_io.shapes_only(shape, torch.float32 if config.lora is None else getattr(torch, config.dtype))
+    adapters = "" if config.lora is None else f"lora: {add_adapters(decoder, config.lora)} adapters; "
+    frozen = freeze(decoder, config.freeze)
+    check_frozen_adapters(decoder, config.freeze)
+    return decoder, f"{adapters}frozen: {frozen:,} of {decoder.num_params():,} parameters" if frozen else None
+
+
 def build_model(config: TrainConfig, source: Path, world: World) -> PackedLoss:
-    """Build the decoder in float32 with its loss and choose its kernels; it has no memory or weights yet.
+    """Build the decoder, what is trained in float32, with its loss and choose its kernels; it has no weights yet.
 
     Raises:
         InputError: the checkpoint cannot be honoured, or what comes of it could not be saved.
@@ -131,12 +157,12 @@ def build_model(config: TrainConfig, source: Path, world: World) -> PackedLoss:
     shape = ModelConfig.from_checkpoint(source) if config.init == "random" else checked_config(source)
     safetensors_io.check_savable(shape, source, config.save_dtype)
     backend, reason = choose_backend(config.attention, world.device, getattr(torch, config.dtype), shape.head_dim)
-    decoder = safetensors_io.shapes_only(shape, torch.float32)
+    decoder, untrained = _shaped(config, shape)
     pointwise, whose = choose_pointwise(world.device, config.compile)
     decoder.use(pointwise)
     world.say(f"attention: {backend} ({reason}); norms, rotation and SwiGLU: {whose}")
-    if frozen := freeze(decoder, config.freeze):
-        world.say(f"frozen: {frozen:,} of {decoder.num_params():,} parameters")
+    if untrained is not None:
+        world.say(untrained)
     return PackedLoss(decoder, backend, choose_loss(config))
 
 
@@ -156,6 +182,7 @@ def load_initial_weights(model: PackedLoss, config: TrainConfig, source: Path, w
             safetensors_io.draw_weights(model.decoder, config.seed)
         else:
             safetensors_io.read_weights(model.decoder, source)
+        draw_adapters(model.decoder, config.seed)
     except InputError as error:
         mistake = str(error)
     mistakes: list[str | None] = [None] * world.size
@@ -166,7 +193,7 @@ def load_initial_weights(model: PackedLoss, config: TrainConfig, source: Path, w
 
 def plan_steps(config: TrainConfig, documents: Documents, model: PackedLoss, world: World) -> PackedSteps:
     """Plan the optimizer steps, with packs assigned to ranks by what they cost this model."""
-    parity = attention_parity(model.decoder.flops_per_token)
+    parity = attention_parity(partial(flops_per_token, model.decoder))
     return PackedSteps(
         documents, config.pack_tokens, config.packs_per_step, world.rank, world.size, config.seed, parity
     )
@@ -180,8 +207,10 @@ def mean_context(documents: Documents) -> float:
 
 def run_facts(model: PackedLoss, documents: Documents, steps: PackedSteps, total: int, world: World) -> dict[str, Any]:
     """Return what summary.json says besides results; equal in every run of one identity, except for versions."""
+    in_adapters = sum(module.adapter_parameters for module in adapted_modules(model.decoder).values())
     return {
-        "parameters": model.decoder.num_params(),
+        "parameters": model.decoder.num_params() - in_adapters,
+        **({"adapter_parameters": in_adapters} if in_adapters else {}),
         "attention": model.backend,
         "processes": world.size,
         "steps": total,
