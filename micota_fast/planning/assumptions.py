@@ -1,6 +1,7 @@
 """What a plan takes for granted: sizes of known sets, and what is assumed, with its source."""
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 
@@ -12,7 +13,18 @@ from micota_fast.errors import InputError
 # MATH-500. Those of the benchmarks stand with their definitions.
 KNOWN_SETS = {"math_train": 12000}
 FITS = 0.95  # of a GPU's memory, as in the trainer's own warning
+KEPT_FREE = "for the allocator's gaps and CUDA's own memory"  # why training and reading leave the rest
+KEPT_BY_SERVERS = "for what a server computes with: `serve_memory`"
 REASONING = re.compile(r"R1|QwQ|reason|think", re.IGNORECASE)
+
+
+def shortfall(need: float, memory: float, share: float, kept: str) -> str:
+    """Say that `need` bytes exceed the share of a GPU's memory that can be used, and what the rest is kept free for."""
+    needed, usable = math.ceil(need / 1e8) / 10, math.floor(share * memory / 1e8 + 1e-6) / 10  # never shown as equal
+    return (
+        f"{needed:.1f} GB on each GPU, which can use {usable:.1f} of its {memory / 1e9:.1f} GB "
+        f"({1 - share:.0%} is kept free {kept})"
+    )
 
 
 @dataclass(kw_only=True)
@@ -37,6 +49,12 @@ class Assumptions:
         doc="share of answers that the filter accepts",
         source="assumed; R1-Distill-Qwen-32B solves 0.943 of MATH-500, arXiv 2501.12948",
     )
+    judged: float = option(
+        0.4, doc="share of answers that are put to a judge: those that are read and wrong", source="assumed"
+    )
+    judge_tokens: int = option(
+        200, doc="tokens of a question to a judge", source="its wording, of 95, a problem and two short answers"
+    )
     problem_chars: int = option(200, doc="characters of a problem whose file is missing", source="assumed")
     chars_per_token: float = option(3.0, doc="characters per token, if the tokenizer is missing", source="assumed")
     template_tokens: int = option(60, doc="tokens of a prompt besides the problem", source="assumed")
@@ -48,7 +66,7 @@ class Assumptions:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             at_least(self, **{field.name: 0})
-        for name in ("train_mfu", "prefill_mfu", "decode_bandwidth", "serve_memory", "accepted", "pack_fill"):
+        for name in ("train_mfu", "prefill_mfu", "decode_bandwidth", "serve_memory", "accepted", "judged", "pack_fill"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"`{name}` must lie above 0 and at most at 1, not {getattr(self, name)}")
         for name in ("chars_per_token", "disk_rate"):

@@ -17,8 +17,9 @@ from micota_fast.errors import InputError
 from micota_fast.model.attention import choose_backend
 from micota_fast.pipeline.graph import Stage
 from micota_fast.planning import machine
-from micota_fast.planning.assumptions import FITS, Assumptions
+from micota_fast.planning.assumptions import FITS, KEPT_BY_SERVERS, KEPT_FREE, Assumptions, shortfall
 from micota_fast.planning.needs import Finding, Needs, sampling_of, serve_of
+from micota_fast.planning.overlaps import APART, shared_gpus
 from micota_fast.planning.plan import DEFAULT_GPU
 from micota_fast.planning.planner import Cost
 
@@ -53,15 +54,18 @@ def gpus(needs: Needs) -> Iterator[Finding]:
     else:
         kinds = ", ".join(dict.fromkeys(device.name for device in devices))
         yield Finding("ok", "GPUs", f"{len(devices)} ({kinds}), {number} needed")
+    at_once = {stage.name: cost.gpus for stage, cost in needs.on_gpus}
+    if (shared := shared_gpus(needs.stages, at_once, needs.recipe.launch.jobs)) is not None:
+        yield Finding("warning", "GPUs at once", shared, APART)
     memory = min((device.memory for device in devices), default=GPUS[DEFAULT_GPU].memory)
     too_big: dict[str, list[Stage]] = {}  # arms and seeds need the same: one line for all
     for stage, cost in needs.on_gpus:
         if whole[stage.name] > memory:
-            there = f"of which a {'server' if serve_of(stage) else 'process'} can use {size(_usable(stage) * memory)}"
-            too_big.setdefault(f"needs {size(cost.memory)} on each GPU, {there}", []).append(stage)
+            kept = KEPT_FREE if serve_of(stage) is None else KEPT_BY_SERVERS
+            too_big.setdefault(shortfall(cost.memory, memory, _usable(stage), kept), []).append(stage)
     for need, (stage, *others) in too_big.items():
-        there = f"{size(memory)} in all" if devices else f"an {DEFAULT_GPU.upper()} has {size(memory)}"
-        found = f"{stage.name}{f' (and {len(others)} more)' if others else ''} {need} ({there})"
+        there = "" if devices else f", if it is an {DEFAULT_GPU.upper()}"
+        found = f"{stage.name}{f' (and {len(others)} more)' if others else ''} needs {need}{there}"
         yield Finding("error" if devices else "warning", "GPU memory", found, _smaller(stage))
     if not devices:
         return

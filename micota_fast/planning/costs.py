@@ -16,19 +16,23 @@ from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import read_lines
 from micota_fast.common.schema import load
 from micota_fast.common.urls import hide_credentials
-from micota_fast.config.generation import SamplingSettings
+from micota_fast.config.evaluation import JudgeConfig
+from micota_fast.config.generation import GenerateConfig, SamplingSettings
 from micota_fast.config.merge import REFINEMENTS
 from micota_fast.corpus.mix import apportion
+from micota_fast.evaluation.judge import MAX_NEW_TOKENS
 from micota_fast.evaluation.results import EvaluationResults
 from micota_fast.kernels.chunks import LOGITS_BYTES
 from micota_fast.model.dtypes import bytes_per_element
 from micota_fast.pipeline.graph import BASE, Stage
-from micota_fast.planning.assumptions import FITS, Assumptions
-from micota_fast.planning.planner import Corpus, Cost, Model, Planner
+from micota_fast.planning.assumptions import FITS, KEPT_BY_SERVERS, KEPT_FREE, Assumptions, shortfall
+from micota_fast.planning.planner import ON_CPU, Corpus, Cost, Model, Planner
 from micota_fast.planning.roofline import loss_seconds
 from micota_fast.planning.shapes import parameters, recomputed_flops, train_flops
 from micota_fast.serve import sglang
 from micota_fast.train.memory import estimate, kept
+
+AT_A_SERVER = "at servers that already run"
 
 
 def generate(planner: Planner, stage: Stage) -> Cost:
@@ -49,6 +53,7 @@ def generate(planner: Planner, stage: Stage) -> Cost:
         cost.how = _written(s, [answers])
         dollars = s.openai.dollars(answers.rows * answers.prompt, answers.rows * answers.answer)
         cost.how += "" if dollars is None else f", ${dollars:,.2f} at the prices in `openai`"
+        cost.left_out.append(AT_A_SERVER)
     else:
         answering(cost, model, s, [answers], planner.gpu, planner.assumed)
     cost.disk = answers.tokens * planner.assumed.text_bytes
@@ -66,7 +71,8 @@ def filter_(planner: Planner, stage: Stage) -> Cost:
         accepted = dataclasses.replace(answers, rows=round(answers.rows * share), counted=False)
     planner.corpora[s.out] = accepted
     disk = answers.tokens * planner.assumed.text_bytes  # the rejects are written next to it
-    return Cost(stage.name, stage.verb, disk=disk, how=f"{_rows(accepted)} of {answers.rows:,.0f} accepted")
+    how = f"{_rows(accepted)} of {answers.rows:,.0f} accepted"
+    return Cost(stage.name, stage.verb, disk=disk, how=how, left_out=[ON_CPU])
 
 
 def mix(planner: Planner, stage: Stage) -> Cost:
@@ -86,7 +92,8 @@ def mix(planner: Planner, stage: Stage) -> Cost:
             context=sum(rows[p] * (c.prompt + c.answer) * c.context for p, c in parts.items()) / max(1, tokens),
         )
     planner.corpora[s.out] = mixed
-    return Cost(stage.name, stage.verb, disk=mixed.tokens * planner.assumed.text_bytes, how=_rows(mixed))
+    disk = mixed.tokens * planner.assumed.text_bytes
+    return Cost(stage.name, stage.verb, disk=disk, how=_rows(mixed), left_out=[ON_CPU])
 
 
 def train(planner: Planner, stage: Stage) -> Cost:
@@ -128,12 +135,11 @@ def train(planner: Planner, stage: Stage) -> Cost:
             besides = tokens / s.pack_tokens * (loss - products)  # the loss's share that is no FLOPs of the model
             least = (run / planner.gpu.flops + besides) / processes / 3600
             cost.how += f", {two(least)} hours at the GPU's peak"
-        if cost.memory > FITS * planner.gpu.memory:
-            full = estimate(model.config, s.pack_tokens, shards, "full", dtype, "cuda").total
-            cost.too_big = (
-                f"{cost.memory / 1e9:.0f} GB on each of {processes}, which have {planner.gpu.memory / 1e9:.0f} "
-                f"(`activation_checkpointing: full`: {full / 1e9:.0f})"
-            )
+        else:
+            cost.left_out.append(f"in {s.dtype}, whose speed is not known")
+        _check_room(cost, planner.gpu)
+    else:
+        cost.left_out.append(ON_CPU)
     return cost
 
 
@@ -173,6 +179,8 @@ def length_sweep(planner: Planner, stage: Stage) -> Cost:
     cost.disk, cost.passing = kept_models * size, 0 if s.keep_models else size
     more = f", and up to {REFINEMENTS} more to find the length" if s.target_median_tokens is not None else ""
     cost.how = f"{n} weights{more}: {cost.how}"
+    if more:
+        cost.left_out.append(f"more than {n} weights of a length sweep")
     return cost
 
 
@@ -183,7 +191,7 @@ def _merged(planner: Planner, stage: Stage) -> Model:
 
 
 def evaluate(planner: Planner, stage: Stage) -> Cost:
-    """Return the cost of an `evaluate` stage; a judge is not counted."""
+    """Return the cost of an `evaluate` stage, and of its judge."""
     s = stage.settings
     model = planner.model(s.model)
     answer = model.answer
@@ -207,8 +215,34 @@ def evaluate(planner: Planner, stage: Stage) -> Cost:
     answering(cost, model, dataclasses.replace(s, max_new_tokens=longest), sets, planner.gpu, planner.assumed)
     cost.disk = 2 * cost.tokens * planner.assumed.text_bytes  # completions, and graded rows
     if s.judge is not None:
-        cost.how += "; the judge is not counted"
+        _add(cost, _judging(planner, s.judge, sets))
     return cost
+
+
+def _judging(planner: Planner, judge: JudgeConfig, sets: Sequence[Corpus]) -> Cost:
+    """Return what it costs to ask a judge, as `evaluation.judge` does, about the answers that are assumed wrong."""
+    share, question = planner.assumed.judged, planner.assumed.judge_tokens
+    asked = [planner.answers(share * corpus.rows, question, MAX_NEW_TOKENS) for corpus in sets]
+    served = {"url": judge.url, "api": judge.api, "openai": judge.openai, "serve": judge.serve}
+    s = GenerateConfig(model=judge.model, problems="", out="", max_new_tokens=MAX_NEW_TOKENS, **served)
+    cost = Cost("the judge", "evaluate")
+    if judge.api == "openai":  # the shapes of its model are not known
+        cost.tokens, cost.how = sum(corpus.tokens for corpus in asked), _written(s, asked)
+        cost.left_out.append(AT_A_SERVER)
+    else:
+        answering(cost, planner.model(judge.model), s, asked, planner.gpu, planner.assumed)
+    return cost
+
+
+def _add(cost: Cost, judge: Cost) -> None:
+    """Add a judge, which is served after the answers are written."""
+    cost.tokens, cost.flops = cost.tokens + judge.tokens, cost.flops + judge.flops
+    if judge.hours is not None:
+        cost.hours = (cost.hours or 0) + judge.hours
+    cost.gpus, cost.memory = max(cost.gpus, judge.gpus), max(cost.memory, judge.memory)
+    cost.too_big = "; ".join(filter(None, (cost.too_big, judge.too_big and f"the judge: {judge.too_big}")))
+    cost.left_out += [f"the judge, {why}" for why in judge.left_out]
+    cost.how += f"; the judge: {judge.how}"
 
 
 def align(planner: Planner, stage: Stage) -> Cost:
@@ -216,11 +250,14 @@ def align(planner: Planner, stage: Stage) -> Cost:
     s = stage.settings
     model, corpora = planner.model(s.model), [planner.corpus(path) for path in s.corpora.values()]
     on_gpu, low = planner.on_gpu(s.device), bytes_per_element(s.dtype)
+    # The output matrix is multiplied a second time, by the answers alone, to rank their tokens.
+    head = 2 * model.config.hidden_size * model.config.vocab_size
+    ranks = sum(corpus.rows * corpus.answer for corpus in corpora) * head
     cost = Cost(
         stage.name,
         stage.verb,
         tokens=sum(corpus.tokens for corpus in corpora),
-        flops=sum(train_flops(model.config, corpus.tokens, corpus.context) for corpus in corpora) / 3,
+        flops=sum(train_flops(model.config, corpus.tokens, corpus.context) for corpus in corpora) / 3 + ranks,
         gpus=int(on_gpu),
         memory=low * (parameters(model.config) + s.pack_tokens * kept(model.config, "none"))
         + LOGITS_BYTES["cuda" if on_gpu else "cpu"],
@@ -228,7 +265,15 @@ def align(planner: Planner, stage: Stage) -> Cost:
     )
     if on_gpu and planner.gpu is not None:
         cost.hours = cost.flops / (planner.gpu.flops * planner.assumed.prefill_mfu) / 3600
+        _check_room(cost, planner.gpu)
+    else:
+        cost.left_out.append(ON_CPU)
     return cost
+
+
+def _check_room(cost: Cost, gpu: GPU) -> None:
+    if cost.memory > FITS * gpu.memory:
+        cost.too_big = shortfall(cost.memory, gpu.memory, FITS, KEPT_FREE)
 
 
 def answering(
@@ -249,16 +294,18 @@ def answering(
     cost.flops = sum(train_flops(config, corpus.tokens, corpus.context) for corpus in sets) / 3
     cost.how = _written(s, sets)
     if s.url is not None:
+        cost.left_out.append(AT_A_SERVER)
         return
     cost.memory = weights / serve.tp + longest * kv / serve.tp
     if gpu is None or "cpu" in (sglang.argument(serve, "--device"), serve.device):
+        cost.left_out.append(ON_CPU)
         return
     copies = serve.replicas * serve.dp
     cost.gpus = serve.replicas * sglang.gpus_needed(serve)
     room = assumed.serve_memory * gpu.memory * serve.tp - weights
     if room < longest * kv:
-        usable = assumed.serve_memory * gpu.memory / 1e9
-        cost.too_big = f"{cost.memory / 1e9:.0f} GB on each of {serve.tp}, which can use {usable:.0f} (`serve.tp`)"
+        cost.too_big = shortfall(cost.memory, gpu.memory, assumed.serve_memory, KEPT_BY_SERVERS)
+        cost.left_out.append("does not fit")
         return
     flops, read = gpu.flops * assumed.prefill_mfu * serve.tp, gpu.bandwidth * assumed.decode_bandwidth * serve.tp
     seconds, batches = assumed.startup_s, []

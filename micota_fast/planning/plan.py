@@ -15,6 +15,7 @@ from micota_fast.errors import InputError
 from micota_fast.pipeline.graph import BASE, Artefact, Stage, build_stages
 from micota_fast.pipeline.run import Run, read_done
 from micota_fast.planning.assumptions import Assumptions
+from micota_fast.planning.overlaps import APART, shared_gpus
 from micota_fast.planning.planner import Cost, Model, Planner
 from micota_fast.planning.shapes import parameters, shapes_of, weights_cached
 from micota_fast.sources.hub import is_hub
@@ -122,6 +123,7 @@ def make_plan(
         InputError: the recipe or an option is wrong, a stage takes more GPUs than `gpus`, or shapes or sizes are not
             known.
     """
+    gpu = None if gpu is None else gpu.lower()  # the table has it in capitals
     if gpu not in (None, CPU, *GPUS):
         raise InputError(f"--gpu {gpu}: known are {', '.join((CPU, *GPUS))}")
     if gpus is not None and gpus < 1:
@@ -240,6 +242,7 @@ def _totals(made: Plan) -> list[str]:
         if made.dollars:
             parts += [f"${two(paid * made.dollars)} at ${made.dollars:g} per GPU-hour"]
     lines = [f"{what}: {'; '.join(parts)}."]
+    lines += _left_out(made)
     if big := [cost.stage for cost in made.to_do if cost.too_big]:
         lines.append(f"DOES NOT FIT on {made.gpu.upper()}: {', '.join(big)}.")
     lines.append(f"Disk: {size(made.disk)} at the worst moment")
@@ -248,7 +251,22 @@ def _totals(made: Plan) -> list[str]:
         lines[-1] += f", and {size(total)} of {len(made.downloads)} models from the hub ({', '.join(made.downloads)})"
     lines[-1] += "."
     lines += [f"Missing: {what}" for what in made.absent]
+    if (shared := shared_gpus(made.stages, {cost.stage: cost.gpus for cost in made.to_do}, made.jobs)) is not None:
+        lines.append(f"WARNING: {shared}: {APART}.")
     return lines
+
+
+def _left_out(made: Plan) -> list[str]:
+    """Name what the hours in the totals leave out."""
+    if not made.gpus:
+        return ["Hours are left out: those on a CPU are not estimated."]
+    reasons: dict[str, list[str]] = {}
+    for cost in made.to_do:
+        for why in cost.left_out:
+            reasons.setdefault(why, []).append(cost.stage)
+    parts = [f"{why}: {', '.join(stages)}" for why, stages in reasons.items()]
+    parts += ["downloads from the hub"] if made.downloads else []
+    return [f"Left out of hours and GPU-hours: {'; '.join(parts)}."] if parts else []
 
 
 def _legend(made: Plan, assumed: Assumptions) -> list[str]:

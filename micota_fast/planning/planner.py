@@ -5,7 +5,7 @@ efficiencies are `Assumptions`, each with its source. The arithmetic of each sta
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from micota_fast.sources.hub import is_hub
 from micota_fast.sources.problems import read_problems
 from micota_fast.sources.rows import read_rows
 
+ON_CPU = "on the CPU"
 SAMPLED_PROMPTS = 200  # tokenised to know their length, if the tokenizer is here
 
 
@@ -48,6 +49,8 @@ class Cost:
         how: what the figures are made of, in words.
         done: whether it is done, so that `hours` is measured.
         too_big: why it cannot run on this GPU.
+        left_out: what of it `hours` leaves out, and why.
+        remedy: what makes it fit, or that nothing does (`remedies`); empty: it fits.
     """
 
     stage: str
@@ -62,6 +65,8 @@ class Cost:
     how: str = ""
     done: bool = False
     too_big: str = ""
+    left_out: list[str] = field(default_factory=list)
+    remedy: str = ""
 
 
 @dataclass
@@ -136,6 +141,7 @@ class Planner:
         self.models: dict[str, Model] = {}
         self.corpora: dict[str, Corpus] = {}
         self._longest_assumed = 0  # tokens of an answer
+        self._problems: dict[str, tuple[int, float]] = {}
 
     def costs(self, stages: Sequence[Stage]) -> list[Cost]:
         """Return the cost of each stage, in order.
@@ -147,14 +153,20 @@ class Planner:
         self._longest_assumed = max(1, max(limits) // 4)  # in a world of short answers, those assumed are short, too
         costs = []
         for stage in stages:
-            estimate = VERBS[stage.verb].cost
-            cost: Cost = (
-                Cost(stage.name, stage.verb, how="on the CPU") if estimate is None else imported(estimate)(self, stage)
-            )
+            cost = self.cost(stage)
             if stage.name in self.done:
                 cost.done, cost.hours, cost.passing = True, self.done[stage.name] / 3600, 0
+                cost.too_big, cost.left_out = "", []
             costs.append(cost)
         return costs
+
+    def cost(self, stage: Stage) -> Cost:
+        """Return what a stage costs if it is run now, after those it needs (`costs`)."""
+        estimate = VERBS[stage.verb].cost
+        if estimate is None:
+            return Cost(stage.name, stage.verb, how=ON_CPU, left_out=[ON_CPU])
+        cost: Cost = imported(estimate)(self, stage)
+        return cost
 
     def model(self, location: str) -> Model:
         """Return the model there: made by a stage, or with the length of answers that its name suggests.
@@ -193,6 +205,20 @@ class Planner:
         Raises:
             InputError: the file is missing, and how many problems it has is not known.
         """
+        key = repr((path, limit, model and model.folder, chat, columns, known))
+        if key not in self._problems:  # every evaluation reads the same ones
+            self._problems[key] = self._counted_problems(path, limit, model, chat, columns, known)
+        return self._problems[key]
+
+    def _counted_problems(
+        self,
+        path: str,
+        limit: int | None,
+        model: Model | None,
+        chat: ChatConfig,
+        columns: Mapping[str, str],
+        known: int | None,
+    ) -> tuple[int, float]:
         a = self.assumed
         if not (is_hub(path) or Path(path).is_file()):
             count = known or KNOWN_SETS.get(Path(path).stem)

@@ -238,7 +238,7 @@ def test_a_server_needs_room_beside_its_weights(capsys: pytest.CaptureFixture[st
     call = (PAPER, "--set", data, *(f"--set={option}" for option in options), "--out", str(tmp_path / "run"))
     _, said = doctor(capsys, *call)
     assert "error" in said.levels("GPU memory")
-    assert "needs 70 GB on each GPU, of which a server can use 68 GB (80 GB in all)" in said.text("GPU memory")
+    assert "needs 69.9 GB on each GPU, which can use 68.0 of its 80.0 GB (15% is kept free" in said.text("GPU memory")
     assert "a larger `serve.tp`" in said.text("GPU memory")
 
 

@@ -26,8 +26,9 @@ from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder
 from micota_fast.pipeline.graph import Artefact, Stage, build_stages
 from micota_fast.pipeline.run import Run
-from micota_fast.planning.assumptions import Assumptions
+from micota_fast.planning.assumptions import Assumptions, shortfall
 from micota_fast.planning.costs import answering, train
+from micota_fast.planning.overlaps import shared_gpus
 from micota_fast.planning.plan import Plan, make_plan, table
 from micota_fast.planning.planner import Corpus, Cost, Model, Planner
 from micota_fast.planning.shapes import known_shapes, parameters, shapes_of, train_flops, weights_cached
@@ -133,7 +134,11 @@ def test_a_model_that_does_not_fit_is_said_not_to() -> None:
     answering(cost, model, settings, [Corpus(10, 100, 600, 700)], GPUS["h100"], Assumptions())
     assert cost.hours is None
     # 65.5 GB of weights and 16,484 tokens of 262,144 bytes.
-    assert cost.too_big == "70 GB on each of 1, which can use 68 (`serve.tp`)"
+    assert cost.too_big == (
+        "69.9 GB on each GPU, which can use 68.0 of its 80.0 GB "
+        "(15% is kept free for what a server computes with: `serve_memory`)"
+    )
+    assert cost.left_out == ["does not fit"]
 
 
 def of_recipe(name: str, *overrides: str, folder: Path = Path("/nowhere/run"), **options: Any) -> Plan:
@@ -185,7 +190,12 @@ def test_a_benchmark_that_is_asked_more_often_counts_so_often() -> None:
 def test_what_does_not_fit_is_named_with_what_helps() -> None:
     tight = of_recipe("micota-qwen2.5-7b", "train.activation_checkpointing=selective", gpu="a100-40gb")
     assert "DOES NOT FIT on A100-40GB" in table(tight, Assumptions())
-    assert "activation_checkpointing: full" in next(c.too_big for c in tight.costs if c.verb == "train")
+    student = next(cost for cost in tight.costs if cost.verb == "train")
+    needed = student.memory
+    assert student.too_big == (
+        f"{math.ceil(needed / 1e8) / 10} GB on each GPU, which can use 38.0 of its 40.0 GB (5% is kept free for the allocator's gaps and CUDA's "
+        "own memory)"
+    )
     roomy = of_recipe("micota-qwen2.5-7b", "train.activation_checkpointing=full", gpu="h200")
     assert "DOES NOT FIT" not in table(roomy, Assumptions())
 
@@ -232,6 +242,81 @@ def test_tries_that_an_accepted_answer_saves_are_the_most_there_can_be() -> None
     tried = ("corpora.long.generate.overrides={samples: 4, stop_after_accepted: 1, temperature: 0.7}",)
     cost = next(c for c in of_recipe("micota-qwen2.5-7b", *tried).costs if c.stage == "answers/long")
     assert cost.how.startswith("at most 48,000 answers of ")
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_gpu_is_given_as_the_table_shows_it(name: str) -> None:
+    shown = of_recipe("micro", "train.device=auto", gpu=name)
+    assert f" × {name.upper()}, one stage after another" in table(shown, Assumptions())
+    assert of_recipe("micro", "train.device=auto", gpu=name.upper()).costs == shown.costs
+
+
+def test_what_is_needed_and_what_can_be_used_never_look_equal() -> None:
+    assert shortfall(38.02e9, 40e9, 0.95, "for gaps").startswith("38.1 GB on each GPU, which can use 38.0 of its 40.0")
+
+
+def test_totals_name_what_their_hours_leave_out() -> None:
+    left = ("models.short-teacher.url=http://host:30000", "models.teacher.serve.tp=1", "train.dtype=float32")
+    line = next(
+        line
+        for line in table(of_recipe("micota-qwen2.5-7b", *left), Assumptions()).splitlines()
+        if line.startswith("Left out of hours and GPU-hours: ")
+    )
+    assert "at servers that already run: answers/short;" in line
+    assert "does not fit: answers/long;" in line
+    assert "in float32, whose speed is not known: student/short-seed0, " in line
+    assert "on the CPU: corpus/short, " in line
+    assert line.endswith("downloads from the hub.")
+
+
+def test_stages_that_may_run_at_once_on_the_same_gpus_are_warned_of() -> None:
+    text = table(of_recipe("micota-qwen2.5-7b", "launch.jobs=2"), Assumptions())
+    assert "WARNING: `launch.jobs` is 2: evaluate/base and answers/short (and " in text
+    assert "WARNING" not in table(of_recipe("micota-qwen2.5-7b"), Assumptions())
+    assert "WARNING" not in table(of_recipe("micro", "launch.jobs=2"), Assumptions())  # on a CPU
+
+
+def test_stages_that_wait_for_each_other_share_no_gpu() -> None:
+    chain = [
+        Stage("a", "train", None, (), ()),
+        Stage("cpu", "filter", None, (Artefact("x", "a"),), ()),
+        Stage("b", "train", None, (Artefact("y", "cpu"),), ()),
+    ]
+    assert shared_gpus(chain, {"a": 8, "b": 8}, 2) is None
+    assert "a and c may run at once" in (
+        shared_gpus([*chain[:2], Stage("c", "train", None, (), ())], {"a": 1, "c": 1}, 2) or ""
+    )
+
+
+def test_a_judge_is_counted() -> None:
+    judge = "evaluate.judge={model: Qwen/Qwen2.5-32B-Instruct, serve: {engine: sglang, tp: 2}}"
+    with_judge, without = (
+        next(c for c in of_recipe("micota-qwen2.5-7b", *judged).costs if c.stage == "evaluate/base")
+        for judged in ((judge,), ())
+    )
+    # A question about two answers in five, of 200 tokens, and a reply of 20.
+    assert with_judge.tokens - without.tokens == pytest.approx(0.4 * 2564 * 220)
+    assert with_judge.hours is not None
+    assert without.hours is not None
+    assert with_judge.hours > without.hours + 120 / 3600
+    assert (with_judge.gpus, without.gpus) == (2, 1)
+    assert with_judge.memory > without.memory
+    small = next(
+        c
+        for c in of_recipe("micota-qwen2.5-7b", judge.replace("tp: 2", "tp: 1"), gpu="a100-40gb").costs
+        if c.stage == "evaluate/base"
+    )
+    assert small.too_big.startswith("the judge: ")
+    assert small.left_out == ["the judge, does not fit"]
+
+
+def test_align_multiplies_the_output_matrix_twice() -> None:
+    costs = {cost.stage: cost for cost in of_recipe("micota-qwen2.5-7b", "align=[long]").costs}
+    prompt, rows, qwen7 = 200 / 3 + 60, 10200, of_hub("Qwen/Qwen2.5-7B-Instruct")
+    mean = prompt + 4000
+    context = mean + (0.7 * 4000) ** 2 / mean
+    forward = train_flops(qwen7, rows * mean, context) / 3
+    assert costs["align"].flops == pytest.approx(forward + rows * 4000 * 2 * 152064 * 3584)
 
 
 def cached(folder: Path, name: str, files: dict[str, str]) -> None:
