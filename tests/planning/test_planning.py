@@ -192,9 +192,9 @@ def test_what_does_not_fit_is_named_with_what_helps() -> None:
     assert "DOES NOT FIT on A100-40GB" in table(tight, Assumptions())
     student = next(cost for cost in tight.costs if cost.verb == "train")
     needed = student.memory
+    free = "5% is kept free for the allocator's gaps and CUDA's own memory"
     assert student.too_big == (
-        f"{math.ceil(needed / 1e8) / 10} GB on each GPU, which can use 38.0 of its 40.0 GB (5% is kept free for the allocator's gaps and CUDA's "
-        "own memory)"
+        f"{math.ceil(needed / 1e8) / 10} GB on each GPU, which can use 38.0 of its 40.0 GB ({free})"
     )
     roomy = of_recipe("micota-qwen2.5-7b", "train.activation_checkpointing=full", gpu="h200")
     assert "DOES NOT FIT" not in table(roomy, Assumptions())
