@@ -223,8 +223,16 @@ def _judging(planner: Planner, judge: JudgeConfig, sets: Sequence[Corpus]) -> Co
     """Return what it costs to ask a judge, as `evaluation.judge` does, about the answers that are assumed wrong."""
     share, question = planner.assumed.judged, planner.assumed.judge_tokens
     asked = [planner.answers(share * corpus.rows, question, MAX_NEW_TOKENS) for corpus in sets]
-    served = {"url": judge.url, "api": judge.api, "openai": judge.openai, "serve": judge.serve}
-    s = GenerateConfig(model=judge.model, problems="", out="", max_new_tokens=MAX_NEW_TOKENS, **served)
+    s = GenerateConfig(
+        model=judge.model,
+        problems="",
+        out="",
+        url=judge.url,
+        api=judge.api,
+        openai=judge.openai,
+        serve=judge.serve,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
     cost = Cost("the judge", "evaluate")
     if judge.api == "openai":  # the shapes of its model are not known
         cost.tokens, cost.how = sum(corpus.tokens for corpus in asked), _written(s, asked)
