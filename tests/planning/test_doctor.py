@@ -174,7 +174,7 @@ def test_every_missing_file_and_a_damaged_checkpoint_are_named(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere"], "micota doctor: cannot read nowhere"),
+        (["nowhere"], "micota doctor: nowhere: no such file, and no shipped recipe"),
         (["micro", "--set", "seedz=1"], "`seedz`: unknown key"),
         (["micro", "--set", "corpora.long.generate.model=nobody"], "names the model 'nobody'"),
     ],
