@@ -63,9 +63,10 @@ def linear_cross_entropy(
             this, which is to say whose target has a probability of at least 1 - row_filter. The loss is exact. A row
             left out takes an error of at most row_filter * (|weight[target]| + max |weight[j]|) * its factor to its
             gradient of `hidden`, and a matrix of rank one and of Frobenius norm at most
-            sqrt(2) * row_filter * |hidden[row]| * its factor out of the gradient of `weight`. 0: exact. Not with soft
-            targets: their loss bounds the gradient by Pinsker's inequality alone, no entry above sqrt(KL / 2), and
-            the KL of 2e-6 which a row_filter of 1e-3 then asks for is lost in float32's rounding of the entropy.
+            sqrt(2) * row_filter * |hidden[row]| * its factor out of the gradient of `weight`. 0: exact. Refused
+            with soft targets: of their loss Pinsker's inequality (no entry above sqrt(KL / 2)) is all that bounds a
+            row's gradient, and the KL of 2e-6 that a row_filter of 1e-3 would ask for is hardly more than what float32
+            rounds an entropy by.
 
     Returns:
         Float32 (float64 for float64 inputs) scalar, or [N] for "none". No supervised row: 0, with zero gradients.

@@ -99,7 +99,8 @@ def _soft_rows(
 
     The tail's softmax is computed without the K tokens, whose logits are made -inf for it: 1 - sum(p) would lose a
     small tail. A token of the tail has the gradient p - q_tail * (its share in the tail), which divides by no p_tail.
-    Where a row has no tail, this computes what hard targets do, to the bit.
+    Where a row has no tail, this computes what hard targets do, to the bit. "Cold" is the softmax of temperature 1
+    where there is a hotter one.
     """
     t, alpha = soft.temperature, soft.alpha
     hot, mixed = t != 1, alpha < 1
