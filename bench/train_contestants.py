@@ -365,6 +365,7 @@ ON_CPU = (
     Contestant(GEMM, "bfloat16", "gemm", {}),
     Contestant("micota", "float32", None, {}),
     Contestant("micota, compiled", "float32", None, {"compile": True}),
+    Contestant("micota, LoRA", "float32", None, {"lora": {}}),
     Contestant("plain loop", "float32", "plain", {}),
     Contestant("trl packed", "float32", "trl", {**PACKED, "activation_checkpointing": False}),
     Contestant("trl padded", "float32", "trl", {**PADDED, "activation_checkpointing": False}),

@@ -4,6 +4,7 @@ The formulas were found and are tested by counting the bytes of a step on fake C
 confirmed them.
 """
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from micota_fast.config.train import LoraConfig
 from micota_fast.kernels.chunks import LOGITS_BYTES
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import parameter_shapes
@@ -25,7 +27,7 @@ class Memory:
     """Bytes on one rank at one moment of a step."""
 
     moment: str
-    state: int  # weights, both of AdamW's moments and the gradients there are by now, float32, this rank's share
+    state: int  # this rank's share of weights, AdamW's moments and the gradients there are by now: float32 if trained
     gathered: int  # what FSDP holds whole: parameters, and gradients on their way to the shards
     activations: int  # kept from the forward pass, and those of the block that is being computed
     loss: int  # logits of a chunk, the output matrix's gradient, the hidden states and their gradient
@@ -36,7 +38,13 @@ class Memory:
 
 
 def estimate(
-    model: ModelConfig, tokens: int, shards: int, mode: Checkpointing, dtype: torch.dtype, device: str
+    model: ModelConfig,
+    tokens: int,
+    shards: int,
+    mode: Checkpointing,
+    dtype: torch.dtype,
+    device: str,
+    lora: LoraConfig | None = None,
 ) -> Memory:
     """Estimate the memory for packs of `tokens` tokens, without the allocator's gaps and the driver's own memory.
 
@@ -47,15 +55,22 @@ def estimate(
         mode: activation checkpointing.
         dtype: compute type.
         device: "cuda" or "cpu", on which the loss holds different numbers of logits.
+        lora: adapters that are trained in place of the weights, which are then of the compute type.
 
     Returns:
         That of the moment that needs most.
     """
-    return max(moments(model, tokens, shards, mode, dtype, device), key=lambda memory: memory.total)
+    return max(moments(model, tokens, shards, mode, dtype, device, lora), key=lambda memory: memory.total)
 
 
 def moments(
-    model: ModelConfig, tokens: int, shards: int, mode: Checkpointing, dtype: torch.dtype, device: str
+    model: ModelConfig,
+    tokens: int,
+    shards: int,
+    mode: Checkpointing,
+    dtype: torch.dtype,
+    device: str,
+    lora: LoraConfig | None = None,
 ) -> list[Memory]:
     """Return the memory at each moment of a step that can need most; see `estimate`.
 
@@ -65,11 +80,21 @@ def moments(
     root = total - block * model.num_hidden_layers  # embedding, last norm and output matrix: whole all the time
     head = model.vocab_size * model.hidden_size
     low, layers = dtype.itemsize, model.num_hidden_layers
-    before, after = 12 * total // shards, 16 * total // shards  # without gradients, and with all
+    if lora is None:
+        trained, trained_block, trained_root, frozen = total, block, root, 0
+    else:
+        trained, modules = _adapters(model, lora)
+        trained_block, trained_root, frozen = trained // layers, 0, low * total
+        block, head = block + trained_block, 0  # no gradient of the output matrix
+    # Without gradients, and with all.
+    before, after = (frozen + 12 * trained) // shards, (frozen + 16 * trained) // shards
     whole = shards == 1 and dtype == torch.float32  # then the model is not wrapped, and nothing is gathered
     kept_T, computed_T = (
         round(tokens * low * values * (1 + SMALL)) for values in (kept(model, mode), _computed(model, mode))
     )
+    if lora is not None:  # the narrow products of the adapters' first halves
+        narrow = math.ceil(tokens * low * lora.rank * modules / layers)
+        kept_T, computed_T = (kept_T + narrow, computed_T) if mode == "none" else (kept_T, computed_T + narrow)
     hidden_TH = tokens * low * model.hidden_size
     logits = min(LOGITS_BYTES[device], tokens * model.vocab_size * max(low, 4 if device == "cpu" else 0))
 
@@ -91,19 +116,19 @@ def moments(
         ),
         Memory(  # while the gradients of the last one are summed over the shards, in float32
             "the backward pass of the last block but one",
-            before + 4 * block // shards,
-            gathered(root + 2 * block) + (0 if whole else 4 * block),
+            before + 4 * trained_block // shards,
+            gathered(root + 2 * block) + (0 if whole else 4 * trained_block),
             (layers - 1) * kept_T + computed_T,
             low * head,
         ),
         Memory(
             "the backward pass of the first block",
             after,
-            gathered(root + 2 * block, block),
+            gathered(root + 2 * block, trained_block),
             kept_T + computed_T,
             passed_on,
         ),
-        Memory("the embedding's gradient", after, gathered(root, root), hidden_TH, 0),
+        Memory("the embedding's gradient", after, gathered(root, trained_root), hidden_TH, 0),
     ]
 
 
@@ -112,6 +137,13 @@ def _parameters(model: ModelConfig) -> tuple[int, int]:
     """Return the number of parameters of the model, and of a block."""
     sizes = {name: shape.numel() for name, shape in parameter_shapes(model).items()}
     return sum(sizes.values()), sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
+
+
+def _adapters(model: ModelConfig, lora: LoraConfig) -> tuple[int, int]:
+    """Return the number of values in all adapters, and the number of modules that have one."""
+    names = [f".{target}.weight" for target in lora.targets]
+    shapes = [s for name, s in parameter_shapes(model).items() if f".{name}".endswith(tuple(names))]
+    return sum(lora.rank * sum(shape) for shape in shapes), len(shapes)
 
 
 def kept(model: ModelConfig, mode: Checkpointing) -> int:
@@ -139,12 +171,17 @@ def _computed(model: ModelConfig, mode: Checkpointing) -> int:
 
 
 def longest_pack(
-    model: ModelConfig, capacity: float, shards: int, mode: Checkpointing, dtype: torch.dtype = torch.bfloat16
+    model: ModelConfig,
+    capacity: float,
+    shards: int,
+    mode: Checkpointing,
+    dtype: torch.dtype = torch.bfloat16,
+    lora: LoraConfig | None = None,
 ) -> int:
     """Return the most tokens in a pack, a multiple of 1024, that fit into `capacity` bytes of a GPU; 0: none fits."""
 
     def fits(thousands: int) -> bool:
-        return estimate(model, 1024 * thousands, shards, mode, dtype, "cuda").total <= capacity
+        return estimate(model, 1024 * thousands, shards, mode, dtype, "cuda", lora).total <= capacity
 
     most = 1
     while fits(most):

@@ -27,6 +27,10 @@ def parallelize(model: PackedLoss, config: TrainSettings, world: World) -> None:
             checkpoint_activations(block, config.activation_checkpointing)
         if config.compile:
             block.compile(dynamic=True)  # packs differ in length: one graph for all, not one for each
+    embedding = model.decoder.model.embed_tokens
+    if config.compile and not embedding.weight.requires_grad:
+        # Else the first block's input alone would have no gradient, and the block a graph of its own.
+        embedding.register_forward_hook(lambda module, args, out: out.requires_grad_(torch.is_grad_enabled()))
     if world.size == 1 and config.dtype == "float32":
         return
     if world.replicas == 1:

@@ -291,7 +291,7 @@ def few_steps(config: TrainConfig, steps: int, packs: int) -> str | None:
 def _memory(config: TrainConfig, model: ModelConfig, pack_tokens: int, world: World) -> str:
     """Compare what this rank's GPU will hold, according to the model's shapes, with what it has."""
     dtype, shards = getattr(torch, config.dtype), world.size // world.replicas
-    need = estimate(model, pack_tokens, shards, config.activation_checkpointing, dtype, "cuda")
+    need = estimate(model, pack_tokens, shards, config.activation_checkpointing, dtype, "cuda", config.lora)
     there = torch.cuda.get_device_properties(world.device).total_memory
     text = (
         f"memory: {need.total / 1e9:.1f} GB of {there / 1e9:.1f} by an estimate from shapes, most at {need.moment}: "
@@ -299,7 +299,7 @@ def _memory(config: TrainConfig, model: ModelConfig, pack_tokens: int, world: Wo
         f"{need.activations / 1e9:.1f}, loss {need.loss / 1e9:.1f}"
     )
     if need.total > 0.95 * there:
-        fits = longest_pack(model, 0.9 * there, shards, config.activation_checkpointing, dtype)
+        fits = longest_pack(model, 0.9 * there, shards, config.activation_checkpointing, dtype, config.lora)
         text += (
             f"\nWARNING: that may not fit. `pack_tokens` of {fits:,} would, as would more processes or "
             f"`activation_checkpointing: full`"

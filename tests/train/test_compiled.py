@@ -16,8 +16,9 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from helpers.ranks import run_ranks
-from micota_fast.config.train import TrainConfig
+from micota_fast.config.train import LoraConfig, TrainConfig
 from micota_fast.model.safetensors_io import load_model
+from micota_fast.train.lora import add_adapters, draw_adapters
 from micota_fast.train.optim import clip_gradients, make_optimizer, step_if_finite
 from micota_fast.train.packed_loss import DUMMY_BATCH, PackedLoss, on_device
 from micota_fast.train.parallel import parallelize
@@ -43,8 +44,14 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def build_model(checkpoint: Path, world: World, how: How = "none", compiled: bool = True) -> PackedLoss:
-    model = PackedLoss(load_model(checkpoint, torch.float32), "sdpa")
+def build_model(
+    checkpoint: Path, world: World, how: How = "none", compiled: bool = True, lora: LoraConfig | None = None
+) -> PackedLoss:
+    decoder = load_model(checkpoint, torch.float32)
+    if lora is not None:
+        add_adapters(decoder, lora)
+        draw_adapters(decoder, seed=0)
+    model = PackedLoss(decoder, "sdpa")
     config = TrainConfig(
         model="", data="", out="", dtype="float32", compile=compiled, activation_checkpointing=how, lr=1e-3
     )
@@ -86,6 +93,24 @@ def test_one_graph_for_all_layers_and_packs(how: How, qwen2_checkpoint: Path) ->
     assert not counters["graph_break"]
     again = {"none": 0, "selective": 1, "full": 6}[how]
     assert products == (2 * 7 + again) * layers
+
+
+@QUOTED
+def test_one_graph_for_all_layers_with_adapters(qwen2_checkpoint: Path) -> None:
+    eager, model = (
+        build_model(qwen2_checkpoint, CPU, "selective", compiled, LoraConfig(rank=4)) for compiled in (False, True)
+    )
+    for lengths in PACKS[:3]:
+        expected, loss = loss_of(eager, lengths), loss_of(model, lengths)
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+        expected.backward()
+        loss.backward()
+    for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+        assert (p.grad is not None) == ("lora_" in name)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert counters["stats"]["unique_graphs"] == 1, "though the first layer's input is an embedding that is frozen"
+    assert not counters["graph_break"]
 
 
 @pytest.mark.slow

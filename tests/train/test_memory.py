@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.checkpoints import make_checkpoint
+from micota_fast.config.train import LoraConfig
 from micota_fast.model.attention import PackedAttention
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.pointwise import TORCH
@@ -118,3 +119,15 @@ def test_the_longest_pack_is_the_last_that_fits() -> None:
         totals = [estimate(QWEN_7B, t, shards, "full", torch.bfloat16, "cuda").total for t in (tokens, tokens + 1024)]
         assert totals[0] <= 76e9 < totals[1]
     assert longest_pack(QWEN_7B, 76e9, 1, "full") == 0
+
+
+def test_adapters_alone_have_gradients_and_moments() -> None:
+    weights, adapters = 7_615_616_512, 40_370_176  # rank 16 on all seven matrices of a block
+    lora = LoraConfig(rank=16)
+    one = moments(QWEN_7B, 16384, 1, "full", torch.bfloat16, "cuda", lora)
+    assert [one[0].state, one[-1].state] == [2 * weights + 12 * adapters, 2 * weights + 16 * adapters]
+    four = estimate(QWEN_7B, 16384, 4, "full", torch.bfloat16, "cuda", lora).total
+    full = estimate(QWEN_7B, 16384, 4, "full", torch.bfloat16, "cuda").total
+    assert four < 0.4 * full
+    assert all(memory.loss < 3 << 30 for memory in one), "no gradient of the output matrix"
+    assert longest_pack(QWEN_7B, 36e9, 4, "full", lora=lora) > 16384 > longest_pack(QWEN_7B, 36e9, 4, "full")
