@@ -20,13 +20,18 @@ _HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
     """Return a name for each model of a merge: of a folder the last parts that tell it from the others; a hub name."""
-    parts = {model: PurePath(model).parts if Path(model).is_dir() else (model,) for model in models}
+    parts = {model: PurePath(model).parts if Path(model).is_dir() else (_without_paths(model),) for model in models}
     names = {}
     for model, own in parts.items():
         others = [other for name, other in parts.items() if name != model]
         count = next((n for n in range(1, len(own)) if all(own[-n:] != other[-n:] for other in others)), len(own))
         names[model] = "/".join(own[-count:])
     return names
+
+
+def _without_paths(model: str) -> str:
+    """Return a hub name as it is; of MODEL+ADAPTER, folders by their last parts."""
+    return "+".join(PurePath(part).name if Path(part).is_dir() else part for part in model.rsplit("+", 1))
 
 
 def as_mergekit(plan: MergePlan, names: Mapping[str, str], out_dtype: str | None) -> str:

@@ -5,7 +5,8 @@ import mmap
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import ExitStack
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,8 +46,15 @@ class Checkpoint:
     """A checkpoint folder, mapped."""
 
     def __init__(self, name: str) -> None:
-        self.folder = resolve_checkpoint(name)
-        self.name = self.folder.name if Path(name).is_dir() else name  # a path would tell where, not what
+        self._made = ExitStack()
+        if "+" in name and not Path(name).is_dir():
+            from micota_fast.model.adapter import resolved_with_adapter  # imports torch, which merging does without
+
+            self.folder = self._made.enter_context(resolved_with_adapter(name))
+            self.name = "+".join(PurePath(part).name if Path(part).is_dir() else part for part in name.rsplit("+", 1))
+        else:
+            self.folder = resolve_checkpoint(name)
+            self.name = self.folder.name if Path(name).is_dir() else name  # a path would tell where, not what
         self.config = checked_config(self.folder)
         self._tensors = stored_tensors(self.folder)
         self._files: dict[Path, tuple[int, mmap.mmap]] = {}
@@ -68,6 +76,7 @@ class Checkpoint:
         for fd, _ in self._files.values():
             os.close(fd)
         self._files.clear()
+        self._made.close()
 
     def untie(self) -> None:
         """Give the model a head of its own, if it has none: its embedding."""

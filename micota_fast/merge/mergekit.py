@@ -26,7 +26,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 class MergekitModel:
     """An entry under `models`."""
 
-    model: str = option(doc="checkpoint (folder or hub name)")
+    model: str = option(doc="checkpoint (folder or hub name), or MODEL+ADAPTER with a LoRA adapter in peft's layout")
     parameters: dict[str, Any] = option({}, doc="weight; density: share of the task vector's entries that is kept")
 
 
@@ -181,7 +181,9 @@ def read_mergekit(path: Path | str) -> MergePlan:
     folder = Path(path).parent
 
     def located(model: str) -> str:
-        """Return a folder relative to the file if there is one, else the name as it stands."""
+        """Return a folder relative to the file if there is one, else the name as it stands; of MODEL+ADAPTER, both."""
+        if "+" in model and not (folder / model).is_dir():
+            return "+".join(located(part) for part in model.rsplit("+", 1))
         return str(folder / model) if (folder / model).is_dir() else model
 
     return _plan(load(MergekitFile, path), str(path), located)

@@ -7,8 +7,9 @@ The layout is that of https://github.com/huggingface/peft (0.21).
 """
 
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from micota_fast.errors import InputError
 from micota_fast.model.checks import checked_config
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import parameter_shapes
-from micota_fast.model.folder import ADAPTER, read_header, stored_tensors
+from micota_fast.model.folder import ADAPTER, read_header, resolve_checkpoint, stored_tensors
 from micota_fast.model.safetensors_io import code_of, memory_of, read_tensor, save_checkpoint
 from micota_fast.model.safetensors_writer import SafetensorsFile
 
@@ -172,6 +173,24 @@ def save_merged(
     config = checked_config(base)
     weights = _Merged(base, config, adapter)
     save_checkpoint(weights, config, base, out_dir, dtype, max_shard_bytes, files)
+
+
+@contextmanager
+def resolved_with_adapter(name: str) -> Iterator[Path]:
+    """Yield the folder of a checkpoint, or of BASE+ADAPTER, as mergekit spells it: merged in a folder that then goes.
+
+    The temporary folder is made where TMPDIR says and takes the room of the whole model.
+
+    Raises:
+        InputError: there is no such checkpoint or adapter, or they do not fit each other.
+    """
+    base, plus, adapter = name.rpartition("+")
+    if not plus or Path(name).is_dir():
+        yield resolve_checkpoint(name)
+        return
+    with tempfile.TemporaryDirectory(prefix="micota-merged-") as folder:
+        save_merged(resolve_checkpoint(base), resolve_checkpoint(adapter), Path(folder) / "model")
+        yield Path(folder) / "model"
 
 
 class _Merged(Mapping[str, Tensor]):
