@@ -1,5 +1,7 @@
 """The doctor's checks of the machine: GPUs, attention, ports, cores, memory, disk."""
 
+import copy
+import dataclasses
 import math
 import resource
 import shutil
@@ -18,10 +20,12 @@ from micota_fast.model.attention import choose_backend
 from micota_fast.pipeline.graph import Stage
 from micota_fast.planning import machine
 from micota_fast.planning.assumptions import FITS, KEPT_BY_SERVERS, KEPT_FREE, Assumptions, shortfall
+from micota_fast.planning.levers import Machine
 from micota_fast.planning.needs import Finding, Needs, sampling_of, serve_of
 from micota_fast.planning.overlaps import APART, shared_gpus
 from micota_fast.planning.plan import DEFAULT_GPU
 from micota_fast.planning.planner import Cost
+from micota_fast.planning.remedies import remedies
 
 PROCESS_BYTES = 0.6e9  # resident of an interpreter with torch: 0.61 GB in the metrics.jsonl of a micro training
 LEAST_CAPABILITY = 8.0  # bfloat16 products, and FlashAttention 2, begin with Ampere
@@ -58,15 +62,23 @@ def gpus(needs: Needs) -> Iterator[Finding]:
     if (shared := shared_gpus(needs.stages, at_once, needs.recipe.launch.jobs)) is not None:
         yield Finding("warning", "GPUs at once", shared, APART)
     memory = min((device.memory for device in devices), default=GPUS[DEFAULT_GPU].memory)
-    too_big: dict[str, list[Stage]] = {}  # arms and seeds need the same: one line for all
+    too_big: dict[str, list[tuple[Stage, Cost]]] = {}  # arms and seeds need the same: one line for all
     for stage, cost in needs.on_gpus:
         if whole[stage.name] > memory:
             kept = KEPT_FREE if serve_of(stage) is None else KEPT_BY_SERVERS
-            too_big.setdefault(shortfall(cost.memory, memory, _usable(stage), kept), []).append(stage)
-    for need, (stage, *others) in too_big.items():
+            too_big.setdefault(shortfall(cost.memory, memory, _usable(stage), kept), []).append((stage, cost))
+    stages = [of_need[0][0] for of_need in too_big.values()]
+    costs = [dataclasses.replace(of_need[0][1], too_big=need) for need, of_need in too_big.items()]
+    if too_big and needs.plan is not None:
+        planner = copy.copy(needs.plan.planner)
+        planner.gpu = GPUS[DEFAULT_GPU]._replace(memory=memory)
+        there_are = Machine(max(number, len(devices)), may_grow=not devices)
+        remedies(planner, needs.recipe, stages, costs, there_are)
+    for cost in costs:
+        others = len(too_big[cost.too_big]) - 1
         there = "" if devices else f", if it is an {DEFAULT_GPU.upper()}"
-        found = f"{stage.name}{f' (and {len(others)} more)' if others else ''} needs {need}{there}"
-        yield Finding("error" if devices else "warning", "GPU memory", found, _smaller(stage))
+        found = f"{cost.stage}{f' (and {others} more)' if others else ''} needs {cost.too_big}{there}"
+        yield Finding("error" if devices else "warning", "GPU memory", found, cost.remedy)
     if not devices:
         return
     if not too_big:
@@ -196,11 +208,3 @@ def disk(needs: Needs) -> Iterator[Finding]:
 def _usable(stage: Stage) -> float:
     """Return the share of a GPU's memory that a stage can use: a server leaves some for what it computes."""
     return FITS if serve_of(stage) is None else Assumptions().serve_memory
-
-
-def _smaller(stage: Stage) -> str:
-    if stage.verb != "train":
-        return "a larger `serve.tp` for this model, or GPUs with more memory"
-    if stage.settings.activation_checkpointing != "full":
-        return "`activation_checkpointing: full`, a smaller `pack_tokens`, or more processes (`launch.nproc`)"
-    return "a smaller `pack_tokens`, more processes (`launch.nproc`), or GPUs with more memory"

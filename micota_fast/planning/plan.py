@@ -15,8 +15,10 @@ from micota_fast.errors import InputError
 from micota_fast.pipeline.graph import BASE, Artefact, Stage, build_stages
 from micota_fast.pipeline.run import Run, read_done
 from micota_fast.planning.assumptions import Assumptions
+from micota_fast.planning.levers import Machine
 from micota_fast.planning.overlaps import APART, shared_gpus
 from micota_fast.planning.planner import Cost, Model, Planner
+from micota_fast.planning.remedies import Idle, as_set, idle, remedies
 from micota_fast.planning.shapes import parameters, shapes_of, weights_cached
 from micota_fast.sources.hub import is_hub
 
@@ -69,6 +71,9 @@ class Plan:
         gpus: in the machine, held from the first stage to the last.
         jobs: stages that run at once.
         absent: files and folders that the recipe names and that are missing.
+        planner: knows the models and corpora that the stages read.
+        remedies: KEY=VALUE arguments that make stages fit which do not.
+        idle: GPUs that are held and not used; None: there are none.
         dollars: price of one GPU per hour; None: not known.
     """
 
@@ -79,6 +84,9 @@ class Plan:
     gpus: int
     jobs: int
     absent: list[str]
+    planner: Planner
+    remedies: list[str]
+    idle: Idle | None
     dollars: float | None = None
 
     @property
@@ -146,9 +154,23 @@ def make_plan(
     if gpus is not None and most is not None and most.gpus > gpus:
         which = "`launch.nproc`" if most.verb == "train" else "`serve.tp`, `serve.dp` and `serve.replicas`"
         raise InputError(f"--gpus {gpus}: {most.stage} takes {most.gpus} ({which}); change that, or give more GPUs")
-    gpus = gpus or max((cost.gpus for cost in costs), default=0)
+    machine = Machine(gpus or max((cost.gpus for cost in costs), default=0), may_grow=gpus is None)
+    arguments = remedies(planner, recipe, stages, costs, machine)
+    unused = idle(planner, recipe, stages, costs, machine)
     absent = [what.removeprefix(f"{path}, ") for what in absent]
-    return Plan(stages, costs, downloads(stages), gpu, gpus, recipe.launch.jobs, absent, dollars)
+    return Plan(
+        stages=stages,
+        costs=costs,
+        downloads=downloads(stages),
+        gpu=gpu,
+        gpus=machine.gpus,
+        jobs=recipe.launch.jobs,
+        absent=absent,
+        planner=planner,
+        remedies=arguments,
+        idle=unused,
+        dollars=dollars,
+    )
 
 
 def relative_costs(stages: Sequence[Stage], launch: LaunchConfig) -> dict[str, float]:
@@ -201,7 +223,8 @@ def table(made: Plan, assumed: Assumptions) -> str:
 def _row(cost: Cost, made: Plan) -> list[str]:
     hours = made.gpu_hours(cost)
     money = [f"${two(hours * made.dollars)}" if hours and made.dollars else "–"] if made.dollars else []
-    how = f"DOES NOT FIT: {cost.too_big}" if cost.too_big else f"{'done: ' if cost.done else ''}{cost.how}"
+    how = f"DOES NOT FIT: {cost.too_big}; {cost.remedy}" if cost.too_big else cost.how
+    how = f"done: {how}" if cost.done else how
     if not cost.done and cost.gpus and cost.gpus != made.gpus:
         how += f"; {cost.gpus} of {made.gpus} GPUs"
     passing = f" + {size(cost.passing)}" if cost.passing else ""
@@ -236,15 +259,14 @@ def _totals(made: Plan) -> list[str]:
     if made.gpus:
         each = f"{made.gpus} × {made.gpu.upper()}"
         parts += [f"{two(hours)} hours of {each}, one stage after another: {two(paid)} GPU-hours"]
-        idle = sum((cost.hours or 0) * (made.gpus - cost.gpus) for cost in made.to_do)
-        if idle > 0.1 * paid:
-            parts[-1] += f", {two(idle)} of them idle (more `serve.replicas` would use them)"
         if made.dollars:
             parts += [f"${two(paid * made.dollars)} at ${made.dollars:g} per GPU-hour"]
     lines = [f"{what}: {'; '.join(parts)}."]
-    lines += _left_out(made)
+    lines += [*_left_out(made), *_idle(made, paid)]
     if big := [cost.stage for cost in made.to_do if cost.too_big]:
         lines.append(f"DOES NOT FIT on {made.gpu.upper()}: {', '.join(big)}.")
+        if made.remedies:
+            lines.append(f"What makes them fit, except where nothing does: {as_set(made.remedies)}")
     lines.append(f"Disk: {size(made.disk)} at the worst moment")
     if made.downloads:
         total = sum(made.downloads.values())
@@ -267,6 +289,19 @@ def _left_out(made: Plan) -> list[str]:
     parts = [f"{why}: {', '.join(stages)}" for why, stages in reasons.items()]
     parts += ["downloads from the hub"] if made.downloads else []
     return [f"Left out of hours and GPU-hours: {'; '.join(parts)}."] if parts else []
+
+
+def _idle(made: Plan, paid: float) -> list[str]:
+    """Say how many GPU-hours idle, if that is more than a tenth of those that are paid for, and what would use them."""
+    if made.idle is None or sum(made.idle.gpu_hours.values()) <= 0.1 * paid:
+        return []
+    lines = [f"Idle: {two(sum(made.idle.gpu_hours.values()))} of these {two(paid)} GPU-hours."]
+    if made.idle.arguments:
+        lines[0] += f" With more GPUs at work all takes {two(made.idle.hours)} hours: {as_set(made.idle.arguments)}"
+    if made.idle.stuck:
+        hours = sum(made.idle.gpu_hours[stage] for stage in made.idle.stuck)
+        lines.append(f"Idle whatever is set: {two(hours)} GPU-hours, in {', '.join(made.idle.stuck)}.")
+    return lines
 
 
 def _legend(made: Plan, assumed: Assumptions) -> list[str]:
@@ -299,5 +334,7 @@ def _write(file: Path, made: Plan, assumed: Assumptions) -> None:
         "dollars_per_gpu_hour": made.dollars,
         "assumed": dataclasses.asdict(assumed),
         "absent": made.absent,
+        "remedies": made.remedies,
+        "idle": None if made.idle is None else dataclasses.asdict(made.idle),
     }
     write_json(file, content)

@@ -214,7 +214,7 @@ def test_gpus_are_counted_and_measured(
     assert "compute capability 7.5 is below 8.0" in said.text("GPU kind")
     assert "error" in said.levels("GPU memory")
     assert "student/long-seed0 needs" in said.text("GPU memory")
-    assert "`activation_checkpointing: full`" in said.text("GPU memory")
+    assert "fits with --set train.activation_checkpointing=full" in said.text("GPU memory")
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_server_needs_room_beside_its_weights(capsys: pytest.CaptureFixture[st
     _, said = doctor(capsys, *call)
     assert "error" in said.levels("GPU memory")
     assert "needs 69.9 GB on each GPU, which can use 68.0 of its 80.0 GB (15% is kept free" in said.text("GPU memory")
-    assert "a larger `serve.tp`" in said.text("GPU memory")
+    assert "fits with --set models.teacher.serve.tp=2" in said.text("GPU memory")
 
 
 def groups(root: Path, **files: str) -> Path:
