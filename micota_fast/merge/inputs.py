@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from micota_fast.errors import InputError
 from micota_fast.merge.vocabulary import check_vocabulary, difference
 from micota_fast.model.checks import EMBEDDING, HEAD, check_tied, checked_config
-from micota_fast.model.folder import resolve_checkpoint, stored_tensors
+from micota_fast.model.folder import names_adapter, resolve_checkpoint, stored_tensors
 
 NUMPY = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}  # numpy has no bfloat16, so halves are bits
 
@@ -47,10 +47,10 @@ class Checkpoint:
 
     def __init__(self, name: str) -> None:
         self._made = ExitStack()
-        if "+" in name and not Path(name).is_dir():
-            from micota_fast.model.adapter import resolved_with_adapter  # imports torch, which merging does without
+        if names_adapter(name):
+            from micota_fast.model.adapter import merged_for_a_while  # imports torch, which merging does without
 
-            self.folder = self._made.enter_context(resolved_with_adapter(name))
+            self.folder = self._made.enter_context(merged_for_a_while(name))
             self.name = "+".join(PurePath(part).name if Path(part).is_dir() else part for part in name.rsplit("+", 1))
         else:
             self.folder = resolve_checkpoint(name)

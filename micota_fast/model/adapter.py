@@ -176,18 +176,15 @@ def save_merged(
 
 
 @contextmanager
-def resolved_with_adapter(name: str) -> Iterator[Path]:
-    """Yield the folder of a checkpoint, or of BASE+ADAPTER, as mergekit spells it: merged in a folder that then goes.
+def merged_for_a_while(name: str) -> Iterator[Path]:
+    """Yield a folder with what BASE+ADAPTER (`folder.names_adapter`) names, merged; it goes with the block.
 
     The temporary folder is made where TMPDIR says and takes the room of the whole model.
 
     Raises:
         InputError: there is no such checkpoint or adapter, or they do not fit each other.
     """
-    base, plus, adapter = name.rpartition("+")
-    if not plus or Path(name).is_dir():
-        yield resolve_checkpoint(name)
-        return
+    base, _, adapter = name.rpartition("+")
     with tempfile.TemporaryDirectory(prefix="micota-merged-") as folder:
         save_merged(resolve_checkpoint(base), resolve_checkpoint(adapter), Path(folder) / "model")
         yield Path(folder) / "model"

@@ -68,6 +68,11 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
         ) from None
 
 
+def names_adapter(name: str) -> bool:
+    """Return whether this is MODEL+ADAPTER, as mergekit spells it, and no folder's name."""
+    return "+" in name and not Path(name).is_dir()
+
+
 def require_checkpoint(name_or_path: str | Path) -> None:
     """Raise InputError if this is neither a folder here nor the form of a name on the hub, which is not asked."""
     name = str(name_or_path)

@@ -12,12 +12,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from micota_fast.common import processes
 from micota_fast.config.generation import ServeConfig
 from micota_fast.errors import InputError
+from micota_fast.model.folder import names_adapter
 from micota_fast.serve import gpus, sglang
 
 LOG_TAIL_LINES = 30
@@ -112,7 +113,14 @@ class _Server:
 
 @contextlib.contextmanager
 def _started(model: str, config: ServeConfig, log_path: Path | None) -> Iterator[list[_Server]]:
-    """Start the servers, and end them all in the end."""
+    """Start the servers, and end them all in the end. MODEL+ADAPTER is served merged, under that name."""
+    if names_adapter(model):
+        from micota_fast.model.adapter import merged_for_a_while  # imports torch
+
+        config = replace(config, served_model_name=config.served_model_name or model)
+        with merged_for_a_while(model) as folder, _started(str(folder), config, log_path) as servers:
+            yield servers
+        return
     environments = gpus.environments(config)
     # Our own engine finds a free port best itself, as it listens at once; but only a log that we read tells which.
     chooses = config.engine == "embedded" and config.port == 0 and log_path is not None

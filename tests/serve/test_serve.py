@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -308,3 +309,24 @@ def test_seeds_are_asked_for_where_sglang_has_them(config: ServeConfig, passed: 
     assert sglang.seeded(config).args == before + [sglang.DETERMINISTIC] * passed
     assert sglang.seeded(sglang.seeded(config)) == sglang.seeded(config)
     assert config.args == before
+
+
+@pytest.mark.slow
+def test_a_model_with_an_adapter_is_served_merged(
+    tmp_path: Path, qwen2_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from micota_fast.config.train import LoraConfig
+    from micota_fast.model.adapter import save_adapter
+
+    name = "model.layers.0.mlp.up_proj.lora_{}.weight"
+    halves = {name.format("A"): torch.ones(1, 64), name.format("B"): torch.ones(96, 1)}
+    save_adapter(halves, LoraConfig(rank=1, targets=["up_proj"]), "base", tmp_path / "adapter", {})
+    both = f"{qwen2_checkpoint}+{tmp_path / 'adapter'}"
+    (tmp_path / "made").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "made"))
+    with serving(both, ServeConfig(), tmp_path / "log.txt") as [url]:
+        assert Server(url).read("/v1/models")["data"][0]["id"] == both
+        assert len(list((tmp_path / "made").glob("*/model/model.safetensors"))) == 1
+    assert not list((tmp_path / "made").iterdir())
