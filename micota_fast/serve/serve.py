@@ -118,8 +118,8 @@ def _started(model: str, config: ServeConfig, log_path: Path | None) -> Iterator
         from micota_fast.model.adapter import merged_for_a_while  # imports torch
 
         config = replace(config, served_model_name=config.served_model_name or model)
-        with merged_for_a_while(model) as folder, _started(str(folder), config, log_path) as servers:
-            yield servers
+        with merged_for_a_while(model) as folder, _started(str(folder), config, log_path) as of_merged:
+            yield of_merged
         return
     environments = gpus.environments(config)
     # Our own engine finds a free port best itself, as it listens at once; but only a log that we read tells which.
