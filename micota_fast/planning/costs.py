@@ -113,7 +113,7 @@ def train(planner: Planner, stage: Stage) -> Cost:
     on_gpu, dtype = planner.on_gpu(s.device), getattr(torch, s.dtype)
     shards = s.mesh.shard or max(1, processes // s.mesh.replicate)
     how = s.activation_checkpointing
-    need = estimate(model.config, pack_tokens, shards, how, dtype, "cuda" if on_gpu else "cpu").total
+    need = estimate(model.config, pack_tokens, shards, how, dtype, "cuda" if on_gpu else "cpu", s.lora).total
     stored = bytes_per_element(s.save_dtype) if s.save_dtype else model.width
     cost = Cost(
         stage.name,

@@ -1,6 +1,6 @@
 """The ways to make a stage fit into a GPU's memory: a table of which `remedies` tries one row after another.
 
-A further lever (8-bit optimizer states, offload, LoRA) is a function that yields its steps and a row of `LEVERS`; what
+A further lever (8-bit optimizer states, offload) is a function that yields its steps and a row of `LEVERS`; what
 it saves must be counted by `train.memory.estimate`, or wherever `costs` takes the stage's memory from.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from micota_fast.config.generation import ServeConfig
+from micota_fast.config.train import LoraConfig
 from micota_fast.model.config import ModelConfig
 from micota_fast.pipeline.graph import Stage
 from micota_fast.planning.planner import Planner
@@ -78,6 +79,12 @@ def _shorter_packs(planner: Planner, stage: Stage, machine: Machine) -> Iterator
             yield {"pack_tokens": tokens, **steps}
 
 
+def _adapters(planner: Planner, stage: Stage, machine: Machine) -> Iterator[Changes]:
+    """Train low-rank adapters of a frozen model, merged into it, since the stages that follow serve whole models."""
+    if stage.verb == "train" and stage.settings.lora is None:
+        yield {"lora": LoraConfig(merged=True)}
+
+
 def _split_model(planner: Planner, stage: Stage, machine: Machine) -> Iterator[Changes]:
     option, settings = answering_settings(stage)
     if settings is not None and settings.url is None and settings.api == "sglang":
@@ -111,11 +118,12 @@ def answering_settings(stage: Stage) -> tuple[str, Any]:
     return "", stage.settings if stage.verb in ("generate", "evaluate") else None
 
 
-# What costs least comes first.
+# What costs least comes first; one is only tried if those before it, alone or together, do not suffice.
 LEVERS = (
     Lever("launch.nproc", _processes),
     Lever("activation_checkpointing", _checkpointing),
     Lever("pack_tokens", _shorter_packs, "documents longer than a pack are left out or cut"),
+    Lever("lora", _adapters, "adapters are trained, not all weights"),
     Lever("serve.tp", _split_model),
     Lever("judge.serve.tp", _split_judge),
 )

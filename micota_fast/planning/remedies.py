@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ def remedies(
 ) -> list[str]:
     """Write into the cost of each stage that does not fit what makes it fit.
 
-    Every lever is tried alone, from its mildest step to its strongest, before any two are tried together.
+    A lever is tried, alone and together with earlier ones, if these do not suffice; mild steps before strong ones.
 
     Args:
         planner: knows the models and corpora that the stages read, and the GPU that they must fit.
@@ -107,7 +108,15 @@ def as_set(arguments: Sequence[str]) -> str:
 
 
 def _texts(arguments: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={value}" for key, value in arguments.items()]
+    """Return KEY=VALUE; of options that hold others, those that are not at their defaults."""
+    texts = []
+    for key, value in arguments.items():
+        if dataclasses.is_dataclass(value):
+            own, usual = vars(value), vars(type(value)())
+            texts += [f"{key}.{name}={json.dumps(own[name])}" for name in own if own[name] != usual[name]]
+        else:
+            texts.append(f"{key}={value}")
+    return texts
 
 
 def _first_that_fits(
@@ -123,11 +132,15 @@ def _first_that_fits(
 
 
 def _combinations(levers: Sequence[tuple[Lever, list[Changes]]]) -> Iterator[tuple[tuple[Lever, ...], Changes]]:
-    """Yield no lever, then each step of each, then each of each two, and so on."""
-    for together in range(len(levers) + 1):
-        for some in itertools.combinations(levers, together):
-            for steps in itertools.product(*(steps for _, steps in some)):
-                yield tuple(lever for lever, _ in some), {key: value for step in steps for key, value in step.items()}
+    """Yield no lever, then the first, then the second alone and with the first, and so on; each with all its steps."""
+    yield (), {}
+    for last, lever in enumerate(levers):
+        for together in range(last + 1):
+            for earlier in itertools.combinations(levers[:last], together):
+                some = (*earlier, lever)
+                for steps in itertools.product(*(steps for _, steps in some)):
+                    changes = {key: value for step in steps for key, value in step.items()}
+                    yield tuple(lever for lever, _ in some), changes
 
 
 def _tried(planner: Planner, stage: Stage, changes: Changes) -> Cost | None:
