@@ -20,7 +20,6 @@ from micota_fast.config.evaluation import JudgeConfig
 from micota_fast.config.generation import GenerateConfig, SamplingSettings
 from micota_fast.config.merge import REFINEMENTS
 from micota_fast.corpus.mix import apportion
-from micota_fast.evaluation.judge import MAX_NEW_TOKENS
 from micota_fast.evaluation.results import EvaluationResults
 from micota_fast.kernels.chunks import LOGITS_BYTES
 from micota_fast.model.dtypes import bytes_per_element
@@ -221,6 +220,8 @@ def evaluate(planner: Planner, stage: Stage) -> Cost:
 
 def _judging(planner: Planner, judge: JudgeConfig, sets: Sequence[Corpus]) -> Cost:
     """Return what it costs to ask a judge, as `evaluation.judge` does, about the answers that are assumed wrong."""
+    from micota_fast.evaluation.judge import MAX_NEW_TOKENS  # it brings the HTTP client, which no other plan needs
+
     share, question = planner.assumed.judged, planner.assumed.judge_tokens
     asked = [planner.answers(share * corpus.rows, question, MAX_NEW_TOKENS) for corpus in sets]
     s = GenerateConfig(

@@ -112,7 +112,8 @@ def _texts(arguments: Mapping[str, Any]) -> list[str]:
     texts = []
     for key, value in arguments.items():
         if dataclasses.is_dataclass(value):
-            own, usual = vars(value), vars(type(value)())
+            kind: Any = type(value)
+            own, usual = vars(value), vars(kind())
             texts += [f"{key}.{name}={json.dumps(own[name])}" for name in own if own[name] != usual[name]]
         else:
             texts.append(f"{key}={value}")
