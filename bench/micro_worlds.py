@@ -2,11 +2,13 @@ r"""Does mid-length reasoning teach a small student more, in worlds that have th
 
     .venv/bin/python bench/micro_worlds.py [--work DIR] [--worlds 0 1 2]             # preconditions and merge weights
     .venv/bin/python bench/micro_worlds.py [--work DIR] [--worlds 0 1 2] --arms [--json FILE]
+    .venv/bin/python bench/micro_worlds.py [--work DIR] [--worlds 0 1 2] --equal-cost [--json FILE] # design 2
 
 The rules are in micota_fast/micro/RULES.md, which is older than the first trained student. Without `--arms` no student
 is trained: worlds are built (world 0 ships), P1 to P5 are measured on untrained models and the merged assistant, and
 the merge's weight is chosen by the length of its answers. With `--arms` each world's recipe is run, all arms with all
-seeds. Interrupted, the same command resumes."""
+seeds. With `--equal-cost` (after `--arms`) answers count within a number of tokens, and students are trained for equal
+numbers of steps. Interrupted, the same command resumes."""
 
 import argparse
 import json
@@ -22,9 +24,14 @@ from machine import ROOT, provenance
 
 from micota_fast.common.json_io import read_json, write_json
 from micota_fast.common.schema import load
+from micota_fast.config import loader
+from micota_fast.config.report import ReportConfig
 from micota_fast.length_sweep.results import Sweep
 from micota_fast.micro import build, world
 from micota_fast.micro.skills import LEAST, skills
+from micota_fast.report.budget import within
+from micota_fast.report.inputs import load_inputs
+from micota_fast.report.summary import summarise
 from micota_fast.sources.completions import iter_completions
 from micota_fast.statistics.intervals import mean_and_sd, student_t95
 
@@ -35,6 +42,10 @@ SWEEP_PROBLEMS = 120
 LEAST_RIGHT = 0.9
 SEEDS = [1, 2, 3, 4, 5]
 MODELS = ("teacher", "assistant", "student")
+STEPS = (8, 16, 32, 64)  # of design 2
+LIMITS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
+FEW_SEEDS = [1, 2]
+ARMS = ("short", "long", "mix", "mid")
 
 
 def micota(*arguments: str | Path) -> None:
@@ -143,12 +154,47 @@ def train(number: int, work: Path) -> dict[str, float]:
     return {name: 100 * arm["average"]["mean"] for name, arm in report["arms"].items()}
 
 
+def equal_steps(number: int, work: Path) -> dict[str, dict[str, Any]]:
+    """Train all arms for equal numbers of steps on the corpora of `train`; returns averages and winner by steps."""
+    folder, source = work / f"world-{number}", home(number, work)
+    found = {}
+    for steps in STEPS:
+        place = folder / f"steps-{steps}"
+        path = write_recipe(place, source, WEIGHTS[0], arms=True)
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        files = {arm: folder / "run" / "corpus" / arm / "corpus.jsonl" for arm in ARMS}
+        recipe["corpora"] = {arm: {"file": str(file.absolute())} for arm, file in files.items()}
+        recipe["models"] = {"student": recipe["models"]["student"]}
+        recipe |= {"seeds": FEW_SEEDS, "align": [], "student_answers": None}
+        recipe["train"] |= {"max_steps": steps, "epochs": 1000}
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        micota("run", path, "--out", place / "run")
+        report = read_json(place / "run" / "report" / "report.json")
+        averages = {name: 100 * arm["average"]["mean"] for name, arm in report["arms"].items()}
+        found[str(steps)] = {"accuracy": averages, "winner": report["winner"]}
+    return found
+
+
+def equal_tokens(number: int, work: Path) -> dict[str, dict[str, Any]]:
+    """Count the answers of `train`'s students that end within each limit; returns averages and winner by limit."""
+    inputs = load_inputs(loader.load(ReportConfig, work / f"world-{number}" / "run" / "report" / "config.yaml"))
+    found = {}
+    for limit in LIMITS:
+        cut = within(inputs, limit)
+        assert cut is not None
+        summary = summarise(cut)
+        averages = {arm.name: 100 * arm.average.mean for arm in summary.arms}
+        found[str(limit)] = {"accuracy": averages, "winner": summary.winner.name if summary.winner else None}
+    return found
+
+
 def main() -> None:
     """Measure what the arguments ask for and print, or append to `--json`, one row per world."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/micro-worlds"), help="kept; a second call resumes")
     parser.add_argument("--worlds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", action="store_true", help="train the students; else only measure preconditions")
+    parser.add_argument("--equal-cost", action="store_true", help="design 2: equal tokens per answer, equal steps")
     parser.add_argument("--json", type=Path, help="append the rows to this file")
     args = parser.parse_args()
     rows = []
@@ -156,6 +202,8 @@ def main() -> None:
         row = prepare(number, args.work)
         if args.arms:
             row["accuracy"] = train(number, args.work)
+        if args.equal_cost:
+            row |= {"tokens": equal_tokens(number, args.work), "steps": equal_steps(number, args.work)}
         rows.append(row | provenance("micota-fast", "torch", "numpy"))
         print(json.dumps(row, indent=1), flush=True)
     if args.arms and len(rows) > 1:

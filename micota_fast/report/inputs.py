@@ -17,11 +17,17 @@ from micota_fast.report.corpora import Corpus, load_corpus
 
 @dataclass(frozen=True)
 class Graded:
-    """How many of a problem's `samples` answers are correct, by the problems' ids in sorted order."""
+    """How many of a problem's `samples` answers are correct, by the problems' ids in sorted order, and their tokens."""
 
     ids: tuple[str, ...]
     correct: tuple[int, ...]
     samples: int
+    correct_tokens: tuple[tuple[int, ...], ...]
+
+    def within(self, limit: int) -> "Graded":
+        """Return what is correct if an answer may have at most `limit` tokens."""
+        kept = tuple(tuple(n for n in tokens if n <= limit) for tokens in self.correct_tokens)
+        return Graded(self.ids, tuple(map(len, kept)), self.samples, kept)
 
 
 @dataclass(frozen=True)
@@ -110,14 +116,15 @@ def _load_model(path: Path) -> EvaluatedModel:
 
 
 def _count_correct(file: Path, results: Path, expected: BenchmarkResult) -> Graded:
-    correct: dict[str, dict[int, bool]] = {}
+    correct: dict[str, dict[int, int | None]] = {}  # tokens of a correct answer, None for another
     for where, row in read_graded(file):
         of_problem = correct.setdefault(row.id, {})
         if row.sample in of_problem:
             raise InputError(f"{where}: sample {row.sample} of problem {row.id!r} occurs a second time")
-        of_problem[row.sample] = row.outcome == "correct"
+        of_problem[row.sample] = row.completion_tokens if row.outcome == "correct" else None
     ids = sorted(correct)
-    counts = tuple(sum(correct[problem].values()) for problem in ids)
+    tokens = tuple(tuple(n for n in correct[problem].values() if n is not None) for problem in ids)
+    counts = tuple(map(len, tokens))
     answers = sum(map(len, correct.values()))
     found = (len(ids), answers, sum(counts))
     named = (expected.size, expected.n, round(expected.accuracy * expected.n))
@@ -130,7 +137,7 @@ def _count_correct(file: Path, results: Path, expected: BenchmarkResult) -> Grad
         raise InputError(
             f"{file}: problem {uneven!r} has {len(correct[uneven])} answers, others another number; evaluate again"
         )
-    return Graded(tuple(ids), counts, samples)
+    return Graded(tuple(ids), counts, samples, tokens)
 
 
 def _check_same_problems(every: Sequence[EvaluatedModel]) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from micota_fast.alignment.results import STEPS
+from micota_fast.report.budget import budget_figure
 from micota_fast.report.drawing import (
     COLUMN,
     INK,
@@ -316,6 +317,7 @@ class Entry(NamedTuple):
 
 FIGURES = (
     Entry("tradeoff", "tradeoff", tradeoff_figure),
+    Entry("budget", "tradeoff", budget_figure),
     Entry("average", "accuracy", average_figure),
     Entry("benchmark", "accuracy", benchmark_figure, several=True),
     Entry("lengths", "corpora", length_figure),

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from micota_fast.report.labels import MARKER, Box, place_labels, place_on_line
@@ -16,6 +16,8 @@ def around(x: float, y: float) -> Box:
     return Box(x - MARKER, y - MARKER, x + MARKER, y + MARKER)
 
 
+@example([(153.0, 69.0), (195.0, 60.0), (198.0, 49.0), (198.0, 58.0), (195.0, 48.0)])
+@example([(10.0, 147.0), (10.0, 171.0), (10.0, 182.0)])
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(10, 290), st.floats(10, 190)), min_size=1, max_size=6))
 def test_labels_overlap_neither_each_other_nor_a_point(points: list[tuple[float, float]]) -> None:
