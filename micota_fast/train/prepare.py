@@ -300,8 +300,8 @@ def _memory(config: TrainConfig, model: ModelConfig, pack_tokens: int, world: Wo
     )
     if need.total > 0.95 * there:
         fits = longest_pack(model, 0.9 * there, shards, config.activation_checkpointing, dtype, config.lora)
-        text += (
-            f"\nWARNING: that may not fit. `pack_tokens` of {fits:,} would, as would more processes or "
-            f"`activation_checkpointing: full`"
-        )
+        remedies = [f"`pack_tokens` of {fits:,}"] if fits > 0 else []
+        if config.activation_checkpointing != "full":
+            remedies.append("`activation_checkpointing: full`")
+        text += f"\nWARNING: that may not fit. What takes less: {', '.join([*remedies, 'more processes'])}"
     return text
