@@ -72,7 +72,7 @@ class Chat:
         special = [t.content for t in tokenizer.library.get_added_tokens_decoder().values() if t.special]
         if template is not None:
             special += [token_texts[i] for i in eos_ids]
-            self._turn_tail, self._end_of_turn = _probe_end_of_turn(template, special)
+            self._turn_tail, self._end_of_turn = _probe_end_of_turn(template, special, config.template_kwargs)
             if self._end_of_turn and token_ids[self._end_of_turn] < vocab_size:  # else the model cannot write it
                 eos_ids = [*eos_ids, token_ids[self._end_of_turn]]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
@@ -227,6 +227,7 @@ class Chat:
                     f"message {number} ({message['role']}) contains the control token {token!r} in its text"
                 )
         if not self._end_of_turn:
+            self._render([(messages, False)], options)  # its own refusal says more
             raise InputError(
                 f"{self._template_where()}: the chat template puts no special token after an assistant's message, so a "
                 f"model trained on it would never stop: add eos_token to the template"
@@ -322,7 +323,7 @@ class Chat:
         return self._where if self._template is None else self._template.where
 
 
-def _probe_end_of_turn(template: ChatTemplate, special: Sequence[str]) -> tuple[str, str]:
+def _probe_end_of_turn(template: ChatTemplate, special: Sequence[str], options: Mapping[str, Any]) -> tuple[str, str]:
     """What a template writes after an assistant's last message, and the first special token in that ("": none).
 
     A template that cannot render the probe can still prompt; `Chat.segments` then reports it.
@@ -333,7 +334,7 @@ def _probe_end_of_turn(template: ChatTemplate, special: Sequence[str]) -> tuple[
     probe = "An answer to probe for."
     messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": probe}]
     try:
-        _, answered = template.render([(messages[:1], True), (messages, False)])
+        _, answered = template.render([(messages[:1], True), (messages, False)], options)
     except OverLimitError:
         raise
     except InputError:

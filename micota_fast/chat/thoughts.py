@@ -59,11 +59,13 @@ def training_text(text: str, opened: str, thinking: Thinking, tags: tuple[str, s
     A text without a thought is returned as it is. White space within the thought and after it stays, but for `strip`.
 
     Raises:
-        InputError: as `split_thought`.
+        InputError: as `split_thought`; or nothing follows the thought.
     """
     thought, answer = split_thought(text, opened)
     if thought is None:
         return text
+    if not answer.strip():
+        raise InputError(f"nothing follows the thought: there is no answer behind {CLOSE}")
     if thinking == "strip":
         return answer.lstrip()
     start, end = (OPEN, CLOSE) if thinking == "keep" else tags

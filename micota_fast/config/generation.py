@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from micota_fast.common.json_io import encode_json
 from micota_fast.config.checks import at_least
 from micota_fast.config.corpus import FilterSettings
 from micota_fast.config.loader import option
@@ -60,6 +61,16 @@ class ChatConfig:
     def __post_init__(self) -> None:
         if not all(tag.strip() for tag in self.thinking_tags):
             raise InputError("`thinking_tags` must be two texts that are not blank")
+        if self.thinking_tags[0].strip() == self.thinking_tags[1].strip():
+            raise InputError("`thinking_tags` must differ: nothing could tell where a thought ends")
+        try:
+            encode_json(self.template_kwargs)
+        except InputError as error:
+            raise InputError(f"`template_kwargs` {error}") from None
+        if ours := {"messages", "add_generation_prompt"} & self.template_kwargs.keys():
+            raise InputError(
+                f"`template_kwargs`: {', '.join(sorted(ours))} cannot be set: conversations have their own"
+            )
         if not self.use_template and (self.template is not None or self.template_kwargs):
             raise InputError("`template` and `template_kwargs` need `use_template: true`")
         if "{problem}" not in self.prompt:

@@ -42,23 +42,18 @@ def reject_at_once(row: Completion, rules: FilterSettings) -> str | None:
         return {"length": "truncated", "content_filter": "content_filter"}.get(row.finish_reason, "aborted")
     if row.completion_tokens >= rules.max_tokens:
         return "too_long"
-    if (reason := _thought_fault(row)) is not None:
-        return reason
-    if (rules.require_boxed or rules.require_correct) and not extract_boxed(row.completion):
+    try:
+        thought, answer = split_thought(row.completion, row.opened)
+    except InputError:
+        return "malformed_thought" if CLOSE in row.completion else "unclosed_thought"
+    if thought is not None and not answer.strip():
+        return "no_answer"
+    if (rules.require_boxed or rules.require_correct) and not extract_boxed(answer):  # a box in a thought is no answer
         return "no_answer"
     if rules.max_foreign is not None and foreign_share(row.completion, row.problem) > rules.max_foreign:
         return "foreign_script"
     if rules.max_repeated is not None and repeated_share(row.completion) > rules.max_repeated:
         return "repetition"
-    return None
-
-
-def _thought_fault(row: Completion) -> str | None:
-    try:
-        split_thought(row.completion, row.opened)
-    except InputError:
-        whole = row.opened + row.completion
-        return "malformed_thought" if CLOSE in whole else "unclosed_thought"
     return None
 
 

@@ -79,6 +79,26 @@ def test_a_name_without_a_template_is_refused(tmp_path: Path, checkpoint: Path, 
         chat_of(checkpoint, template=str(tmp_path / "there"))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"template_kwargs": {"x": float("nan")}}, "`template_kwargs` cannot be written as JSON"),
+        ({"template_kwargs": {"messages": []}}, "messages cannot be set"),
+        ({"thinking_tags": ("<r>", "<r>")}, "must differ"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        ChatConfig(**options)
+
+
+def test_a_template_that_refuses_says_so_itself(tmp_path: Path, checkpoint: Path) -> None:
+    file = tmp_path / "strict.jinja"
+    file.write_text("{{ raise_exception('only poems') }}")
+    with pytest.raises(InputError, match="only poems"):
+        chat_of(checkpoint, template=str(file)).segments(conversation("1+2?", "3"))
+
+
 def test_bare_text_and_other_servers_take_no_template() -> None:
     with pytest.raises(InputError, match="need `use_template: true`"):
         ChatConfig(use_template=False, template_kwargs={"a": 1})

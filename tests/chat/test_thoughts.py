@@ -47,6 +47,7 @@ def test_a_text_without_a_thought_stays_as_it_is(thinking: str) -> None:
         ("a</think>b</think>c", "<think>\n", "closed 2 times"),
         ("Hm <think>a</think>b", "", "does not begin"),
         ("a</think>b<think>c", "", "does not begin"),
+        ("<think>a</think>\n", "", "nothing follows"),
     ],
 )
 def test_a_malformed_thought_is_refused_by_name(text: str, opened: str, why: str) -> None:

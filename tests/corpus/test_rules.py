@@ -22,6 +22,11 @@ RULES = FilterSettings(max_tokens=100, max_foreign=0.02, max_repeated=0.3)
         ({"finish_reason": "abort"}, "aborted"),
         ({"completion_tokens": 100}, "too_long"),
         ({"completion": "It is 7."}, "no_answer"),
+        ({"completion": "<think>\\boxed{7}</think>"}, "no_answer"),  # a box in a thought is no answer
+        ({"completion": "<think>\\boxed{7}</think>It is 7."}, "no_answer"),
+        ({"completion": "It is 7.</think>It is \\boxed{7}.", "opened": "<think>\n"}, None),
+        ({"completion": "It is \\boxed{7}.", "opened": "<think>\n"}, "unclosed_thought"),
+        ({"completion": "<think>a</think>b</think>\\boxed{7}"}, "malformed_thought"),
         ({"completion": "首先我们计算一下 \\boxed{7}"}, "foreign_script"),
         ({"completion": "Wait, let me compute that once more. " * 40 + "\\boxed{7}"}, "repetition"),
         ({"finish_reason": "length", "completion": "首先"}, "truncated"),  # the first rule that holds
