@@ -15,7 +15,7 @@ MODES = ("none", "selective", "full")
 # All the waits that a run may have: phase, what, where. None is in "data", "forward", "backward" or "optimizer".
 ALLOWED = {
     ("start", "copy to device", "model/rope.py:_apply"),
-    ("start", "copy to device", "model/safetensors_io.py:_set"),
+    ("start", "copy to device", "model/safetensors_io.py:set_parameter"),
     ("start", "copy to device", "train/loop.py:_train"),  # session.py's, for FSDP
     ("start", "copy to device", "train/checkpoint.py:load"),
     ("report", "item", "train/meters.py:report"),
