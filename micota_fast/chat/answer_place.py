@@ -31,7 +31,8 @@ def place_answer(prompt: str, answered: str, tail: str, text: str, template: str
         template: its name, for messages.
 
     Raises:
-        InputError: the template renders another text than the assistant's, or opens or closes a thought twice.
+        InputError: the template renders another text than the assistant's, or opens or closes a thought twice, or opens
+            one before an answer that has none.
     """
     opened = opening_of(prompt)
     head = prompt.removesuffix(opened)
@@ -41,7 +42,7 @@ def place_answer(prompt: str, answered: str, tail: str, text: str, template: str
         rest = body[len(prompt) :]
         own = _without_opening(text) if opened else text
         if _ends_with(rest, own):
-            _refuse_twice(prompt, rest, template)
+            _check_tags(prompt, rest, template)
             return Place(prompt, body, _before(rest, own))
     thought, answer = split_thought(text)
     if whole and body.startswith(head):
@@ -51,7 +52,7 @@ def place_answer(prompt: str, answered: str, tail: str, text: str, template: str
         if thought is not None and _same(rest, answer):
             if opened:
                 text = opened + _without_opening(text)
-            _refuse_twice(head, text, template)
+            _check_tags(head, text, template)
             return Place(prompt, head + text, "")
     if not answered.startswith(prompt):
         raise InputError(
@@ -70,7 +71,7 @@ def first_difference(expected: str, got: str) -> str:
     return f"expected {expected[at : at + 40]!r}, found {got[at : at + 40]!r}"
 
 
-def _refuse_twice(prompt: str, rest: str, template: str) -> None:
+def _check_tags(prompt: str, rest: str, template: str) -> None:
     found = re.search(rf"{OPEN}\s*({CLOSE}\s*)?\Z", prompt)
     text = (found.group() if found else "") + rest
     for tag, verb in ((OPEN, "opens"), (CLOSE, "closes")):
@@ -79,6 +80,11 @@ def _refuse_twice(prompt: str, rest: str, template: str) -> None:
                 f"the chat template of {template} {verb} the thought a second time ({tag}); `chat.thinking: strip` "
                 f"leaves the row's own thought out, and `chat.template` names another template"
             )
+    if OPEN in text and CLOSE not in text:
+        raise InputError(
+            f"the chat template of {template} opens a thought ({OPEN}) before an answer that closes none; "
+            f"`chat.template` names another template"
+        )
 
 
 def _without_opening(text: str) -> str:

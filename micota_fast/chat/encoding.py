@@ -273,8 +273,15 @@ class Chat:
     def _place(self, messages: Sequence[Message], index: int, options: Mapping[str, Any] | None) -> Place:
         """The text that an assistant's message is generated from, and the text that ends with it."""
         prompt, answered = self._render([(messages[:index], True), (messages[: index + 1], False)], options)
+        text, wrapped = messages[index]["content"], self._config.thinking == "wrap"
         try:
-            return place_answer(prompt, answered, self._turn_tail, messages[index]["content"], self._template_where())
+            place = place_answer(prompt, answered, self._turn_tail, text, self._template_where())
+            if wrapped and CLOSE in place.inserted and self._config.thinking_tags[1] in text:
+                raise InputError(
+                    f"the chat template of {self._template_where()} puts an empty thought before the wrapped one; "
+                    f"`chat.template` names another template"
+                )
+            return place
         except InputError as error:
             raise InputError(f"message {index + 1} (assistant): {error}") from None
 

@@ -88,7 +88,8 @@ def format_name(row: Mapping[str, Any], named: Collection[str] = ()) -> str:
     for first, others in {"completion": ("solution", "generations"), "generations": ("solution",)}.items():
         if first in found:
             found = [name for name in found if name not in others]
-    if found == ["generations", "messages"] and _last_text(row["messages"]) in row["generations"]:
+    texts = row.get("generations")
+    if found == ["generations", "messages"] and isinstance(texts, list) and _last_text(row["messages"]) in texts:
         found = ["generations"]
     if not found:
         raise InputError(f"unknown row format: {_diagnosis(row)}")

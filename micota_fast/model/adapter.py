@@ -35,9 +35,11 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": (None, {}),
     "bias": (None, "none"),
     "fan_in_fan_out": (None, False),
+    "init_lora_weights": (None, True, False, "gaussian"),  # others take a part of the base into the adapter
     "layer_replication": (None, []),
     "lora_bias": (None, False),
     "modules_to_save": (None, []),
+    "use_bdlora": (None, False),
     "use_dora": (None, False),
     "use_qalora": (None, False),
 }

@@ -110,8 +110,8 @@ def what_else(directory: Path) -> str:
     """Return what a folder without a checkpoint's files holds instead and what to do about it, to end an error with."""
     if (directory / ADAPTER).is_file():
         return (
-            ". It is a LoRA adapter (adapter_config.json): merge it into its base model first, with peft: "
-            "`PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(OUT)`"
+            f". It is a LoRA adapter (adapter_config.json): `micota merge` and `micota serve` take it with its base "
+            f"(BASE+{directory}); other verbs need the two merged"
         )
     pickles = sorted(path.name for kind in ("bin", "pt", "pth", "ckpt") for path in directory.glob(f"*.{kind}"))
     if pickles:

@@ -440,7 +440,8 @@ class _Graph:
             problems=asked.settings.problems,
             columns=asked.settings.columns,
         )
-        return settings, [*accepted.values(), *rejects, asked.inputs[-1]]  # the last: the problems
+        problems = next(artefact for artefact in asked.inputs if artefact.location == asked.settings.problems)
+        return settings, [*accepted.values(), *rejects, problems]
 
     def _contamination(self) -> Artefact | None:
         """Add the search for benchmark problems in what is trained on; None if nothing is trained."""

@@ -15,6 +15,7 @@ from micota_fast.data.rows import to_messages
 from micota_fast.errors import InputError
 from micota_fast.pipeline.graph import Stage
 from micota_fast.sources.columns import renamed
+from micota_fast.sources.hub import is_hub
 from micota_fast.sources.rows import read_rows
 
 ROWS = 100  # of each corpus, from its beginning
@@ -39,7 +40,8 @@ class _Prompts:
 def prompt_differences(stages: Sequence[Stage]) -> list[str]:
     """Say where the prompt or the system message of training rows differs from that of the student's evaluation.
 
-    A corpus that a stage has yet to make is taken for what it will hold, rows of `problem` and `completion`.
+    A corpus that a stage has yet to make is taken for what it will hold, rows of `problem` and `completion`. One of the
+    Hub is not looked at.
 
     Args:
         stages: of a recipe.
@@ -70,7 +72,8 @@ def _differences(train: TrainConfig, evaluate: EvaluateConfig) -> Iterator[str]:
         )
     if ours.use_template != theirs.use_template or (theirs.template is not None and theirs.template != ours.template):
         yield "`train.chat` and `evaluate.chat` name different templates"
-    asked = list(_conversations(train))
+    rows = list(_rows(train))
+    asked = [messages for messages, _ in rows]
     systems = Counter(messages[0]["content"] if messages[0]["role"] == "system" else None for messages in asked)
     wanted = theirs.system if theirs.use_template else None
     if asked and (others := len(asked) - systems[wanted]):
@@ -80,7 +83,10 @@ def _differences(train: TrainConfig, evaluate: EvaluateConfig) -> Iterator[str]:
     prompts = {benchmark.name: benchmark.prompt or theirs.prompt for benchmark in evaluate.benchmarks}
     for prompt in dict.fromkeys(prompts.values()):
         before, after = prompt.split("{problem}", 1)
-        others = sum(not (text.startswith(before) and text.endswith(after)) for text in users)
+        alike = [text.startswith(before) and text.endswith(after) for text in users]
+        others = sum(
+            prompt != ours.prompt if by_prompt else not ends for ends, (_, by_prompt) in zip(alike, rows, strict=True)
+        )
         if others:
             names = ", ".join(benchmark for benchmark, its in prompts.items() if its == prompt)
             yield (
@@ -89,15 +95,18 @@ def _differences(train: TrainConfig, evaluate: EvaluateConfig) -> Iterator[str]:
             )
 
 
-def _conversations(train: TrainConfig) -> Iterator[list[Message]]:
-    """The first conversations of a corpus."""
+def _rows(train: TrainConfig) -> Iterator[tuple[list[Message], bool]]:
+    """The first conversations of a corpus, and whether `chat.prompt` makes them; none of what is still on the Hub."""
     prompts = _Prompts(train.chat)
+    if is_hub(train.data):
+        return
     if not Path(train.data).is_file():
-        yield to_messages({"problem": "1+2?", "completion": "3"}, prompts)
+        yield to_messages({"problem": "1+2?", "completion": "3"}, prompts), True
         return
     with contextlib.suppress(InputError):
-        for row in islice(read_rows(train.data), ROWS):
-            yield to_messages(renamed(parse_json(row.line, ""), train.columns), prompts, train.columns)
+        for line in islice(read_rows(train.data), ROWS):
+            row = renamed(parse_json(line.line, ""), train.columns)
+            yield to_messages(row, prompts, train.columns), row.get("problem") is not None
 
 
 def _share(number: int, of: Sequence[object]) -> str:

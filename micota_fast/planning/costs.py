@@ -184,7 +184,9 @@ def length_sweep(planner: Planner, stage: Stage) -> Cost:
 
 
 def _merged(planner: Planner, stage: Stage) -> Model:
-    models = [planner.model(a.location) for a in stage.inputs if not a.location.endswith(".jsonl")]
+    s = stage.settings
+    files = (s.problems, s.generate.chat.template) if stage.verb == "length-sweep" else ()
+    models = [planner.model(a.location) for a in stage.inputs if a.location not in files]
     between = math.exp(sum(math.log(max(1.0, model.answer)) for model in models) / len(models))
     return models[0]._replace(answer=between)  # the geometric mean: what a merge in the middle may be hoped to give
 

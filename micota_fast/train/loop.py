@@ -64,6 +64,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
     torch.manual_seed(config.seed)
     source = resolve_checkpoint(config.model)
     prepare.check_trained_parameters(config, source)
+    template = template_file(config.chat)  # as it is now: the file may change while the training runs
     documents, held_out = prepare.load_documents(config, source, out)
     identity = prepare.run_identity(config, source, documents, held_out, world)
     if prepare.is_finished(out, identity, world):
@@ -154,7 +155,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
         )
     world.say(chosen)
     card = partial(model_card, config.model, config.data, identity, facts, metrics, chosen)
-    files = {"README.md": card()} | end_tokens | template_file(config.chat)
+    files = {"README.md": card()} | end_tokens | template
     if config.lora is None:
         export(model.decoder, source, out / "model", world, files, config.save_dtype)
     else:

@@ -94,6 +94,21 @@ def test_a_template_that_closes_a_thought_twice_is_refused(tmp_path: Path) -> No
         parts(tmp_path / "a", template("doubles"), FULL)
 
 
+OPENED = "{% if m.role == 'assistant' %}<think>\n{% endif %}{{ m.content }}<|im_end|>\n"
+OPENS_ALWAYS = f"{{% for m in messages %}}{TURN}{OPENED}{{% endfor %}}{ASKS}"
+
+
+@pytest.mark.parametrize("chat", [{}, {"thinking": "strip"}, {"thinking": "wrap", "thinking_tags": ("<r>", "</r>")}])
+def test_an_answer_is_never_learned_inside_a_thought_that_stays_open(tmp_path: Path, chat: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="before an answer that closes none"):
+        parts(tmp_path / "a", OPENS_ALWAYS, FULL if chat else "It is 3.", **chat)
+
+
+def test_a_wrapped_thought_does_not_follow_an_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="an empty thought before the wrapped one"):
+        parts(tmp_path / "a", template("keeps"), FULL, thinking="wrap", thinking_tags=("<r>", "</r>"))
+
+
 CASE = "It is \\boxed{3}.<|im_end|>"
 
 

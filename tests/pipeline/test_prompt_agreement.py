@@ -50,6 +50,7 @@ def test_nothing_is_said_where_they_agree(tmp_path: Path) -> None:
     [
         ({"evaluate__system": None}, ["'You are a helpful assistant.', and `evaluate.chat.system` puts no system"]),
         ({"train__prompt": "{problem}"}, ["rows have another prompt than the evaluation on press-4, press-5,"]),
+        ({"evaluate__prompt": "{problem}"}, ["rows have another prompt than the evaluation on press-4, press-5,"]),
         ({"train__template_kwargs": {"thinks": True}}, ["{'thinks': True}, and `evaluate.chat.template_kwargs` {}"]),
     ],
 )
