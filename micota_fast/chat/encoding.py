@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from micota_fast.chat.answer_place import Place, first_difference, place_answer
 from micota_fast.chat.limits import OverLimitError
+from micota_fast.chat.prompt import Prompt
 from micota_fast.chat.template import ChatTemplate, Message, load_chat_template, special_tokens
 from micota_fast.chat.thought_counts import ThoughtCounts
 from micota_fast.chat.thoughts import CLOSE, OPEN, training_text
@@ -65,6 +66,7 @@ class Chat:
         self.vocab_size = vocab_size
         self._template = template
         self._config = config
+        self._prompt = Prompt(config)
         self._where = where
         self._turn_tail = self._end_of_turn = ""
         token_ids = tokenizer.library.get_vocab(with_added_tokens=True)
@@ -151,16 +153,14 @@ class Chat:
         Raises:
             InputError: the problem holds the text of a control token, which would be read as that token.
         """
-        user = {"role": "user", "content": self._config.prompt.replace("{problem}", problem)}
-        if (token := self._control_token(user)) is not None:
+        messages = self._prompt.prompt_messages(problem)
+        if (token := self._control_token(messages[-1])) is not None:
             raise InputError(f"the problem's prompt contains the control token {token!r} in its text")
-        return [*self.system_messages(), user]
+        return messages
 
     def system_messages(self) -> list[Message]:
         """The configured system message, for rows that bring none; bare text (no template) has no place for one."""
-        if self._config.system is None or self._template is None:
-            return []
-        return [{"role": "system", "content": self._config.system}]
+        return self._prompt.system_messages()
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool, options: Mapping[str, Any] | None = None

@@ -15,6 +15,7 @@ from typing import Any
 
 import aiohttp
 
+from micota_fast.chat.prompt import Prompt
 from micota_fast.chat.thoughts import join_thought
 from micota_fast.common.api_key import read_key
 from micota_fast.common.json_io import parse_json
@@ -183,13 +184,9 @@ class OpenAIApi:
     def _body(self, endpoint: Endpoint, wanted: Wanted) -> dict[str, Any]:
         """The request. What has the value that is OpenAI's default is left out: some models refuse its mere name."""
         config = self._config
-        user = config.chat.prompt.replace("{problem}", self._problem(wanted.problem).problem)
-        messages = [{"role": "user", "content": user}]
-        if config.chat.system is not None:
-            messages.insert(0, {"role": "system", "content": config.chat.system})
         body: dict[str, Any] = {
             "model": self._names.get(endpoint.url, self.model),
-            "messages": messages,
+            "messages": Prompt(config.chat).prompt_messages(self._problem(wanted.problem).problem),
             self._limit_name: config.max_new_tokens,
             "temperature": config.temperature,
         }

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+from micota_fast.chat.prompt import Prompt
 from micota_fast.chat.template import Message
 from micota_fast.common.json_io import parse_json
 from micota_fast.config.evaluation import EvaluateConfig
-from micota_fast.config.generation import ChatConfig
 from micota_fast.config.train import TrainConfig
 from micota_fast.data.rows import to_messages
 from micota_fast.errors import InputError
@@ -20,21 +20,6 @@ from micota_fast.sources.rows import read_rows
 
 ROWS = 100  # of each corpus, from its beginning
 SHOWN = 60  # characters of a text
-
-
-class _Prompts:
-    """What `to_messages` asks of a chat, without a tokenizer."""
-
-    def __init__(self, config: ChatConfig) -> None:
-        self._config = config
-
-    def prompt_messages(self, problem: str) -> list[Message]:
-        user = {"role": "user", "content": self._config.prompt.replace("{problem}", problem)}
-        return [*self.system_messages(), user]
-
-    def system_messages(self) -> list[Message]:
-        system = self._config.system if self._config.use_template else None
-        return [] if system is None else [{"role": "system", "content": system}]
 
 
 def prompt_differences(stages: Sequence[Stage]) -> list[str]:
@@ -97,7 +82,7 @@ def _differences(train: TrainConfig, evaluate: EvaluateConfig) -> Iterator[str]:
 
 def _rows(train: TrainConfig) -> Iterator[tuple[list[Message], bool]]:
     """The first conversations of a corpus, and whether `chat.prompt` makes them; none of what is still on the Hub."""
-    prompts = _Prompts(train.chat)
+    prompts = Prompt(train.chat)
     if is_hub(train.data):
         return
     if not Path(train.data).is_file():

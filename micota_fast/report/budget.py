@@ -25,11 +25,14 @@ def within(inputs: Inputs, limit: int) -> Inputs | None:
     A model that writes token by token begins the same answer under a lower `max_new_tokens`, so this is what an
     evaluation under this limit would have found, except that an answer cut off behind its final answer might count.
     """
-    models = [inputs.base, *(model for of_arm in inputs.arms.values() for model in of_arm)]
-    if any(model.graded is None for model in models):
+    if any(model.graded is None for model in _models(inputs)):
         return None
     arms = {name: [_within(model, limit) for model in of_arm] for name, of_arm in inputs.arms.items()}
     return replace(inputs, base=_within(inputs.base, limit), arms=arms)
+
+
+def _models(inputs: Inputs) -> list[EvaluatedModel]:
+    return [inputs.base, *(model for of_arm in inputs.arms.values() for model in of_arm)]
 
 
 def _within(model: EvaluatedModel, limit: int) -> EvaluatedModel:
@@ -44,8 +47,7 @@ def _within(model: EvaluatedModel, limit: int) -> EvaluatedModel:
 
 def ladder(inputs: Inputs) -> list[int]:
     """Return the limits to show: powers of 2 and the means of two, from the shortest correct answer to the longest."""
-    models = [inputs.base, *(model for of_arm in inputs.arms.values() for model in of_arm)]
-    graded = [of for model in models if model.graded is not None for of in model.graded.values()]
+    graded = [of for model in _models(inputs) if model.graded is not None for of in model.graded.values()]
     tokens = [n for of in graded for of_problem in of.correct_tokens for n in of_problem]
     if not tokens:
         return []

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from helpers.tensors import assert_same, assert_same_bits
+from helpers.tensors import assert_same, assert_same_bits, with_gradients
 from micota_fast.kernels import chunks, linear_cross_entropy
 from micota_fast.kernels.reference import dense_linear_cross_entropy
 
@@ -46,16 +46,6 @@ def sure_inputs(n: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         p_miss = -torch.expm1(-dense_linear_cross_entropy(hidden.double(), weight.double(), targets, reduction="none"))
     return hidden.requires_grad_(), weight.requires_grad_(), targets, p_miss
-
-
-def with_gradients(function: Any, hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> list[Tensor]:
-    """Loss, d hidden, d weight; each row of "none" is given a weight of its own."""
-    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    loss = function(hidden, weight, targets, **options)
-    loss.backward(torch.linspace(-1, 2, len(targets), dtype=loss.dtype) if loss.ndim else None)
-    assert hidden.grad is not None
-    assert weight.grad is not None
-    return [loss.detach(), hidden.grad, weight.grad]
 
 
 def weighted_dense(hidden: Tensor, weight: Tensor, targets: Tensor, *, token_weights: Tensor, **options: Any) -> Tensor:

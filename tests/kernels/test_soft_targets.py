@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers.soft_cases import soft_targets
-from helpers.tensors import assert_same, assert_same_bits
+from helpers.tensors import assert_same, assert_same_bits, with_gradients
 from micota_fast.kernels import SoftTargets, chunks, linear_cross_entropy
 from micota_fast.kernels.reference import dense_linear_cross_entropy
 
@@ -27,16 +27,6 @@ def inputs(n: int, h: int = 5, v: int = 23, dtype: torch.dtype = torch.float64, 
     generator = torch.Generator().manual_seed(seed)
     hidden, weight = (torch.randn(m, h, generator=generator, dtype=torch.float64) for m in (n, v))
     return hidden.to(dtype), weight.to(dtype)
-
-
-def with_gradients(function: Any, hidden: Tensor, weight: Tensor, targets: Any, **options: Any) -> list[Tensor]:
-    """Loss, d hidden, d weight; each row of "none" is given a weight of its own."""
-    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    loss = function(hidden, weight, targets, **options)
-    loss.backward(torch.linspace(-1, 2, len(hidden), dtype=loss.dtype) if loss.ndim else None)
-    assert hidden.grad is not None
-    assert weight.grad is not None
-    return [loss.detach(), hidden.grad, weight.grad]
 
 
 @settings(deadline=None, max_examples=100)

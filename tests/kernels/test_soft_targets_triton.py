@@ -13,6 +13,7 @@ from torch import Tensor
 
 from helpers.cuda_way import DEVICE, HAS_GPU, as_on_cuda, chunks_of
 from helpers.soft_cases import soft_targets
+from helpers.tensors import with_gradients
 from micota_fast.kernels import SoftTargets, linear_cross_entropy
 from micota_fast.kernels.reference import dense_linear_cross_entropy
 
@@ -37,15 +38,6 @@ def inputs(n: int, h: int, v: int, dtype: torch.dtype, seed: int = 0) -> tuple[T
 def on_device(soft: SoftTargets) -> SoftTargets:
     hard = None if soft.hard is None else soft.hard.to(DEVICE)
     return replace(soft, ids=soft.ids.to(DEVICE), logprobs=soft.logprobs.to(DEVICE), hard=hard)
-
-
-def with_gradients(function: Any, hidden: Tensor, weight: Tensor, targets: Any, **options: Any) -> list[Tensor]:
-    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    loss = function(hidden, weight, targets, **options)
-    loss.backward(torch.linspace(-1, 2, len(hidden), device=DEVICE).to(loss.dtype) if loss.ndim else None)
-    assert hidden.grad is not None
-    assert weight.grad is not None
-    return [loss.detach(), hidden.grad, weight.grad]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
