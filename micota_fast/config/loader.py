@@ -84,10 +84,11 @@ class _Where:
         return _Where(self.source, f"{self.key}.{name}" if self.key else name)
 
 
-def load(cls: type[T], path: Path | str | None, overrides: typing.Sequence[str] = ()) -> T:
+def load(cls: type[T], path: Path | str | None, overrides: typing.Sequence[str] = (), flag: str = "--set") -> T:
     """Read `path` (None: an empty file) into the dataclass `cls`, after applying overrides of the form `a.b=value`.
 
-    The value of an override is YAML, so `--set seeds=[1,2]` and `--set url=null` mean what they look like.
+    The value of an override is YAML, so `--set seeds=[1,2]` and `--set url=null` mean what they look like. Errors name
+    an override by the `flag` that it was given with.
 
     Raises:
         InputError: naming file, line and key of what is unknown, missing or of the wrong type.
@@ -100,7 +101,7 @@ def load(cls: type[T], path: Path | str | None, overrides: typing.Sequence[str] 
     if node is None:
         node = yaml.MappingNode("tag:yaml.org,2002:map", [])
     for override in overrides:
-        _apply_override(cls, node, override)
+        _apply_override(cls, node, override, flag)
     result: T = _build(cls, node, _Where(source, ""))
     return result
 
@@ -277,12 +278,12 @@ def _check_size(root: yaml.Node) -> None:
             raise _Where("", "").error(node, f"{node.value[:40]!r} holds NUL or half a character, which no text can")
 
 
-def _apply_override(cls: type, root: yaml.Node, override: str) -> None:
+def _apply_override(cls: type, root: yaml.Node, override: str, flag: str) -> None:
     key, equals, text = override.partition("=")
     # A secret given by mistake, instead of the name of the variable that holds it, must not reach a log.
-    source = _Lineless(f"--set {key}=..." if key.endswith("_env") else f"--set {override}")
+    source = _Lineless(f"{flag} {key}=..." if key.endswith("_env") else f"{flag} {override}")
     if not equals or not key:
-        raise InputError(f"{source}: expected key=value, for example --set train.lr=2e-5")
+        raise InputError(f"{source}: expected key=value, as in {flag} KEY=2e-5")
     if not isinstance(root, yaml.MappingNode):
         raise InputError(f"{source}: the configuration is not a mapping")
     _unshare(root)

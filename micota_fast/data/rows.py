@@ -194,14 +194,19 @@ def _from_generations(row: Mapping[str, Any], chat: Asks) -> list[Message]:
     texts = row["generations"]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise InputError(f"key 'generations' must be a list of texts, got {texts!r:.60}")
+    good = [text for text, is_good in zip(texts, _verdicts(row, len(texts)), strict=True) if is_good]
+    if not good:
+        raise InputError(f"none of {len(texts)} `generations` is complete and correct; leave the row out")
     chosen = _last_text(row.get("messages"))
     if chosen not in texts:
-        chosen = texts[_first_good(row, len(texts))]
+        chosen = good[0]
+    if chosen not in good:
+        raise InputError("`messages` end with a generation that is incomplete or wrong; remove `messages`, or the row")
     return [*chat.prompt_messages(_text(row, "problem")), {"role": "assistant", "content": chosen}]
 
 
-def _first_good(row: Mapping[str, Any], number: int) -> int:
-    """Which generation is the first that is complete and that a verifier found correct, as far as they were asked."""
+def _verdicts(row: Mapping[str, Any], number: int) -> list[bool]:
+    """Return for each generation whether it is complete and a verifier found it correct, if one was asked."""
     verdicts = {}
     for key in ("is_reasoning_complete", "correctness_math_verify", "correctness_llama"):
         if row.get(key):
@@ -210,10 +215,7 @@ def _first_good(row: Mapping[str, Any], number: int) -> int:
                 raise InputError(f"key {key!r} must be a list of {number}, one for each of `generations`")
     complete = verdicts.pop("is_reasoning_complete", [True] * number)
     correct = [any(of[i] is True for of in verdicts.values()) or not verdicts for i in range(number)]
-    good = next((i for i in range(number) if complete[i] is True and correct[i]), None)
-    if good is None:
-        raise InputError(f"none of {number} `generations` is complete and correct; leave the row out")
-    return good
+    return [complete[i] is True and correct[i] for i in range(number)]
 
 
 def _last_text(messages: Any) -> Any:

@@ -53,7 +53,7 @@ def print_plan(
     Raises:
         InputError: see `make_plan`; or the file cannot be written.
     """
-    assumed = loader.load(Assumptions, None, assume)
+    assumed = loader.load(Assumptions, None, assume, "--assume")
     made = make_plan(recipe, path, folder, gpu, gpus, assumed, answer_tokens, dollars_per_gpu_hour)
     if json_file:
         _write(Path(json_file), made, assumed)

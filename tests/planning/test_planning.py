@@ -383,7 +383,7 @@ def test_assumptions_can_be_changed_and_are_checked(capsys: pytest.CaptureFixtur
     assert student["tokens"] == pytest.approx(2 * 10200 * (200 / 3 + 60 + 1000))
     assert student["gpu_hours"] == pytest.approx(8 * student["hours"])
     for wrong, said in (
-        (["--assume", "train_mfu=40"], "`train_mfu` must lie above 0 and at most at 1"),
+        (["--assume", "train_mfu=40"], "--assume train_mfu=40: `train_mfu` must lie above 0 and at most at 1"),
         (["--assume", "mfu=0.4"], "`mfu`: unknown key"),
         (["--answer-tokens", "medium=5"], "expected NAME=TOKENS with a NAME of base, long, mid, short"),
         (["--answer-tokens", "long=many"], "expected NAME=TOKENS"),
