@@ -252,6 +252,21 @@ def test_log_probabilities_from_a_place_in_the_prompt(server: Server) -> None:
     assert server.post("/generate", {**body, "logprob_start_len": 5})[0] == 400
 
 
+def test_a_text_is_scored_without_an_answer(server: Server, reference: PreTrainedModel) -> None:
+    text = [*PROMPT, *range(100, 130)]
+    body = {"input_ids": text, "sampling_params": greedy(max_new_tokens=0), "return_logprob": True}
+    answer = server.generate(**body, logprob_start_len=len(PROMPT) - 1, top_logprobs_num=5)
+    meta = answer["meta_info"]
+    assert (meta["completion_tokens"], meta["finish_reason"]["type"]) == (0, "length")
+    assert len(meta["input_token_logprobs"]) == len(meta["input_top_logprobs"]) == 31
+    want_TV = logprobs_of(reference, text)[len(PROMPT) - 1 : -1]
+    for t, place in enumerate(meta["input_top_logprobs"][1:]):
+        want = want_TV[t].topk(5)
+        assert meta["input_token_logprobs"][t + 1][1] == text[len(PROMPT) + t]
+        assert [pair[1] for pair in place] == want.indices.tolist()
+        assert [pair[0] for pair in place] == pytest.approx(want.values.tolist(), abs=2e-4)
+
+
 def test_log_probabilities_are_at_the_temperature(server: Server, reference: PreTrainedModel) -> None:
     params = greedy(temperature=0.5, max_new_tokens=4)
     answer = server.generate(input_ids=PROMPT, sampling_params=params, return_logprob=True, top_logprobs_num=1)
