@@ -445,7 +445,7 @@ def in_journal(parts: Path) -> set[int]:
 
 @pytest.mark.slow
 def test_twenty_kills_at_random(config: Configure, tmp_path: Path, clean: bytes) -> None:
-    """Each comes a moment after a random number of new rows; every fourth at a random moment of the start or soon after.
+    """Each comes a moment after a random number of new rows; every fourth at a random moment of the start.
 
     The server answers slowly until the last run: however late a kill comes on a busy machine, rows are left to ask for.
     """
