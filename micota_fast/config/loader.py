@@ -10,20 +10,15 @@ import re
 import sys
 import types
 import typing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from micota_fast.common.files import reading
-from micota_fast.common.json_io import MAX_DEPTH
 from micota_fast.config.suggestions import OTHER_VALUES, closest, closest_key
+from micota_fast.config.yaml_nodes import Lineless, Where, compose, read_text
 from micota_fast.errors import InputError
 
-MAX_BYTES = 1 << 20  # of a file of options
-MAX_VALUES = 100_000  # that a file holds, each alias counted with all it stands for
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _QUOTED = re.compile("`([^`]+)`")  # the keys that a message names
 
 T = TypeVar("T")
@@ -61,29 +56,6 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-class _Lineless(str):
-    """Name of a source whose line numbers mean nothing to the user: an override, or values made by the program."""
-
-
-@dataclass(frozen=True)
-class _Where:
-    """A place in a config: the file (or command-line override), the line and the dotted key."""
-
-    source: str
-    key: str
-
-    def error(self, node: yaml.Node | None, message: str) -> InputError:
-        return InputError(self.message(node, message))
-
-    def message(self, node: yaml.Node | None, text: str) -> str:
-        mark = node.start_mark if node is not None else None
-        place = self.source if mark is None else _place(mark.name, mark.line)
-        return f"{place}: {f'`{self.key}`: ' if self.key else ''}{text}"
-
-    def child(self, name: str) -> "_Where":
-        return _Where(self.source, f"{self.key}.{name}" if self.key else name)
-
-
 def load(cls: type[T], path: Path | str | None, overrides: typing.Sequence[str] = (), flag: str = "--set") -> T:
     """Read `path` (None: an empty file) into the dataclass `cls`, after applying overrides of the form `a.b=value`.
 
@@ -97,18 +69,18 @@ def load(cls: type[T], path: Path | str | None, overrides: typing.Sequence[str] 
     source = "command line"
     if path is not None:
         source = str(path)
-        node = _compose(_read(Path(path)), source)
+        node = compose(read_text(Path(path)), source)
     if node is None:
         node = yaml.MappingNode("tag:yaml.org,2002:map", [])
     for override in overrides:
         _apply_override(cls, node, override, flag)
-    result: T = _build(cls, node, _Where(source, ""))
+    result: T = _build(cls, node, Where(source, ""))
     return result
 
 
 def build(cls: type[T], values: dict[str, Any], source: str) -> T:
     """Make the dataclass `cls` from plain values; `source` is named in errors."""
-    result: T = _build(cls, _compose(yaml.safe_dump(values), _Lineless(source)), _Where(source, ""))
+    result: T = _build(cls, compose(yaml.safe_dump(values), Lineless(source)), Where(source, ""))
     return result
 
 
@@ -219,75 +191,16 @@ def _nested(hint: Any) -> typing.Iterator[tuple[str, type]]:
             yield ("[i]" if origin is list else ".NAME") + shape, inner
 
 
-def _read(path: Path) -> str:
-    with reading(path), path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise InputError(f"{path}: more than {MAX_BYTES:,} bytes, too many for a file of options")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        place = _place(str(path), content.count(b"\n", 0, error.start))
-        raise InputError(f"{place}: not UTF-8: byte {content[error.start]:#04x}: {error.reason}") from None
-
-
-def _compose(text: str, source: str) -> yaml.Node | None:
-    """Parse the text and check, before anything is built of it, that it stays within MAX_DEPTH and MAX_VALUES."""
-    try:
-        loader = yaml.SafeLoader(text)
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position)
-        raise InputError(f"{_place(source, line)}: not valid YAML: character #x{error.character:04x}") from None
-    loader.name = source
-    try:
-        node: yaml.Node | None = loader.get_single_node()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error)
-        place = source if mark is None else _place(source, mark.line)
-        raise InputError(f"{place}: not valid YAML: {problem}") from None
-    except RecursionError:
-        raise InputError(f"{_place(source, loader.line)}: nested more than {MAX_DEPTH} levels deep") from None
-    finally:
-        loader.dispose()
-    if node is not None:
-        _check_size(node)
-    return node
-
-
-def _place(source: str, line: int) -> str:
-    """A source and, where lines mean something to the user, the line (from 0) in it."""
-    return source if isinstance(source, _Lineless) else f"{source}, line {line + 1}"
-
-
-def _check_size(root: yaml.Node) -> None:
-    """Aliases make a short text a large tree, or one without end: count its nodes where they are reached."""
-    nodes, count = [(root, 0)], 0
-    while nodes:
-        node, depth = nodes.pop()
-        count += 1
-        if depth > MAX_DEPTH:
-            raise _Where("", "").error(node, f"nested more than {MAX_DEPTH} levels deep")
-        if count > MAX_VALUES:
-            raise _Where("", "").error(node, f"with its aliases, this holds more than {MAX_VALUES:,} values")
-        if isinstance(node, yaml.MappingNode):
-            nodes += [(child, depth + 1) for pair in node.value for child in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            nodes += [(child, depth + 1) for child in node.value]
-        elif _NO_TEXT.search(node.value):
-            raise _Where("", "").error(node, f"{node.value[:40]!r} holds NUL or half a character, which no text can")
-
-
 def _apply_override(cls: type, root: yaml.Node, override: str, flag: str) -> None:
     key, equals, text = override.partition("=")
     # A secret given by mistake, instead of the name of the variable that holds it, must not reach a log.
-    source = _Lineless(f"{flag} {key}=..." if key.endswith("_env") else f"{flag} {override}")
+    source = Lineless(f"{flag} {key}=..." if key.endswith("_env") else f"{flag} {override}")
     if not equals or not key:
         raise InputError(f"{source}: expected key=value, as in {flag} KEY=2e-5")
     if not isinstance(root, yaml.MappingNode):
         raise InputError(f"{source}: the configuration is not a mapping")
     _unshare(root)
-    value = _compose(text, source) or yaml.ScalarNode("tag:yaml.org,2002:null", "null")
+    value = compose(text, source) or yaml.ScalarNode("tag:yaml.org,2002:null", "null")
     value.start_mark = yaml.Mark(source, 0, 0, 0, "", 0)
     node, hint = root, typing.cast(Any, cls)
     names = key.split(".")
@@ -327,7 +240,7 @@ def _unshare(node: yaml.Node) -> None:
         _unshare(child)
 
 
-def _build(hint: Any, node: yaml.Node | None, where: _Where) -> Any:
+def _build(hint: Any, node: yaml.Node | None, where: Where) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build_dataclass(typing.cast(type, hint), node, where)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -360,7 +273,7 @@ def _build(hint: Any, node: yaml.Node | None, where: _Where) -> Any:
     return _build_scalar(hint, node, where)
 
 
-def _build_dataclass(cls: type, node: yaml.Node | None, where: _Where) -> Any:
+def _build_dataclass(cls: type, node: yaml.Node | None, where: Where) -> Any:
     if node is None or (isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null")):
         node = yaml.MappingNode("tag:yaml.org,2002:map", [], node.start_mark if node is not None else None)
     if not isinstance(node, yaml.MappingNode):
@@ -426,7 +339,7 @@ def _notice(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _build_union(args: tuple[Any, ...], node: yaml.Node | None, where: _Where) -> Any:
+def _build_union(args: tuple[Any, ...], node: yaml.Node | None, where: Where) -> Any:
     is_null = node is None or (isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null"))
     if is_null and type(None) in args:
         return None
@@ -441,7 +354,7 @@ def _build_union(args: tuple[Any, ...], node: yaml.Node | None, where: _Where) -
     raise where.error(node, f"must be {' or '.join(getattr(a, '__name__', str(a)) for a in options)}")
 
 
-def _build_scalar(hint: Any, node: yaml.Node | None, where: _Where) -> Any:
+def _build_scalar(hint: Any, node: yaml.Node | None, where: Where) -> Any:
     value = _scalar_or_tree(node, where)
     if hint is float:
         # YAML 1.1 reads `1e-5` (no dot) as a string; people write it all the time.
@@ -466,7 +379,7 @@ def _build_scalar(hint: Any, node: yaml.Node | None, where: _Where) -> Any:
     raise where.error(node, f"must be {getattr(hint, '__name__', hint)}, not {value!r:.60}")
 
 
-def _pairs(node: yaml.MappingNode, where: _Where) -> list[tuple[str, yaml.Node, yaml.Node]]:
+def _pairs(node: yaml.MappingNode, where: Where) -> list[tuple[str, yaml.Node, yaml.Node]]:
     """Return the name of each key, its node and that of its value."""
     pairs: list[tuple[str, yaml.Node, yaml.Node]] = []
     seen: set[str] = set()
@@ -485,7 +398,7 @@ def _pairs(node: yaml.MappingNode, where: _Where) -> list[tuple[str, yaml.Node, 
     return pairs
 
 
-def _scalar_or_tree(node: yaml.Node | None, where: _Where) -> Any:
+def _scalar_or_tree(node: yaml.Node | None, where: Where) -> Any:
     if node is None:
         return None
     constructor = yaml.constructor.SafeConstructor()
