@@ -16,7 +16,8 @@ from micota_fast.common.records import Completion, Problem, encode_row, model_na
 from micota_fast.config.evaluation import JudgeConfig
 from micota_fast.config.generation import ChatConfig, GenerateConfig
 from micota_fast.evaluation.results import Judge
-from micota_fast.generation.generate import Generation, model_identity
+from micota_fast.generation.generate import Generation
+from micota_fast.generation.model_identity import model_identity
 from micota_fast.generation.request import sampling_params
 from micota_fast.generation.servers import servers_for
 from micota_fast.grading.grader import Verdict

@@ -22,10 +22,9 @@ from micota_fast.generation import fleet
 from micota_fast.generation.api import Api
 from micota_fast.generation.endpoint import Endpoint, RetryableError, client_session
 from micota_fast.generation.journal import Journal
-from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.generation.progress import Meters, Screen
 from micota_fast.generation.rate_limit import RateLimit
-from micota_fast.generation.schedule import Schedule, Wanted
+from micota_fast.generation.schedule import Schedule, Sized, Wanted
 
 POISONED_AFTER = 8  # failures of one request on a server that answers others meanwhile, that are the request's fault
 PROGRESS_S = 5.0
@@ -65,7 +64,7 @@ class Client:
 
     def __init__(
         self,
-        problems: ProblemFile,
+        problems: Sized,
         config: SamplingSettings,
         api: Api,
         urls: Sequence[str],

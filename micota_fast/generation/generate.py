@@ -12,11 +12,9 @@ SGLang ignores sampling seeds (`sglang.seeded` asks for it where it is available
 import asyncio
 import contextlib
 import hashlib
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from micota_fast.errors import InputError
 from micota_fast.generation.api import Api
 from micota_fast.generation.client import ACCEPTED, Client
 from micota_fast.generation.journal import Journal
+from micota_fast.generation.model_identity import model_identity
 from micota_fast.generation.openai_api import OpenAIApi
 from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.generation.request import sampling_params
@@ -240,42 +239,6 @@ class Generation:
 def _prompt_identity(chat: ChatConfig) -> dict[str, Any]:
     """What prompts depend on; what becomes of thoughts in training text is not part of it."""
     return {key: value for key, value in chat_identity(chat).items() if not key.startswith("thinking")}
-
-
-def model_identity(config: GenerateConfig | EvaluateConfig, hashes: Fingerprints) -> dict[str, Any]:
-    """Return what is known of the model that answers: its contents and server; or the name by which an API knows it.
-
-    Raises:
-        InputError: there is no checkpoint.
-    """
-    if config.api == "openai":
-        return {"model": config.model, "api": config.api}
-    checkpoint = resolve_checkpoint(config.model)
-    return {"model": model_fingerprint(checkpoint, hashes), "serve": loader.identity(config.serve)}
-
-
-def model_fingerprint(path: Path, hashes: Fingerprints) -> str:
-    """Hash (SHA-256) names and contents of a checkpoint's files, weights included: frozen models differ in little.
-
-    Several files are read at once, so a 60 GB checkpoint takes as long as its disk or page cache does.
-
-    Args:
-        path: the checkpoint's folder.
-        hashes: of files read before; a file that is unchanged since is not read again.
-
-    Raises:
-        InputError: there is no checkpoint.
-    """
-    files = sorted(p for p in path.iterdir() if p.suffix in {".safetensors", ".json", ".jinja"} and p.is_file())
-    files = [file for file in files if file.name != "trainer_state.json"]  # how it was made is not what it is
-    if not files:
-        raise InputError(f"{path}: no checkpoint here (no *.json, no *.safetensors)")
-    with ThreadPoolExecutor() as pool:
-        contents = list(pool.map(hashes.of, files))
-    digest = hashlib.sha256()
-    for file, content in zip(files, contents, strict=True):
-        digest.update(os.fsencode(f"{file.name}\0{content}\n"))
-    return digest.hexdigest()
 
 
 def _usage(meta: dict[str, Any], config: OpenAIConfig) -> str:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,13 @@ class Wanted:
 
     problem: int
     sample: int
+
+
+class Sized(Protocol):
+    """What is asked, as far as its order depends on it: a `ProblemFile`, or rows that are scored."""
+
+    levels: NDArray[np.int8]
+    sizes: NDArray[np.uint32]
 
 
 class Schedule:

@@ -1,8 +1,6 @@
-"""SGLang's native API: /generate with the ids of a prompt, and what a server says of its model, settings and load."""
+"""SGLang's native API: /generate with the ids of a prompt, for an answer."""
 
-import itertools
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,41 +10,26 @@ import aiohttp
 from micota_fast.chat.encoding import Chat
 from micota_fast.chat.thoughts import opening_of
 from micota_fast.common.records import Completion, model_name
-from micota_fast.common.schema import from_json
 from micota_fast.config.generation import SamplingSettings
 from micota_fast.errors import InputError
-from micota_fast.generation.endpoint import (
-    MOST_COUNTED,
-    SHOWN_CHARACTERS,
-    UNAVAILABLE_STATUSES,
-    Endpoint,
-    Load,
-    RetryableError,
-    ServerInfo,
-    decode_object,
-    error_message,
-)
-from micota_fast.generation.model_names import is_model
+from micota_fast.generation.endpoint import Endpoint
 from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.generation.prompts import Prompts
 from micota_fast.generation.reply import Reply, read_reply
 from micota_fast.generation.request import REPLY_BYTES, derive_seed, sampling_params
 from micota_fast.generation.schedule import Wanted
-from micota_fast.model.config import ModelConfig
+from micota_fast.generation.sglang_servers import LOGPROB_BYTES, SGLangServers
 
 ID_BYTES = 24  # of a token's id in JSON, with white space
-LOGPROB_BYTES = 96  # of a triple of log-probability, id and null
 # SGLang takes `sampling_seed` from everyone, but heeds it in this mode alone.
 SEEDS_IGNORED = (
     "{url}: this SGLang server ignores sampling seeds (it runs without --enable-deterministic-inference): "
     "the answers are random, and another run's will differ"
 )
-_OURS = uuid.uuid4().hex  # how the ids of this process's requests begin
-_numbers = itertools.count()
 OPENING_TOKENS = 32  # at the end of a prompt, among which it opens a thought: `<think>` need not be one token
 
 
-class SGLangApi:
+class SGLangApi(SGLangServers):
     """Asks for answers as the settings say: seeds, limits, thinking budget, log-probabilities.
 
     Args:
@@ -60,10 +43,9 @@ class SGLangApi:
     """
 
     def __init__(self, problems: ProblemFile, config: SamplingSettings, model: str, checkpoint: Path) -> None:
-        self.model = model
-        self._config, self._checkpoint = config, checkpoint
+        super().__init__(model, checkpoint, config.request_timeout_s)
+        self._config = config
         self._prompts = prompts = Prompts(problems, Chat.from_checkpoint(checkpoint, config.chat))
-        self._context_length = 0  # tokens of prompt and answer together that all servers take; 0: none is up yet
         # A server stops at those that the checkpoint's files name, which lack the end of turn of a base model trained
         # on chats. They follow from checkpoint and template, so a generation's fingerprint does without them.
         self._params = sampling_params(config) | {"stop_token_ids": list(prompts.chat.eos_ids)}
@@ -82,90 +64,19 @@ class SGLangApi:
         if config.top_logprobs > known:
             raise InputError(f"`top_logprobs` is {config.top_logprobs}; the model knows only {known} tokens")
 
-    # -- the servers -------------------------------------------------------------------------------------------------
-
-    def endpoint(self, url: str, most: int) -> Endpoint:
-        """Return a server that is not asked yet."""
-        return Endpoint(url, most)
-
-    def is_wanted(self, served: str) -> bool:
-        """Return whether what a server says it serves is the model that is wanted."""
-        return is_model(served, self.model, self._checkpoint)
-
-    async def served_model(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> str | None:
-        """Return the name or folder of what it serves; None if it does not tell.
-
-        Raises:
-            RetryableError: it does not answer, is not up yet, or what it says cannot be a name.
-        """
-        for path in ("/get_model_info", "/model_info"):
-            status, content = await endpoint.get(session, path)
-            if status in UNAVAILABLE_STATUSES:
-                raise RetryableError(f"HTTP {status}: {error_message(content)}")
-            if status != 200:
-                continue
-            served = decode_object(content, path).get("model_path")
-            if isinstance(served, str):
-                if not served or len(served) > SHOWN_CHARACTERS or any(ord(c) < 32 or ord(c) == 127 for c in served):
-                    raise RetryableError(f"{path}: key 'model_path' cannot be a name or folder: {served[:60]!r}")
-                return served
-        return None
-
-    async def read_settings(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> None:
-        """Read a server's settings into its `info`; nothing if it does not state them (a router, say).
-
-        Raises:
-            RetryableError: it does not answer, or states a setting that cannot be.
-            InputError: its context is shorter than that of the servers that were up before.
-        """
-        endpoint.info = ServerInfo()
-        for path in ("/server_info", "/get_server_info"):  # newer and older name
-            status, content = await endpoint.get(session, path)
-            if status == 200:
-                try:
-                    endpoint.info = from_json(ServerInfo, decode_object(content, path), path)
-                except InputError as error:
-                    raise RetryableError(str(error)) from None
-                break
-        context = endpoint.info.context_length
-        if context is not None and context < self._context_length:
-            raise InputError(
-                f"{endpoint.url} has come up with a context of {context} tokens, less than the "
-                f"{self._context_length} of the others, by which the prompts were checked; start it like them"
-            )
-
-    async def probe_load(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> Load | None:
-        """Ask for its load; None if it has no such page.
-
-        Raises:
-            RetryableError: it does not answer, or what it says is not JSON.
-        """
-        path = "/v1/loads?include=core"
-        status, content = await endpoint.get(session, path)
-        return parse_load(decode_object(content, path)) if status == 200 else None
-
-    async def is_healthy(self, endpoint: Endpoint, session: aiohttp.ClientSession, generates: bool) -> bool:
-        """Return whether it is well; `generates`: and still answers a request of its own making."""
-        return await endpoint.healthy(session, "/health_generate" if generates else "/health")
-
     async def check_prompts(self, up: Sequence[Endpoint], folder: Path) -> None:
         """Say which servers ignore seeds, and see that every prompt fits the context of all that are up.
 
         Raises:
             InputError: see `Prompts.check`.
         """
-        # SGLang at its default says nothing of its context and takes the checkpoint's.
-        default = ModelConfig.from_checkpoint(self._checkpoint).max_position_embeddings
-        self._context_length = min((endpoint.info.context_length or default for endpoint in up), default=default)
-        # It refuses prompts from its `max_req_input_len` on, a few below the context's length.
-        told = [endpoint.info.max_req_input_len for endpoint in up]
-        longest = min((limit - 1 for limit in told if limit is not None), default=self._context_length - 2)
+        longest = self.take_context(up)
         if self._config.temperature > 0:
             for endpoint in up:
                 if endpoint.info.enable_deterministic_inference is False:
                     print(SEEDS_IGNORED.format(url=endpoint.url), file=sys.stderr, flush=True)
         checked = folder / "prompts-checked.json"
-        await self._prompts.check(longest, self._context_length, self._config.max_new_tokens, checked)
+        await self._prompts.check(longest, self.context_length, self._config.max_new_tokens, checked)
 
     # -- the answers -------------------------------------------------------------------------------------------------
 
@@ -185,7 +96,7 @@ class SGLangApi:
         budget = self._config.thinking_budget
         # SGLang refuses a request whose prompt and limit together exceed the context length (0.5.23; it then stops two
         # short of it, with "length").
-        most = min(self._config.max_new_tokens, self._context_length - len(prompt) - 1)
+        most = min(self._config.max_new_tokens, self.context_length - len(prompt) - 1)
         parts = [await self._ask(endpoint, session, wanted, prompt, most if budget is None else min(budget, most))]
         if budget is not None and parts[0].reason == "length":
             if self._config.thinking_end.strip() not in parts[0].text:
@@ -244,7 +155,7 @@ class SGLangApi:
         if config.top_logprobs:
             body |= {"return_logprob": True, "top_logprobs_num": config.top_logprobs}
         try:
-            answer = await self._post(endpoint, session, body, self._most_bytes(most))
+            answer = await self.post(endpoint, session, body, self._most_bytes(most))
         except InputError as error:
             raise InputError(f"problem {problem_id!r}: {error}") from None
         reply = read_reply(answer, most, self._prompts.chat.vocab_size, config.top_logprobs)
@@ -255,49 +166,7 @@ class SGLangApi:
             )
         return reply
 
-    async def _post(
-        self, endpoint: Endpoint, session: aiohttp.ClientSession, body: dict[str, Any], most_bytes: int
-    ) -> dict[str, Any]:
-        """POST /generate with an id, and return the decoded answer to it.
-
-        Raises:
-            RetryableError: another try may succeed, here or elsewhere.
-            RefusedError: the server refuses this request.
-        """
-        rid = f"{_OURS}-{next(_numbers)}"
-        timeout_s = self._config.request_timeout_s
-        content = await endpoint.post(session, "/generate", {**body, "rid": rid}, timeout_s, most_bytes)
-        answer = decode_object(content, "its answer")
-        if _is_anothers(answer, rid):
-            # Whatever comes on that connection is off by one from now on, and it is among the idle ones again:
-            # this server has each connection for one request from now on.
-            endpoint.reuse = False
-            raise RetryableError("the answer to another request came", own=False)
-        return answer
-
     def _most_bytes(self, tokens: int) -> int:
         """Return the most bytes that an honest reply with this number of tokens has, with all that is around them."""
         places = self._config.top_logprobs + 1 if self._config.top_logprobs else 0
         return REPLY_BYTES + tokens * (self._token_bytes + ID_BYTES + places * LOGPROB_BYTES)
-
-
-def parse_load(body: Any) -> Load | None:
-    """Read SGLang's /v1/loads, its data-parallel ranks added up; None if the body is nothing of that kind."""
-    try:
-        ranks = body["loads"]
-        usage = [used for rank in ranks if type(used := rank.get("token_usage")) in (int, float) and 0 <= used < 2]
-        counts = [rank[key] for rank in ranks for key in ("num_running_reqs", "num_waiting_reqs")]
-    except (AttributeError, KeyError, TypeError):
-        return None
-    if not all(type(count) is int and 0 <= count <= MOST_COUNTED for count in counts):
-        return None
-    return Load(sum(counts[::2]), sum(counts[1::2]), sum(usage) / len(usage) if usage else None)
-
-
-def _is_anothers(answer: Any, rid: str) -> bool:
-    """Whether an answer names another of our requests; one that names none of ours may have passed a router."""
-    try:
-        named = answer["meta_info"]["id"]
-    except (KeyError, TypeError):
-        return False
-    return isinstance(named, str) and named.startswith(_OURS) and named != rid

@@ -34,8 +34,8 @@ from micota_fast.errors import InputError
 from micota_fast.evaluation import evaluate
 from micota_fast.evaluation.evaluate import run, score
 from micota_fast.evaluation.results import OUTCOMES, EvaluationResults, read_graded
-from micota_fast.generation.generate import model_fingerprint
 from micota_fast.generation.journal import Journal
+from micota_fast.generation.model_identity import model_fingerprint
 from micota_fast.grading.grader import Verdict
 from micota_fast.sources.problems import read_problems
 from micota_fast.statistics.intervals import wilson95

@@ -32,8 +32,9 @@ from micota_fast.config.generation import ChatConfig, GenerateConfig, ServeConfi
 from micota_fast.errors import InputError
 from micota_fast.generation import client as http_client
 from micota_fast.generation import fleet, generate
-from micota_fast.generation.generate import Generation, model_fingerprint
+from micota_fast.generation.generate import Generation
 from micota_fast.generation.journal import Journal
+from micota_fast.generation.model_identity import model_fingerprint
 from micota_fast.generation.request import derive_seed
 from micota_fast.serve.serve import serving
 from micota_fast.sources.completions import read_completions

@@ -6,7 +6,7 @@ import pytest
 
 from micota_fast.generation.endpoint import Endpoint, Load, ServerInfo
 from micota_fast.generation.progress import Meters, Screen
-from micota_fast.generation.sglang_api import parse_load
+from micota_fast.generation.sglang_servers import parse_load
 
 
 @pytest.fixture
