@@ -27,7 +27,7 @@ from micota_fast.pipeline.graph import BASE, Stage
 from micota_fast.planning.assumptions import FITS, KEPT_BY_SERVERS, KEPT_FREE, Assumptions, shortfall
 from micota_fast.planning.planner import ON_CPU, Corpus, Cost, Model, Planner
 from micota_fast.planning.roofline import loss_seconds
-from micota_fast.planning.shapes import parameters, recomputed_flops, train_flops
+from micota_fast.planning.shapes import parameters, recomputed_flops, train_flops, training
 from micota_fast.serve import sglang
 from micota_fast.train.memory import estimate, kept
 
@@ -114,23 +114,27 @@ def train(planner: Planner, stage: Stage) -> Cost:
     how = s.activation_checkpointing
     need = estimate(model.config, pack_tokens, shards, how, dtype, "cuda" if on_gpu else "cpu", s.lora).total
     stored = bytes_per_element(s.save_dtype) if s.save_dtype else model.width
+    made = training(model.config, s)
+    whole = size * stored if s.lora is None or s.lora.merged else 0.0
     cost = Cost(
         stage.name,
         stage.verb,
         tokens=tokens,
-        flops=train_flops(model.config, tokens, corpus.context),
+        flops=made.flops(tokens, corpus.context),
         gpus=processes if on_gpu else 0,
         memory=need,
-        disk=size * stored,
-        # Weights and both moments in float32; the newest is whole before the oldest goes, and the best one stays.
-        passing=12 * size * (s.keep_checkpoints + 1 + (s.validation_data is not None)),
+        disk=whole + 4 * made.adapters,
+        # What is trained and its moments in float32; the newest is whole before the oldest goes, and the best one
+        # stays.
+        passing=12 * made.trained * (s.keep_checkpoints + 1 + (s.validation_data is not None)),
         how=f"{_rows(corpus)}, {steps:,.0f} steps on {processes} process{'es' * (processes > 1)}",
     )
     if on_gpu and planner.gpu is not None:
         if s.dtype == "bfloat16":
-            run = cost.flops + recomputed_flops(model.config, tokens, corpus.context, how)
+            run = cost.flops + recomputed_flops(model.config, tokens, corpus.context, how, made.adapters)
             cost.hours = run / (processes * planner.gpu.flops * planner.assumed.train_mfu) / 3600
-            loss, products = loss_seconds(s.pack_tokens, model.config.hidden_size, model.config.vocab_size, planner.gpu)
+            shape = s.pack_tokens, model.config.hidden_size, model.config.vocab_size
+            loss, products = loss_seconds(*shape, planner.gpu, frozen=made.frozen_head)
             besides = tokens / s.pack_tokens * (loss - products)  # the loss's share that is no FLOPs of the model
             least = (run / planner.gpu.flops + besides) / processes / 3600
             cost.how += f", {two(least)} hours at the GPU's peak"

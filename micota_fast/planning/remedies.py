@@ -145,12 +145,12 @@ def _combinations(levers: Sequence[tuple[Lever, list[Changes]]]) -> Iterator[tup
 
 
 def _tried(planner: Planner, stage: Stage, changes: Changes) -> Cost | None:
-    """Return the cost of a stage with other options; None if they contradict each other."""
+    """Return the cost of a stage with other options; None if they contradict each other or do not fit the model."""
     try:
         trial, other = _changed(planner, stage, changes)
+        return trial.cost(other)
     except InputError:
         return None
-    return trial.cost(other)
 
 
 def _changed(planner: Planner, stage: Stage, changes: Changes) -> tuple[Planner, Stage]:

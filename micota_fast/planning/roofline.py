@@ -21,7 +21,7 @@ class Part:
         name: what it does.
         flops: floating-point operations on the tensor cores; 0 for what only moves memory.
         bytes: read from and written to the GPU's memory.
-        product: whether it is one of the three products that no exact loss can do without.
+        product: whether it is a product that no exact loss can do without (three; two if the output matrix is frozen).
     """
 
     name: str
@@ -34,8 +34,10 @@ class Part:
         return max(self.flops / gpu.flops, self.bytes / gpu.bandwidth)
 
 
-def loss_parts(n: int, h: int, v: int, gpu: GPU, dtype: torch.dtype = torch.bfloat16) -> list[Part]:
-    """Return the parts of `linear_cross_entropy` with both gradients, on CUDA, without row filter.
+def loss_parts(
+    n: int, h: int, v: int, gpu: GPU, dtype: torch.dtype = torch.bfloat16, frozen: bool = False
+) -> list[Part]:
+    """Return the parts of `linear_cross_entropy` with its gradients, on CUDA, without row filter.
 
     A product reads each of its inputs once per chunk. The softmax reads a row of logits twice, first for the maximum
     and the sum, then for the gradient. Each SM has one row at a time (two in float32); if these fit in the L2 cache
@@ -48,6 +50,7 @@ def loss_parts(n: int, h: int, v: int, gpu: GPU, dtype: torch.dtype = torch.bflo
         v: rows of the output matrix.
         gpu: on which it runs.
         dtype: of hidden states and output matrix.
+        frozen: whether the output matrix has no gradient.
     """
     plan = Plan.of(n, h, v, dtype, "cuda")
     chunks = -(-n // plan.chunk_rows)
@@ -60,14 +63,18 @@ def loss_parts(n: int, h: int, v: int, gpu: GPU, dtype: torch.dtype = torch.bflo
         Part("logits", product, hidden + chunks * weight + logits, product=True),
         Part("softmax", 0, (2 if cached else 3) * logits),
         Part("d hidden", product, logits + chunks * weight + hidden, product=True),
-        Part("d weight", product, logits + hidden + (2 * chunks - 1) * v * h * sums, product=True),
     ]
+    if frozen:
+        return parts
+    parts.append(Part("d weight", product, logits + hidden + (2 * chunks - 1) * v * h * sums, product=True))
     if chunks > 1:
         parts.append(Part("d weight rounded", 0, v * h * sums + weight))
     return parts
 
 
-def loss_seconds(n: int, h: int, v: int, gpu: GPU, dtype: torch.dtype = torch.bfloat16) -> tuple[float, float]:
-    """Return the least time of the loss on `gpu`, and that of its three products alone; see `loss_parts`."""
-    parts = loss_parts(n, h, v, gpu, dtype)
+def loss_seconds(
+    n: int, h: int, v: int, gpu: GPU, dtype: torch.dtype = torch.bfloat16, frozen: bool = False
+) -> tuple[float, float]:
+    """Return the least time of the loss on `gpu`, and that of its products alone; see `loss_parts`."""
+    parts = loss_parts(n, h, v, gpu, dtype, frozen)
     return sum(part.seconds(gpu) for part in parts), sum(part.seconds(gpu) for part in parts if part.product)

@@ -6,9 +6,10 @@ Shapes are those of its folder, of the hub's cache, known by name, or of the hub
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from micota_fast.common.json_io import read_json
+from micota_fast.config.train import LoraConfig, TrainSettings
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
 from micota_fast.planning.machine import http_status, within
@@ -138,13 +139,72 @@ def train_flops(config: ModelConfig, tokens: float, context: float) -> float:
     return tokens * (constant + each * context)
 
 
-def recomputed_flops(config: ModelConfig, tokens: float, context: float, how: str) -> float:
+class Training(NamedTuple):
+    """What of a model is trained, and what that costs.
+
+    Attributes:
+        trained: parameters that have gradients and moments.
+        adapters: parameters of LoRA's adapters.
+        frozen_head: whether the output matrix has no gradient.
+        constant: FLOPs to train on one token of a document, besides those for each token of its length.
+        each: FLOPs for each token of its length.
+    """
+
+    trained: int
+    adapters: int
+    frozen_head: bool
+    constant: float
+    each: float
+
+    def flops(self, tokens: float, context: float) -> float:
+        """Return the FLOPs of forward and backward of `tokens` tokens in documents of `context` on average."""
+        return tokens * (self.constant + self.each * context)
+
+
+def training(config: ModelConfig, settings: TrainSettings) -> Training:
+    """Count what `lora` and `freeze` leave to train, on the decoder that the trainer builds.
+
+    Raises:
+        InputError: either names what the model does not have.
+    """
+    lora = settings.lora
+    chosen = None if lora is None else (lora.rank, tuple(lora.targets))
+    return _training(config, chosen, tuple(settings.freeze), settings.dtype)
+
+
+@cache
+def _training(
+    config: ModelConfig,
+    lora: tuple[int, tuple[str, ...]] | None,
+    freeze: tuple[str, ...],
+    dtype: Literal["bfloat16", "float32"],
+) -> Training:
+    from micota_fast.train.lora import adapted_modules, flops_per_token
+    from micota_fast.train.trainable import trainable_decoder
+
+    adapters = None if lora is None else LoraConfig(rank=lora[0], targets=list(lora[1]))
+    decoder, _ = trainable_decoder(TrainSettings(lora=adapters, freeze=list(freeze), dtype=dtype), config)
+    constant = flops_per_token(decoder, 0)
+    return Training(
+        trained=sum(p.numel() for p in decoder.parameters() if p.requires_grad),
+        adapters=sum(module.adapter_parameters for module in adapted_modules(decoder).values()),
+        frozen_head=not decoder.lm_head_weight.requires_grad,
+        constant=constant,
+        each=flops_per_token(decoder, 1) - constant,
+    )
+
+
+def recomputed_flops(config: ModelConfig, tokens: float, context: float, how: str, adapters: int = 0) -> float:
     """Return the FLOPs that activation checkpointing adds to `train_flops`: what is computed a second time.
 
-    full: the forward pass of all blocks; selective: one of the matrix products, the gate's.
+    full: the forward pass of all blocks; selective: one of the matrix products, the gate's. Either repeats LoRA's
+    products, which multiply `adapters` parameters.
     """
+    if how == "none":
+        return 0.0
+    thin = 2.0 * tokens * adapters
     if how == "full":
         head = 2 * config.vocab_size * config.hidden_size
-        return train_flops(config, tokens, context) / 3 - tokens * head
+        return train_flops(config, tokens, context) / 3 - tokens * head + thin
     gates = config.num_hidden_layers * config.hidden_size * config.intermediate_size
-    return 2.0 * tokens * gates if how == "selective" else 0.0
+    return 2.0 * tokens * gates + thin

@@ -29,14 +29,13 @@ from micota_fast.model import safetensors_io
 from micota_fast.model.attention import choose_backend
 from micota_fast.model.checks import checked_config
 from micota_fast.model.config import ModelConfig
-from micota_fast.model.decoder import Decoder
 from micota_fast.model.folder import ADAPTER, COPIED_FILES, tensor_files
 from micota_fast.model.pointwise import choose_pointwise
 from micota_fast.train.checkpoint import describe_differences, read_identity
-from micota_fast.train.lora import adapted_modules, add_adapters, check_frozen_adapters, draw_adapters, flops_per_token
+from micota_fast.train.lora import adapted_modules, draw_adapters, flops_per_token
 from micota_fast.train.memory import estimate, longest_pack
-from micota_fast.train.optim import freeze
 from micota_fast.train.packed_loss import PackedLoss, choose_loss
+from micota_fast.train.trainable import trainable_decoder
 from micota_fast.train.world import World
 
 FEW_STEPS = 20  # optimizer steps; a run of fewer is mostly a batch that is too large for its data
@@ -59,7 +58,7 @@ def check_trained_parameters(config: TrainConfig, source: Path) -> None:
         InputError: naming the option: it does not fit the model.
     """
     if config.lora is not None or config.freeze:
-        _shaped(config, ModelConfig.from_checkpoint(source))
+        trainable_decoder(config, ModelConfig.from_checkpoint(source))
 
 
 def load_documents(config: TrainConfig, source: Path, out: Path) -> tuple[Documents, Documents | None]:
@@ -138,16 +137,6 @@ def is_finished(out: Path, identity: dict[str, Any], world: World) -> bool:
     return True
 
 
-def _shaped(config: TrainConfig, shape: ModelConfig) -> tuple[Decoder, str | None]:
-    """Return the decoder, without memory, and what of it is not trained, in words."""
-    # Weights that are not trained need no more than the compute type.
-    decoder = safetensors_io.shapes_only(shape, torch.float32 if config.lora is None else getattr(torch, config.dtype))
-    adapters = "" if config.lora is None else f"lora: {add_adapters(decoder, config.lora)} adapters; "
-    frozen = freeze(decoder, config.freeze)
-    check_frozen_adapters(decoder, config.freeze)
-    return decoder, f"{adapters}frozen: {frozen:,} of {decoder.num_params():,} parameters" if frozen else None
-
-
 def build_model(config: TrainConfig, source: Path, world: World) -> PackedLoss:
     """Build the decoder, what is trained in float32, with its loss and choose its kernels; it has no weights yet.
 
@@ -157,7 +146,7 @@ def build_model(config: TrainConfig, source: Path, world: World) -> PackedLoss:
     shape = ModelConfig.from_checkpoint(source) if config.init == "random" else checked_config(source)
     safetensors_io.check_savable(shape, source, config.save_dtype)
     backend, reason = choose_backend(config.attention, world.device, getattr(torch, config.dtype), shape.head_dim)
-    decoder, untrained = _shaped(config, shape)
+    decoder, untrained = trainable_decoder(config, shape)
     pointwise, whose = choose_pointwise(world.device, config.compile)
     decoder.use(pointwise)
     world.say(f"attention: {backend} ({reason}); norms, rotation and SwiGLU: {whose}")

@@ -39,6 +39,12 @@ def test_the_second_read_of_a_row_is_free_if_the_rows_of_all_sms_fit_in_the_cach
     assert parts["softmax"].bytes == reads_and_writes * 2 * 1024 * v
 
 
+def test_a_frozen_output_matrix_has_two_products() -> None:
+    parts = {frozen: loss_parts(16_384, 3584, 152_064, GPUS["h100"], frozen=frozen) for frozen in (True, False)}
+    assert parts[True] == parts[False][:3]
+    assert [part.name for part in parts[False][3:]] == ["d weight", "d weight rounded"]
+
+
 def test_a_part_is_bound_by_what_takes_longer() -> None:
     gpu = GPUS["h100"]
     assert Part("", 989e12, 1).seconds(gpu) == 1

@@ -1,0 +1,92 @@
+"""What a training is planned to compute and to write, against a run: all weights, adapters, some frozen."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from helpers.training_runs import train_config
+from micota_fast.config.recipe import LaunchConfig
+from micota_fast.config.train import LoraConfig, TrainConfig
+from micota_fast.errors import InputError
+from micota_fast.model.config import ModelConfig
+from micota_fast.pipeline.graph import Artefact, Stage
+from micota_fast.planning.assumptions import Assumptions
+from micota_fast.planning.costs import train as plan_training
+from micota_fast.planning.planner import Corpus, Cost, Planner
+from micota_fast.planning.shapes import known_shapes, parameters, recomputed_flops, train_flops, training
+from micota_fast.train.checkpoint import Checkpoints
+from micota_fast.train.loop import train
+
+LORA = LoraConfig(rank=4, targets=["q_proj", "v_proj", "down_proj"])
+ADAPTERS = 2 * 4 * (64 + 64 + 64 + 32 + 96 + 64)  # layers, rank, in and out of each target
+
+
+def planned(config: TrainConfig) -> Cost:
+    planner = Planner(LaunchConfig(), None, Assumptions(), {}, {})
+    planner.corpora[config.data] = Corpus(rows=23, prompt=10, answer=50, context=60)
+    return plan_training(planner, Stage("student/a-seed0", "train", config, (Artefact(config.model),), ("model",)))
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({}, ["model"]),
+        ({"lora": LORA}, ["adapter"]),
+        ({"lora": replace(LORA, merged=True)}, ["adapter", "model"]),
+        ({"freeze": ["model.embed_tokens.*", "*.layers.0.*"]}, ["model"]),
+    ],
+    ids=["full", "adapters", "merged", "frozen"],
+)
+def test_what_is_written_is_what_was_planned(
+    options: dict[str, Any],
+    left: list[str],
+    qwen2_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Checkpoints, "discard", Checkpoints.wait)
+    config = train_config(qwen2_checkpoint, tmp_path, max_steps=2, checkpoint_every=1, **options)
+    cost = planned(config)
+    train(config)
+    copies = sorted((Path(config.out) / "checkpoints").glob("step-*"))
+    assert len(copies) == config.keep_checkpoints
+    for copy in copies:
+        tensors = {name: x for file in copy.glob("*.safetensors") for name, x in load_file(file).items()}
+        state = {name: x for name, x in tensors.items() if not name.startswith(("rng.", "optimizer.step."))}
+        assert sum(tensor.nbytes for tensor in state.values()) == cost.passing / (config.keep_checkpoints + 1)
+    results = [file for name in left for file in (Path(config.out) / name).glob("*.safetensors")]
+    tensors_bytes = sum(tensor.nbytes for file in results for tensor in load_file(file).values())
+    assert tensors_bytes == cost.disk
+    assert {path.name for path in Path(config.out).iterdir() if path.name in ("adapter", "model")} == set(left)
+
+
+def test_adapters_cost_no_product_for_what_is_frozen(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    """Forward and the gradient of the inputs: two products for each frozen weight, three for each adapter's."""
+    model = ModelConfig.from_checkpoint(qwen2_checkpoint)
+    full, thin = (planned(train_config(qwen2_checkpoint, tmp_path, lora=lora)) for lora in (None, LORA))
+    attention = 6 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * 60
+    assert full.flops == pytest.approx(full.tokens * (6 * parameters(model) + attention))
+    assert thin.flops == pytest.approx(thin.tokens * (4 * parameters(model) + 6 * ADAPTERS + attention))
+
+
+def test_an_output_matrix_that_is_frozen_has_no_gradient(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    model = ModelConfig.from_checkpoint(qwen2_checkpoint)
+    for options, frozen in (({}, False), ({"lora": LORA}, True), ({"freeze": ["model.embed_tokens.*"]}, True)):
+        assert training(model, train_config(qwen2_checkpoint, tmp_path, **options)).frozen_head == frozen  # type: ignore[arg-type]
+
+
+def test_adapters_are_computed_again_with_their_blocks() -> None:
+    model = known_shapes("Qwen/Qwen2.5-7B")
+    assert model is not None
+    for how, thin in (("none", 0), ("selective", 2 * ADAPTERS), ("full", 2 * ADAPTERS)):
+        more = recomputed_flops(model, 1, 60, how, ADAPTERS) - recomputed_flops(model, 1, 60, how)
+        assert more == pytest.approx(thin), how
+    assert recomputed_flops(model, 1, 60, "none", ADAPTERS) == 0 < train_flops(model, 1, 60)
+
+
+def test_targets_that_the_model_lacks_are_refused_by_the_plan(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"`lora\.targets`: 'gate' names no module"):
+        planned(train_config(qwen2_checkpoint, tmp_path, lora=LoraConfig(targets=["gate"])))
