@@ -18,9 +18,11 @@ import numpy as np
 
 import micota_fast
 from micota_fast.chat.end_tokens import GENERATION_CONFIG, end_token_file, shared_end_tokens
+from micota_fast.common.dtypes import DTYPES
 from micota_fast.common.files import sync_tree, whole_folder, writing
 from micota_fast.common.json_io import write_json
 from micota_fast.common.lock import locked
+from micota_fast.common.safetensors_file import Layout
 from micota_fast.config.merge import MergeConfig
 from micota_fast.errors import InputError
 from micota_fast.merge import tensor_merge
@@ -30,9 +32,8 @@ from micota_fast.merge.mergekit import MergePlan, read_mergekit
 from micota_fast.merge.output import result_code
 from micota_fast.merge.settings import depth_of
 from micota_fast.merge.tensor_merge import TensorMerge
-from micota_fast.model.dtypes import DTYPES
 from micota_fast.model.folder import COPIED_FILES
-from micota_fast.model.safetensors_writer import Layout, ShardWriter
+from micota_fast.model.safetensors_writer import ShardWriter
 
 _AHEAD = 4  # chunks a thread that are prepared and read ahead
 _REPORT = "merge.json"

@@ -1,7 +1,7 @@
 """The types of a merge's results."""
 
+from micota_fast.common.dtypes import CODES, DTYPES
 from micota_fast.errors import InputError
-from micota_fast.model.dtypes import CODES, DTYPES
 
 
 def result_code(codes: set[str], dtype: str | None) -> str:

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from micota_fast.common.dtypes import DTYPES
 from micota_fast.merge import kernels
 from micota_fast.merge.inputs import Source
 from micota_fast.merge.kernels import KINDS, Tensors
 from micota_fast.merge.methods import WEIGHT_FLOOR, DropsOf, MethodSpec, Pass, Scalars
 from micota_fast.merge.output import overflow
-from micota_fast.model.dtypes import DTYPES
 
 CHUNK = 1 << 20  # elements that a thread takes at a time
 Write = Callable[[int, memoryview], None]

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from micota_fast.common.files import whole_folder
 from micota_fast.common.json_io import read_json, write_json
+from micota_fast.common.safetensors_file import SafetensorsFile, read_header
 from micota_fast.config.train import LoraConfig
 from micota_fast.errors import InputError
 from micota_fast.model.checks import checked_config
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import parameter_shapes
-from micota_fast.model.folder import ADAPTER, read_header, resolve_checkpoint, stored_tensors
+from micota_fast.model.folder import ADAPTER, resolve_checkpoint, stored_tensors
 from micota_fast.model.safetensors_io import code_of, memory_of, read_tensor, save_checkpoint
-from micota_fast.model.safetensors_writer import SafetensorsFile
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."

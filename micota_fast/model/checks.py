@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from micota_fast.common.dtypes import DTYPES, FLOATS
+from micota_fast.common.safetensors_file import StoredTensor
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
-from micota_fast.model.dtypes import DTYPES, FLOATS
-from micota_fast.model.folder import StoredTensor, stored_tensors
+from micota_fast.model.folder import stored_tensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from micota_fast.common.dtypes import FLOATS
 from micota_fast.common.json_io import read_json_if_there
 from micota_fast.errors import InputError
-from micota_fast.model.dtypes import FLOATS
 from micota_fast.model.folder import what_else
 from micota_fast.model.json_keys import Keys
 from micota_fast.model.rope_config import RopeConfig, read_rope, written_rope

@@ -3,16 +3,13 @@
 Imports no torch, so that what only reads or copies files starts at once.
 """
 
-import math
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from micota_fast.common.files import reading
-from micota_fast.common.json_io import MAX_BYTES, parse_json, read_json
+from micota_fast.common.json_io import read_json
+from micota_fast.common.safetensors_file import StoredTensor, read_header
 from micota_fast.errors import InputError
-from micota_fast.model.dtypes import DTYPES
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,18 +27,8 @@ COPIED_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-_MOST_NAME, _MOST_DIMENSIONS = 1000, 64  # of a tensor: characters, and sizes, whose product has to be worked out
 # Buffers that old checkpoints carry and that the configuration alone determines.
 DERIVED_BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-
-
-class StoredTensor(NamedTuple):
-    """A tensor in a safetensors file: type by the format's name ("BF16"), shape, first byte, and the first after it."""
-
-    code: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 def resolve_checkpoint(name_or_path: str | Path) -> Path:
@@ -131,57 +118,3 @@ def stored_tensors(directory: Path | str) -> dict[str, tuple[Path, StoredTensor]
     paths = sorted(set(tensor_files(directory).values()))
     stored = {name: (path, tensor) for path in paths for name, tensor in read_header(path).items()}
     return {name: place for name, place in stored.items() if not DERIVED_BUFFERS.search(name)}
-
-
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Read the tensors of a safetensors file, in the header's order.
-
-    A file starts with the header's length (u64, little-endian) and the header (JSON); the tensors fill the rest.
-
-    Raises:
-        InputError: the file cannot be read, is cut short, or its header does not describe its bytes.
-    """
-    try:
-        with reading(path), path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            data = 8 + int.from_bytes(file.read(8), "little")
-            if data > size:
-                raise ValueError(f"it ends within its header ({size} bytes)")
-            text = file.read(min(data - 8, MAX_BYTES + 1))
-        header = parse_json(text, f"{path}: damaged or not a safetensors file: its header")
-        header.pop("__metadata__", None)
-        tensors = {name: _stored(name, entry, data) for name, entry in header.items()}
-        _check_header(tensors, data, size)
-    except ValueError as error:
-        raise InputError(f"{path}: damaged or not a safetensors file: {error}") from None
-    return tensors
-
-
-def _stored(name: str, entry: Any, data: int) -> StoredTensor:
-    if not name.isprintable() or len(name) > _MOST_NAME:
-        raise ValueError(f"{name!r:.80} is not the name of a tensor")
-    try:
-        code, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = (*shape, start, end)
-        good = type(code) is str and len(shape) <= _MOST_DIMENSIONS
-        good = good and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
-    except (KeyError, TypeError, ValueError):
-        good = False
-    if not good:
-        raise ValueError(f"tensor {name}: its header has no dtype, shape and data_offsets as the format wants them")
-    return StoredTensor(code, tuple(shape), data + start, data + end)
-
-
-def _check_header(tensors: dict[str, StoredTensor], data: int, size: int) -> None:
-    at = data
-    for name, (code, shape, start, end) in sorted(tensors.items(), key=lambda item: item[1][2:]):
-        if start != at or end < start:
-            raise ValueError(f"tensor {name} does not follow on the one before it")
-        if code in DTYPES and end - start != math.prod(shape) * DTYPES[code].bytes:
-            raise ValueError(f"tensor {name} has {end - start} bytes, which is not {list(shape)} of {code}")
-        if end > size:
-            whole = max(tensor.end for tensor in tensors.values())
-            raise ValueError(f"it ends at byte {size}, within tensor {name}, and should have {whole}")
-        at = end
-    if at != size:
-        raise ValueError(f"{size - at} bytes follow its last tensor")

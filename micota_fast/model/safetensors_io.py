@@ -11,14 +11,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from micota_fast.common.dtypes import CODES, FLOATS
 from micota_fast.common.files import whole_folder
 from micota_fast.common.json_io import encode_json, write_json
+from micota_fast.common.safetensors_file import read_header
 from micota_fast.errors import InputError
 from micota_fast.model.checks import HEAD, check_tied, checked_config
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder, parameter_shapes
-from micota_fast.model.dtypes import CODES, FLOATS
-from micota_fast.model.folder import COPIED_FILES, read_header, stored_tensors
+from micota_fast.model.folder import COPIED_FILES, stored_tensors
 from micota_fast.model.safetensors_writer import ShardWriter
 
 _DTYPES = {name: getattr(torch, name) for name in FLOATS}

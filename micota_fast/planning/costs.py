@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from micota_fast.common.dtypes import bytes_per_element
 from micota_fast.common.figures import two
 from micota_fast.common.gpu_specs import GPU
 from micota_fast.common.json_io import parse_json
@@ -22,7 +23,6 @@ from micota_fast.config.merge import REFINEMENTS
 from micota_fast.corpus.mix import apportion
 from micota_fast.evaluation.results import EvaluationResults
 from micota_fast.kernels.chunks import LOGITS_BYTES
-from micota_fast.model.dtypes import bytes_per_element
 from micota_fast.pipeline.graph import BASE, Stage
 from micota_fast.planning.assumptions import FITS, KEPT_BY_SERVERS, KEPT_FREE, Assumptions, shortfall
 from micota_fast.planning.planner import ON_CPU, Corpus, Cost, Model, Planner

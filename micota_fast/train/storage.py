@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from micota_fast.common.files import remove_whole, whole_folder, write_atomic, writing
 from micota_fast.common.fingerprint import of_file
 from micota_fast.common.json_io import parse_json, write_json
+from micota_fast.common.safetensors_file import SafetensorsFile
 from micota_fast.errors import InputError
 from micota_fast.model.safetensors_io import code_of, memory_of
-from micota_fast.model.safetensors_writer import SafetensorsFile
 
 _MEND = "fix this and run the same command to resume from the last checkpoint"
 _SLACK = 1 << 20  # bytes besides the tensors: headers and manifest

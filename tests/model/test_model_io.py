@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.checkpoints import REMOVED, VOCAB_SIZE, edit_config, edit_tensors, make_checkpoint
 from micota_fast.chat.encoding import Chat
+from micota_fast.common.safetensors_file import read_header
 from micota_fast.config.generation import ChatConfig
 from micota_fast.errors import InputError
 from micota_fast.model.attention import PackedAttention
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder, parameter_shapes
-from micota_fast.model.folder import read_header, resolve_checkpoint, tensor_files
+from micota_fast.model.folder import resolve_checkpoint, tensor_files
 from micota_fast.model.safetensors_io import init_random, load_model, save_checkpoint
 
 FAMILIES = ["qwen2", "qwen3", "llama"]

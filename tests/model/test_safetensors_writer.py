@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from micota_fast.model.dtypes import CODES, DTYPES
-from micota_fast.model.folder import read_header
+from micota_fast.common.dtypes import CODES, DTYPES
+from micota_fast.common.safetensors_file import SafetensorsFile, read_header
 from micota_fast.model.safetensors_io import code_of, load_model, memory_of, save_checkpoint
-from micota_fast.model.safetensors_writer import SafetensorsFile
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
