@@ -147,6 +147,17 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def write_at(fd: int, data: bytes, offset: int) -> None:
+    """Write all of it: a disk that fills up takes a part first and reports it at the next attempt.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    done = os.pwrite(fd, data, offset)
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+
+
 def refuse_to_overwrite(out: str | Path, *inputs: str | Path) -> None:
     """See that what is to be written is none of the files that it is made of.
 

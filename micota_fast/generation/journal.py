@@ -25,12 +25,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from micota_fast.common.files import write_at
 from micota_fast.common.fingerprint import differences
 from micota_fast.common.json_io import as_read_back, read_json, write_json
 from micota_fast.common.lock import locked
 from micota_fast.common.records import encode_row
 from micota_fast.errors import InputError
-from micota_fast.generation.journal_index import Index, write_at
+from micota_fast.generation.journal_index import Index
 
 FORMAT = 1
 SEGMENT_BYTES = 64 << 20  # a row longer than that has a segment of its own

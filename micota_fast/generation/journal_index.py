@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from micota_fast.common.files import write_at
+
 # A record, little-endian: these fields, at byte 35 the verdict's complement, and at byte 36 a check over all but the
 # verdict, which may change. The two bytes of the verdict never straddle two sectors, so a power cut tears no change.
 ENTRY = np.dtype(
@@ -227,14 +229,3 @@ class _Pairs:
 def _find(entries: NDArray[Any], problem: int, sample: int) -> int | None:
     found = np.flatnonzero((entries["problem"] == problem) & (entries["sample"] == sample))
     return int(found[0]) if len(found) else None
-
-
-def write_at(fd: int, data: bytes, offset: int) -> None:
-    """Write all of it: a disk that fills up takes a part first and reports it at the next attempt.
-
-    Raises:
-        OSError: the disk is full or fails.
-    """
-    done = os.pwrite(fd, data, offset)
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
