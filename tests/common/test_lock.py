@@ -2,7 +2,6 @@
 
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -21,17 +20,21 @@ def test_a_second_holder_is_refused_and_a_later_one_is_not(tmp_path: Path) -> No
 
 def test_a_holder_is_waited_for(tmp_path: Path) -> None:
     path, said = tmp_path / ".lock", []
-    held = threading.Event()
+    held, waiting = threading.Event(), threading.Event()
 
     def hold() -> None:
         with locked(path, "run"):
             held.set()
-            time.sleep(0.3)
+            waiting.wait()
+
+    def say(line: str) -> None:
+        said.append(line)
+        waiting.set()
 
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait()
-    with locked(path, "run", 30.0, said.append):
+    with locked(path, "run", 60.0, say):
         pass
     thread.join()
     assert said == [f"waiting for another run to end, which holds {path}"]
@@ -40,7 +43,7 @@ def test_a_holder_is_waited_for(tmp_path: Path) -> None:
 def test_a_process_that_inherited_the_lock_holds_it(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     with locked(path, "run") as file:
-        child = subprocess.Popen(["sleep", "60"], pass_fds=(file.fileno(),))
+        child = subprocess.Popen(["sleep", "600"], pass_fds=(file.fileno(),))
     with pytest.raises(InputError, match="another run holds"), locked(path, "run"):
         pass
     child.kill()
@@ -54,7 +57,7 @@ def test_a_holder_may_remove_the_file(tmp_path: Path) -> None:
     waiting = threading.Event()
 
     def wait() -> None:
-        with locked(path, "run", 30.0, lambda _: waiting.set()):
+        with locked(path, "run", 60.0, lambda _: waiting.set()):
             order.append(path.exists())
 
     with locked(path, "run"):

@@ -4,13 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from helpers.paths import ROOT
-from helpers.waiting import alive, wait_for
+from helpers.waiting import alive, soon, wait_for
 from micota_fast.common import processes
 
 
@@ -35,25 +34,24 @@ def test_stop_ends_the_group_and_what_ignores_sigterm(tmp_path: Path) -> None:
     stubborn = f"trap '' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done"
     process = processes.spawn(["bash", "-c", f'bash -c "{stubborn}" & wait'])
     pid = pid_in(tmp_path / "pid")
-    started = time.monotonic()
-    processes.stop(process)
+    with soon():
+        processes.stop(process)
     assert not alive(pid)
-    assert time.monotonic() - started < 2 * processes.GUARD_GRACE_S
 
 
 def test_stragglers_end_after_a_normal_end(tmp_path: Path) -> None:
     script = f"(trap '' TERM; while :; do sleep 0.1; done) & echo $! > {tmp_path}/pid; exit 0"
     process = processes.spawn(["bash", "-c", script])
     pid = pid_in(tmp_path / "pid")
-    assert process.wait(timeout=15) == 0
+    assert process.wait() == 0
     assert not alive(pid)
 
 
 def test_a_killed_guard_takes_the_command_with_it(tmp_path: Path) -> None:
-    guard = processes.spawn(["bash", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 60"])
+    guard = processes.spawn(["bash", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 600"])
     pid = pid_in(tmp_path / "pid")
     guard.kill()
-    wait_for(lambda: not alive(pid), 5)
+    wait_for(lambda: not alive(pid))
     guard.wait()
 
 
@@ -63,7 +61,7 @@ sys.path.insert(0, {root!r})
 from micota_fast.common import processes
 inner = ["bash", "-c", "trap '' TERM; echo $$ > {folder}/inner; while :; do sleep 0.1; done"]
 processes.spawn(inner)
-time.sleep(60)
+time.sleep(600)
 """
 OUTER = """
 import os, sys, time
@@ -72,7 +70,7 @@ from micota_fast.common import processes
 lock = open({folder!r} + "/lock", "wb")
 os.set_inheritable(lock.fileno(), True)
 processes.spawn([sys.executable, {folder!r} + "/nested.py"], pass_fds=(lock.fileno(),))
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -101,6 +99,7 @@ def test_sigkill_of_the_parent_ends_nested_groups_before_the_lock_is_free(tmp_pa
 
 def test_a_session_of_its_own_is_waited_for(tmp_path: Path) -> None:
     """As torchrun's workers: they leave the group, so only waiting keeps the lock for them."""
-    script = f"setsid bash -c 'echo $$ > {tmp_path}/pid; sleep 1.5; echo end > {tmp_path}/end' & sleep 0.3; exit 0"
-    assert processes.spawn(["bash", "-c", script]).wait(timeout=15) == 0
+    leaves = f"setsid bash -c 'echo $$ > {tmp_path}/pid; sleep 1.5; echo end > {tmp_path}/end'"
+    script = f"{leaves} & while [ ! -s {tmp_path}/pid ]; do sleep 0.05; done; exit 0"
+    assert processes.spawn(["bash", "-c", script]).wait() == 0
     assert (tmp_path / "end").exists()

@@ -1,11 +1,11 @@
 """The rules by which answers enter a corpus, on the spot and in the background."""
 
 import asyncio
-import time
 from dataclasses import replace
 
 import pytest
 
+from helpers.waiting import soon, standstill
 from micota_fast.common.records import Completion
 from micota_fast.config.corpus import FilterSettings
 from micota_fast.corpus.rules import RUN_WORDS, Judge, Judgement, foreign_share, reject_at_once, repeated_share
@@ -70,9 +70,8 @@ def test_repeated_share() -> None:
 
 
 def test_repeated_share_is_linear() -> None:
-    started = time.perf_counter()
-    repeated_share("x " * 200_000)
-    assert time.perf_counter() - started < 5.0
+    with soon():
+        repeated_share("x " * 200_000)
 
 
 def test_the_loop_goes_on_while_answers_are_compared() -> None:
@@ -81,29 +80,18 @@ def test_the_loop_goes_on_while_answers_are_compared() -> None:
     hostile = replace(ROW, completion="\\boxed{10^{10^{10}}}")
     cases = [ROW, replace(ROW, completion="\\boxed{8}"), hostile, replace(ROW, completion="\\boxed{\\sqrt{49}}")]
 
-    async def judge_all() -> tuple[list[str | None], float]:
-        longest = 0.0
+    async def judge_all() -> list[str | None]:
         with Judge(rules) as judge:
-
-            async def turn() -> None:
-                nonlocal longest
-                while True:
-                    before = time.perf_counter()
-                    await asyncio.sleep(0)
-                    longest = max(longest, time.perf_counter() - before)
-                    await asyncio.sleep(0.001)
 
             async def one(row: Completion) -> Judgement:
                 return judge.at_once(row) or await judge.compared(row)
 
-            turning = asyncio.create_task(turn())
             judged = await asyncio.gather(*(one(row) for row in cases))
-            turning.cancel()
-        return [judgement.reason for judgement in judged], longest
+        return [judgement.reason for judgement in judged]
 
-    reasons, longest = asyncio.run(judge_all())
+    reasons, still = asyncio.run(standstill(judge_all()))
     assert reasons == [None, "wrong", "timeout", None]
-    assert longest < 0.5
+    assert still < 0.5
 
 
 def test_a_run_that_is_broken_off_does_not_wait_for_its_comparisons() -> None:
@@ -114,11 +102,8 @@ def test_a_run_that_is_broken_off_does_not_wait_for_its_comparisons() -> None:
         await asyncio.sleep(1.0)
         raise KeyboardInterrupt
 
-    with Judge(FilterSettings(timeout_s=20.0, workers=1)) as judge:
-        started = time.perf_counter()
-        with pytest.raises(KeyboardInterrupt):
-            asyncio.run(broken_off(judge))
-    assert time.perf_counter() - started < 5.0
+    with soon(), Judge(FilterSettings(timeout_s=600.0, workers=1)) as judge, pytest.raises(KeyboardInterrupt):
+        asyncio.run(broken_off(judge))
 
 
 def test_a_judge_whose_grader_cannot_work_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -520,7 +520,7 @@ def test_a_run_that_is_killed_resumes_and_no_answer_is_paid_twice(
             os.kill(process.pid, signal.SIGKILL)
         journal = b"".join(file.read_bytes() for file in Path(f"{config.out}.parts").iterdir())
         assert KEY.encode() not in journal
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "resuming after" in done.stderr
     rows = read_completions(config.out)

@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.waiting import soon
 from micota_fast.generation.schedule import Schedule, Wanted
 
 
@@ -117,22 +118,20 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(case: tuple[int, int, int
 
 
 def test_a_million_problems_take_little_memory_and_time() -> None:
-    import time
 
     number = 1_000_000
     done = np.arange(number // 2, dtype=np.uint32)
-    started = time.perf_counter()
-    plan = Schedule(
-        np.full(number, -1, np.int8),
-        np.zeros(number, np.uint32),
-        1,
-        None,
-        done,
-        np.zeros(len(done), np.uint16),
-        np.ones(len(done), bool),
-    )
-    for _ in range(1000):
-        assert plan.next() is not None
-    assert time.perf_counter() - started < 5.0
+    with soon():
+        plan = Schedule(
+            np.full(number, -1, np.int8),
+            np.zeros(number, np.uint32),
+            1,
+            None,
+            done,
+            np.zeros(len(done), np.uint16),
+            np.ones(len(done), bool),
+        )
+        for _ in range(1000):
+            assert plan.next() is not None
     arrays = [value for value in vars(plan).values() if isinstance(value, np.ndarray)]
     assert sum(array.nbytes for array in arrays) <= 18 * number

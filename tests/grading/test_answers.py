@@ -1,11 +1,11 @@
 """Which box or boxes hold the answer, and which gold answers cannot be read."""
 
 import json
-import time
 
 import pytest
 
 from helpers.paths import DATA
+from helpers.waiting import soon
 from micota_fast.grading.answers import final_answer, why_unreadable
 
 
@@ -35,10 +35,10 @@ def test_boxes_that_hold_the_answer(text: str, gold: str, answer: str | None) ->
 
 
 def test_many_boxes_take_linear_time() -> None:
-    started = time.perf_counter()
-    for text in ("\\boxed{1}," * 50_000, "\\boxed{" * 50_000 + "1" + "}" * 50_000, "-\\boxed{" + "{}" * 200_000 + "}"):
-        final_answer(text, "1,2")
-    assert time.perf_counter() - started < 5
+    nested = "\\boxed{" * 50_000 + "1" + "}" * 50_000
+    with soon():
+        for text in ("\\boxed{1}," * 50_000, nested, "-\\boxed{" + "{}" * 200_000 + "}"):
+            final_answer(text, "1,2")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 r"""The paper's string rules: verdicts recorded from the originals, and what they get wrong on purpose."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.waiting import soon
 from micota_fast.grading.grader import Status, Verdict
 from micota_fast.grading.paper_rules import equivalent, grade_by_string, grade_last_number, normalise
 
@@ -105,8 +105,7 @@ def test_never_raises(text: str, gold: str) -> None:
     "unit", ["{", "}", "\\boxed", "\\boxed{", "\\frac", "\\frac1", "\\sqrt2", "1,", "$", "/", "0", "."]
 )
 def test_linear(unit: str) -> None:
-    started = time.perf_counter()
-    long = unit * (500_000 // len(unit))
-    grade_by_string(f"\\boxed{{{long}}}", long, trim_zeros=True)
-    grade_last_number(long, long)
-    assert time.perf_counter() - started < 5
+    with soon():
+        long = unit * (500_000 // len(unit))
+        grade_by_string(f"\\boxed{{{long}}}", long, trim_zeros=True)
+        grade_last_number(long, long)

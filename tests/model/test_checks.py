@@ -1,7 +1,6 @@
 """Hostile and unusual checkpoints: named before anything of the size that they state is built."""
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from helpers.checkpoints import edit_config, edit_tensors
+from helpers.waiting import soon
 from micota_fast.errors import InputError
 from micota_fast.model.checks import checked_config
 from micota_fast.model.config import ModelConfig
@@ -37,11 +37,9 @@ SIZES = (
 @pytest.mark.parametrize("key", SIZES)
 def test_a_size_that_is_none_is_named(copy: Path, key: str, value: Any) -> None:
     edit_config(copy, **{key: value})
-    started = time.perf_counter()
-    with pytest.raises(InputError, match=rf"config\.json: {key}: ") as error:
+    with soon(), pytest.raises(InputError, match=rf"config\.json: {key}: ") as error:
         load_model(copy)
     assert len(str(error.value)) < 1000
-    assert time.perf_counter() - started < 5
 
 
 @pytest.mark.parametrize(
@@ -88,10 +86,8 @@ def test_a_size_that_is_none_is_named(copy: Path, key: str, value: Any) -> None:
 )
 def test_a_config_that_is_not_of_these_weights_is_named(copy: Path, changes: dict[str, Any], message: str) -> None:
     edit_config(copy, **changes)
-    started = time.perf_counter()
-    with pytest.raises(InputError, match=message):
+    with soon(), pytest.raises(InputError, match=message):
         load_model(copy)
-    assert time.perf_counter() - started < 5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)

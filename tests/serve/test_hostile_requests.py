@@ -21,7 +21,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from helpers.servers import PROMPT, Server, greedy
-from helpers.waiting import wait_for
+from helpers.waiting import soon, wait_for
 from micota_fast.common import processes
 from micota_fast.config.generation import ServeConfig
 from micota_fast.serve import connections
@@ -66,11 +66,10 @@ def params(**values: Any) -> dict[str, Any]:
     ],
 )
 def test_values_that_would_end_the_server_are_refused(server: Server, path: str, body: Any) -> None:
-    before = time.monotonic()
-    status, answer = server.post(path, body)
-    assert status == 400, answer
-    assert answer["error"]["message"]
-    assert time.monotonic() - before < 5
+    with soon():
+        status, answer = server.post(path, body)
+        assert status == 400, answer
+        assert answer["error"]["message"]
     assert server.get("/health_generate")[0] == 200
 
 
@@ -292,9 +291,8 @@ def test_unfinished_requests_do_not_use_up_the_open_files(qwen2_checkpoint: Path
         for i in range(300):
             unfinished = half_sent(port) if i % 3 else socket.create_connection(("127.0.0.1", port))
             stack.enter_context(contextlib.closing(unfinished))
-        before = time.monotonic()
-        assert server.get("/health")[0] == 200
-        assert time.monotonic() - before < HEALTH_S
+        with soon():
+            assert server.get("/health")[0] == 200
         assert server.generate(input_ids=PROMPT, sampling_params=greedy())["output_ids"]
 
 
