@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "corpus": {"chat", "common", "config", "grading", "sources", "statistics"},
     "serve": {"chat", "common", "config", "model"},
     "generation": {"chat", "common", "config", "corpus", "grading", "model", "serve", "sources"},
+    "scoring": {"chat", "common", "config", "data", "generation", "model", "sources"},
     "train": {"chat", "common", "config", "data", "kernels", "model", "sources"},
     "merge": {"chat", "common", "config", "model"},
     "alignment": {"chat", "common", "config", "data", "kernels", "model", "sources", "statistics"},
@@ -68,7 +69,8 @@ HOLDS = {
     ("micota_fast.generation.servers", "micota_fast.serve.serve"),
 }
 
-STAGE_FOLDERS = {"corpus", "serve", "generation", "train", "merge", "alignment", "evaluation", "length_sweep", "report"}
+STAGE_FOLDERS = {"corpus", "serve", "generation", "scoring", "train", "merge", "alignment", "evaluation"}
+STAGE_FOLDERS |= {"length_sweep", "report"}
 FOLDERS_OF_TESTS = {"bench", "fake_cuda", "helpers", "scripts"}  # besides those of the packages
 # What is done in one place: a call -> the modules that may make it.
 ONE_PLACE = {

@@ -313,6 +313,15 @@ class Chat:
         """The text of token ids."""
         return self.tokenizer.decode(ids, skip_special_tokens)
 
+    def token(self, token_id: int) -> str:
+        """The text of one token as the vocabulary has it, "" where an id has none."""
+        return self.tokenizer.library.id_to_token(token_id) or ""
+
+    @property
+    def end_of_turn_id(self) -> int | None:
+        """The id that ends an answer in training; None: the template ends it with no special token."""
+        return self.tokenizer.library.token_to_id(self._end_of_turn) if self._end_of_turn else None
+
     def _control_token(self, message: Message) -> str | None:
         """A control token that the text of a message would turn into; None: there is none."""
         text = message["content"]

@@ -19,8 +19,13 @@ class Wanted:
 class Sized(Protocol):
     """What is asked, as far as its order depends on it: a `ProblemFile`, or rows that are scored."""
 
-    levels: NDArray[np.int8]
-    sizes: NDArray[np.uint32]
+    @property
+    def levels(self) -> NDArray[np.int8]:
+        """[asked], -1 where unknown."""
+
+    @property
+    def sizes(self) -> NDArray[np.uint32]:
+        """[asked], how long each is."""
 
 
 class Schedule:

@@ -169,6 +169,11 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
             options="micota_fast.config.generation:GenerateConfig",
             cost="micota_fast.planning.costs:generate",
         ),
+        "score": Verb(
+            summary="score answers by a model: completions in, its likeliest tokens at each position out",
+            function="micota_fast.scoring.score:run",
+            options="micota_fast.config.scoring:ScoreConfig",
+        ),
         "filter": Verb(
             summary="keep the completions that pass the rules, and count the others by reason",
             function="micota_fast.corpus.filter:run",

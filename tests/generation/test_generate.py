@@ -24,7 +24,7 @@ from aiohttp import web
 
 from helpers.ports import free_port
 from helpers.servers import http_server
-from helpers.waiting import wait_for
+from helpers.waiting import rows_in, wait_for
 from micota_fast.common.fingerprint import Fingerprints
 from micota_fast.common.records import Completion, Problem, write_rows
 from micota_fast.config.corpus import FilterSettings
@@ -149,10 +149,6 @@ def start_client(checkpoint: Path, problems: Path, out: Path, url: str | None) -
     slow = config(checkpoint, problems, out, url, concurrency=2)  # slow enough to be killed on the way
     values = json.dumps(dataclasses.asdict(slow))
     return subprocess.Popen([sys.executable, "-c", CLIENT, values], stderr=subprocess.DEVNULL)
-
-
-def rows_in(parts: Path) -> int:
-    return sum(segment.read_bytes().count(b"\n") for segment in parts.glob("0*.jsonl"))
 
 
 def stored(parts: Path) -> list[bytes]:

@@ -1,0 +1,77 @@
+"""Options of `score`: a model's log-probabilities of answers that somebody has written."""
+
+from dataclasses import dataclass
+
+from micota_fast.config.checks import at_least
+from micota_fast.config.generation import ChatConfig, ServeConfig
+from micota_fast.config.loader import option
+from micota_fast.errors import InputError
+
+TOP_K = 32
+MOST_TOP_K = 128  # the kernel of the loss takes no more
+
+
+@dataclass(kw_only=True)
+class ScoreSettings:
+    """What is asked of the scoring model, and how the requests are sent."""
+
+    top_k: int = option(
+        TOP_K,
+        doc=f"likeliest tokens that are kept at each position, at most {MOST_TOP_K}; each takes six bytes",
+        source="ours",
+    )
+    concurrency: int = option(
+        64,
+        doc="most requests in flight per server; fewer while they only queue there",
+        source="ours",
+        operational=True,
+    )
+    request_timeout_s: float = option(
+        3600.0, doc="seconds that one try of a request may take, including time in the queue", operational=True
+    )
+    url: str | list[str] | None = option(
+        None,
+        doc="servers that already run, one or a list, with SGLang's native API; null: servers are started (see serve)",
+        operational=True,
+    )
+    wait_for_server_s: float = option(
+        30.0,
+        doc="seconds in which the first server that `url` names must reply; once one has, they may be gone for longer",
+        source="ours",
+        operational=True,
+    )
+    chat: ChatConfig = option(
+        ChatConfig(), doc="how problems are put to the scoring model; what becomes of thoughts must be as in training"
+    )
+    serve: ServeConfig = option(
+        ServeConfig(), doc="the server: started if url is null, else a description of the one that runs"
+    )
+
+    def __post_init__(self) -> None:
+        at_least(self, top_k=1, concurrency=1, request_timeout_s=0.1, wait_for_server_s=0.1)
+        if self.top_k > MOST_TOP_K:
+            raise InputError(f"`top_k` must be at most {MOST_TOP_K}, not {self.top_k}")
+        if self.url == []:
+            raise InputError("`url` is an empty list; null: a server is started for the model")
+
+
+@dataclass(kw_only=True)
+class ScoreConfig(ScoreSettings):
+    """`micota score`: completions in, the likeliest tokens at each position of their answers out."""
+
+    completions: str = option(
+        doc="completions as `micota generate` and `micota filter` write them: JSONL, a JSON list (both also .gz or "
+        ".zst), Parquet or hf://datasets/ORG/NAME[:SPLIT]"
+    )
+    model: str = option(
+        doc="checkpoint (folder or hub name) that scores: its tokenizer and template, and what is served"
+    )
+    student: str | None = option(
+        None,
+        doc="checkpoint that will be trained on the scores: they get the ids of its tokenizer, which must cut the "
+        "answers into the same tokens; null: it has the scoring model's own",
+    )
+    student_chat: ChatConfig = option(
+        ChatConfig(), doc="how the rows become the student's training text, as `chat` of `micota train`"
+    )
+    out: str = option(doc="folder of the scores; an interrupted run leaves OUT.parts, from which the next run resumes")

@@ -1,0 +1,1 @@
+"""A model's log-probabilities of answers that somebody else has written."""
