@@ -171,7 +171,7 @@ class TrainConfig(TrainSettings):
     model: str = option(doc="checkpoint to start from (folder or hub name)")
     data: str = option(
         doc="corpus: JSONL, a JSON list (both also .gz or .zst), Parquet or hf://datasets/ORG/NAME[:SPLIT], with our "
-        "rows, messages, prompt + completion, ShareGPT, Alpaca, problem + solution or + generations (docs/training.md)"
+        "rows, messages, prompt + completion, ShareGPT, Alpaca, problem + solution or + generations (docs/rows.md)"
     )
     columns: dict[str, str] = option(
         {},
