@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
@@ -24,7 +23,7 @@ from aiohttp import web
 
 from helpers.ports import free_port
 from helpers.servers import http_server
-from helpers.waiting import rows_in, wait_for
+from helpers.waiting import rows_in
 from micota_fast.common.fingerprint import Fingerprints
 from micota_fast.common.records import Completion, Problem, write_rows
 from micota_fast.config.corpus import FilterSettings
@@ -136,19 +135,19 @@ def test_a_foreign_file_is_not_overwritten(tmp_path: Path, qwen2_checkpoint: Pat
 
 CLIENT = """
 import json, sys
+from helpers import moments
 from micota_fast.config import loader
 from micota_fast.config.generation import GenerateConfig
 from micota_fast.generation import generate
+moments.at_call(None, "micota_fast.generation.journal:Journal.append", moments.die, my_rank=0, nth=int(sys.argv[2]))
 generate.run(loader.build(GenerateConfig, json.loads(sys.argv[1]), "test"))
 """
 
 
-def start_client(checkpoint: Path, problems: Path, out: Path, url: str | None) -> subprocess.Popen[bytes]:
-    import dataclasses
-
-    slow = config(checkpoint, problems, out, url, concurrency=2)  # slow enough to be killed on the way
-    values = json.dumps(dataclasses.asdict(slow))
-    return subprocess.Popen([sys.executable, "-c", CLIENT, values], stderr=subprocess.DEVNULL)
+def run_client(request: GenerateConfig, rows: int) -> int:
+    """In a process that is killed as it is about to write one row more than these; its exit status."""
+    command = [sys.executable, "-c", CLIENT, json.dumps(asdict(request)), str(rows + 1)]
+    return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode
 
 
 def stored(parts: Path) -> list[bytes]:
@@ -178,14 +177,11 @@ def test_sigkill_of_the_client(tmp_path: Path, url: str, corpus: Path, qwen2_che
     """Killed at a quarter and at a half, each time with requests in flight; the third run ends it: the same bytes."""
     out, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
     for rows in (15, 30):
-        client = start_client(qwen2_checkpoint, problems, out, url)
-        wait_for(lambda rows=rows: rows_in(parts) >= rows)  # type: ignore[misc]
-        client.kill()
-        assert client.wait() == -signal.SIGKILL
+        assert run_client(config(qwen2_checkpoint, problems, out, url, concurrency=2), 15) == -signal.SIGKILL
         assert not out.exists()
-        assert rows <= rows_in(parts) < 60
+        assert rows_in(parts) == rows
     kept = stored(parts)
-    assert len(kept) >= 30
+    assert len(kept) == 30
     generate.run(config(qwen2_checkpoint, problems, out, url))
     assert out.read_bytes() == corpus.read_bytes()
     assert Path(f"{out}.meta.json").read_bytes() == Path(f"{corpus}.meta.json").read_bytes()
@@ -223,26 +219,22 @@ def test_sigkill_of_the_server(
     port = free_port()
     serve = ServeConfig(dtype="float64", port=port)
     request = config(qwen2_checkpoint, problems, out, f"http://127.0.0.1:{port}")
-    failures: list[BaseException] = []
-
-    def client() -> None:
-        try:
-            generate.run(request)
-        except InputError as error:
-            failures.append(error)
+    append = Journal.append
 
     before = set(psutil.Process().children())
     with serving(qwen2_checkpoint, serve, tmp_path / "log.txt"):
         # The guard of `processes.spawn` is the one child that leads a group of its own; the server is the guard's.
         [guard] = {c for c in psutil.Process().children() if os.getpgid(c.pid) == c.pid} - before
         [group] = {os.getpgid(c.pid) for c in guard.children()}
-        thread = threading.Thread(target=client)
-        thread.start()
-        wait_for(lambda: rows_in(parts) >= 10)
-        os.killpg(group, signal.SIGKILL)
-        thread.join(60)
-    assert "has given no answer for" in str(failures[0])
-    assert "start again" in str(failures[0])
+
+        def kill_at_ten(journal: Journal, *args: Any) -> None:
+            append(journal, *args)
+            if len(journal) == 10:
+                os.killpg(group, signal.SIGKILL)
+
+        monkeypatch.setattr(Journal, "append", kill_at_ten)
+        with pytest.raises(InputError, match=r"has given no answer for .*start again"):
+            generate.run(request)
     assert 10 <= rows_in(parts) < 60
     assert not out.exists()
     with serving(qwen2_checkpoint, serve, tmp_path / "log.txt"):
@@ -543,14 +535,19 @@ def test_one_poisoned_request_neither_ends_the_run_nor_keeps_it(
     monkeypatch.setattr(fleet, "PATIENCE_URL_S", 0.5)
     poison: list[int] = []
     tries: list[int] = []
+    answered: list[int] = []
 
     async def handler(http: web.Request) -> web.StreamResponse:
         body = await http.json()
         poison.extend([] if poison else body["input_ids"])  # the first that comes
         if body["input_ids"] != poison:
-            await asyncio.sleep(0.02)
+            while not tries:
+                await asyncio.sleep(0.005)
+            answered.append(1)
             return web.json_response(answer(body))
         tries.append(1)
+        while len(tries) > 1 and not answered:  # others are answered after its first failure, and before its last
+            await asyncio.sleep(0.005)
         if fault == "500":
             return web.json_response({"error": {"message": "no"}}, status=500)
         return web.json_response(answer(body, "abort"))

@@ -17,11 +17,12 @@ from aiohttp import web
 from helpers.faulty_server import FaultyServer, Plan, answer
 from helpers.ports import free_port
 from helpers.servers import Handler, serving_app
-from helpers.waiting import wait_for
+from helpers.waiting import soon, wait_for
 from micota_fast.common.records import Problem, write_rows
 from micota_fast.config.generation import ChatConfig, GenerateConfig
 from micota_fast.errors import InputError
 from micota_fast.generation import fleet, generate
+from micota_fast.generation.endpoint import Endpoint
 from micota_fast.sources.completions import read_completions
 
 PROBLEMS = 24
@@ -46,11 +47,49 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def request_to(qwen2_checkpoint: Path, problems: Path, tmp_path: Path) -> Any:
     def made(*urls: str, **more: Any) -> GenerateConfig:
         settings: dict[str, Any] = {"max_new_tokens": 60, "concurrency": 4, "out": str(tmp_path / "out.jsonl")}
-        settings |= {"model": str(qwen2_checkpoint), "problems": str(problems), "wait_for_server_s": 0.4}
+        settings |= {"model": str(qwen2_checkpoint), "problems": str(problems)}
         chat = ChatConfig(system=None, prompt="{problem}")
         return GenerateConfig(url=list(urls), chat=chat, **(settings | more))
 
     return made
+
+
+class Clock:
+    """A module's `time`, which a test puts forward."""
+
+    def __init__(self) -> None:
+        self.forward_s = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.forward_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """By which a run judges for how long its servers have been silent."""
+    made = Clock()
+    monkeypatch.setattr(fleet, "time", made)
+    return made
+
+
+@pytest.fixture
+def good(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server that answers once another one has failed: it cannot have done all the work before that is asked."""
+    failed = threading.Event()
+    say_failing = fleet.Fleet.say_failing
+
+    def noted(self: fleet.Fleet, endpoint: Endpoint, why: str) -> None:
+        say_failing(self, endpoint, why)
+        failed.set()
+
+    async def generate_page(http: web.Request) -> web.StreamResponse:
+        while not failed.is_set():
+            await asyncio.sleep(0.005)
+        return web.json_response(answer(await http.json()))
+
+    monkeypatch.setattr(fleet.Fleet, "say_failing", noted)
+    with serving_app(app(generate=generate_page)) as url:
+        yield url
 
 
 def app(**pages: Handler) -> web.Application:
@@ -112,10 +151,10 @@ ANSWERS: dict[str, tuple[Handler, str]] = {
 
 @pytest.mark.parametrize("case", ANSWERS)
 def test_an_answer_that_cannot_be_goes_to_another_server(
-    case: str, request_to: Any, capsys: pytest.CaptureFixture[str]
+    case: str, request_to: Any, good: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     handler, why = ANSWERS[case]
-    with serving_app(app(generate=handler)) as bad, serving_app(app()) as good:
+    with serving_app(app(generate=handler)) as bad:
         request = request_to(bad, good)
         generate.run(request)
     check_complete(request, bad)
@@ -134,7 +173,7 @@ def check_complete(request: GenerateConfig, bad: str) -> None:
 
 @pytest.mark.parametrize("logprobs", [0, 2])
 def test_a_reply_without_end_is_broken_off_at_what_was_asked_for(
-    logprobs: int, request_to: Any, capsys: pytest.CaptureFixture[str]
+    logprobs: int, request_to: Any, good: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sent: list[int] = []
 
@@ -149,7 +188,7 @@ def test_a_reply_without_end_is_broken_off_at_what_was_asked_for(
                 sent[place] += 65536
         return response
 
-    with serving_app(app(generate=endless)) as bad, serving_app(app()) as good:
+    with serving_app(app(generate=endless)) as bad:
         request = request_to(bad, good, top_logprobs=logprobs)
         generate.run(request)
     check_complete(request, bad)
@@ -161,7 +200,7 @@ def test_a_reply_without_end_is_broken_off_at_what_was_asked_for(
 @pytest.mark.parametrize("page", ["generate", "model", "info", "loads"])
 @pytest.mark.parametrize("status", [301, 303, 307, 308])
 def test_a_redirect_is_not_followed(
-    page: str, status: int, request_to: Any, capsys: pytest.CaptureFixture[str]
+    page: str, status: int, request_to: Any, good: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     elsewhere: list[str] = []
 
@@ -175,7 +214,7 @@ def test_a_redirect_is_not_followed(
     async def redirect(http: web.Request) -> web.StreamResponse:
         return web.Response(status=status, headers={"Location": f"http://me:secret@{trap_url[7:]}/x"})
 
-    with serving_app(trap) as trap_url, serving_app(app(**{page: redirect})) as bad, serving_app(app()) as good:
+    with serving_app(trap) as trap_url, serving_app(app(**{page: redirect})) as bad:
         request = request_to(bad, good)
         generate.run(request)
     check_complete(request, bad)
@@ -205,10 +244,10 @@ PAGES: dict[str, tuple[str, Handler, str]] = {
 
 @pytest.mark.parametrize("case", PAGES)
 def test_a_server_that_cannot_be_what_it_says_gets_no_work(
-    case: str, request_to: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, request_to: Any, good: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page, handler, why = PAGES[case]
-    with serving_app(app(**{page: handler})) as bad, serving_app(app()) as good:
+    with serving_app(app(**{page: handler})) as bad:
         request = request_to(bad, good)
         generate.run(request)
         check_complete(request, bad)
@@ -349,7 +388,7 @@ def test_a_server_that_comes_back_with_another_model_is_noticed(
     monkeypatch.setattr(fleet, "MODEL_CHECK_S", 1e9)
     ours = Plan(model=str(qwen2_checkpoint), delays_s=(0.05, 0.1))
     with FaultyServer(tmp_path, ours) as server:
-        request = request_to(server.url, samples=8, temperature=1.0)
+        request = request_to(server.url, samples=40, temperature=1.0)  # more than are asked for before it is killed
         failures: list[str] = []
 
         def run() -> None:
@@ -362,7 +401,7 @@ def test_a_server_that_comes_back_with_another_model_is_noticed(
         wait_for(lambda: len(server.asked) > 12)
         server.kill()
         server.start(Plan(model=str(qwen3_checkpoint)))
-        thread.join(30)
+        thread.join(120)
     assert "it has changed its model during the run" in failures[0]
     assert failures[0].count(" 0 are kept") == 1
 
@@ -407,8 +446,9 @@ def test_a_password_in_a_url_goes_to_the_server_and_nowhere_else(
             generate.run(request_to(url, plain, out=str(tmp_path / "b.jsonl")))
     told = capsys.readouterr()
     everything = told.out + told.err
+    nobody = f"http://me:p%40ss-word@127.0.0.1:{free_port()}"
     with pytest.raises(InputError) as caught:
-        generate.run(request_to(f"http://me:p%40ss-word@127.0.0.1:{free_port()}", out=str(tmp_path / "c.jsonl")))
+        generate.run(request_to(nobody, out=str(tmp_path / "c.jsonl"), wait_for_server_s=0.4))
     for wrong in ("http://me:p%40ss-word@host:port", "me:p%40ss-word@host:1", "http://me:p/ss-word@host:1"):
         with pytest.raises(InputError, match="`url`: 'host:") as refused:
             generate.run(request_to(wrong, out=str(tmp_path / "d.jsonl")))
@@ -431,30 +471,53 @@ def silent() -> Iterator[str]:
 def test_servers_that_never_reply_end_the_run_soon_and_say_what_was_tried(request_to: Any, silent: str) -> None:
     nobody = f"http://127.0.0.1:{free_port()}"
     started = time.monotonic()
-    with pytest.raises(InputError) as caught:
-        generate.run(request_to(nobody, silent))
-    assert 0.4 <= time.monotonic() - started < 5
-    assert "no server has replied within 0.4 s: " in str(caught.value)
+    with soon(), pytest.raises(InputError) as caught:
+        generate.run(request_to(nobody, silent, wait_for_server_s=1.5))
+    assert time.monotonic() - started >= 1.5
+    assert "no server has replied within 1.5 s: " in str(caught.value)
     assert f"{nobody}: ClientConnectorError: " in str(caught.value)
     assert f"{silent}: no reply yet" in str(caught.value)
     assert "--set wait_for_server_s=" in str(caught.value)
 
 
-def test_a_server_that_is_still_starting_has_more_time(request_to: Any, tmp_path: Path) -> None:
-    with FaultyServer(tmp_path, Plan(refusing_s=1.2)) as server:
-        request = request_to(server.url)
+def test_a_server_that_is_still_starting_has_more_time(request_to: Any, clock: Clock) -> None:
+    """It says that it is not up yet until long after the time for the first reply."""
+    asked = 0
+
+    async def model(_: web.Request) -> web.StreamResponse:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            clock.forward_s = 100.0
+        return web.Response(status=503 if asked < 6 else 404)
+
+    with serving_app(app(model=model)) as url:
+        request = request_to(url, wait_for_server_s=60.0)
         generate.run(request)
+    assert asked >= 6
     assert len(read_completions(request.out)) == PROBLEMS
 
 
-def test_a_server_that_has_replied_may_be_gone_for_longer(request_to: Any, tmp_path: Path) -> None:
-    with FaultyServer(tmp_path, Plan(delays_s=(0.02, 0.04))) as server:
-        request = request_to(server.url)
+def test_a_server_that_has_replied_may_be_gone_for_longer(
+    request_to: Any, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downs: list[str] = []
+    is_down = fleet.Fleet.is_down
+
+    def noted(self: fleet.Fleet, endpoint: Endpoint, why: str) -> None:
+        is_down(self, endpoint, why)
+        downs.append(why)
+
+    monkeypatch.setattr(fleet.Fleet, "is_down", noted)
+    with FaultyServer(tmp_path, Plan(delays_s=(0.05, 0.1))) as server:
+        request = request_to(server.url, samples=16, temperature=1.0, wait_for_server_s=60.0)
         thread = threading.Thread(target=generate.run, args=(request,))
         thread.start()
         wait_for(lambda: len(server.asked) > 8)
         server.kill()
-        time.sleep(1.2)  # longer than the first reply may take
-        server.start()
-        thread.join(30)
-    assert len(read_completions(request.out)) == PROBLEMS
+        wait_for(lambda: downs)
+        clock.forward_s, before = 100.0, len(downs)  # longer than the first reply may take
+        wait_for(lambda: len(downs) > before + 1)
+        server.start(Plan())
+        thread.join(120)
+    assert len(read_completions(request.out)) == PROBLEMS * 16

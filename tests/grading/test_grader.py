@@ -334,7 +334,7 @@ ENDLESS = 3  # the first of them, whose comparison certainly takes for ever
 
 
 def test_hostile_answers_end_and_are_never_wrong_for_lack_of_time() -> None:
-    limit_s = 0.4
+    limit_s = 0.8
     with Grader(workers=1, timeout_s=limit_s) as grader:
         grader.grade([(r"\boxed{x^x}", "y^y")])  # start the worker
         for number, hostile in enumerate(HOSTILE):
@@ -346,7 +346,7 @@ def test_hostile_answers_end_and_are_never_wrong_for_lack_of_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("headroom", "limit_s", "statuses"), [(64 << 20, 20.0, {"crashed"}), (12 << 20, 2.0, {"crashed", "timeout"})]
+    ("headroom", "limit_s", "statuses"), [(64 << 20, 100.0, {"crashed"}), (12 << 20, 2.0, {"crashed", "timeout"})]
 )
 def test_lack_of_memory_is_never_wrong_and_the_worker_replaced(
     headroom: int, limit_s: float, statuses: set[str]

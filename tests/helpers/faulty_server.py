@@ -34,7 +34,8 @@ class Plan:
 
     `tries`: so many faults of the list, drawn by `seed` and the request, meet each request before it is answered.
     `slots`: so many requests run at once, the others wait, and /v1/loads says so; None: all run and there is no such
-    page. `delays_s`: an answer takes a time between these. `refusing_s`: after the start, everything is refused by 503.
+    page. `delays_s`: an answer takes a time between these. `refusing_while`: as long as this file is there, everything
+    is refused by 503.
     """
 
     seed: int = 0
@@ -42,7 +43,7 @@ class Plan:
     tries: int = 0
     slots: int | None = None
     delays_s: tuple[float, float] = (0.0, 0.0)
-    refusing_s: float = 0.0
+    refusing_while: str | None = None
     model: str | None = None
 
 
@@ -88,7 +89,6 @@ class _Server:
         self._tries: Counter[str] = Counter()
         self._at_once = self._running = 0
         self._slots = asyncio.Semaphore(plan.slots or 1 << 30)
-        self._started = time.monotonic()
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self._refuse])
@@ -107,7 +107,7 @@ class _Server:
 
     @web.middleware
     async def _refuse(self, http: web.Request, handler: Callable[..., Awaitable[Any]]) -> Any:
-        if time.monotonic() - self._started < self._plan.refusing_s:
+        if self._plan.refusing_while is not None and os.path.exists(self._plan.refusing_while):
             return web.json_response({"error": {"message": "starting"}}, status=503)
         return await handler(http)
 
