@@ -4,75 +4,27 @@ import copy
 import dataclasses
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
-from micota_fast.chat.template import named_template
 from micota_fast.common.records import benchmark_file, score_file
 from micota_fast.config import loader
 from micota_fast.config.corpus import FilterConfig, FilterSettings, MixConfig
 from micota_fast.config.evaluation import AlignConfig, BenchmarkConfig, ContaminationConfig, EvaluateConfig
-from micota_fast.config.generation import ChatConfig, GenerateConfig, SamplingSettings, ServeConfig
+from micota_fast.config.generation import GenerateConfig, SamplingSettings
 from micota_fast.config.merge import LengthSweepConfig, LengthSweepSettings, MergeConfig
 from micota_fast.config.recipe import Recipe
 from micota_fast.config.report import PARTS, STUDENT, ReportConfig, TrainingAnswersConfig
 from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.merge.mergekit import parse_mergekit
+from micota_fast.pipeline.builder import Builder
+from micota_fast.pipeline.stage import Artefact, Lasting, Stage
 from micota_fast.pipeline.versions import versions
-from micota_fast.sources.hub import is_hub
 
-Config = TypeVar("Config")
 BASE = "base"  # the arm that is not trained
-
-
-@dataclass(frozen=True)
-class Artefact:
-    """A file or folder that stages read: made by `stage`; or, with None, there from the beginning or a hub name."""
-
-    location: str
-    stage: str | None = None
-
-    @property
-    def on_hub(self) -> bool:
-        """Whether it is a hub name, or a file that is missing."""
-        return self.stage is None and not Path(self.location).exists()
-
-
-@dataclass(frozen=True)
-class Lasting:
-    """Files that a stage makes and that stay valid when options change on which their contents do not depend.
-
-    Attributes:
-        names: of the files and folders, in the stage's folder. The stage checks by itself what it finds there.
-        ignored: the options that they do not depend on (a.b: `b` of `a`, or of each of its items).
-        item: (option, name): of the items of this option, a list, they depend on the one of this name alone.
-    """
-
-    names: tuple[str, ...]
-    ignored: tuple[str, ...] = ()
-    item: tuple[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One process: `verb` run on `settings`, in a folder of its own."""
-
-    name: str
-    verb: str
-    settings: Any  # the options of its verb (`stages.Verb.options`)
-    inputs: tuple[Artefact, ...]
-    outputs: tuple[str, ...]  # relative to the stage's folder; it is done when all are there
-    files: dict[str, str] = dataclasses.field(default_factory=dict)  # YAML, written into its folder before it starts
-    lasting: tuple[Lasting, ...] = ()
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The names of the stages that make its inputs."""
-        return tuple(dict.fromkeys(artefact.stage for artefact in self.inputs if artefact.stage is not None))
 
 
 def build_stages(recipe: Recipe, recipe_path: Path, run_dir: Path, absent: list[str] | None = None) -> list[Stage]:
@@ -94,56 +46,10 @@ def build_stages(recipe: Recipe, recipe_path: Path, run_dir: Path, absent: list[
     return graph.stages()
 
 
-class _Graph:
-    def __init__(self, recipe: Recipe, recipe_path: Path, run_dir: Path, absent: list[str] | None) -> None:
-        self.recipe, self.path, self.run_dir, self.absent = recipe, recipe_path, run_dir, absent
-        self.data_dir = Path(recipe.data_dir).resolve() if recipe.data_dir else recipe_path.parent
-        self.made: dict[str, Stage] = {}
-        self.open: list[str] = []  # names being made, to notice circles
-
+class _Graph(Builder):
     def stages(self) -> list[Stage]:
         self._report()
         return list(self.made.values())
-
-    def miss(self, what: str) -> None:
-        if self.absent is None:
-            raise InputError(what)
-        if what not in self.absent:  # every evaluation names the same files
-            self.absent.append(what)
-
-    def _add(self, stage: Stage) -> None:
-        self.made[stage.name] = stage
-
-    def _out(self, stage: str, name: str) -> str:
-        return str(self.run_dir / stage / name)
-
-    def _artefact(self, stage: str, name: str) -> Artefact:
-        return Artefact(self._out(stage, name), stage)
-
-    def _settings(
-        self, cls: type[Config], defaults: Any, overrides: dict[str, Any], where: str, **values: Any
-    ) -> Config:
-        merged = loader.merged(cls, loader.plain(defaults), overrides)
-        return loader.build(cls, merged | values, f"{self.path}, `{where}`")
-
-    def _file(self, name: str, where: str) -> Artefact:
-        if is_hub(name):
-            return Artefact(name)  # the stage that opens it says if it cannot be fetched
-        path = self.data_dir / name  # an absolute name stays as it is
-        if not path.is_file():
-            hint = "" if self.recipe.data_dir else "; --set data_dir=FOLDER says where relative names start from"
-            self.miss(f"{self.path}, `{where}`: no such file: {path}{hint}")
-        return Artefact(str(path.resolve()))
-
-    def _once(self, stage: str, make: Any) -> None:
-        if stage in self.made:
-            return
-        if stage in self.open:
-            circle = " -> ".join([*self.open[self.open.index(stage) :], stage])
-            raise InputError(f"{self.path}: these are made from each other: {circle}")
-        self.open.append(stage)
-        make()
-        self.open.pop()
 
     def model(self, name: str) -> Artefact:
         spec = self.recipe.models[name]
@@ -154,39 +60,18 @@ class _Graph:
                 f"`generate.api: openai`; what is asked of it here needs a `checkpoint`"
             )
         if spec.checkpoint is not None:
-            return self._checkpoint(spec.checkpoint, f"models.{name}.checkpoint")
+            return self.checkpoint(spec.checkpoint, f"models.{name}.checkpoint")
         if spec.train is not None:
             trained = spec.train
             where = f"models.{name}.train.overrides"
-            self._once(stage, lambda: self._train(stage, trained.base, trained.corpus, trained.overrides, where))
+            self.once(stage, lambda: self._train(stage, trained.base, trained.corpus, trained.overrides, where))
         else:
-            self._once(stage, lambda: self._merge_stage(stage, name))
-        return self._artefact(stage, "model")
-
-    def _template(self, chat: ChatConfig, where: str) -> tuple[ChatConfig, list[Artefact]]:
-        """Return the options with the file of the template that they name, and the file; none may be named."""
-        if chat.template is None:
-            return chat, []
-        file = self.path.parent / chat.template
-        try:
-            file = named_template(str(file)).file
-        except InputError as error:
-            self.miss(f"{self.path}, `{where}`: {error}")
-        found = Artefact(str(file.resolve()))
-        return dataclasses.replace(chat, template=found.location), [found]
-
-    def _checkpoint(self, name: str, where: str) -> Artefact:
-        folder = self.path.parent / name
-        if folder.is_dir():
-            return Artefact(str(folder.resolve()))
-        if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-            return Artefact(name)  # a hub name; the stage that opens it says if it cannot be fetched
-        self.miss(f"{self.path}, `{where}`: no such folder: {folder} (a hub name has the form organisation/model)")
-        return Artefact(str(folder))
+            self.once(stage, lambda: self._merge_stage(stage, name))
+        return self.artefact(stage, "model")
 
     def _train(self, stage: str, base: str, corpus: str, overrides: dict[str, Any], where: str) -> None:
         model, data = self.model(base), self.corpus(corpus)
-        settings = self._settings(
+        settings = self.settings(
             TrainConfig,
             self.recipe.train,
             overrides,
@@ -202,11 +87,11 @@ class _Graph:
             )
         inputs = [model, data]
         if settings.validation_data is not None:
-            inputs.append(self._file(settings.validation_data, f"{where}.validation_data"))
+            inputs.append(self.file(settings.validation_data, f"{where}.validation_data"))
             settings.validation_data = inputs[-1].location
-        settings.chat, template = self._template(settings.chat, where)
+        settings.chat, template = self.template(settings.chat, where)
         inputs += template
-        self._add(Stage(stage, "train", settings, tuple(inputs), ("model", "metrics.jsonl", "summary.json")))
+        self.add(Stage(stage, "train", settings, tuple(inputs), ("model", "metrics.jsonl", "summary.json")))
 
     def _merge_stage(self, stage: str, name: str) -> None:
         spec = self.recipe.models[name].merge
@@ -221,18 +106,18 @@ class _Graph:
             artefact = self.model(holder[key])
             inputs.append(artefact)
             holder[key] = artefact.location
-        file = self._out(stage, "mergekit.yaml")
+        file = self.out(stage, "mergekit.yaml")
         files = {"mergekit.yaml": yaml.safe_dump(content, sort_keys=False)}
         if spec.median_tokens is None:
-            settings = MergeConfig(config=file, out=self._out(stage, "model"), seed=spec.seed)
-            self._add(Stage(stage, "merge", settings, tuple(inputs), ("model",), files))
+            settings = MergeConfig(config=file, out=self.out(stage, "model"), seed=spec.seed)
+            self.add(Stage(stage, "merge", settings, tuple(inputs), ("model",), files))
             return
         source = self.recipe.problems[spec.problems]
-        problems = self._file(source.path, f"problems.{spec.problems}.path")
-        served = self._served(self.recipe.generate, name)
+        problems = self.file(source.path, f"problems.{spec.problems}.path")
+        served = self.served(self.recipe.generate, name)
         sampling = {field.name: getattr(served, field.name) for field in dataclasses.fields(SamplingSettings)}
         grading = {name: getattr(self.recipe.filter, name) for name in ("timeout_s", "workers")}
-        sweep = self._settings(
+        sweep = self.settings(
             LengthSweepConfig,
             LengthSweepSettings(generate=SamplingSettings(**sampling), **grading),
             spec.sweep,
@@ -249,10 +134,10 @@ class _Graph:
                 merge.with_weight(weight)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        sweep.generate.chat, template = self._template(sweep.generate.chat, "generate.chat")
+        sweep.generate.chat, template = self.template(sweep.generate.chat, "generate.chat")
         if source.limit is not None:
             sweep.limit = min(source.limit, sweep.limit or source.limit)
-        self._add(
+        self.add(
             Stage(
                 stage,
                 "length-sweep",
@@ -266,36 +151,36 @@ class _Graph:
     def corpus(self, name: str) -> Artefact:
         spec = self.recipe.corpora[name]
         if spec.file is not None:
-            return self._file(spec.file, f"corpora.{name}.file")
+            return self.file(spec.file, f"corpora.{name}.file")
         stage = f"corpus/{name}"
-        self._once(
+        self.once(
             stage, lambda: self._generated(stage, name) if spec.generate is not None else self._mixed(stage, name)
         )
-        return self._artefact(stage, "corpus.jsonl")
+        return self.artefact(stage, "corpus.jsonl")
 
     def _generated(self, stage: str, name: str) -> None:
         completions = self._answers(name)
         settings = self._filter(name, completions)
         outputs = ("corpus.jsonl", "corpus.jsonl.counts.json", "corpus.jsonl.rejects.jsonl")
-        self._add(Stage(stage, "filter", settings, (completions,), outputs))
+        self.add(Stage(stage, "filter", settings, (completions,), outputs))
 
     def _filter(self, name: str, completions: Artefact) -> FilterConfig:
         spec = self.recipe.corpora[name].generate
         assert spec is not None
-        return self._settings(
+        return self.settings(
             FilterConfig,
             self.recipe.filter,
             spec.filter,
             f"corpora.{name}.generate.filter",
             completions=completions.location,
-            out=self._out(f"corpus/{name}", "corpus.jsonl"),
+            out=self.out(f"corpus/{name}", "corpus.jsonl"),
         )
 
     def _answers(self, name: str) -> Artefact:
         """Return all answers that a generated corpus is filtered from."""
         stage = f"answers/{name}"
-        completions = self._artefact(stage, "completions.jsonl")
-        self._once(stage, lambda: self._generate(stage, name, completions))
+        completions = self.artefact(stage, "completions.jsonl")
+        self.once(stage, lambda: self._generate(stage, name, completions))
         return completions
 
     def _generate(self, stage: str, name: str, completions: Artefact) -> None:
@@ -303,9 +188,9 @@ class _Graph:
         assert spec is not None
         source = self.recipe.problems[spec.problems]
         rules = loader.plain(self._filter(name, completions))
-        settings = self._settings(
+        settings = self.settings(
             GenerateConfig,
-            self._served(self.recipe.generate, spec.model),
+            self.served(self.recipe.generate, spec.model),
             spec.overrides,
             f"corpora.{name}.generate.overrides",
             model=spec.model,
@@ -321,12 +206,12 @@ class _Graph:
         else:
             inputs.append(self.model(spec.model))
             settings.model = inputs[0].location
-        inputs.append(self._file(source.path, f"problems.{spec.problems}.path"))
+        inputs.append(self.file(source.path, f"problems.{spec.problems}.path"))
         settings.problems = inputs[-1].location
-        settings.chat, template = self._template(settings.chat, "generate.chat")
+        settings.chat, template = self.template(settings.chat, "generate.chat")
         inputs += template
         outputs = ("completions.jsonl", "completions.jsonl.meta.json")
-        self._add(Stage(stage, "generate", settings, tuple(inputs), outputs))
+        self.add(Stage(stage, "generate", settings, tuple(inputs), outputs))
 
     def _api_name(self, name: str) -> str:
         """Return the name by which an API knows a model."""
@@ -339,51 +224,43 @@ class _Graph:
         parts = {part: self.corpus(part) for part in shares}
         settings = MixConfig(
             parts={parts[part].location: share for part, share in shares.items()},
-            out=self._out(stage, "corpus.jsonl"),
+            out=self.out(stage, "corpus.jsonl"),
             seed=self.recipe.train.seed,
         )
-        self._add(Stage(stage, "mix", settings, tuple(parts.values()), ("corpus.jsonl",)))
-
-    def _served(self, defaults: Any, model: str) -> Any:
-        """Return settings with the server of this model in them; one that the run starts has SGLang's native API."""
-        spec = self.recipe.models[model]
-        serve = self._settings(ServeConfig, defaults.serve, spec.serve, f"models.{model}.serve")
-        return dataclasses.replace(
-            defaults, serve=serve, url=spec.url, api="sglang" if spec.url is None else defaults.api
-        )
+        self.add(Stage(stage, "mix", settings, tuple(parts.values()), ("corpus.jsonl",)))
 
     def _benchmarks(self) -> tuple[list[BenchmarkConfig], list[Artefact]]:
         """Return the benchmarks with the paths of their files, and the files."""
         named = self.recipe.evaluate.benchmarks
-        files = [self._file(benchmark.path, f"evaluate.benchmarks.{i}.path") for i, benchmark in enumerate(named)]
+        files = [self.file(benchmark.path, f"evaluate.benchmarks.{i}.path") for i, benchmark in enumerate(named)]
         placed = [dataclasses.replace(b, path=file.location) for b, file in zip(named, files, strict=True)]
         return placed, files
 
     def _evaluate(self, stage: str, model: Artefact, served_as: str) -> None:
-        settings = self._served(self.recipe.evaluate, served_as)
+        settings = self.served(self.recipe.evaluate, served_as)
         if model.stage is not None:
             # A server that already runs serves another model than this one.
             settings = dataclasses.replace(settings, url=None, api="sglang")
         settings.benchmarks, files = self._benchmarks()
-        built = self._settings(
+        built = self.settings(
             EvaluateConfig, settings, {}, "evaluate", model=model.location, out=str(self.run_dir / stage)
         )
         inputs = [model, *files]
         if built.judge is not None and built.judge.api == "sglang":
-            inputs.append(self._checkpoint(built.judge.model, "evaluate.judge.model"))
+            inputs.append(self.checkpoint(built.judge.model, "evaluate.judge.model"))
             built.judge.model = inputs[-1].location
-        built.chat, template = self._template(built.chat, "evaluate.chat")
+        built.chat, template = self.template(built.chat, "evaluate.chat")
         inputs += template
         files_of = {benchmark.name: benchmark_file(benchmark.name) for benchmark in built.benchmarks}
         answers = [f"completions/{file}" for file in files_of.values()]
         outputs = ("results.json", "rows", *answers, *(f"{file}.meta.json" for file in answers))
         lasting = tuple(part for name, file in files_of.items() for part in _lasting(name, file))
-        self._add(Stage(stage, "evaluate", built, tuple(inputs), outputs, lasting=lasting))
+        self.add(Stage(stage, "evaluate", built, tuple(inputs), outputs, lasting=lasting))
 
     def _report(self) -> None:
         recipe = self.recipe
         student = self.model(recipe.student)
-        results: dict[str, list[Artefact]] = {BASE: [self._artefact(f"evaluate/{BASE}", "results.json")]}
+        results: dict[str, list[Artefact]] = {BASE: [self.artefact(f"evaluate/{BASE}", "results.json")]}
         metrics: dict[str, list[Artefact]] = {}
         self._evaluate(f"evaluate/{BASE}", student, recipe.student)
         for arm, corpus in recipe.arms.items():
@@ -393,15 +270,15 @@ class _Graph:
             for seed in recipe.seeds:
                 run = f"{arm}-seed{seed}"
                 self._train(f"student/{run}", recipe.student, corpus, {"seed": seed}, "train")
-                self._evaluate(f"evaluate/{run}", self._artefact(f"student/{run}", "model"), recipe.student)
-                results[arm].append(self._artefact(f"evaluate/{run}", "results.json"))
-                metrics[arm].append(self._artefact(f"student/{run}", "metrics.jsonl"))
+                self._evaluate(f"evaluate/{run}", self.artefact(f"student/{run}", "model"), recipe.student)
+                results[arm].append(self.artefact(f"evaluate/{run}", "results.json"))
+                metrics[arm].append(self.artefact(f"student/{run}", "metrics.jsonl"))
         corpora = self._align(student)
         contamination = self._contamination()
         answers, read = self._training_answers()
         inputs = [*_flat(results.values()), *_flat(metrics.values()), *_flat(c.values() for c in corpora.values())]
         # The report also reads the rows next to each results.json.
-        inputs += [self._artefact(artefact.stage or "", "rows") for artefact in _flat(results.values())]
+        inputs += [self.artefact(artefact.stage or "", "rows") for artefact in _flat(results.values())]
         inputs += [*([contamination] if contamination is not None else []), *read]
         settings = ReportConfig(
             title=recipe.title or recipe.name,
@@ -421,7 +298,7 @@ class _Graph:
         outputs = ["report.html", "answers.html", "table.md", "table.tex", "table.csv", "answers.csv", "report.json"]
         outputs += ["plots", *(["corpora.csv"] if corpora else [])]
         outputs += ["contamination.csv"] if contamination is not None else []
-        self._add(Stage("report", "report", settings, tuple(inputs), tuple(outputs)))
+        self.add(Stage("report", "report", settings, tuple(inputs), tuple(outputs)))
 
     def _training_answers(self) -> tuple[TrainingAnswersConfig | None, list[Artefact]]:
         """Return what the report measures the method's preconditions on, and its files; nothing is answered for it."""
@@ -433,7 +310,7 @@ class _Graph:
         if own is not None and f"answers/{own}" in self.made and {"long", "short"} <= names.keys():
             names[STUDENT] = own  # which of it is right, nobody else may need to know
         accepted = {part: self.corpus(name) for part, name in names.items()}
-        rejects = [self._artefact(f"corpus/{name}", "corpus.jsonl.rejects.jsonl") for name in names.values()]
+        rejects = [self.artefact(f"corpus/{name}", "corpus.jsonl.rejects.jsonl") for name in names.values()]
         asked = self.made[f"answers/{next(iter(names.values()))}"]
         settings = TrainingAnswersConfig(
             answers={part: artefact.location for part, artefact in accepted.items()},
@@ -454,11 +331,11 @@ class _Graph:
         settings = ContaminationConfig(
             corpora={name: artefact.location for name, artefact in corpora.items()},
             benchmarks=benchmarks,
-            out=self._out("contamination", ""),
+            out=self.out("contamination", ""),
         )
         inputs = (*corpora.values(), *files)
-        self._add(Stage("contamination", "contamination", settings, inputs, ("contamination.json",)))
-        return self._artefact("contamination", "contamination.json")
+        self.add(Stage("contamination", "contamination", settings, inputs, ("contamination.json",)))
+        return self.artefact("contamination", "contamination.json")
 
     def _align(self, student: Artefact) -> dict[str, dict[str, Artefact]]:
         if not self.recipe.align:
@@ -466,7 +343,7 @@ class _Graph:
         corpora = {name: self.corpus(name) for name in self.recipe.align}
         student_answers = self.recipe.student_answers
         own = self._answers(student_answers) if student_answers is not None else None
-        settings = self._settings(
+        settings = self.settings(
             AlignConfig,
             self.recipe.alignment,
             {},
@@ -477,14 +354,14 @@ class _Graph:
             student_answers=own.location if own is not None else None,
             out=str(self.run_dir / "align"),
         )
-        settings.chat, template = self._template(settings.chat, "alignment.chat")
+        settings.chat, template = self.template(settings.chat, "alignment.chat")
         outputs = tuple(f"{name}.json" for name in corpora)
         inputs = (student, *corpora.values(), *([own] if own is not None else []), *template)
-        self._add(Stage("align", "align", settings, inputs, outputs))
-        files = {name: {"alignment": self._artefact("align", f"{name}.json")} for name in corpora}
+        self.add(Stage("align", "align", settings, inputs, outputs))
+        files = {name: {"alignment": self.artefact("align", f"{name}.json")} for name in corpora}
         for name in corpora:
             if self.recipe.corpora[name].generate is not None:
-                files[name]["counts"] = self._artefact(f"corpus/{name}", "corpus.jsonl.counts.json")
+                files[name]["counts"] = self.artefact(f"corpus/{name}", "corpus.jsonl.counts.json")
         return files
 
 

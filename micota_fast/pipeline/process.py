@@ -10,7 +10,7 @@ from pathlib import Path
 
 from micota_fast.common import processes
 from micota_fast.config.recipe import LaunchConfig
-from micota_fast.pipeline.graph import Stage
+from micota_fast.pipeline.stage import Stage
 
 SAY_EVERY_S = 5.0
 TAIL_LINES = 25

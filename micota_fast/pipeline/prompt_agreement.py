@@ -13,7 +13,7 @@ from micota_fast.config.evaluation import EvaluateConfig
 from micota_fast.config.train import TrainConfig
 from micota_fast.data.rows import to_messages
 from micota_fast.errors import InputError
-from micota_fast.pipeline.graph import Stage
+from micota_fast.pipeline.stage import Stage
 from micota_fast.sources.columns import renamed
 from micota_fast.sources.hub import is_hub
 from micota_fast.sources.rows import read_rows

@@ -31,9 +31,10 @@ from micota_fast.config import loader
 from micota_fast.config.recipe import LaunchConfig, Recipe
 from micota_fast.errors import InputError
 from micota_fast.pipeline.closing import closing
-from micota_fast.pipeline.graph import Artefact, Lasting, Stage, build_stages
+from micota_fast.pipeline.graph import build_stages
 from micota_fast.pipeline.process import StageProcess
 from micota_fast.pipeline.prompt_agreement import prompt_differences
+from micota_fast.pipeline.stage import Artefact, Lasting, Stage
 from micota_fast.pipeline.stages import VERBS
 from micota_fast.pipeline.time_left import TimeLeft
 from micota_fast.pipeline.versions import versions

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 
 from micota_fast.config.recipe import LaunchConfig
 from micota_fast.errors import InputError
-from micota_fast.pipeline.graph import Stage
+from micota_fast.pipeline.stage import Stage
 from micota_fast.pipeline.stages import imported
 
 COSTS = "micota_fast.planning.plan:relative_costs"

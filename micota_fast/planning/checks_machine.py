@@ -17,7 +17,7 @@ from micota_fast.common.figures import size
 from micota_fast.common.gpu_specs import GPUS
 from micota_fast.errors import InputError
 from micota_fast.model.attention import choose_backend
-from micota_fast.pipeline.graph import Stage
+from micota_fast.pipeline.stage import Stage
 from micota_fast.planning import machine
 from micota_fast.planning.assumptions import FITS, KEPT_BY_SERVERS, KEPT_FREE, Assumptions, shortfall
 from micota_fast.planning.levers import Machine

@@ -23,7 +23,8 @@ from micota_fast.config.merge import REFINEMENTS
 from micota_fast.corpus.mix import apportion
 from micota_fast.evaluation.results import EvaluationResults
 from micota_fast.kernels.chunks import LOGITS_BYTES
-from micota_fast.pipeline.graph import BASE, Stage
+from micota_fast.pipeline.graph import BASE
+from micota_fast.pipeline.stage import Stage
 from micota_fast.planning.assumptions import FITS, KEPT_BY_SERVERS, KEPT_FREE, Assumptions, shortfall
 from micota_fast.planning.planner import ON_CPU, Corpus, Cost, Model, Planner
 from micota_fast.planning.roofline import loss_seconds

@@ -12,7 +12,7 @@ from typing import Any
 from micota_fast.config.generation import ServeConfig
 from micota_fast.config.train import LoraConfig
 from micota_fast.model.config import ModelConfig
-from micota_fast.pipeline.graph import Stage
+from micota_fast.pipeline.stage import Stage
 from micota_fast.planning.planner import Planner
 from micota_fast.serve import sglang
 

@@ -9,7 +9,8 @@ from micota_fast.config.evaluation import JudgeConfig
 from micota_fast.config.generation import SamplingSettings, ServeConfig
 from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
-from micota_fast.pipeline.graph import Stage, build_stages
+from micota_fast.pipeline.graph import build_stages
+from micota_fast.pipeline.stage import Stage
 from micota_fast.planning import machine
 from micota_fast.planning.plan import CPU, DEFAULT_GPU, Plan, make_plan
 from micota_fast.planning.planner import Cost

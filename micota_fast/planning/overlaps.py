@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from micota_fast.pipeline.graph import Stage
+from micota_fast.pipeline.stage import Stage
 
 
 def shared_gpus(stages: Sequence[Stage], gpus: Mapping[str, int], jobs: int) -> str | None:

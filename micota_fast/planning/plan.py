@@ -12,8 +12,9 @@ from micota_fast.common.json_io import write_json
 from micota_fast.config import loader
 from micota_fast.config.recipe import LaunchConfig, Recipe
 from micota_fast.errors import InputError
-from micota_fast.pipeline.graph import BASE, Artefact, Stage, build_stages
+from micota_fast.pipeline.graph import BASE, build_stages
 from micota_fast.pipeline.run import Run, read_done
+from micota_fast.pipeline.stage import Artefact, Stage
 from micota_fast.planning.assumptions import Assumptions
 from micota_fast.planning.levers import Machine
 from micota_fast.planning.overlaps import APART, shared_gpus

@@ -20,7 +20,7 @@ from micota_fast.config.generation import ChatConfig
 from micota_fast.config.recipe import LaunchConfig
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
-from micota_fast.pipeline.graph import Stage
+from micota_fast.pipeline.stage import Stage
 from micota_fast.pipeline.stages import VERBS, imported
 from micota_fast.planning.assumptions import KNOWN_SETS, REASONING, Assumptions
 from micota_fast.planning.shapes import shapes_of

@@ -10,7 +10,7 @@ from typing import Any
 
 from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
-from micota_fast.pipeline.graph import Stage
+from micota_fast.pipeline.stage import Stage
 from micota_fast.planning.levers import LEVERS, NPROC, Changes, Lever, Machine, answering_settings
 from micota_fast.planning.planner import Cost, Planner
 from micota_fast.serve import sglang

@@ -9,7 +9,8 @@ import yaml
 from micota_fast.config import loader
 from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
-from micota_fast.pipeline.graph import Stage, build_stages
+from micota_fast.pipeline.graph import build_stages
+from micota_fast.pipeline.stage import Stage
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",

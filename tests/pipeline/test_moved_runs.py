@@ -11,8 +11,8 @@ import yaml
 from micota_fast.config.merge import MergeConfig
 from micota_fast.config.recipe import LaunchConfig
 from micota_fast.errors import InputError
-from micota_fast.pipeline.graph import Artefact, Stage
 from micota_fast.pipeline.run import Run
+from micota_fast.pipeline.stage import Artefact, Stage
 
 ODD = ["d/\u00e9", "a long way down " * 12, "it's: a #1 {folder}", "\u6570 \U0001f600"]
 

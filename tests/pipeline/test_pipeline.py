@@ -26,8 +26,9 @@ from micota_fast.config.corpus import FilterConfig, MixConfig
 from micota_fast.config.generation import GenerateConfig
 from micota_fast.config.recipe import LaunchConfig, Recipe
 from micota_fast.errors import InputError
-from micota_fast.pipeline.graph import Artefact, Stage, build_stages
+from micota_fast.pipeline.graph import build_stages
 from micota_fast.pipeline.run import Run
+from micota_fast.pipeline.stage import Artefact, Stage
 
 MICRO = Path(micota_fast.__file__).parent / "recipes" / "micro.yaml"
 ONE_JOB = LaunchConfig(jobs=1, threads=1)

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from micota_fast.config.recipe import LaunchConfig
-from micota_fast.pipeline.graph import Stage
 from micota_fast.pipeline.process import StageProcess
+from micota_fast.pipeline.stage import Stage
 from micota_fast.pipeline.stages import VERBS
 
 LINES = [

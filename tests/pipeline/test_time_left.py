@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from micota_fast.pipeline.graph import Artefact, Stage
+from micota_fast.pipeline.stage import Artefact, Stage
 from micota_fast.pipeline.time_left import duration, seconds_left
 
 CHAIN = {"answers": "generate", "corpus": "filter", "student": "train", "evaluate": "evaluate", "report": "report"}

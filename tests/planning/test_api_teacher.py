@@ -14,7 +14,8 @@ from micota_fast.config import loader
 from micota_fast.config.recipe import Recipe
 from micota_fast.config.shipped import recipe_file
 from micota_fast.errors import InputError
-from micota_fast.pipeline.graph import Stage, build_stages
+from micota_fast.pipeline.graph import build_stages
+from micota_fast.pipeline.stage import Stage
 from micota_fast.planning import machine
 
 KEY = "sk-very-secret-0123456789"

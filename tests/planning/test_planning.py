@@ -24,8 +24,9 @@ from micota_fast.data.tokenise import Documents
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder
-from micota_fast.pipeline.graph import Artefact, Stage, build_stages
+from micota_fast.pipeline.graph import build_stages
 from micota_fast.pipeline.run import Run
+from micota_fast.pipeline.stage import Artefact, Stage
 from micota_fast.planning.assumptions import Assumptions, shortfall
 from micota_fast.planning.costs import answering, train
 from micota_fast.planning.overlaps import shared_gpus

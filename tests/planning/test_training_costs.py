@@ -12,7 +12,7 @@ from micota_fast.config.recipe import LaunchConfig
 from micota_fast.config.train import LoraConfig, TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
-from micota_fast.pipeline.graph import Artefact, Stage
+from micota_fast.pipeline.stage import Artefact, Stage
 from micota_fast.planning.assumptions import Assumptions
 from micota_fast.planning.costs import train as plan_training
 from micota_fast.planning.planner import Corpus, Cost, Planner
