@@ -73,8 +73,8 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes, types or arguments that do not fit together; on a CPU, and on CUDA with MICOTA_DEBUG=1, a
-            wrong `n_supervised`, and a row of soft targets that is no distribution: without a token, with one twice,
-            with NaN, or of probabilities that sum to more than 1 by more than rounding to float16 can do.
+            wrong `n_supervised`, and a row of soft targets that is no distribution: with a token twice, with
+            NaN, or of probabilities that sum to more than 1 by more than rounding to float16 can do.
         IndexError: a target outside [0, V). On CUDA the loss is NaN instead, of such a row as well, as checking would
             stall the device; MICOTA_DEBUG=1 in the environment makes it check, and raise, there too.
     """
@@ -118,6 +118,7 @@ def linear_cross_entropy(
             tail_bucket=soft.tail == "bucket",
             temperature=soft.temperature,
             alpha=soft.alpha,
+            mixed=soft.hard is not None,
         )
     if reduction == "none":
         return _TokenLoss.apply(*inputs)
@@ -189,7 +190,7 @@ class _TokenLoss(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         inputs = LossInputs(*arguments)
         ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.targets, inputs.ids, inputs.logprobs)
-        names = ("ignore_index", "n_supervised", "threshold", "tail_bucket", "temperature", "alpha")
+        names = ("ignore_index", "n_supervised", "threshold", "tail_bucket", "temperature", "alpha", "mixed")
         ctx.options = {name: getattr(inputs, name) for name in names}
         nll_N, valid, _, _ = _by_chunks(*inputs)
         return nll_N * valid

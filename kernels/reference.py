@@ -27,10 +27,11 @@ def dense_linear_cross_entropy(
         logits_NV = logits_NV.float()
     if isinstance(targets_N, SoftTargets):
         soft, targets_N = targets_N, targets_N.row_targets()
-        nll_N = soft.alpha * soft.temperature**2 * _divergence(logits_NV / soft.temperature, soft, ignore_index)
-        if soft.alpha < 1:
+        nll_N = soft.temperature**2 * _divergence(logits_NV / soft.temperature, soft, ignore_index)
+        if soft.hard is not None:
             hard_N = F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index, reduction="none")
-            nll_N = nll_N + (1 - soft.alpha) * hard_N
+            given_N = (soft.ids != ignore_index).any(1)
+            nll_N = (soft.alpha * nll_N + (1 - soft.alpha) * hard_N).where(given_N, hard_N)
         nll_N = nll_N.where(targets_N != ignore_index, 0)
     else:
         nll_N = F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index, reduction="none")

@@ -26,7 +26,8 @@ class LossInputs(NamedTuple):
     logprobs: Tensor | None = None  # floating point [N, K]
     tail_bucket: bool = False  # whether the tokens outside the K are one event
     temperature: float = 1.0
-    alpha: float = 1.0  # share of the soft term; below 1 `targets` are hard targets
+    alpha: float = 1.0  # share of the soft term
+    mixed: bool = False  # whether `targets` are hard targets, those of rows without a token alone
 
 
 def kept_rows(kept_N: Tensor, size: int) -> Tensor:

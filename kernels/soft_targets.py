@@ -31,8 +31,9 @@ class SoftTargets:
             that rows of fewer than K tokens fit in.
         logprobs: floating point [N, K], natural logarithms, -inf for a probability of 0. Taken as they are: a teacher
             is asked at the same temperature. Those of absent entries are not read.
-        hard: int64 [N], hard targets for the second term. Where given, they alone say which rows are ignored. None: a
-            row whose first id is `ignore_index` is.
+        hard: int64 [N], hard targets for the second term. Where given, they alone say which rows are ignored, and a row
+            whose entries are all absent has the hard term alone, with alpha 0. None: a row whose first id is
+            `ignore_index` is ignored.
         tail: what the K tokens leave of the teacher's probability. "ignore": q is renormalised over the K tokens, and
             p is not, so all other tokens are to have a probability of 0. "bucket": one event "any other token", whose
             probabilities are 1 - sum(q) and 1 - sum(p over the K tokens): how p is spread over the others is free.
@@ -77,13 +78,18 @@ class SoftRows(NamedTuple):
     probs: Tensor  # [C, K], q; 0 where absent; NaN in a row that holds no distribution, and then in all of it
     tail: Tensor  # [C], q of all other tokens; 0: there is no such event
     entropy: Tensor  # [C], of q with the tail
+    alpha: Tensor  # [C], share of the soft term
     temperature: float
-    alpha: float
+    mixed: bool  # whether there is a hard term
 
     def at(self, part: slice) -> "SoftRows":
         """Return those of these rows."""
         return self._replace(
-            ids=self.ids[part], probs=self.probs[part], tail=self.tail[part], entropy=self.entropy[part]
+            ids=self.ids[part],
+            probs=self.probs[part],
+            tail=self.tail[part],
+            entropy=self.entropy[part],
+            alpha=self.alpha[part],
         )
 
 
@@ -100,16 +106,18 @@ def soft_rows(inputs: LossInputs, at: slice | Tensor) -> SoftRows | None:
     probs_CK = inputs.logprobs[at].double().masked_fill(~present_CK, -torch.inf).exp()
     total_C = probs_CK.sum(1)
     wrong_C = ~_is_distribution(total_C, inputs.tail_bucket) | _misplaced(ids_CK, present_CK, vocabulary).any(1)
-    wrong_C |= ~present_CK.any(1)
-    if inputs.alpha < 1:
+    hard_C = ~present_CK.any(1)  # in an ignored row, or where `hard` is all there is
+    wrong_C &= ~hard_C
+    if inputs.mixed:
         wrong_C |= (target_C < 0) | (target_C >= vocabulary)
     if inputs.tail_bucket:
         # A sum above 1 is one of rounded numbers. It leaves no tail, nor do K tokens that are the whole vocabulary.
-        whole_C = (total_C >= 1) | (present_CK.sum(1) >= vocabulary)
+        whole_C = (total_C >= 1) | (present_CK.sum(1) >= vocabulary) | hard_C
         tail_C = (1 - total_C).masked_fill(whole_C | wrong_C, 0)
         total_C = total_C.where(whole_C, 1)
     else:
         tail_C = torch.zeros_like(total_C)
+    total_C = total_C.masked_fill(hard_C, 1)
     probs_CK = (probs_CK / total_C.unsqueeze(1)).masked_fill(wrong_C.unsqueeze(1), torch.nan)
     entropy_C = -torch.xlogy(probs_CK, probs_CK).sum(1) - torch.xlogy(tail_C, tail_C)
     return SoftRows(
@@ -117,8 +125,9 @@ def soft_rows(inputs: LossInputs, at: slice | Tensor) -> SoftRows | None:
         probs_CK.to(exact).contiguous(),
         tail_C.to(exact),
         entropy_C.to(exact),
+        torch.full_like(entropy_C, inputs.alpha).masked_fill(hard_C, 0).to(exact),
         inputs.temperature,
-        inputs.alpha,
+        inputs.mixed,
     )
 
 
@@ -151,10 +160,8 @@ def check_distributions(inputs: LossInputs) -> None:
             raise IndexError(f"ids[{row}, {k}] = {token} lies outside the vocabulary [0, {vocabulary})")
         raise ValueError(f"ids[{row}, {k}] = {token} is in its row already; a token is given once")
     total_N = inputs.logprobs.double().masked_fill(~present, -torch.inf).exp().sum(1)
-    wrong_N = kept_N & ~(_is_distribution(total_N, inputs.tail_bucket) & present.any(1))
+    wrong_N = kept_N & present.any(1) & ~_is_distribution(total_N, inputs.tail_bucket)
     if bool(wrong_N.any()):
         row = int(wrong_N.nonzero()[0])
-        if not bool(present[row].any()):
-            raise ValueError(f"ids[{row}] are all absent, and the row is not ignored")
         total = float(total_N[row])
         raise ValueError(f"logprobs[{row}] are of probabilities that sum to {total:.4g}, which is no distribution")

@@ -51,7 +51,7 @@ def torch_chunk(
     rows = None
     if soft is not None:
         scale_C1 = kept_C1 * scale.reshape(-1, 1)
-        parts = PARTS if soft.temperature != 1 and soft.alpha < 1 else 1
+        parts = PARTS if soft.temperature != 1 and soft.mixed else 1
         size = -(-len(nll_C) // parts)
         for start in range(0, len(nll_C), size):
             part = slice(start, start + size)
@@ -102,8 +102,8 @@ def _soft_rows(
     Where a row has no tail, this computes what hard targets do, to the bit. "Cold" is the softmax of temperature 1
     where there is a hotter one.
     """
-    t, alpha = soft.temperature, soft.alpha
-    hot, mixed = t != 1, alpha < 1
+    t, alpha_C1 = soft.temperature, soft.alpha.unsqueeze(1)
+    hot, mixed = t != 1, soft.mixed
     present_CK, has_tail_C1 = soft.ids >= 0, (soft.tail > 0).unsqueeze(1)
     # An absent entry, of probability 0, stands for one that is there.
     ids_CK = soft.ids.where(present_CK, soft.ids.amax(1, keepdim=True).clamp(min=0))
@@ -136,24 +136,24 @@ def _soft_rows(
         cold_exp_CK, cold_away_C1 = (logit_CK - top_C1).exp(), (rest_C1 - top_C1).exp()
         cold_sum_C1 = cold_CV.sum(1, keepdim=True) * cold_away_C1 + (cold_exp_CK * apart_CK).sum(1, keepdim=True)
     if hot or mixed:
-        loss_C1 = loss_C1 * (alpha * t * t)
+        loss_C1 = loss_C1 * (alpha_C1 * t * t)
     if mixed:
-        loss_C1 = loss_C1 + (1 - alpha) * (cold_sum_C1.log() - (hard_logit_C1 - top_C1))
+        loss_C1 = loss_C1 + (1 - alpha_C1) * (cold_sum_C1.log() - (hard_logit_C1 - top_C1))
     nll_C = loss_C1.where(kept_C1, 0).squeeze(1)
     if not want_gradient:
         return nll_C
 
     # The softmax that both terms share has the factor alpha + (1 - alpha).
-    q_scale_C1 = scale_C1 * (alpha * t)
+    q_scale_C1 = scale_C1 * (alpha_C1 * t)
     p_scale_C1 = q_scale_C1 if hot else scale_C1
     per_tail_C1 = (tail_C1 / rest_sum_C1).masked_fill(rest_sum_C1 == 0, 0)
     logits_CV.mul_(p_scale_C1 * away_C1 / sum_C1 - q_scale_C1 * per_tail_C1)
     grad_CK = p_scale_C1 * (exp_CK / sum_C1) * apart_CK - q_scale_C1 * q_CK
     if cold_CV is not None:
-        cold_scale_C1 = scale_C1 * (1 - alpha)
+        cold_scale_C1 = scale_C1 * (1 - alpha_C1)
         logits_CV.add_(cold_CV.mul_(cold_scale_C1 * cold_away_C1 / cold_sum_C1))
         grad_CK += cold_scale_C1 * (cold_exp_CK / cold_sum_C1) * apart_CK
     logits_CV.scatter_add_(1, ids_CK, grad_CK)
     if mixed:
-        logits_CV.scatter_add_(1, target_C1, scale_C1 * (alpha - 1))
+        logits_CV.scatter_add_(1, target_C1, scale_C1 * (alpha_C1 - 1))
     return nll_C

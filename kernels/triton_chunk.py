@@ -57,13 +57,13 @@ def triton_chunk(
             soft.probs,
             soft.tail,
             soft.entropy,
+            soft.alpha,
             ignore_index,
             soft.temperature,
-            soft.alpha,
             K=k,
             BLOCK_K=triton.next_power_of_2(k),
             HOT=soft.temperature != 1,
-            MIXED=soft.alpha < 1,
+            MIXED=soft.mixed,
             **common,
         )
     if not want_gradient:

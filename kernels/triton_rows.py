@@ -120,9 +120,9 @@ def soft_softmax_rows(
     probs_ptr,
     tail_ptr,
     entropy_ptr,
+    alpha_ptr,
     ignore_index,
     temperature,
-    alpha,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HOT: tl.constexpr,
@@ -136,7 +136,8 @@ def soft_softmax_rows(
 
     In a row with a tail the K logits are read and made -inf first, so that one pass gives the tail's softmax: 1 -
     sum(p) would lose a small tail. The K tokens' own gradients are written last, in float32 until then. HOT: the
-    temperature is not 1. MIXED: alpha is below 1. A row without a tail has the bits of `softmax_rows` for K = 1.
+    temperature is not 1. MIXED: there is a hard term, alone in rows whose alpha is 0. A row without a
+    tail has the bits of `softmax_rows` for K = 1.
     """
     POLICY: tl.constexpr = "evict_last" if WANT_GRADIENT else "evict_first"
     row = tl.program_id(0).to(tl.int64)
@@ -156,6 +157,7 @@ def soft_softmax_rows(
     present = id_K >= 0
     q_K = tl.load(probs_ptr + row * K + k, mask=k < K, other=0.0)
     q_tail = tl.load(tail_ptr + row)
+    alpha = tl.load(alpha_ptr + row)
     has_tail = q_tail > 0
     apart = tl.where(present, q_tail, 0.0) > 0  # entries that are kept out of the rest
     logit_K = tl.load(logits_ptr + id_K, mask=present, other=-float("inf")).to(tl.float32)

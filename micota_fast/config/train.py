@@ -58,6 +58,41 @@ class LoraConfig:
 
 
 @dataclass(kw_only=True)
+class SoftConfig:
+    """Training on a teacher's distributions: alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross entropy.
+
+    Tokens that the teacher did not score, such as the end of a turn, have the cross entropy alone.
+    """
+
+    alpha: float = option(
+        0.9, doc="share of the KL divergence; the rest is that of the text's own tokens", source="ours"
+    )
+    temperature: float = option(
+        1.0,
+        doc="T of both distributions in the KL divergence; other than 1 only with `tail: ignore`",
+        source="TRL's DistillationConfig",
+    )
+    tail: Literal["bucket", "ignore"] = option(
+        "bucket",
+        doc="what the teacher's K tokens leave: one event, any other token (bucket), or nothing (ignore: renormalised)",
+        source="ours",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 1:
+            raise InputError(
+                f"`alpha` must be above 0 and at most 1, not {self.alpha}; without `soft` targets are hard"
+            )
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"`temperature` must be above 0 and finite, not {self.temperature}")
+        if self.temperature != 1 and self.tail == "bucket":
+            raise InputError(
+                f"`temperature: {self.temperature}` needs `tail: ignore`: the teacher's K log-probabilities, which are "
+                "of temperature 1, do not say how much another one would leave to all other tokens"
+            )
+
+
+@dataclass(kw_only=True)
 class TrainSettings:
     """How a model is trained."""
 
@@ -99,6 +134,9 @@ class TrainSettings:
     )
     lora: LoraConfig | None = option(
         None, doc="train low-rank adapters and leave the weights as they are; null: train the weights", newer=True
+    )
+    soft: SoftConfig | None = option(
+        None, doc="train on the distributions of `top_logprobs`; null: on the text's own tokens", newer=True
     )
     validation_data: str | None = option(
         None, doc="JSONL of held-out rows whose loss is measured during training; null: no validation"
@@ -153,6 +191,10 @@ class TrainSettings:
                 raise InputError(f"`{name}` must be at least 1, not {value}")
         if not 0 <= self.row_filter < 1:
             raise InputError(f"`row_filter` must be at least 0 and below 1, not {self.row_filter}")
+        if self.soft is not None and self.row_filter > 0:
+            raise InputError(
+                "`row_filter` with `soft`: the loss of a distribution does not bound its gradient; set `row_filter: 0`"
+            )
         for name in ("warmup_ratio", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"`{name}` must lie between 0 and 1, not {getattr(self, name)}")
@@ -178,4 +220,15 @@ class TrainConfig(TrainSettings):
         doc="our key -> the file's, of `data` and `validation_data`: {problem: question, completion: output}",
         newer=True,
     )
+    top_logprobs: str | None = option(
+        None,
+        doc="folder with a teacher's log-probabilities of every row of `data`, found by its `id` and `sample`: what "
+        "`soft` trains on",
+        newer=True,
+    )
     out: str = option(doc="folder: model/ (Hugging Face layout), metrics.jsonl, summary.json, resume checkpoints")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.soft is None) != (self.top_logprobs is None):
+            raise InputError("`soft` and `top_logprobs` go together: how to train on distributions, and on which")

@@ -18,9 +18,11 @@ from micota_fast.chat.tokenizer import TextError
 from micota_fast.common.json_io import parse_json
 from micota_fast.common.records import write_rows
 from micota_fast.data.rows import format_name, to_messages
+from micota_fast.data.scores import Place, Scores
 from micota_fast.errors import InputError
 from micota_fast.sources.columns import renamed
 from micota_fast.sources.rows import SourceRow, read_rows
+from micota_fast.sources.top_logprobs import TopLogprobs
 
 EXAMPLE_PARTS, EXAMPLE_CHARS = 4, 600  # of the row that the log shows
 _BATCH_CHARS = 4_000_000  # text tokenised at once: about 1M tokens, some 100 MB in the tokenizer's own form
@@ -43,6 +45,7 @@ class Documents:
     rejects_path: Path | None  # where they lie; None: none
     about: tuple[str, ...] = ()  # lines for the log: formats of the rows, their thoughts, one example
     weights: NDArray[np.float32] | None = None  # [D], factor of the loss of each document's tokens; None: all 1
+    scores: Scores | None = None  # the teacher's, of each document; None: targets are hard
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -66,11 +69,13 @@ class Documents:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of ids, mask, offsets and weights: equal exactly where training sees the same documents."""
+        """SHA-256 (hex) of all arrays and scores: equal exactly where training sees the same documents."""
         digest = hashlib.sha256()
         arrays = (self.input_ids, self.supervised, self.offsets)
         for array in arrays if self.weights is None else (*arrays, self.weights):
             digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+        if self.scores is not None:
+            digest.update(self.scores.fingerprint.encode())
         return digest.hexdigest()
 
 
@@ -79,6 +84,7 @@ class _Row:
     source: SourceRow
     segments: list[Segment]
     weight: float
+    parsed: dict[str, Any]
 
 
 def load_documents(
@@ -89,6 +95,7 @@ def load_documents(
     skip_bad_rows: bool = False,
     rejects_path: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
+    store: TopLogprobs | None = None,
 ) -> Documents:
     """Tokenise every row (formats: `micota_fast.data.rows`) of a file or of a dataset of the Hub, in file order.
 
@@ -102,11 +109,13 @@ def load_documents(
         rejects_path: None stands for `<path>.bad_rows.jsonl`. Written only where rows were rejected; what an earlier
             call left there is removed.
         columns: our key -> the file's, as in `sources.columns.renamed`.
+        store: the teacher's log-probabilities of every row, found by its `id` and `sample` (`Scores.place`).
 
     Raises:
         InputError: the file cannot be read, holds no usable row, or (with file:line) a row is not a JSON object, is of
             no accepted format, cannot be rendered by the template as it stands, has no supervised token, has a
-            token outside the model's vocabulary, or its weight is not a positive float32.
+            token outside the model's vocabulary, its weight is not a positive float32, or `store` lacks it or was made
+            of other tokens.
     """
     if max_doc_tokens < 2:
         raise InputError(f"max_doc_tokens must be at least 2 (a token and the next one), not {max_doc_tokens}")
@@ -122,6 +131,7 @@ def load_documents(
     n_rows = dropped = truncated = 0
     documents: list[Encoded] = []
     weights: list[float] = []
+    scores = None if store is None else Scores(store, chat.vocab_size)
 
     def tokenise(batch: list[_Row]) -> None:
         nonlocal dropped, truncated
@@ -134,8 +144,10 @@ def load_documents(
                 reject(batch[reason.index].source, reason)
                 batch = batch[reason.index + 1 :]
         for row, (ids, supervised) in zip(batch, encoded, strict=True):
+            place: Place | None = None
             try:
                 _check(ids, supervised, chat)
+                place = None if scores is None else scores.place(row.parsed, ids, supervised)
             except InputError as reason:
                 reject(row.source, reason)
                 continue
@@ -147,6 +159,8 @@ def load_documents(
                 truncated += 1
             documents.append(Encoded(ids, supervised))
             weights.append(row.weight)
+            if scores is not None and place is not None:
+                scores.places.append(place)
 
     batch: list[_Row] = []
     chars = 0
@@ -165,7 +179,7 @@ def load_documents(
                 tokenise(batch)  # an earlier line may hold an earlier error
             reject(source, reason)
             continue
-        batch.append(_Row(source, segments, weight))
+        batch.append(_Row(source, segments, weight, parsed))
         chars += sum(len(segment.text) for segment in segments)
         if chars >= _BATCH_CHARS:
             tokenise(batch)
@@ -194,8 +208,10 @@ def load_documents(
         about=(
             "rows: " + ", ".join(f"{number:,} {name}" for name, number in formats.most_common()),
             *thoughts.lines(),
+            *(() if scores is None else [scores.describe(documents)]),
             *_example(documents[0], chat),
         ),
+        scores=scores,
         weights=None if all(weight == 1 for weight in weights) else np.array(weights, np.float32),
     )
 

@@ -45,6 +45,7 @@ def estimate(
     dtype: torch.dtype,
     device: str,
     lora: LoraConfig | None = None,
+    top_k: int = 0,
 ) -> Memory:
     """Estimate the memory for packs of `tokens` tokens, without the allocator's gaps and the driver's own memory.
 
@@ -56,11 +57,12 @@ def estimate(
         dtype: compute type.
         device: "cuda" or "cpu", on which the loss holds different numbers of logits.
         lora: adapters that are trained in place of the weights, which are then of the compute type.
+        top_k: entries of a soft target; 0: targets are hard.
 
     Returns:
         That of the moment that needs most.
     """
-    return max(moments(model, tokens, shards, mode, dtype, device, lora), key=lambda memory: memory.total)
+    return max(moments(model, tokens, shards, mode, dtype, device, lora, top_k), key=lambda memory: memory.total)
 
 
 def moments(
@@ -71,6 +73,7 @@ def moments(
     dtype: torch.dtype,
     device: str,
     lora: LoraConfig | None = None,
+    top_k: int = 0,
 ) -> list[Memory]:
     """Return the memory at each moment of a step that can need most; see `estimate`.
 
@@ -105,8 +108,11 @@ def moments(
     # The gradient of the output matrix is summed in float32, and in the end copied to the compute type.
     summed = 4 * head + max(logits, low * head if low < 4 else 0)
     passed_on = 0 if whole else low * head
+    soft_TK = tokens * top_k * (4 + 2 + 8)  # ids as they came, log-probabilities, ids as the loss takes them
     return [
-        Memory("the loss", before, gathered(root + block), layers * kept_T + hidden_TH, summed + 2 * hidden_TH),
+        Memory(
+            "the loss", before, gathered(root + block), layers * kept_T + hidden_TH, summed + 2 * hidden_TH + soft_TK
+        ),
         Memory(
             "the backward pass of the last block",
             before,
@@ -177,11 +183,12 @@ def longest_pack(
     mode: Checkpointing,
     dtype: torch.dtype = torch.bfloat16,
     lora: LoraConfig | None = None,
+    top_k: int = 0,
 ) -> int:
     """Return the most tokens in a pack, a multiple of 1024, that fit into `capacity` bytes of a GPU; 0: none fits."""
 
     def fits(thousands: int) -> bool:
-        return estimate(model, 1024 * thousands, shards, mode, dtype, "cuda", lora).total <= capacity
+        return estimate(model, 1024 * thousands, shards, mode, dtype, "cuda", lora, top_k).total <= capacity
 
     most = 1
     while fits(most):

@@ -31,6 +31,7 @@ from micota_fast.model.checks import checked_config
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.folder import ADAPTER, COPIED_FILES, tensor_files
 from micota_fast.model.pointwise import choose_pointwise
+from micota_fast.sources.top_logprobs import TopLogprobs
 from micota_fast.train.checkpoint import describe_differences, read_identity
 from micota_fast.train.lora import adapted_modules, draw_adapters, flops_per_token
 from micota_fast.train.memory import estimate, longest_pack
@@ -66,7 +67,11 @@ def load_documents(config: TrainConfig, source: Path, out: Path) -> tuple[Docume
     chat = Chat.from_checkpoint(source, config.chat)
     limit = config.max_doc_tokens or config.pack_tokens
     options = (chat, limit, config.over_length, config.skip_bad_rows)
-    documents = tokenise.load_documents(config.data, *options, out / "bad_rows.jsonl", config.columns)
+    store = None
+    if config.top_logprobs is not None:
+        store = TopLogprobs(config.top_logprobs)
+        store.verify()
+    documents = tokenise.load_documents(config.data, *options, out / "bad_rows.jsonl", config.columns, store)
     if config.validation_data is None:
         return documents, None
     aside = out / "bad_validation_rows.jsonl"
@@ -94,11 +99,12 @@ def run_identity(
         if config.init == "pretrained":
             files |= {path.name: path for path in tensor_files(source).values()}
         listing = "".join(f"{name} {of_file(path)}\n" for name, path in sorted(files.items()))
-        places = ("model", "data", "columns", "out", "validation_data")
+        places = ("model", "data", "columns", "top_logprobs", "out", "validation_data")
         options = {k: v for k, v in loader.identity(config).items() if k not in places}
         options["chat"] = chat_identity(config.chat)
         model = hashlib.sha256(listing.encode()).hexdigest()
         found = {"model": model, "documents": documents.fingerprint, "options": options}
+        found |= {} if documents.scores is None else {"top_logprobs": documents.scores.store.fingerprint}
         return found if held_out is None else found | {"held_out": held_out.fingerprint}
 
     return world.on_main(identity)
@@ -152,7 +158,7 @@ def build_model(config: TrainConfig, source: Path, world: World) -> PackedLoss:
     world.say(f"attention: {backend} ({reason}); norms, rotation and SwiGLU: {whose}")
     if untrained is not None:
         world.say(untrained)
-    return PackedLoss(decoder, backend, choose_loss(config))
+    return PackedLoss(decoder, backend, choose_loss(config), config.soft)
 
 
 def load_initial_weights(model: PackedLoss, config: TrainConfig, source: Path, world: World) -> None:
@@ -244,7 +250,8 @@ def introduce(
     if (warning := few_steps(config, facts["steps"], data["packs"])) is not None:
         world.say(warning)
     if world.device.type == "cuda":
-        world.say(_memory(config, model, pack_tokens, world))
+        top_k = 0 if documents.scores is None else documents.scores.top_k
+        world.say(_memory(config, model, pack_tokens, top_k, world))
     positions = model.max_position_embeddings
     over = int((documents.lengths > positions).sum())
     if over:
@@ -277,10 +284,10 @@ def few_steps(config: TrainConfig, steps: int, packs: int) -> str | None:
     )
 
 
-def _memory(config: TrainConfig, model: ModelConfig, pack_tokens: int, world: World) -> str:
+def _memory(config: TrainConfig, model: ModelConfig, pack_tokens: int, top_k: int, world: World) -> str:
     """Compare what this rank's GPU will hold, according to the model's shapes, with what it has."""
     dtype, shards = getattr(torch, config.dtype), world.size // world.replicas
-    need = estimate(model, pack_tokens, shards, config.activation_checkpointing, dtype, "cuda", config.lora)
+    need = estimate(model, pack_tokens, shards, config.activation_checkpointing, dtype, "cuda", config.lora, top_k)
     there = torch.cuda.get_device_properties(world.device).total_memory
     text = (
         f"memory: {need.total / 1e9:.1f} GB of {there / 1e9:.1f} by an estimate from shapes, most at {need.moment}: "
@@ -288,7 +295,7 @@ def _memory(config: TrainConfig, model: ModelConfig, pack_tokens: int, world: Wo
         f"{need.activations / 1e9:.1f}, loss {need.loss / 1e9:.1f}"
     )
     if need.total > 0.95 * there:
-        fits = longest_pack(model, 0.9 * there, shards, config.activation_checkpointing, dtype, config.lora)
+        fits = longest_pack(model, 0.9 * there, shards, config.activation_checkpointing, dtype, config.lora, top_k)
         remedies = [f"`pack_tokens` of {fits:,}"] if fits > 0 else []
         if config.activation_checkpointing != "full":
             remedies.append("`activation_checkpointing: full`")

@@ -102,9 +102,9 @@ def compile_all(out: Path) -> None:
             **how,
         )
 
-    def distributions(k: int, temperature: float, alpha: float) -> SoftRows:
-        parts = torch.zeros(64, k, dtype=torch.int64), torch.zeros(64, k), torch.zeros(64), torch.zeros(64)
-        return SoftRows(*parts, temperature, alpha)
+    def distributions(k: int, temperature: float, mixed: bool) -> SoftRows:
+        parts = torch.zeros(64, k, dtype=torch.int64), torch.zeros(64, k), *(torch.zeros(64) for _ in range(3))
+        return SoftRows(*parts, temperature, mixed)
 
     for chip in CHIPS:  # noqa: B007 (Driver reads it)
         for dtype in (torch.float32, torch.bfloat16):
@@ -122,12 +122,12 @@ def compile_all(out: Path) -> None:
             launch(dtype, PADDED, grad_VH=weight.float(), threshold=0.1)
             launch(dtype, PADDED, grad_VH=weight.float(), threshold=0.1, first=False)
             in_place.multiply_in_place(hidden, torch.ones(()))
-            launch(dtype, PADDED, listed=True, grad_VH=weight, soft=distributions(MOST, 2.0, 0.5))
+            launch(dtype, PADDED, listed=True, grad_VH=weight, soft=distributions(MOST, 2.0, True))
             if dtype == torch.bfloat16:
-                for temperature, alpha in ((1.0, 1.0), (2.0, 1.0), (1.0, 0.5)):
-                    launch(dtype, PADDED, listed=True, grad_VH=weight, soft=distributions(MOST, temperature, alpha))
-                launch(dtype, PADDED, soft=distributions(MOST, 2.0, 0.5))
-                launch(dtype, PADDED, grad_VH=weight, soft=distributions(1, 1.0, 1.0))
+                for temperature, mixed in ((1.0, False), (2.0, False), (1.0, True)):
+                    launch(dtype, PADDED, listed=True, grad_VH=weight, soft=distributions(MOST, temperature, mixed))
+                launch(dtype, PADDED, soft=distributions(MOST, 2.0, True))
+                launch(dtype, PADDED, grad_VH=weight, soft=distributions(1, 1.0, False))
     out.write_text(json.dumps(list(found.values())))
 
 

@@ -220,11 +220,23 @@ def test_a_row_that_is_no_distribution_is_named(
     )
 
 
-def test_a_row_of_absent_tokens_that_is_not_ignored_is_named() -> None:
-    hidden, weight = inputs(9)
-    soft = replace(given_rows(ids={4: -100}), hard=torch.arange(9))
-    with pytest.raises(ValueError, match=r"ids\[4\] are all absent, and the row is not ignored"):
-        linear_cross_entropy(hidden, weight, soft)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_row_without_a_token_has_the_hard_loss_alone(tail: Any, alpha: float, temperature: float) -> None:
+    hidden, weight = inputs(9, dtype=torch.float32)
+    how = {"tail": tail, "alpha": alpha, "temperature": temperature}
+    nothing = replace(given_rows(), ids=torch.full((9, 3), -100), hard=torch.arange(9), **how)
+    hard = with_gradients(linear_cross_entropy, hidden, weight, torch.arange(9))
+    got = with_gradients(linear_cross_entropy, hidden, weight, nothing)
+    if temperature == 1:
+        assert_same_bits(got, hard)
+    else:
+        assert_same(got, hard, rtol=1e-6, atol=1e-7)
+    some = replace(nothing, ids=nothing.ids.where(torch.arange(9).unsqueeze(1) % 2 == 0, given_rows().ids))
+    got = with_gradients(linear_cross_entropy, hidden, weight, some)
+    dense = with_gradients(dense_linear_cross_entropy, hidden.double(), weight.double(), some)
+    assert_same([tensor.double() for tensor in got], dense, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tail", TAILS)

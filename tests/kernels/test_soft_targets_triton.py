@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers.cuda_way import DEVICE, HAS_GPU, as_on_cuda, chunks_of
 from helpers.soft_cases import soft_targets
-from helpers.tensors import with_gradients
+from helpers.tensors import assert_same, with_gradients
 from micota_fast.kernels import SoftTargets, linear_cross_entropy
 from micota_fast.kernels.reference import dense_linear_cross_entropy
 
@@ -135,6 +135,18 @@ def test_a_tail_of_the_student_far_below_rounding_is_exact(gap: float) -> None:
         torch.testing.assert_close(ours.double(), reference, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_row_without_a_token_has_the_hard_loss_alone(tail: Any, alpha: float, temperature: float) -> None:
+    hidden, weight = inputs(9, 8, 90, torch.float32)
+    soft = soft_targets(9, 90, 3, tail=tail, hard=True, alpha=alpha, temperature=temperature)
+    soft.ids[::2] = -100
+    got = with_gradients(linear_cross_entropy, hidden, weight, on_device(soft))
+    dense = with_gradients(dense_linear_cross_entropy, hidden.double(), weight.double(), soft)
+    assert_same([tensor.cpu().double() for tensor in got], dense, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(
     "changed",
@@ -143,7 +155,6 @@ def test_a_tail_of_the_student_far_below_rounding_is_exact(gap: float) -> None:
         {"ids": {(4, 0): -1}},
         {"ids": {(4, 1): 2**40}},
         {"ids": {(4, 0): 7, (4, 2): 7}},
-        {"ids": {4: -100}},
         {"logprobs": {(4, 1): math.nan}},
         {"logprobs": {(4, 1): math.inf}},
         {"logprobs": {(4, 1): 0.02}},
