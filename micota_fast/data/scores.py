@@ -99,7 +99,8 @@ class Scores:
         first, last = max(start, 1), min(start + n, length)  # nothing predicts a document's first token
         rows = self.store[key]
         taken = slice(first - start, max(last, first) - start)
-        return slice(first - 1, max(last, first) - 1), TopLogprobsRow(*(array[taken] for array in rows))
+        at = slice(first - 1, max(last, first) - 1)
+        return at, TopLogprobsRow(rows.token_ids_T[taken], rows.top_ids_TK[taken], rows.top_logprobs_TK[taken])
 
 
 def _key(row: Mapping[str, Any]) -> Key:
