@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "length_sweep": {"chat", "common", "config", "generation", "grading", "merge", "report", "sources", "statistics"},
     "report": {"alignment", "common", "config", "corpus", "evaluation", "sources", "statistics"},
     # What knows the stages.
-    "pipeline": {"chat", "common", "config", "data", "merge", "sources"},
+    "pipeline": {"chat", "common", "config", "data", "merge", "report", "sources"},
     "planning": {
         "chat",
         "common",

@@ -163,6 +163,15 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
                 _argument("--yes", action="store_true", help="remove without asking"),
             ),
         ),
+        "compare": Verb(
+            summary="show two runs side by side: the options that differ, the arms and the training losses",
+            function="micota_fast.pipeline.compare:compare",
+            arguments=(
+                _argument("first", metavar="RUN", help="a run's folder"),
+                _argument("second", metavar="RUN", help="another run's folder"),
+                _argument("--out", metavar="FILE", help="also write an HTML page there, which draws the losses"),
+            ),
+        ),
         "generate": Verb(
             summary="sample a model's answers: problems in, completions out",
             function="micota_fast.generation.generate:run",

@@ -88,7 +88,9 @@ def load_inputs(config: ReportConfig) -> Inputs:
             _check_same_protocol(model, base)
     _check_same_problems([base, *(model for models in arms.values() for model in models)])
     corpora = {name: load_corpus(name, files) for name, files in config.corpora.items()}
-    training = {name: [_loss_curve(Path(path)) for path in paths] for name, paths in config.training.items() if paths}
+    training = {
+        name: [load_loss_curve(Path(path)) for path in paths] for name, paths in config.training.items() if paths
+    }
     overlaps = {} if config.contamination is None else _overlaps(Path(config.contamination), list(base.benchmarks))
     for arm in config.claims.deltas if config.claims is not None else ():
         if arm not in arms:
@@ -191,7 +193,12 @@ class _LoggedStep:
     loss: float | None
 
 
-def _loss_curve(path: Path) -> LossCurve:
+def load_loss_curve(path: Path) -> LossCurve:
+    """Read a metrics.jsonl.
+
+    Raises:
+        InputError: it cannot be read, has no rows, or a row is malformed; names the line.
+    """
     by_step: dict[int, float] = {}
     for where, line in read_lines(path):
         row = parse_json(line, where, finite=False)

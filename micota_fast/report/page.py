@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from micota_fast.config.report import ReportConfig
-from micota_fast.report.drawing import css_colour, figure_html, theme_variables
+from micota_fast.report.drawing import Plot, css_colour, figure_html, theme_variables
 from micota_fast.report.formats import to_html
 from micota_fast.report.inputs import Inputs
 from micota_fast.report.plots import Drawn, Section
@@ -117,27 +117,35 @@ def render(
         _making(config),
         "</main>\n",
     ]
+    return document(config.title, "".join(body))
+
+
+def document(title: str, body: str) -> str:
+    """Format a page that stands alone, in the report's style, around what goes into its body."""
     light, dark = theme_variables()
     style = _STYLE.replace("LIGHT", light).replace("DARK", dark).strip()
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(config.title)}</title>\n<style>\n{style}\n</style>\n</head>\n<body>\n"
-        + "".join(body)
-        + "</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{style}\n</style>\n</head>\n<body>\n" + body + "</body>\n</html>\n"
     )
 
 
 def _figures(figures: Sequence[Drawn], section: Section) -> str:
-    return "".join(_figure(figure) for figure in figures if figure.entry.section == section)
+    return "".join(
+        figure_block(figure.title, figure.caption, figure.plots, figure.entry.several)
+        for figure in figures
+        if figure.entry.section == section
+    )
 
 
-def _figure(figure: Drawn) -> str:
-    drawn = "".join(figure_html(plot) for plot in figure.plots)
-    text = f"<b>{escape(figure.title)}</b> {escape(figure.caption)}".rstrip()
-    layout = "grid" if figure.entry.several else ""
+def figure_block(title: str, caption: str, plots: Sequence[Plot], several: bool) -> str:
+    """Format plots under one caption, `title` in bold; in a grid if the figure has `several`."""
+    drawn = "".join(map(figure_html, plots))
+    text = f"<b>{escape(title)}</b> {escape(caption)}".rstrip()
+    layout = "grid" if several else ""
     # Four look better as two by two than as three and one.
-    columns = f' style="--columns: {2 if len(figure.plots) in (2, 4) else 3}"' if layout else ""
+    columns = f' style="--columns: {2 if len(plots) in (2, 4) else 3}"' if layout else ""
     return f'<figure>\n<div class="{layout}"{columns}>\n{drawn}</div>\n<figcaption>{text}</figcaption>\n</figure>\n'
 
 

@@ -7,7 +7,6 @@ Every plot is small and made for one column: the page sets several in a grid tha
 the type keeps its size.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,8 +34,9 @@ from micota_fast.report.drawing import (
     spread_labels,
     wrapped,
 )
-from micota_fast.report.inputs import Inputs, LossCurve
-from micota_fast.report.summary import BASE, Summary, mean_curve, percent
+from micota_fast.report.inputs import Inputs
+from micota_fast.report.losses import loss_figure
+from micota_fast.report.summary import BASE, Summary, percent
 from micota_fast.report.tables import significant
 from micota_fast.report.tradeoff import tradeoff_figure
 from micota_fast.statistics.intervals import Estimate
@@ -243,61 +243,6 @@ def _ends(what: str, lines: "_Lines") -> str:
     told = {name: [y for _, y in points if y is not None] for name, points in lines.items()}
     listed = (f"{name} {significant(y[0])} to {significant(y[-1])}" for name, y in told.items())
     return f"Negative log-likelihood under the untrained student, nats per token. {what}: {'; '.join(listed)}."
-
-
-def loss_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Figure | None:
-    """Draw the training loss, one panel per arm on common axes.
-
-    Seeds are thin, their mean is bold and smoother, the other arms' means are grey.
-    """
-    training = inputs.training
-    seeds = {name: [thinned(curve) for curve in curves] for name, curves in training.items()}
-    means = {name: thinned(mean_curve(curves), limit=60) for name, curves in training.items()}
-    finite = [loss for curves in seeds.values() for curve in curves for loss in curve.losses if math.isfinite(loss)]
-    if not finite:
-        return None
-    last = max(curve.steps[-1] for curves in training.values() for curve in curves)
-    drawings = []
-    for name, mean in means.items():
-        end = mean.losses[-1] if mean.losses else math.nan
-        figure, axes = new_figure(300, 190)
-        for other, curve in means.items():
-            if other != name:
-                axes.plot(curve.steps, curve.losses, color=RULE, linewidth=1.0)
-        for curve in seeds[name]:
-            axes.plot(curve.steps, curve.losses, color=colours[name], linewidth=0.6, alpha=0.5)
-        axes.plot(mean.steps, mean.losses, color=colours[name], linewidth=1.9)
-        positive = min(finite) > 0
-        if positive and max(finite) / min(finite) > 8:
-            set_log_axis(axes, "y", min(finite) / 1.12, max(finite) * 1.12)
-        else:
-            pad = 0.05 * (max(finite) - min(finite)) or 0.1
-            axes.set_ylim(min(finite) - pad, max(finite) + pad)
-        axes.set_xlim(0, last * 1.02)
-        axes.grid(axis="y", color=RULE, linewidth=0.5)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("loss, nats per token")
-        words = f"ends at {end:.3f}" if math.isfinite(end) else "diverged"
-        drawings.append(Drawing(figure, f"Training loss of the {name} arm: {words}.", name))
-    caption = "Thin: seeds; bold: their mean over short windows of steps"
-    if len(drawings) > 1:
-        caption += "; grey: the other arms. Losses on different corpora are not comparable as scores"
-    return Figure("Training loss by arm.", f"{caption}.", drawings)
-
-
-def thinned(curve: LossCurve, limit: int = 240) -> LossCurve:
-    """Reduce a curve to about `limit` points, each the mean of consecutive steps: a line has no room for more."""
-    width = -(-len(curve.steps) // limit)
-    if width <= 1:
-        return curve
-    # The last window takes the remainder too, so that no point is noisier than the others. A point stands at its
-    # window's end: the last one is the last step.
-    bounds = [*range(0, len(curve.steps) - width + 1, width), len(curve.steps)]
-    windows = list(itertools.pairwise(bounds))
-    # A step that was skipped has no loss; the others of its window do.
-    finite = ([loss for loss in curve.losses[start:end] if math.isfinite(loss)] for start, end in windows)
-    losses = tuple(float(np.mean(part)) if part else math.nan for part in finite)
-    return LossCurve(tuple(curve.steps[end - 1] for _, end in windows), losses)
 
 
 Section = Literal["tradeoff", "accuracy", "corpora", "learnability", "training"]

@@ -20,7 +20,7 @@ from micota_fast.config.report import ReportConfig
 from micota_fast.report import plots
 from micota_fast.report.drawing import Drawing, Figure, log_ticks, name_rows, new_figure, spread_labels
 from micota_fast.report.inputs import Inputs, LossCurve
-from micota_fast.report.plots import thinned
+from micota_fast.report.losses import thinned
 from micota_fast.report.report import run
 from micota_fast.report.summary import Summary
 
