@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,11 @@ def wait_for(path: Path) -> None:
 def die() -> None:
     """SIGKILL."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in(seconds: float) -> None:
+    """SIGKILL after so many seconds, whatever is done meanwhile."""
+    threading.Timer(seconds, die).start()
 
 
 def interrupt() -> None:

@@ -17,7 +17,7 @@ def run_ranks(size: int, function: Callable[..., None], log: Path, *args: Any) -
     """Run `function(world, *args)` in `size` processes; their output goes to `log`."""
     processes = start_ranks(size, function, log, *args)
     for process in processes:
-        process.join(120)
+        process.join(240)
     assert [p.exitcode for p in processes] == [0] * size, log.read_text()
 
 

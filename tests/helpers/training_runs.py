@@ -112,11 +112,11 @@ def flip(path: Path) -> None:
 def finish(processes: list[BaseProcess], config: TrainConfig) -> None:
     """Wait for all and check that they succeeded."""
     for process in processes:
-        process.join(120)
+        process.join(240)
     assert [p.exitcode for p in processes] == [0] * len(processes), Path(f"{config.out}.log").read_text()
 
 
-def wait_until(condition: Callable[[], bool], processes: list[BaseProcess], timeout_s: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], processes: list[BaseProcess], timeout_s: float = 240) -> None:
     """Poll until `condition` holds or a process has ended."""
     end = time.monotonic() + timeout_s
     while not condition() and all(p.is_alive() for p in processes):

@@ -40,7 +40,7 @@ def test_a_run_that_a_signal_ends_exits_with_0_and_with_130_after_ctrl_c(
             assert process.is_alive(), log.read_text()
             time.sleep(0.02)
         os.kill(process.pid or 0, number)
-        process.join(60)
+        process.join(240)
         assert process.exitcode == status, number.name
         assert checkpoint_steps(config)[-1] == len(metrics(config))
     assert "Traceback" not in log.read_text()
@@ -49,7 +49,7 @@ def test_a_run_that_a_signal_ends_exits_with_0_and_with_130_after_ctrl_c(
 @pytest.mark.parametrize("door", DOORS, ids=" ".join)
 def test_help_lists_every_option_and_profile(door: list[str], tmp_path: Path) -> None:
     process = fork(run_module, door, ["--help"], tmp_path / "log")
-    process.join(60)
+    process.join(240)
     told = (tmp_path / "log").read_text()
     assert told.startswith("usage: micota train ")
     assert "--profile" in told

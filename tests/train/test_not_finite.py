@@ -178,7 +178,7 @@ def test_two_ranks_end_alike_with_exit_status_2(checkpoint: Path, tmp_path: Path
     config = config_with(checkpoint, tmp_path, [1, 2], max_skipped_steps=2, checkpoint_every=9)
     processes = start_training(config, world=2)
     for process in processes:
-        process.join(60)
+        process.join(240)
     assert [process.exitcode for process in processes] == [2, 2]
     assert "2 steps in a row, the last of them 2," in Path(f"{config.out}.log").read_text()
     assert checkpoint_steps(config) == [2]
