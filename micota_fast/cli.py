@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from micota_fast import __version__
+from micota_fast.common.importing import imported
 from micota_fast.common.terminal import safe_output
 from micota_fast.config.loader import describe, load
 from micota_fast.config.option_help import help_lines
 from micota_fast.config.shipped import recipe_file
 from micota_fast.config.suggestions import OTHER_VERBS, closest, closest_key, did_you_mean
 from micota_fast.errors import InputError
-from micota_fast.pipeline.stages import SET, VERBS, Verb, imported
+from micota_fast.pipeline.stages import SET, VERBS, Verb
 
 # What a file system says of a place or of itself: not a fault of this project, wherever it comes up.
 MACHINE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG}
@@ -115,7 +116,8 @@ def _indented(text: str) -> str:
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="micota", description=sys.modules["micota_fast"].__doc__)
+    purpose = (sys.modules["micota_fast"].__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="micota", description=purpose)
     parser.add_argument("--version", action="version", version=f"micota-fast {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():

@@ -30,7 +30,7 @@ from micota_fast.grading.exact import settle
 from micota_fast.grading.forms import judge
 from micota_fast.grading.spelling import normalise
 
-__all__ = ["Grader", "Status", "Verdict", "extract_boxed"]
+__all__ = ["Grader", "Status", "Verdict", "extract_boxed", "grade"]
 
 Status = Literal["correct", "wrong", "no_answer", "timeout", "crashed"]
 
@@ -180,6 +180,20 @@ class Grader:
 
 
 _WEIGHT: list[Status] = ["correct", "timeout", "crashed", "wrong"]  # of several comparisons, the first of these counts
+
+
+def grade(pairs: Sequence[tuple[str, str]], workers: int | None = None) -> list[Verdict]:
+    """Judge each (completion text, gold answer), in their order, with a `Grader` of this call's own.
+
+    Args:
+        pairs: the answer is what stands in the last \\boxed{} of the text.
+        workers: processes at most; None: one per usable core. Most pairs need none.
+
+    Raises:
+        RuntimeError: a worker could not be started.
+    """
+    with Grader(workers) as grader:
+        return grader.grade(pairs)
 
 
 def _without_sympy(answer: str, gold: str) -> tuple[Status | None, list[tuple[str, str]]]:

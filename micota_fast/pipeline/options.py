@@ -1,9 +1,10 @@
 """`micota options`: explains the options of one verb or section, or lists what there is."""
 
+from micota_fast.common.importing import imported
 from micota_fast.config.option_help import option_lines, sections
 from micota_fast.config.suggestions import OTHER_VERBS, did_you_mean
 from micota_fast.errors import InputError
-from micota_fast.pipeline.stages import SET, VERBS, imported
+from micota_fast.pipeline.stages import SET, VERBS
 
 
 def print_options(name: str | None) -> None:

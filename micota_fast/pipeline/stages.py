@@ -5,7 +5,6 @@ module, its options and a row here. Modules stand as "module:name" and are impor
 table imports neither torch nor a verb.
 """
 
-import importlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -301,9 +300,3 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
         ),
     }
 )
-
-
-def imported(place: str) -> Any:
-    """Return what "module:name" names, and import the module for it."""
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)

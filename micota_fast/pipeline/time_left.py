@@ -9,10 +9,10 @@ import signal
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 
+from micota_fast.common.importing import imported
 from micota_fast.config.recipe import LaunchConfig
 from micota_fast.errors import InputError
 from micota_fast.pipeline.stage import Stage
-from micota_fast.pipeline.stages import imported
 
 COSTS = "micota_fast.planning.plan:relative_costs"
 # Token by token, or whole documents at once: the FLOP/s of the two differ tenfold, those within a kind much less.

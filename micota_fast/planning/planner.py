@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from micota_fast.chat.encoding import Chat
 from micota_fast.common.dtypes import FLOATS, bytes_per_element
 from micota_fast.common.gpu_specs import GPU
+from micota_fast.common.importing import imported
 from micota_fast.common.json_io import parse_json
 from micota_fast.config.generation import ChatConfig
 from micota_fast.config.recipe import LaunchConfig
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
 from micota_fast.pipeline.stage import Stage
-from micota_fast.pipeline.stages import VERBS, imported
+from micota_fast.pipeline.stages import VERBS
 from micota_fast.planning.assumptions import KNOWN_SETS, REASONING, Assumptions
 from micota_fast.planning.shapes import shapes_of
 from micota_fast.sources.hub import is_hub
