@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from micota_fast.cli import main
+from micota_fast.common.importing import imported
 from micota_fast.config.loader import describe
 from micota_fast.config.shipped import RECIPES
 from micota_fast.config.suggestions import OTHER_KEYS, OTHER_VERBS
-from micota_fast.pipeline.stages import VERBS, imported
+from micota_fast.pipeline.stages import VERBS
 
 TRAIN = "model: m\ndata: rows.jsonl\nout: out\n"
 RECIPE = """name: mine

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from micota_fast.common.importing import imported
 from micota_fast.config import loader
 from micota_fast.config.evaluation import EvaluateConfig
 from micota_fast.config.generation import GenerateConfig
@@ -13,7 +14,7 @@ from micota_fast.config.recipe import Recipe
 from micota_fast.config.shipped import RECIPES
 from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
-from micota_fast.pipeline.stages import VERBS, imported
+from micota_fast.pipeline.stages import VERBS
 
 TRAIN = "model: a\ndata: b\nout: c\n"
 

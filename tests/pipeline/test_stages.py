@@ -4,7 +4,8 @@ import inspect
 
 import pytest
 
-from micota_fast.pipeline.stages import VERBS, imported
+from micota_fast.common.importing import imported
+from micota_fast.pipeline.stages import VERBS
 
 
 @pytest.mark.parametrize("verb", VERBS)
