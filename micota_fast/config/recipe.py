@@ -9,6 +9,7 @@ from micota_fast.config.evaluation import AlignSettings, EvaluateSettings
 from micota_fast.config.generation import COLUMNS, PROBLEMS, GenerateSettings
 from micota_fast.config.loader import option
 from micota_fast.config.report import ClaimsConfig
+from micota_fast.config.scoring import TOP_K, TOP_K_DOC, check_top_k
 from micota_fast.config.suggestions import did_you_mean
 from micota_fast.config.train import TrainSettings
 from micota_fast.errors import InputError
@@ -103,6 +104,18 @@ class GeneratedCorpus:
 
 
 @dataclass(kw_only=True)
+class ScoredCorpus:
+    """A corpus with a model's distribution at each position of its answers, which the student learns (`train.soft`)."""
+
+    of: str = option(doc="name under `corpora`: the answers, as `micota generate` writes them")
+    by: str = option(doc="name under `models`: the model that scores them")
+    top: int = option(TOP_K, doc=TOP_K_DOC, source="ours")
+
+    def __post_init__(self) -> None:
+        check_top_k(self, "top")
+
+
+@dataclass(kw_only=True)
 class CorpusSpec:
     """Rows to train on, and where they come from."""
 
@@ -110,10 +123,13 @@ class CorpusSpec:
     columns: dict[str, str] = option({}, doc="our key -> the file's, as `columns` of `micota train`", newer=True)
     generate: GeneratedCorpus | None = option(None, doc="answers of a model, filtered")
     mix: dict[str, int] | None = option(None, doc="names under `corpora` -> shares")
+    score: ScoredCorpus | None = option(None, doc="another corpus, with a model's distributions to learn", newer=True)
 
     def __post_init__(self) -> None:
-        if sum(way is not None for way in (self.file, self.generate, self.mix)) != 1:
-            raise InputError("set exactly one of `file`, `generate`, `mix`: it says where this corpus comes from")
+        if sum(way is not None for way in (self.file, self.generate, self.mix, self.score)) != 1:
+            raise InputError(
+                "set exactly one of `file`, `generate`, `mix`, `score`: it says where this corpus comes from"
+            )
         if self.columns and self.file is None:
             raise InputError("`columns` goes with `file`: corpora made in the run have our keys")
 
@@ -179,6 +195,11 @@ class Recipe:
             if model.train is not None:
                 known(model.train.base, self.models, f"models.{name}.train.base", "model")
                 known(model.train.corpus, self.corpora, f"models.{name}.train.corpus", "corpus")
+                if self.corpora[model.train.corpus].score is not None and model.train.base != self.student:
+                    raise InputError(
+                        f"`models.{name}.train.corpus` names {model.train.corpus!r}, whose scores have the ids of "
+                        f"`student`, {self.student!r}; only that model can be trained on them"
+                    )
             if model.merge is not None and model.merge.median_tokens is not None:
                 known(model.merge.problems, self.problems, f"models.{name}.merge.problems", "problem set")
         for name, corpus in self.corpora.items():
@@ -189,8 +210,25 @@ class Recipe:
                 known(part, self.corpora, f"corpora.{name}.mix", "corpus")
                 if self.corpora[part].columns:
                     raise InputError(f"`corpora.{name}.mix` names {part!r}: a mix copies rows without `columns`")
+                if self.corpora[part].score is not None:
+                    raise InputError(
+                        f"`corpora.{name}.mix` names {part!r}: a mix copies texts without scores; score the mix instead"
+                    )
+            if corpus.score is not None:
+                known(corpus.score.of, self.corpora, f"corpora.{name}.score.of", "corpus")
+                known(corpus.score.by, self.models, f"corpora.{name}.score.by", "model")
+                of = self.corpora[corpus.score.of]
+                if of.score is not None:
+                    raise InputError(f"`corpora.{name}.score.of` names {corpus.score.of!r}, which is scored itself")
+                if of.columns:
+                    raise InputError(
+                        f"`corpora.{name}.score.of` names {corpus.score.of!r}: only rows with our keys can be scored"
+                    )
         for arm, corpus_name in self.arms.items():
             known(corpus_name, self.corpora, f"arms.{arm}", "corpus")
+        trained_on = [*self.arms.values(), *(model.train.corpus for model in self.models.values() if model.train)]
+        if self.train.soft is not None and all(self.corpora[corpus].score is None for corpus in trained_on):
+            raise InputError("`train.soft` needs a corpus with `score`: nothing that is trained on has distributions")
         for arm in self.claims.deltas if self.claims is not None else ():
             known(arm, self.arms, "claims.deltas", "arm")
         for corpus_name in self.align:

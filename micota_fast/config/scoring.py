@@ -1,6 +1,7 @@
 """Options of `score`: a model's log-probabilities of answers that somebody has written."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from micota_fast.config.checks import at_least
 from micota_fast.config.generation import ChatConfig, ServeConfig
@@ -9,17 +10,26 @@ from micota_fast.errors import InputError
 
 TOP_K = 32
 MOST_TOP_K = 128  # the kernel of the loss takes no more
+TOP_K_DOC = f"likeliest tokens that are kept at each position, at most {MOST_TOP_K}; each takes six bytes"
+
+
+def check_top_k(options: object, name: str) -> None:
+    """Check that an option is a number of tokens that the loss can take at each position.
+
+    Raises:
+        InputError: it is not.
+    """
+    at_least(options, **{name: 1})
+    if (value := getattr(options, name)) > MOST_TOP_K:
+        raise InputError(f"`{name}` must be at most {MOST_TOP_K}, not {value}")
 
 
 @dataclass(kw_only=True)
 class ScoreSettings:
     """What is asked of the scoring model, and how the requests are sent."""
 
-    top_k: int = option(
-        TOP_K,
-        doc=f"likeliest tokens that are kept at each position, at most {MOST_TOP_K}; each takes six bytes",
-        source="ours",
-    )
+    api: ClassVar = "sglang"  # OpenAI's gives no log-probabilities of a text's own tokens by their ids
+    top_k: int = option(TOP_K, doc=TOP_K_DOC, source="ours")
     concurrency: int = option(
         64,
         doc="most requests in flight per server; fewer while they only queue there",
@@ -48,9 +58,8 @@ class ScoreSettings:
     )
 
     def __post_init__(self) -> None:
-        at_least(self, top_k=1, concurrency=1, request_timeout_s=0.1, wait_for_server_s=0.1)
-        if self.top_k > MOST_TOP_K:
-            raise InputError(f"`top_k` must be at most {MOST_TOP_K}, not {self.top_k}")
+        at_least(self, concurrency=1, request_timeout_s=0.1, wait_for_server_s=0.1)
+        check_top_k(self, "top_k")
         if self.url == []:
             raise InputError("`url` is an empty list; null: a server is started for the model")
 

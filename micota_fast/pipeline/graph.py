@@ -17,10 +17,11 @@ from micota_fast.config.generation import GenerateConfig, SamplingSettings
 from micota_fast.config.merge import LengthSweepConfig, LengthSweepSettings, MergeConfig
 from micota_fast.config.recipe import Recipe
 from micota_fast.config.report import PARTS, STUDENT, ReportConfig, TrainingAnswersConfig
-from micota_fast.config.train import TrainConfig
+from micota_fast.config.train import SoftConfig, TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.merge.mergekit import parse_mergekit
 from micota_fast.pipeline.builder import Builder
+from micota_fast.pipeline.scores import score_stage
 from micota_fast.pipeline.stage import Artefact, Lasting, Stage
 from micota_fast.pipeline.versions import versions
 
@@ -70,22 +71,24 @@ class _Graph(Builder):
         return self.artefact(stage, "model")
 
     def _train(self, stage: str, base: str, corpus: str, overrides: dict[str, Any], where: str) -> None:
-        model, data = self.model(base), self.corpus(corpus)
+        model, data, scores = self.model(base), self.corpus(corpus), self._scores(corpus)
+        soft = None if scores is None else self.recipe.train.soft or SoftConfig()
         settings = self.settings(
             TrainConfig,
-            self.recipe.train,
+            dataclasses.replace(self.recipe.train, soft=soft),
             overrides,
             where,
             model=model.location,
             data=data.location,
             columns=self.recipe.corpora[corpus].columns,
+            top_logprobs=None if scores is None else scores.location,
             out=str(self.run_dir / stage),
         )
         if settings.lora is not None and not settings.lora.merged:
             raise InputError(
                 f"{self.path}, `train.lora`: set `merged: true`: the stages that follow serve whole models"
             )
-        inputs = [model, data]
+        inputs = [model, data, *([] if scores is None else [scores])]
         if settings.validation_data is not None:
             inputs.append(self.file(settings.validation_data, f"{where}.validation_data"))
             settings.validation_data = inputs[-1].location
@@ -149,7 +152,10 @@ class _Graph(Builder):
         )
 
     def corpus(self, name: str) -> Artefact:
+        """Return the rows of a corpus; of a scored one those that are scored."""
         spec = self.recipe.corpora[name]
+        if spec.score is not None:
+            return self.corpus(spec.score.of)
         if spec.file is not None:
             return self.file(spec.file, f"corpora.{name}.file")
         stage = f"corpus/{name}"
@@ -157,6 +163,13 @@ class _Graph(Builder):
             stage, lambda: self._generated(stage, name) if spec.generate is not None else self._mixed(stage, name)
         )
         return self.artefact(stage, "corpus.jsonl")
+
+    def _scores(self, name: str) -> Artefact | None:
+        """Return the scores of a scored corpus, and None of another."""
+        spec = self.recipe.corpora[name].score
+        if spec is None:
+            return None
+        return score_stage(self, name, spec, self.corpus(name), self.model(spec.by), self.model(self.recipe.student))
 
     def _generated(self, stage: str, name: str) -> None:
         completions = self._answers(name)
@@ -326,7 +339,8 @@ class _Graph(Builder):
         names += [m.train.corpus for name, m in self.recipe.models.items() if m.train and f"model/{name}" in self.made]
         if not names:
             return None
-        corpora = {name: self.corpus(name) for name in dict.fromkeys(names)}
+        scored = {name: spec.score.of for name, spec in self.recipe.corpora.items() if spec.score is not None}
+        corpora = {name: self.corpus(name) for name in dict.fromkeys(scored.get(name, name) for name in names)}
         benchmarks, files = self._benchmarks()
         settings = ContaminationConfig(
             corpora={name: artefact.location for name, artefact in corpora.items()},

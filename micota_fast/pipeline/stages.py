@@ -181,6 +181,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
             summary="score answers by a model: completions in, its likeliest tokens at each position out",
             function="micota_fast.scoring.score:run",
             options="micota_fast.config.scoring:ScoreConfig",
+            cost="micota_fast.planning.costs:score",
         ),
         "filter": Verb(
             summary="keep the completions that pass the rules, and count the others by reason",

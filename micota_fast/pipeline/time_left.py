@@ -21,6 +21,7 @@ KINDS = {
     "generate": ANSWERING,
     "evaluate": ANSWERING,
     "length-sweep": ANSWERING,
+    "score": READING,
     "train": READING,
     "align": READING,
 }

@@ -20,6 +20,7 @@ from micota_fast.common.urls import hide_credentials
 from micota_fast.config.evaluation import JudgeConfig
 from micota_fast.config.generation import GenerateConfig, SamplingSettings
 from micota_fast.config.merge import REFINEMENTS
+from micota_fast.config.scoring import ScoreConfig
 from micota_fast.corpus.mix import apportion
 from micota_fast.evaluation.results import EvaluationResults
 from micota_fast.kernels.chunks import LOGITS_BYTES
@@ -57,6 +58,34 @@ def generate(planner: Planner, stage: Stage) -> Cost:
     else:
         answering(cost, model, s, [answers], planner.gpu, planner.assumed)
     cost.disk = answers.tokens * planner.assumed.text_bytes
+    return cost
+
+
+def score(planner: Planner, stage: Stage) -> Cost:
+    """Return the cost of a `score` stage: prompts and answers are read once, as prompts are, and nothing is written.
+
+    Each token of an answer leaves its id, and K ids and log-probabilities of six bytes. While the stage runs they lie
+    in two journals as well, in one of them in base64.
+    """
+    s = stage.settings
+    model, corpus = planner.model(s.model), planner.corpus(s.completions)
+    width = model.width if s.serve.dtype == "auto" else bytes_per_element(s.serve.dtype)
+    config, serve = model.config, s.serve
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
+    scored = corpus.rows * (corpus.answer + 1)  # through the end of turn
+    cost = Cost(
+        stage.name,
+        stage.verb,
+        tokens=corpus.tokens,
+        flops=train_flops(config, corpus.tokens, corpus.context) / 3,
+        disk=scored * (4 + 6 * s.top_k),
+        passing=scored * (4 + 6 * s.top_k + 8 * s.top_k),
+        how=f"{_rows(corpus)}, {s.top_k} tokens at each of {two(scored)} positions",
+    )
+    room = _serving(cost, s, parameters(config) * width, corpus.context * kv, planner.gpu, planner.assumed)
+    if room is not None and planner.gpu is not None:
+        speed = planner.gpu.flops * planner.assumed.prefill_mfu * serve.tp * serve.replicas * serve.dp
+        cost.hours = (planner.assumed.startup_s + cost.flops / speed) / 3600
     return cost
 
 
@@ -309,20 +338,10 @@ def answering(
     cost.tokens = sum(corpus.tokens for corpus in sets)
     cost.flops = sum(train_flops(config, corpus.tokens, corpus.context) for corpus in sets) / 3
     cost.how = _written(s, sets)
-    if s.url is not None:
-        cost.left_out.append(AT_A_SERVER)
-        return
-    cost.memory = weights / serve.tp + longest * kv / serve.tp
-    if gpu is None or "cpu" in (sglang.argument(serve, "--device"), serve.device):
-        cost.left_out.append(ON_CPU)
+    room = _serving(cost, s, weights, longest * kv, gpu, assumed)
+    if room is None or gpu is None:
         return
     copies = serve.replicas * serve.dp
-    cost.gpus = serve.replicas * sglang.gpus_needed(serve)
-    room = assumed.serve_memory * gpu.memory * serve.tp - weights
-    if room < longest * kv:
-        cost.too_big = shortfall(cost.memory, gpu.memory, assumed.serve_memory, KEPT_BY_SERVERS)
-        cost.left_out.append("does not fit")
-        return
     flops, read = gpu.flops * assumed.prefill_mfu * serve.tp, gpu.bandwidth * assumed.decode_bandwidth * serve.tp
     seconds, batches = assumed.startup_s, []
     for corpus in sets:
@@ -336,6 +355,40 @@ def answering(
         batches.append(batch)
     cost.hours = seconds / 3600
     cost.how += f", {max(batches):,.0f} at once on each of {copies}" if copies > 1 else f", {max(batches):,.0f} at once"
+
+
+def _serving(
+    cost: Cost,
+    s: SamplingSettings | ScoreConfig,
+    weights: float,
+    most: float,
+    gpu: GPU | None,
+    assumed: Assumptions,
+) -> float | None:
+    """Fill in the GPUs and the memory of the servers of a stage.
+
+    Args:
+        weights: bytes of the model.
+        most: bytes of the KV cache of the longest text.
+
+    Returns:
+        Bytes for KV caches on the GPUs of one copy; None: what the servers take is not counted, and `cost` says why.
+    """
+    serve = s.serve
+    if s.url is not None:
+        cost.left_out.append(AT_A_SERVER)
+        return None
+    cost.memory = (weights + most) / serve.tp
+    if gpu is None or "cpu" in (sglang.argument(serve, "--device"), serve.device):
+        cost.left_out.append(ON_CPU)
+        return None
+    cost.gpus = serve.replicas * sglang.gpus_needed(serve)
+    room = assumed.serve_memory * gpu.memory * serve.tp - weights
+    if room < most:
+        cost.too_big = shortfall(cost.memory, gpu.memory, assumed.serve_memory, KEPT_BY_SERVERS)
+        cost.left_out.append("does not fit")
+        return None
+    return room
 
 
 def _written(s: SamplingSettings, sets: Sequence[Corpus]) -> str:

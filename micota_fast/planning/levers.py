@@ -112,10 +112,10 @@ def _splits(option: str, serve: ServeConfig, config: ModelConfig, machine: Machi
 
 
 def answering_settings(stage: Stage) -> tuple[str, Any]:
-    """Return the settings with which a stage writes answers, and the option they stand in ("a."); else "" and None."""
+    """Return the settings with which a stage asks servers, and the option they stand in ("a."); else "" and None."""
     if stage.verb == "length-sweep":
         return "generate.", stage.settings.generate
-    return "", stage.settings if stage.verb in ("generate", "evaluate") else None
+    return "", stage.settings if stage.verb in ("generate", "score", "evaluate") else None
 
 
 # What costs least comes first; one is only tried if those before it, alone or together, do not suffice.

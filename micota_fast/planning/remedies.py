@@ -190,7 +190,7 @@ def _more_gpus(planner: Planner, stage: Stage, machine: Machine) -> Changes:
 
 def _owner(recipe: Recipe, stage: Stage) -> str:
     """Return the key below which the options of a stage are set."""
-    return _key(recipe, stage, "serve" if stage.verb in ("generate", "evaluate") else "")
+    return _key(recipe, stage, "serve" if stage.verb in ("generate", "score", "evaluate") else "")
 
 
 def _key(recipe: Recipe, stage: Stage, option: str) -> str:
@@ -206,6 +206,8 @@ def _key(recipe: Recipe, stage: Stage, option: str) -> str:
         return f"models.{name}.merge.sweep.{option}"
     if stage.verb == "evaluate":
         return f"evaluate.{option}" if option.startswith("judge.") else f"models.{recipe.student}.{option}"
+    if (scored := recipe.corpora[name].score) is not None:
+        return f"models.{scored.by}.{option}"
     generated = recipe.corpora[name].generate
     assert generated is not None
     own = f"corpora.{name}.generate.overrides.{option}"

@@ -261,3 +261,62 @@ def test_keys_of_other_names_and_datasets_of_the_hub_reach_their_stages(folder: 
         planned(folder, {"corpora": RECIPE["corpora"] | {"mix": {"mix": {"long": 1}, "columns": columns}}})
     with pytest.raises(InputError, match="names 'theirs': a mix copies rows without"):
         planned(folder, {"corpora": corpora | {"mix": {"mix": {"long": 1, "theirs": 1}}}})
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+
+SOFT: dict[str, Any] = {
+    "corpora": RECIPE["corpora"] | {"mid-soft": {"score": {"of": "mid", "by": "assistant-mid", "top": 8}}},
+    "arms": {"mid": "mid", "mid-soft": "mid-soft"},
+    "train": {"soft": {"alpha": 0.5}, "chat": {"thinking": "strip"}},
+}
+
+
+def test_a_scored_corpus_is_its_texts_and_its_scores(folder: Path) -> None:
+    stages = planned(folder, SOFT)
+    scores = stages["scores/mid-soft"]
+    assert (scores.verb, scores.needs) == ("score", ("corpus/mid", "model/assistant-mid"))
+    settings, run = scores.settings, folder / "run"
+    assert settings.completions == stages["corpus/mid"].settings.out
+    assert (settings.model, settings.student) == (f"{run}/model/assistant-mid/model", str(folder / "student"))
+    assert (settings.top_k, settings.chat.thinking, settings.student_chat.thinking) == (8, "strip", "strip")
+    assert (settings.chat.prompt, settings.url) == (stages["answers/mid"].settings.chat.prompt, None)
+    soft, hard = stages["student/mid-soft-seed2"], stages["student/mid-seed2"]
+    assert soft.needs == ("corpus/mid", "scores/mid-soft")
+    assert soft.settings.data == hard.settings.data
+    assert soft.settings.top_logprobs == settings.out
+    assert (soft.settings.soft.alpha, soft.settings.soft.tail) == (0.5, "bucket")
+    assert (hard.settings.soft, hard.settings.top_logprobs) == (None, None)
+    assert "evaluate/mid-soft-seed1" in stages["report"].needs
+    assert list(stages["contamination"].settings.corpora) == ["mid", "long"]  # each text once
+
+
+def test_scores_need_no_options_of_training_and_change_no_other_stage(folder: Path) -> None:
+    plain, soft = planned(folder), planned(folder, {key: SOFT[key] for key in ("corpora", "arms")})
+    assert soft["student/mid-soft-seed1"].settings.soft is not None
+    for name in ("answers/mid", "corpus/mid", "student/mid-seed1", "model/assistant-long"):
+        assert loader.identity(soft[name].settings) == loader.identity(plain[name].settings)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "corpora.mid-soft.score.of=midd",
+            r"mid-soft\.score\.of` names the corpus 'midd'; did you mean `mid`",
+        ),
+        ("corpora.mid-soft.score.by=asistant", r"corpora\.mid-soft\.score\.by` names the model 'asistant'; did you"),
+        ("corpora.mid-soft.score.of=mid-soft", "which is scored itself"),
+        ("corpora.mid-soft.score.top=129", "`top` must be at most 128, not 129"),
+        ("corpora.mid-soft.score.by=teacher", "scores need SGLang's native API"),
+        ("corpora.mix.mix={mid-soft: 1, long: 1}", "a mix copies texts without scores; score the mix instead"),
+        ("models.assistant-long.train.corpus=mid-soft", "whose scores have the ids of `student`, 'student'"),
+        ("arms={mid: mid}", "`train.soft` needs a corpus with `score`"),
+        ("corpora.mid-soft.mix={mid: 1}", "set exactly one of `file`, `generate`, `mix`, `score`"),
+    ],
+)
+def test_a_wrong_score_is_told(folder: Path, override: str, message: str) -> None:
+    more = ("generate.api=openai",) if "by=teacher" in override else ()
+    with pytest.raises(InputError, match=message) as error:
+        planned(folder, SOFT, (override, *more))
+    assert "recipe.yaml" in str(error.value) or "--set" in str(error.value)

@@ -311,6 +311,27 @@ def test_a_judge_is_counted() -> None:
     assert small.left_out == ["the judge, does not fit"]
 
 
+def test_scoring_reads_a_corpus_once_and_leaves_its_likeliest_tokens() -> None:
+    """Every figure by hand, from the corpus that is scored."""
+    scored = (
+        "corpora.mid-soft={score: {of: mid, by: assistant-mid, top: 32}}",
+        "arms={mid: mid, mid-soft: mid-soft}",
+    )
+    costs = {cost.stage: cost for cost in of_recipe("micota-qwen2.5-7b", *scored).costs}
+    score, train, answers = costs["scores/mid-soft"], costs["student/mid-soft-seed0"], costs["answers/mid"]
+    qwen14, epochs = of_hub("Qwen/Qwen2.5-14B-Instruct"), 2
+    assert score.tokens == pytest.approx(train.tokens / epochs)
+    rows = 0.85 * 12000
+    positions = score.tokens - rows * (200 / 3 + 60 - 1)  # answers through the end of turn, without prompts
+    assert score.disk == pytest.approx(positions * (4 + 32 * 6), rel=1e-3)
+    assert score.passing == pytest.approx(positions * (4 + 32 * 14), rel=1e-3)
+    assert score.flops == pytest.approx(2 * (parameters(qwen14) - 152064 * 5120) * score.tokens, rel=0.15)
+    assert score.hours is not None
+    assert answers.hours is not None
+    assert 0 < score.hours < answers.hours
+    assert score.gpus == answers.gpus
+
+
 def test_align_multiplies_the_output_matrix_twice() -> None:
     costs = {cost.stage: cost for cost in of_recipe("micota-qwen2.5-7b", "align=[long]").costs}
     prompt, rows, qwen7 = 200 / 3 + 60, 10200, of_hub("Qwen/Qwen2.5-7B-Instruct")
