@@ -194,7 +194,8 @@ def test_products_of_bfloat16_run_on_tensor_cores(kernels: list[Kernel], chip: i
 def test_rows_are_read_and_written_16_bytes_at_a_time(kernels: list[Kernel], chip: int) -> None:
     """Read by asynchronous copies. Apart from single values: target, its logit, scale; loss, padding.
 
-    Of distributions also tokens, probabilities and logits, one a thread, tail, entropy and share; and the tokens' gradients.
+    Of distributions also tokens, probabilities and logits, one per thread, tail, entropy and share; and the tokens'
+    gradients.
     """
     rows = [k for k in kernels if k.chip == chip and "softmax_rows" in k.name and k.instructions]
     assert len(rows) == 6 + 5
