@@ -9,7 +9,7 @@ from micota_fast.config.loader import option
 from micota_fast.errors import InputError
 
 TOP_K = 32
-MOST_TOP_K = 128  # the kernel of the loss takes no more
+MOST_TOP_K = 128  # up to which the loss's kernels are known to spill no registers
 TOP_K_DOC = f"likeliest tokens that are kept at each position, at most {MOST_TOP_K}; each takes six bytes"
 
 
