@@ -129,6 +129,12 @@ class TrainSettings:
         doc="what the backward pass computes again: gate and cheap operations (selective), or whole blocks (full)",
         operational=True,
     )
+    offload: bool = option(
+        False,
+        doc="keep weights, gradients and AdamW's moments in the host's memory and step there; no effect on a CPU",
+        source="FSDP2's CPUOffloadPolicy",
+        operational=True,
+    )
     freeze: list[str] = option(
         [], doc="parameters that stay as they are, by pattern of their names: [model.embed_tokens.*, '*.layers.0.*']"
     )
@@ -200,6 +206,11 @@ class TrainSettings:
                 raise InputError(f"`{name}` must lie between 0 and 1, not {getattr(self, name)}")
         if self.lora is not None and self.init == "random":
             raise InputError("`lora` adapts the weights of a checkpoint, and `init: random` takes none from it")
+        if self.offload and self.mesh.replicate > 1:
+            raise InputError(
+                "`offload` shards one copy of the model, and `mesh.replicate` makes "
+                f"{self.mesh.replicate}, whose gradients would wait on the GPU: leave one of them out"
+            )
         if self.early_stop is not None and self.validation_data is None:
             raise InputError("`early_stop` needs `validation_data`, whose loss it watches")
         if self.max_doc_tokens is not None and self.max_doc_tokens > self.pack_tokens:

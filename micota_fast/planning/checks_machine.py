@@ -173,7 +173,7 @@ def _ram(needs: Needs, stage: Stage, cost: Cost) -> float:
         return needs.recipe.launch.nproc * (PROCESS_BYTES + cost.memory)
     s = stage.settings  # a checkpoint is copied to the host before it is written
     copy = cost.passing / (s.keep_checkpoints + 1 + (s.validation_data is not None))
-    return needs.recipe.launch.nproc * PROCESS_BYTES + copy
+    return needs.recipe.launch.nproc * PROCESS_BYTES + copy + cost.host
 
 
 def disk(needs: Needs) -> Iterator[Finding]:

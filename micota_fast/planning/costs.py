@@ -31,7 +31,7 @@ from micota_fast.planning.planner import ON_CPU, Corpus, Cost, Model, Planner
 from micota_fast.planning.roofline import loss_seconds
 from micota_fast.planning.shapes import parameters, recomputed_flops, train_flops, training
 from micota_fast.serve import sglang
-from micota_fast.train.memory import estimate, kept
+from micota_fast.train.memory import estimate, host_memory, kept
 
 AT_A_SERVER = "at servers that already run"
 
@@ -142,7 +142,8 @@ def train(planner: Planner, stage: Stage) -> Cost:
     on_gpu, dtype = planner.on_gpu(s.device), getattr(torch, s.dtype)
     shards = s.mesh.shard or max(1, processes // s.mesh.replicate)
     how = s.activation_checkpointing
-    need = estimate(model.config, pack_tokens, shards, how, dtype, "cuda" if on_gpu else "cpu", s.lora).total
+    device, offload = "cuda" if on_gpu else "cpu", on_gpu and s.offload
+    need = estimate(model.config, pack_tokens, shards, how, dtype, device, s.lora, offload=offload).total
     stored = bytes_per_element(s.save_dtype) if s.save_dtype else model.width
     made = training(model.config, s)
     whole = size * stored if s.lora is None or s.lora.merged else 0.0
@@ -159,6 +160,10 @@ def train(planner: Planner, stage: Stage) -> Cost:
         passing=12 * made.trained * (s.keep_checkpoints + 1 + (s.validation_data is not None)),
         how=f"{_rows(corpus)}, {steps:,.0f} steps on {processes} process{'es' * (processes > 1)}",
     )
+    if offload:
+        cost.host = processes * sum(host_memory(model.config, shards, dtype, s.lora))
+        cost.how += f", {two(cost.host / 1e9)} GB of the host's memory"
+        cost.left_out.append("the copies of `offload` and AdamW's steps on the host")
     if on_gpu and planner.gpu is not None:
         if s.dtype == "bfloat16":
             run = cost.flops + recomputed_flops(model.config, tokens, corpus.context, how, made.adapters)

@@ -1,6 +1,6 @@
 """The ways to make a stage fit into a GPU's memory: a table of which `remedies` tries one row after another.
 
-A further lever (8-bit optimizer states, offload) is a function that yields its steps and a row of `LEVERS`; what
+A further lever (8-bit optimizer states) is a function that yields its steps and a row of `LEVERS`; what
 it saves must be counted by `train.memory.estimate`, or wherever `costs` takes the stage's memory from.
 """
 
@@ -79,6 +79,12 @@ def _shorter_packs(planner: Planner, stage: Stage, machine: Machine) -> Iterator
             yield {"pack_tokens": tokens, **steps}
 
 
+def _offload(planner: Planner, stage: Stage, machine: Machine) -> Iterator[Changes]:
+    """Keep weights, gradients and moments on the host; `doctor` checks its memory."""
+    if stage.verb == "train" and not stage.settings.offload and stage.settings.mesh.replicate == 1:
+        yield {"offload": True}
+
+
 def _adapters(planner: Planner, stage: Stage, machine: Machine) -> Iterator[Changes]:
     """Train low-rank adapters of a frozen model, merged into it, since the stages that follow serve whole models."""
     if stage.verb == "train" and stage.settings.lora is None:
@@ -123,6 +129,7 @@ LEVERS = (
     Lever("launch.nproc", _processes),
     Lever("activation_checkpointing", _checkpointing),
     Lever("pack_tokens", _shorter_packs, "documents longer than a pack are left out or cut"),
+    Lever("offload", _offload, "slower: weights and gradients cross PCIe in every pass, and AdamW runs on the host"),
     Lever("lora", _adapters, "adapters are trained, not all weights"),
     Lever("serve.tp", _split_model),
     Lever("judge.serve.tp", _split_judge),

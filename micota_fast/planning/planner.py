@@ -45,6 +45,7 @@ class Cost:
         hours: None on a CPU, whose time is not estimated, and at a server that runs already.
         gpus: GPUs that are used.
         memory: bytes that each GPU (or process) must have at least.
+        host: bytes of the host's memory that all processes of a machine take for what they keep off their GPUs.
         disk: bytes that stay.
         passing: further bytes on the disk while it runs.
         how: what the figures are made of, in words.
@@ -61,6 +62,7 @@ class Cost:
     hours: float | None = None
     gpus: int = 0
     memory: float = 0
+    host: float = 0
     disk: float = 0
     passing: float = 0
     how: str = ""

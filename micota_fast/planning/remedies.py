@@ -116,7 +116,7 @@ def _texts(arguments: Mapping[str, Any]) -> list[str]:
             own, usual = vars(value), vars(kind())
             texts += [f"{key}.{name}={json.dumps(own[name])}" for name in own if own[name] != usual[name]]
         else:
-            texts.append(f"{key}={value}")
+            texts.append(f"{key}={json.dumps(value) if isinstance(value, bool) else value}")
     return texts
 
 

@@ -101,8 +101,8 @@ class Checkpoints:
         """Copy the state to the host and write it while training continues; waits for the save before this one.
 
         The copies are enqueued on the device's current stream into pinned memory, and the writer thread waits for them
-        instead of the caller (unlike in torch's `async_save`). Needs host memory for the rank's share of weights and
-        optimizer.
+        instead of the caller (unlike in torch's `async_save`); what is on the host already is copied at once. Needs
+        host memory for the rank's share of weights and optimizer.
 
         Args:
             progress: plain JSON values including "step" (steps done); `restore` returns those of rank 0.
@@ -121,7 +121,7 @@ class Checkpoints:
         local = {name: local_part(tensor) for name, tensor in tensors.items()}
         if not self._staging.fits(local):
             self._staging.close()
-            self._staging = Staging(local, pinned=self._on_cuda)
+            self._staging = Staging(local, pinned=any(tensor.is_cuda for tensor in local.values()))
         for name, tensor in local.items():
             self._staging.tensors[name].copy_(tensor, non_blocking=True)
         copied = torch.cuda.current_stream().record_event() if self._on_cuda else None
@@ -130,6 +130,7 @@ class Checkpoints:
             "score": score if score is not None and math.isfinite(score) else None,
             "processes": self._world.size,
             "replicas": self._world.replicas,
+            **({"offload": True} if self._world.offload else {}),
             "torch": torch.__version__,
             "identity": self._identity,
         }
@@ -230,8 +231,8 @@ class Checkpoints:
         else:
             _make_state(stored, model, optimizer)
             targets = dict(_state(model, optimizer))
-            there = _layout(manifest["processes"], manifest["replicas"])
-            here = _layout(self._world.size, self._world.replicas)
+            there = _layout(manifest["processes"], manifest["replicas"], manifest.get("offload", False))
+            here = _layout(self._world.size, self._world.replicas, self._world.offload)
             if there == here:
                 targets |= {name: state for name, state in _generators(self._world).items() if name in stored}
             if manifest["torch"] != torch.__version__:
@@ -326,8 +327,9 @@ class _StagedPlanner(dcp.DefaultSavePlanner):
         return self._staged[index.fqn]
 
 
-def _layout(processes: int, replicas: int) -> str:
-    return f"{processes} processes" + (f" and {replicas} copies of the model" if replicas > 1 else "")
+def _layout(processes: int, replicas: int, offload: bool) -> str:
+    copies = f" and {replicas} copies of the model" if replicas > 1 else ""
+    return f"{processes} processes{copies}{' with offload' if offload else ''}"
 
 
 def _load_planner() -> dcp.DefaultLoadPlanner:

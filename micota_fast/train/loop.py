@@ -51,7 +51,7 @@ def train(config: TrainConfig, profile: bool = False) -> bool:
     """
     require_trackers(config)
     out = Path(config.out)
-    with StopSignals() as stop, join_world(config.device, config.mesh) as world, ExitStack() as lock:
+    with StopSignals() as stop, join_world(config.device, config.mesh, config.offload) as world, ExitStack() as lock:
         world.on_main(lambda: prepare.lock(out, lock))
         with ExitStack() as stack:
             finished = _train(config, out, world, stop, profile, stack)

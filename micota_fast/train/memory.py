@@ -46,6 +46,7 @@ def estimate(
     device: str,
     lora: LoraConfig | None = None,
     top_k: int = 0,
+    offload: bool = False,
 ) -> Memory:
     """Estimate the memory for packs of `tokens` tokens, without the allocator's gaps and the driver's own memory.
 
@@ -58,11 +59,13 @@ def estimate(
         device: "cuda" or "cpu", on which the loss holds different numbers of logits.
         lora: adapters that are trained in place of the weights, which are then of the compute type.
         top_k: entries of a soft target; 0: targets are hard.
+        offload: whether weights, gradients and moments are on the host (`host_memory`), and shards copied from there.
 
     Returns:
         That of the moment that needs most.
     """
-    return max(moments(model, tokens, shards, mode, dtype, device, lora, top_k), key=lambda memory: memory.total)
+    found = moments(model, tokens, shards, mode, dtype, device, lora, top_k, offload)
+    return max(found, key=lambda memory: memory.total)
 
 
 def moments(
@@ -74,6 +77,7 @@ def moments(
     device: str,
     lora: LoraConfig | None = None,
     top_k: int = 0,
+    offload: bool = False,
 ) -> list[Memory]:
     """Return the memory at each moment of a step that can need most; see `estimate`.
 
@@ -91,13 +95,22 @@ def moments(
         block, head = block + trained_block, 0  # no gradient of the output matrix
     # Without gradients, and with all.
     before, after = (frozen + 12 * trained) // shards, (frozen + 16 * trained) // shards
-    whole = shards == 1 and dtype == torch.float32  # then the model is not wrapped, and nothing is gathered
+    stored = 4 if lora is None else low  # bytes of a value before it is gathered
+    copied_block = 0  # from the host, before it is gathered; one rank, which gathers nothing, has a copy less of it
+    if offload:
+        before = after = 0
+        copied_block = 0 if shards == 1 else (stored * (block - trained_block) + 4 * trained_block) // shards
+    whole = (
+        shards == 1 and dtype == torch.float32 and not offload
+    )  # then the model is not wrapped, and nothing is gathered
     kept_T, computed_T = (
         round(tokens * low * values * (1 + SMALL)) for values in (kept(model, mode), _computed(model, mode))
     )
     if lora is not None:  # the narrow products of the adapters' first halves
         narrow = math.ceil(tokens * low * lora.rank * modules / layers)
         kept_T, computed_T = (kept_T + narrow, computed_T) if mode == "none" else (kept_T, computed_T + narrow)
+        # The gradient of the SwiGLU comes from the weight and from its adapter.
+        computed_T += round(tokens * low * model.intermediate_size * (1 + SMALL))
     hidden_TH = tokens * low * model.hidden_size
     logits = min(LOGITS_BYTES[device], tokens * model.vocab_size * max(low, 4 if device == "cpu" else 0))
 
@@ -109,33 +122,73 @@ def moments(
     summed = 4 * head + max(logits, low * head if low < 4 else 0)
     passed_on = 0 if whole else low * head
     soft_TK = tokens * top_k * (4 + 2 + 8)  # ids as they came, log-probabilities, ids as the loss takes them
+    summed_block = 0 if whole else 4 * trained_block
+    if whole:
+        entering = 0
+    elif shards == 1:  # one matrix after the other is cast
+        entering = low * root + stored * model.vocab_size * model.hidden_size
+    else:  # and the first block; both are copied out of the piece that was gathered
+        entering = low * (2 * (root + block) + root // shards)
+    if not offload:
+        last = gathered(root, trained_root)
+    elif shards == 1:  # both sides of a sum over one rank
+        last = gathered(root, trained_root) + 4 * trained_root + summed_block
+    elif model.tie_word_embeddings:  # two gradients, of its rows and of the output matrix
+        last = gathered(root, trained_root) + summed_block
+    else:  # what was gathered is free by then
+        last = max((low + 4) * trained_root, 4 * trained_root + 4 * trained_root // shards) + summed_block
     return [
+        Memory("gathering the embedding", before, entering + copied_block, 0, 0),
         Memory(
             "the loss", before, gathered(root + block), layers * kept_T + hidden_TH, summed + 2 * hidden_TH + soft_TK
         ),
         Memory(
             "the backward pass of the last block",
             before,
-            gathered(root + 2 * block),
+            gathered(root + 2 * block) + copied_block,
             layers * kept_T + computed_T,
             low * head,
         ),
         Memory(  # while the gradients of the last one are summed over the shards, in float32
             "the backward pass of the last block but one",
-            before + 4 * trained_block // shards,
-            gathered(root + 2 * block) + (0 if whole else 4 * trained_block),
+            0 if offload else before + 4 * trained_block // shards,
+            gathered(root + 2 * block) + summed_block + copied_block,
             (layers - 1) * kept_T + computed_T,
             low * head,
         ),
         Memory(
             "the backward pass of the first block",
             after,
-            gathered(root + 2 * block, trained_block),
+            gathered(root + 2 * block, trained_block) + copied_block,
             kept_T + computed_T,
             passed_on,
         ),
-        Memory("the embedding's gradient", after, gathered(root, trained_root), hidden_TH, 0),
+        Memory("the embedding's gradient", after, last, hidden_TH, 0),
     ]
+
+
+def host_memory(model: ModelConfig, shards: int, dtype: torch.dtype, lora: LoraConfig | None = None) -> tuple[int, int]:
+    """Return the bytes that `offload` takes of the host for each rank: page-locked, and others.
+
+    Weights and gradients are page-locked, which is what copies that do not wait need, and AdamW's moments are not.
+    torch page-locks each tensor by itself, in powers of two (`CachingHostAllocator`).
+    """
+    trained = locked = 0
+    for name, shape in parameter_shapes(model).items():
+        size = -(-shape.numel() // shards)
+        if lora is None:
+            trained += size
+            locked += 2 * _power_of_two(4 * size)
+        else:
+            locked += _power_of_two(dtype.itemsize * size)
+            for half in _halves(name, shape, lora):
+                trained += -(-half // shards)
+                locked += 2 * _power_of_two(4 * -(-half // shards))
+    return locked, 8 * trained
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 @lru_cache
@@ -147,9 +200,14 @@ def _parameters(model: ModelConfig) -> tuple[int, int]:
 
 def _adapters(model: ModelConfig, lora: LoraConfig) -> tuple[int, int]:
     """Return the number of values in all adapters, and the number of modules that have one."""
-    names = [f".{target}.weight" for target in lora.targets]
-    shapes = [s for name, s in parameter_shapes(model).items() if f".{name}".endswith(tuple(names))]
-    return sum(lora.rank * sum(shape) for shape in shapes), len(shapes)
+    halves = [_halves(name, shape, lora) for name, shape in parameter_shapes(model).items()]
+    return sum(map(sum, halves)), sum(map(bool, halves))
+
+
+def _halves(name: str, shape: torch.Size, lora: LoraConfig) -> list[int]:
+    """Return the numbers of values in the two matrices of a weight's adapter; none if it has no adapter."""
+    targets = tuple(f".{target}.weight" for target in lora.targets)
+    return [lora.rank * size for size in shape] if f".{name}".endswith(targets) else []
 
 
 def kept(model: ModelConfig, mode: Checkpointing) -> int:
@@ -184,11 +242,13 @@ def longest_pack(
     dtype: torch.dtype = torch.bfloat16,
     lora: LoraConfig | None = None,
     top_k: int = 0,
+    offload: bool = False,
 ) -> int:
     """Return the most tokens in a pack, a multiple of 1024, that fit into `capacity` bytes of a GPU; 0: none fits."""
 
     def fits(thousands: int) -> bool:
-        return estimate(model, 1024 * thousands, shards, mode, dtype, "cuda", lora, top_k).total <= capacity
+        need = estimate(model, 1024 * thousands, shards, mode, dtype, "cuda", lora, top_k, offload)
+        return need.total <= capacity
 
     most = 1
     while fits(most):

@@ -83,7 +83,7 @@ class Meters:
     def record(
         self, loss: Tensor, grad_norm: Tensor, step: int, epoch: float, lr: float, supervised: int, tokens: int
     ) -> None:
-        """Record a step without waiting for the device.
+        """Record a step without waiting for the device, if the gradients are on it, too.
 
         Args:
             loss: over all ranks, a 0-d tensor.
@@ -93,7 +93,7 @@ class Meters:
             lr: learning rate of the step.
             supervised, tokens: supervised and all tokens of the step, over all ranks.
         """
-        self._figures.append(torch.stack((loss, grad_norm)))
+        self._figures.append(torch.stack((loss.to(grad_norm.device), grad_norm)))
         self._rows.append({"step": step, "epoch": epoch, "lr": lr, "supervised": supervised, "tokens": tokens})
 
     def report(self, validation_loss: float | None = None) -> None:

@@ -71,7 +71,8 @@ def step_if_finite(optimizer: torch.optim.AdamW, loss: Tensor, grad_norm: Tensor
     """Make one step of the optimizer; leave weights and moments as they were if loss or norm is not finite.
 
     The fused kernel itself reads on the device whether to do anything, from the attribute that `torch.amp.GradScaler`
-    sets for it, so the host never waits. Both figures must be equal on all ranks.
+    sets for it, so the host never waits; with offload, when the step is the host's, it waits for the loss. Both figures
+    must be equal on all ranks.
     """
-    optimizer.found_inf = 1.0 - (loss + grad_norm).isfinite().float()  # type: ignore[attr-defined]
+    optimizer.found_inf = 1.0 - (loss.to(grad_norm.device) + grad_norm).isfinite().float()  # type: ignore[attr-defined]
     optimizer.step()

@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from micota_fast.config.train import TrainSettings
@@ -20,6 +20,9 @@ def parallelize(model: PackedLoss, config: TrainSettings, world: World) -> None:
     Parameters stay float32 and sharded over the processes that share a copy. Each block is gathered in the compute type
     for its forward and backward pass, while the block before it computes. Gradients are summed in float32, over the
     shards and then over the copies, if there are several. One process that computes in float32 needs no sharding.
+
+    With offload the shards are on the host, page-locked. They are copied to the device before each gather, their
+    gradients back after each sum, and the host waits for these before the optimizer's step, which is its own.
     """
     blocks = model.decoder.model.layers
     for block in blocks:
@@ -31,7 +34,7 @@ def parallelize(model: PackedLoss, config: TrainSettings, world: World) -> None:
     if config.compile and not embedding.weight.requires_grad:
         # Else the first block's input alone would have no gradient, and the block a graph of its own.
         embedding.register_forward_hook(lambda module, args, out: out.requires_grad_(torch.is_grad_enabled()))
-    if world.size == 1 and config.dtype == "float32":
+    if world.size == 1 and config.dtype == "float32" and not world.offload:
         return
     if world.replicas == 1:
         mesh = init_device_mesh(world.device.type, (world.size,))
@@ -42,7 +45,8 @@ def parallelize(model: PackedLoss, config: TrainSettings, world: World) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    modules = [fully_shard(module, mesh=mesh, mp_policy=policy) for module in (*blocks, model)]
+    where = CPUOffloadPolicy() if world.offload else OffloadPolicy()
+    modules = [fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=where) for module in (*blocks, model)]
     for module in modules:
         # The loss is divided by the count over all ranks already, so gradients are summed, not averaged.
         module.set_gradient_divide_factor(1.0)

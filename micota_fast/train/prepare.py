@@ -34,7 +34,7 @@ from micota_fast.model.pointwise import choose_pointwise
 from micota_fast.sources.top_logprobs import TopLogprobs
 from micota_fast.train.checkpoint import describe_differences, read_identity
 from micota_fast.train.lora import adapted_modules, draw_adapters, flops_per_token
-from micota_fast.train.memory import estimate, longest_pack
+from micota_fast.train.memory import estimate, host_memory, longest_pack
 from micota_fast.train.packed_loss import PackedLoss, choose_loss
 from micota_fast.train.trainable import trainable_decoder
 from micota_fast.train.world import World
@@ -162,15 +162,20 @@ def build_model(config: TrainConfig, source: Path, world: World) -> PackedLoss:
 
 
 def load_initial_weights(model: PackedLoss, config: TrainConfig, source: Path, world: World) -> None:
-    """Give the model, sharded or not, memory on this rank's device and the weights that training starts from.
+    """Give the model, sharded or not, memory and the weights that training starts from.
 
-    A device never holds more than this rank's shards, and its host never more than one tensor besides: what is too
-    large for one device can be trained on several.
+    The memory is on this rank's device; with offload that of parameters is on the host. A device never holds more than
+    this rank's shards, and its host never more than one tensor besides: what is too large for one device can be trained
+    on several.
 
     Raises:
         InputError: on all ranks, if one of them cannot read its weights.
     """
-    model.to_empty(device=world.device)
+    model.to_empty(device="cpu" if world.offload else world.device)
+    if world.offload:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(world.device))
     mistake = None
     try:
         if config.init == "random":
@@ -249,6 +254,8 @@ def introduce(
         )
     if (warning := few_steps(config, facts["steps"], data["packs"])) is not None:
         world.say(warning)
+    if config.offload and not world.offload:
+        world.say("offload: nothing to do, as the model is trained on the CPU")
     if world.device.type == "cuda":
         top_k = 0 if documents.scores is None else documents.scores.top_k
         world.say(_memory(config, model, pack_tokens, top_k, world))
@@ -287,17 +294,26 @@ def few_steps(config: TrainConfig, steps: int, packs: int) -> str | None:
 def _memory(config: TrainConfig, model: ModelConfig, pack_tokens: int, top_k: int, world: World) -> str:
     """Compare what this rank's GPU will hold, according to the model's shapes, with what it has."""
     dtype, shards = getattr(torch, config.dtype), world.size // world.replicas
-    need = estimate(model, pack_tokens, shards, config.activation_checkpointing, dtype, "cuda", config.lora, top_k)
+    how, lora = config.activation_checkpointing, config.lora
+    need = estimate(model, pack_tokens, shards, how, dtype, "cuda", lora, top_k, world.offload)
     there = torch.cuda.get_device_properties(world.device).total_memory
     text = (
         f"memory: {need.total / 1e9:.1f} GB of {there / 1e9:.1f} by an estimate from shapes, most at {need.moment}: "
         f"weights, gradients and moments {need.state / 1e9:.1f}, gathered {need.gathered / 1e9:.1f}, activations "
         f"{need.activations / 1e9:.1f}, loss {need.loss / 1e9:.1f}"
     )
+    if world.offload:
+        locked, moments = (size / 1e9 for size in host_memory(model, shards, dtype, lora))
+        text += (
+            f"; offload: {locked + moments:.1f} GB of the host for each process, {locked:.1f} of them page-locked, and "
+            f"a copy while a checkpoint is written"
+        )
     if need.total > 0.95 * there:
-        fits = longest_pack(model, 0.9 * there, shards, config.activation_checkpointing, dtype, config.lora, top_k)
+        fits = longest_pack(model, 0.9 * there, shards, how, dtype, lora, top_k, world.offload)
         remedies = [f"`pack_tokens` of {fits:,}"] if fits > 0 else []
-        if config.activation_checkpointing != "full":
+        if how != "full":
             remedies.append("`activation_checkpointing: full`")
+        if not world.offload and world.replicas == 1:
+            remedies.append("`offload: true`")
         text += f"\nWARNING: that may not fit. What takes less: {', '.join([*remedies, 'more processes'])}"
     return text

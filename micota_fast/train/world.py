@@ -29,6 +29,7 @@ class World:
     size: int
     device: torch.device
     replicas: int = 1  # copies of the model; size / replicas processes share one
+    offload: bool = False  # shards are in the memory of the host, not of the device
     hosts: dist.ProcessGroup | None = None  # of all, for what hosts decide: never waits for a device
 
     @property
@@ -67,12 +68,13 @@ class World:
 
 
 @contextmanager
-def join_world(device: str, mesh: MeshConfig | None = None) -> Iterator[World]:
+def join_world(device: str, mesh: MeshConfig | None = None, offload: bool = False) -> Iterator[World]:
     """Join the processes that torchrun started, or form a group of one without it, and leave cleanly.
 
     Args:
         device: "auto", "cpu" or "cuda"; each process takes the CUDA device of its local rank.
         mesh: how they share the model.
+        offload: whether they keep their shards in the host's memory, where they must be summed, too; a CPU always does.
 
     Raises:
         InputError: the mesh does not fit the number of processes, CUDA is requested and absent, or there are more local
@@ -90,16 +92,19 @@ def join_world(device: str, mesh: MeshConfig | None = None) -> Iterator[World]:
         torch.cuda.set_device(chosen)
     else:
         chosen = torch.device("cpu")
-        if int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: gloo otherwise looks the host's name up
+    offload = offload and chosen.type == "cuda"
+    if (offload or chosen.type == "cpu") and int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: gloo otherwise looks the host's name up
     backend, own_device = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
+    if offload:
+        backend = "cpu:gloo,cuda:nccl"
     if size > 1:
         dist.init_process_group(backend, rank=rank, world_size=size, device_id=own_device)
     else:  # FSDP wants a group, of one
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=own_device)
     try:
         hosts = dist.new_group(backend="gloo", timeout=HOSTS_TIMEOUT) if size > 1 else None
-        world = World(rank, size, chosen, replicas, hosts)
+        world = World(rank, size, chosen, replicas, offload, hosts)
         yield world
         # Without these two, gloo's threads sometimes outlive what they use and the process aborts at its exit.
         world.barrier()

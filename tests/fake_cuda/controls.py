@@ -76,6 +76,7 @@ WAITS: Operations = {
 NO_WAIT: Operations = {
     "to device, pinned": lambda: pinned().to("cuda", non_blocking=True),
     "a slice of pinned memory": lambda: torch.ones(8).pin_memory()[4:].to("cuda", non_blocking=True),
+    "to host, made there": lambda: matrix().to("cpu", non_blocking=True),
     "to host, pinned": lambda: torch.empty(4, 4).pin_memory().copy_(matrix(), non_blocking=True),
     "a scalar of the host": lambda: matrix() * 2.0,
     "a 0-d tensor of the host": lambda: matrix() + torch.tensor(2.0),

@@ -17,7 +17,14 @@ class _StepDone(Exception):
 
 
 def train_step(
-    session: Session, model: str, tokenizer: str, folder: str, pack_tokens: int, layers: int | None, **options: Any
+    session: Session,
+    model: str,
+    tokenizer: str,
+    folder: str,
+    pack_tokens: int,
+    layers: int | None,
+    lora: Any,
+    **options: Any,
 ) -> dict[str, tuple[int, str]]:
     """Run a step of one full pack per process, with an optimizer that has its moments, as after a resume.
 
@@ -28,6 +35,7 @@ def train_step(
         folder: for files.
         pack_tokens: of each pack, all of them filled by documents of different lengths.
         layers: of the model; None: as many as it has.
+        lora: adapters, or None.
         options: further ones of training.
 
     Returns:
@@ -69,7 +77,7 @@ def train_step(
         optimizer = make_optimizer(*args)
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros((), device="cuda"), **moments}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
         return optimizer
 
     Stopwatch.lap, loop.make_optimizer = counted, with_moments  # type: ignore[method-assign]
@@ -86,6 +94,7 @@ def train_step(
         checkpoint_every=1000,
         **options,
     )
+    config.lora = lora  # after the check that it adapts the weights of a checkpoint: there are none here
     try:
         with session.running():
             loop.train(config)

@@ -37,6 +37,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "dummy batch": {"packs_per_step": 9},  # of eight ranks one has a second pack
     "freeze": {"freeze": ["model.embed_tokens.*", "*.layers.0.*"]},
     "two micro-steps": {"packs_per_step": 16},
+    "offload": {"offload": True},
+    "offload, two micro-steps": {"offload": True, "packs_per_step": 16},
 }
 
 
@@ -126,10 +128,15 @@ def whole_run(checkpoint: str, folder: str) -> dict[str, Any]:
     return {"finished": finished, "waits": session.seen(), "said": said.getvalue(), "peak": session.ledger.peak}
 
 
-def resumed_run(checkpoint: str, folder: str) -> dict[str, Any]:
+def resumed_run(checkpoint: str, folder: str, **further: Any) -> dict[str, Any]:
     """Stop a run of one rank by SIGTERM in its third step, finish it, and return both runs.
 
     With one rank, torch's planner has all shards: checkpoints are written, checked and read by what really does it.
+
+    Args:
+        checkpoint: to start from.
+        folder: for files.
+        further: options of training.
     """
     session = Session(world=1)
     import signal
@@ -138,7 +145,7 @@ def resumed_run(checkpoint: str, folder: str) -> dict[str, Any]:
     from micota_fast.train import loop
 
     held_out = write_corpus(Path(folder) / "held_out.jsonl", rows=5, seed=1)
-    options = ON_GPU | {"packs_per_step": 2, "log_every": 2, "early_stop": 3, "validate_every": 2}
+    options = ON_GPU | {"packs_per_step": 2, "log_every": 2, "early_stop": 3, "validate_every": 2} | further
     config = train_config(Path(checkpoint), Path(folder), **options, validation_data=str(held_out), epochs=3)
     steps_begun = 0
     learning_rate = loop.learning_rate
@@ -171,16 +178,20 @@ def peaks(world: int, tokenizer: str, folder: str, cells: list[list[Any]]) -> li
         world: processes that share a model.
         tokenizer: a checkpoint that has one.
         folder: for files.
-        cells: lists of a model's name, tokens of a pack, activation checkpointing, and layers (None: all).
+        cells: lists of a model's name, tokens of a pack, activation checkpointing, layers (None: all), and what else
+            is to be set: nothing, "offload", "lora", or both.
     """
     session = Session(world)
     import gc
 
     from fake_cuda.full_width import train_step
+    from micota_fast.config.train import LoraConfig
 
     found = []
-    for model, pack_tokens, mode, layers in cells:
-        run = train_step(session, model, tokenizer, folder, pack_tokens, layers, activation_checkpointing=mode)
+    for model, pack_tokens, mode, layers, *levers in cells:
+        lora = LoraConfig() if "lora" in levers else None
+        options = {"activation_checkpointing": mode, "offload": "offload" in levers}
+        run = train_step(session, model, tokenizer, folder, pack_tokens, layers, lora, **options)
         found.append(run)
         gc.collect()
         session.require_empty()
@@ -203,7 +214,7 @@ def launches(tokenizer: str, folder: str, chips: list[int], models: list[str]) -
     for model in models:
         # A pack of odd length; the row filter has kernels of its own.
         for options in ({}, {"row_filter": 0.1}, {"dtype": "float32", "attention": "sdpa"}):
-            train_step(session, model, tokenizer, folder, 4099, 2, **options)
+            train_step(session, model, tokenizer, folder, 4099, 2, None, **options)
     compiled = [
         {"name": each.name, "chip": each.chip, **inspect_cubin(each.kernel, Path(folder))}
         for each in session.launches.compiled.values()

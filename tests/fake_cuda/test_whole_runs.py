@@ -33,10 +33,13 @@ def test_a_run_on_eight_ranks_waits_only_where_it_says_so(qwen2_checkpoint: Path
     assert "norms, rotation and SwiGLU: liger-kernel" in run["said"]
 
 
-def test_a_run_that_is_stopped_resumes_and_loads_its_best_weights(qwen2_checkpoint: Path, tmp_path: Path) -> None:
-    run = run_scene("resumed_run", checkpoint=str(qwen2_checkpoint), folder=str(tmp_path))
+@pytest.mark.parametrize("offload", [False, True], ids=["on the device", "offload"])
+def test_a_run_that_is_stopped_resumes_and_loads_its_best_weights(
+    offload: bool, qwen2_checkpoint: Path, tmp_path: Path
+) -> None:
+    run = run_scene("resumed_run", checkpoint=str(qwen2_checkpoint), folder=str(tmp_path), offload=offload)
     assert run["finished"] == [False, True], run["said"]
-    assert unexpected(run["waits"]) == []
+    assert unexpected(run["waits"], offload) == []
     assert run["checkpoints"] == [2, 3]
     assert "resuming after step 3" in run["said"]
     # Losses are all alike here, so three validations without a lower one follow the first, after step 2.

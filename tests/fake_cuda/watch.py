@@ -112,8 +112,9 @@ class FakeCuda(TorchDispatchMode):
         if source.device.type == to.type or "meta" in (source.device.type, to.type):
             return None
         host = source if to.type == "cuda" else target
-        # To pageable memory, or from it, CUDA goes through a buffer of its own and waits.
-        waits = not (non_blocking and host is not None and host.is_pinned())
+        # To pageable memory, or from it, CUDA goes through a buffer of its own and waits. What `.to("cpu",
+        # non_blocking=True)` makes is pinned (`pin_out` in ATen/native/TensorConversions.cpp).
+        waits = not (non_blocking and (host is None or host.is_pinned()))
         way = "to device" if to.type == "cuda" else "to host"
         self.copies[way, waits] += 1
         if waits:
@@ -128,7 +129,7 @@ class FakeCuda(TorchDispatchMode):
         if to.type == "cuda":
             return target
         if target is None:
-            return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+            return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype, pin_memory=not waits)
         return target.zero_()
 
 

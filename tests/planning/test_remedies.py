@@ -51,7 +51,12 @@ def too_big(made: Plan) -> dict[str, Cost]:
         (  # 14 billion weights on eight GPUs of 40 GB: no shorter pack makes room for their moments.
             ("models.teacher.serve.tp=4", "models.short-teacher.serve.tp=4"),
             {"gpu": "a100-40gb"},
-            ["train.activation_checkpointing=full", "models.assistant-long.train.overrides.lora.merged=true"],
+            ["train.activation_checkpointing=full", "models.assistant-long.train.overrides.offload=true"],
+        ),
+        (  # Nor does offload, if copies of the model are asked for.
+            ("arms={long: long}", "align=[]", "train.mesh={replicate: 8}", "train.activation_checkpointing=full"),
+            {"gpu": "a100"},
+            ["train.lora.merged=true"],
         ),
         (("arms={long: long}", "align=[]", "launch.nproc=2"), {"gpu": "a100", "gpus": 8}, ["launch.nproc=8"]),
         (  # More GPUs for each server leave fewer servers; the judge's server is another.
@@ -85,16 +90,18 @@ def test_pasting_the_remedies_makes_the_plan_fit(
 def test_a_lever_that_is_on_is_not_named() -> None:
     on = (
         "train.activation_checkpointing=full",
-        "train.pack_tokens=1024",
+        "train.pack_tokens=1048576",
+        "train.max_doc_tokens=524289",
+        "train.offload=true",
         "train.lora={merged: true}",
         "launch.nproc=1",
     )
     on = (*on, "arms={long: long}", "align=[]", "models.teacher.serve.tp=1")
     cost = too_big(of_recipe(*on, "models.student.checkpoint=Qwen/Qwen2.5-72B", gpu="a100"))["student/long-seed0"]
     assert cost.remedy == "every lever is on already; take GPUs with more memory, or more of them"
-    cost = too_big(of_recipe(*on, "train.pack_tokens=2048", "models.student.checkpoint=Qwen/Qwen2.5-72B", gpu="a100"))[
-        "student/long-seed0"
-    ]
+    cost = too_big(
+        of_recipe(*on, "train.max_doc_tokens=524288", "models.student.checkpoint=Qwen/Qwen2.5-72B", gpu="a100")
+    )["student/long-seed0"]
     assert "nothing makes it fit (tried: `pack_tokens`)" in cost.remedy
     assert "--set" not in cost.remedy
 

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from helpers.training_runs import train_config
+from micota_fast.common.gpu_specs import GPUS
 from micota_fast.config.recipe import LaunchConfig
 from micota_fast.config.train import LoraConfig, TrainConfig
 from micota_fast.errors import InputError
@@ -90,3 +91,25 @@ def test_adapters_are_computed_again_with_their_blocks() -> None:
 def test_targets_that_the_model_lacks_are_refused_by_the_plan(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"`lora\.targets`: 'gate' names no module"):
         planned(train_config(qwen2_checkpoint, tmp_path, lora=LoraConfig(targets=["gate"])))
+
+
+def test_offload_takes_the_hosts_memory_and_is_counted_there() -> None:
+    """Of 7B on four GPUs 16 bytes per parameter, and more as half of them are page-locked, in powers of two."""
+    name = "Qwen/Qwen2.5-7B-Instruct"
+    settings = TrainConfig(model=name, data="corpus", out="out", pack_tokens=8192, activation_checkpointing="full")
+    planner = Planner(LaunchConfig(nproc=4), GPUS["a100-40gb"], Assumptions(), {}, {})
+    planner.corpora["corpus"] = Corpus(rows=1000, prompt=100, answer=4000, context=4100)
+
+    def cost(config: TrainConfig) -> Cost:
+        return plan_training(planner, Stage("student/a-seed0", "train", config, (Artefact(name),), ("model",)))
+
+    there, away = cost(settings), cost(replace(settings, offload=True))
+    assert there.too_big
+    assert not away.too_big
+    assert (there.host, away.flops, away.passing) == (0, there.flops, there.passing)
+    assert 16 * 7_615_616_512 < away.host < 24 * 7_615_616_512
+    assert "GB of the host's memory" in away.how
+    assert "GB of the host's memory" not in there.how
+    assert "the copies of `offload` and AdamW's steps on the host" in away.left_out
+    thin = cost(replace(settings, offload=True, lora=LoraConfig()))
+    assert 2 * 7_615_616_512 < thin.host < 5 * 7_615_616_512

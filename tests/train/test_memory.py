@@ -87,6 +87,7 @@ def test_of_qwen_7b() -> None:
     one, eight = (moments(QWEN_7B, 16384, n, "selective", torch.bfloat16, "cuda") for n in (1, 8))
     for alone, shared in zip(one, eight, strict=True):
         assert alone.state == pytest.approx(8 * shared.state, rel=1e-9)
+    for alone, shared in zip(one[1:], eight[1:], strict=True):  # one process need not gather before the first block
         assert (alone.gathered, alone.activations, alone.loss) == (shared.gathered, shared.activations, shared.loss)
     assert [one[0].state, one[-1].state] == [12 * 7_615_616_512, 16 * 7_615_616_512]
 
@@ -123,7 +124,7 @@ def test_the_longest_pack_is_the_last_that_fits() -> None:
 
 def test_soft_targets_take_14_bytes_per_entry_of_a_token_while_there_is_a_loss() -> None:
     hard, soft = (moments(QWEN_7B, 16384, 8, "none", torch.bfloat16, "cuda", top_k=k) for k in (0, 32))
-    assert [b.total - a.total for a, b in zip(hard, soft, strict=True)] == [16384 * 32 * 14, 0, 0, 0, 0]
+    assert [b.total - a.total for a, b in zip(hard, soft, strict=True)] == [0, 16384 * 32 * 14, 0, 0, 0, 0]
     assert estimate(QWEN_7B, 16384, 8, "none", torch.bfloat16, "cuda", top_k=32) == soft[0]
 
 
