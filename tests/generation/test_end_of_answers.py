@@ -84,7 +84,6 @@ def test_the_embedded_engine_ends_at_the_same_place(base: tuple[Path, list[int]]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_sglang_ends_at_the_same_place(
     base: tuple[Path, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

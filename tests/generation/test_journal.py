@@ -228,21 +228,25 @@ def test_discard_removes_the_folder_also_when_it_was_killed_in_the_middle(tmp_pa
 
 # What a kill and a power cut leave behind
 
-# For each line that it reads, a child of its own (which need not import anything) appends what is missing.
+# For each line that it reads, a child of its own (which need not import anything) appends what is missing: as many rows
+# as the line says, and then it waits to be killed.
 APPENDING_CODE = """
-import os, random, sys
+import os, random, signal, sys
 from micota_fast.generation import journal as module
 sys.path.insert(0, sys.argv[2])
 from test_journal import append
 module.SEGMENT_BYTES = 30_000
-for _ in sys.stdin:
+for line in sys.stdin:
     if (child := os.fork()) == 0:
         os.write(1, b"%d\\n" % os.getpid())
         with module.Journal(sys.argv[1], {}, 0.003) as journal:
-            for i in random.Random(1).sample(range(3000), 3000):
-                if not journal.contains(i // 2, i % 2):
-                    append(journal, i)
-                    os.write(1, b"%d\\n" % i)
+            order = random.Random(1).sample(range(3000), 3000)
+            missing = [i for i in order if not journal.contains(i // 2, i % 2)]
+            for i in missing[: int(line)]:
+                append(journal, i)
+                os.write(1, b"%d\\n" % i)
+            if int(line) < len(missing):
+                signal.pause()
         os._exit(0)
     os.waitpid(child, 0)
     os.write(1, b"ended\\n")
@@ -257,11 +261,12 @@ def test_twenty_sigkills_lose_nothing_and_double_nothing(tmp_path: Path) -> None
         assert parent.stdin is not None
         assert parent.stdout is not None
         for _ in range(20):
-            parent.stdin.write(b"go\n")
+            rows = randomly.randrange(100)
+            parent.stdin.write(b"%d\n" % (rows + 50))
             parent.stdin.flush()
             child = int(parent.stdout.readline())
-            said = [parent.stdout.readline() for _ in range(randomly.randrange(100))]
-            time.sleep(randomly.uniform(0, 0.005))
+            said = [parent.stdout.readline() for _ in range(rows)]
+            time.sleep(randomly.uniform(0, 0.001))
             os.kill(child, signal.SIGKILL)
             said += iter(parent.stdout.readline, b"ended\n")
             acknowledged |= set(map(int, said))
@@ -272,7 +277,7 @@ def test_twenty_sigkills_lose_nothing_and_double_nothing(tmp_path: Path) -> None
                 assert acknowledged <= set(there)
                 assert len(there) <= len(acknowledged) + 20  # a kill may fall between an append and its acknowledgement
         assert 20 <= len(acknowledged) < 3000
-        parent.communicate(b"go\n")
+        parent.communicate(b"3000\n")
     with Journal(folder, {}) as journal:
         assert journal.cut_bytes == journal.duplicates == 0
         assert texts(journal) == expected(range(3000))

@@ -31,12 +31,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
     try:
-        wait_for(lambda: process.poll() is not None or not Server(f"http://127.0.0.1:{port}").gone(), 120)
+        wait_for(lambda: process.poll() is not None or not Server(f"http://127.0.0.1:{port}").gone(), 240)
         assert process.poll() is None, (folder / "log.txt").read_text()
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(120)
 
 
 def answers(folder: Path, name: str, **more: object) -> list[Completion]:

@@ -16,7 +16,7 @@ CPU_ALONE = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "
 def run(program: str, out: Path) -> tuple[str, list[dict[str, Any]]]:
     """Standard output and rows of `python bench/PROGRAM --quick`."""
     command = [sys.executable, str(ROOT / "bench" / program), "--quick", "--json", str(out)]
-    done = subprocess.run(command, env=CPU_ALONE, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=CPU_ALONE, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout, [json.loads(line) for line in out.read_text().splitlines()]
 

@@ -19,7 +19,7 @@ _FLAGS = (
     "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
     "--disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
 )
-_WITHIN_S = 60.0
+_WITHIN_S = 120.0
 
 
 def find_chromium() -> str:

@@ -16,7 +16,7 @@ STUDENT = Path(build.__file__).parent / "checkpoints" / "student"
 
 def test_the_run_without_arms_reports_that_every_precondition_held(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "micota_fast", "run", "micro", "--out", str(tmp_path / "run"), "--set=arms={}"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=560)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=840)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert not (tmp_path / "run" / "student").exists()
     found = json.loads((tmp_path / "run" / "report" / "report.json").read_text())["preconditions"]

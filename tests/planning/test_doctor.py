@@ -123,7 +123,7 @@ def test_this_machine_will_do_for_micro(tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     command = [sys.executable, "-m", "micota_fast", "doctor", "micro", "--out", str(tmp_path / "run")]
     ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+        command, capture_output=True, text=True, timeout=240, env=os.environ | {"HF_HUB_OFFLINE": "1"}
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     said = read(ended.stdout)
@@ -253,7 +253,6 @@ def groups(root: Path, **files: str) -> Path:
 def test_a_control_group_limits_cores_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
     monkeypatch.setattr(machine, "CGROUPS", tmp_path / "none")
-    there = machine.available_memory()
     assert machine.cores() == 64
     second = groups(
         tmp_path / "v2", cpu_dot_max="250000 100000", memory_dot_max="2000000", memory_dot_current="1500000"
@@ -269,7 +268,7 @@ def test_a_control_group_limits_cores_and_memory(tmp_path: Path, monkeypatch: py
     unlimited = groups(tmp_path / "free", cpu_dot_max="max 100000", memory_dot_max="max", memory_dot_current="1")
     monkeypatch.setattr(machine, "CGROUPS", unlimited)
     assert machine.cores() == 64
-    assert machine.available_memory() == pytest.approx(there, rel=0.1)
+    assert machine.available_memory() > 3 * 2000000  # the machine's, of which others take some meanwhile
     monkeypatch.setattr(machine, "CGROUPS", groups(tmp_path / "v1free", cpu__cpu_dot_cfs_quota_us="-1"))
     assert machine.cores() == 64
 

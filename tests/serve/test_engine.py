@@ -48,12 +48,12 @@ class Running:
 
     def answer(self, input_ids: list[int], **params: object) -> Request:
         request, ended = self.submit(input_ids, **params)
-        assert ended.wait(60)
+        assert ended.wait(240)
         return request
 
     def answers(self, prompts: list[list[int]], **params: object) -> list[Request]:
         submitted = [self.submit(prompt, **params) for prompt in prompts]
-        assert all(ended.wait(60) for _, ended in submitted)
+        assert all(ended.wait(240) for _, ended in submitted)
         return [request for request, _ in submitted]
 
 
@@ -109,7 +109,7 @@ def test_the_batch_makes_no_difference(running: Running) -> None:
     alone_sampled = [running.answer(p, **sampled) for p in asked[:4]]
     together = [running.submit(p, max_new_tokens=3 + i) for i, p in enumerate(asked)]
     together_sampled = [running.submit(p, **sampled) for p in asked[:4]]
-    assert all(ended.wait(60) for _, ended in together + together_sampled)
+    assert all(ended.wait(240) for _, ended in together + together_sampled)
     for i, ((got, _), want) in enumerate(zip(together, alone, strict=False)):
         assert got.output_ids == want.output_ids
         assert len(got.output_ids) == 3 + i
@@ -123,7 +123,7 @@ def test_requests_join_a_running_batch(running: Running) -> None:
     short = running.answer([8, 9])
     assert len(short.output_ids) == 16
     assert not long_ended.is_set()
-    assert long_ended.wait(60)
+    assert long_ended.wait(240)
     assert long.output_ids == running.answer([5, 6, 7], max_new_tokens=400).output_ids
 
 
@@ -238,8 +238,8 @@ def test_a_fault_of_one_request_ends_that_request_only(
         submitted = [server.submit(p, max_new_tokens=20, stop=["\x00"]) for p in asked[:10]]
         marked, marked_ended = server.submit([5, MARKED], max_new_tokens=20, stop=["\x00"])
         submitted += [server.submit(p, max_new_tokens=20, stop=["\x00"]) for p in asked[10:]]
-        assert all(ended.wait(60) for _, ended in submitted)
-        assert marked_ended.wait(60)
+        assert all(ended.wait(240) for _, ended in submitted)
+        assert marked_ended.wait(240)
         assert marked.finish_reason is not None
         assert (marked.finish_reason["type"], marked.finish_reason["status_code"]) == ("abort", 500)
         assert "request r has failed" in marked.finish_reason["message"]
@@ -345,7 +345,7 @@ def test_logprobs_are_those_of_the_model(running: Running, qwen2_checkpoint: Pat
             top_logprobs_num=3,
         )
         running.engine.submit(request)
-        assert ended.wait(30)
+        assert ended.wait(240)
         with torch.no_grad():
             want = reference(torch.tensor([prompt + request.output_ids])).logits[0].log_softmax(-1)
         assert [entry[1] for entry in request.input_logprobs] == prompt[start:]

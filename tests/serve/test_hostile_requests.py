@@ -178,7 +178,7 @@ def test_web_pages_are_kept_out(server: Server, headers: dict[str, str], status:
 
 def said(server: Server, request: bytes) -> bytes:
     """What the server says to bytes."""
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=60) as connection:
         connection.sendall(request)
         return connection.recv(1 << 16)
 
@@ -306,7 +306,7 @@ def test_connections_on_which_nothing_comes_are_closed(qwen2_checkpoint: Path) -
         kept_alive.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         assert kept_alive.recv(1 << 16).startswith(b"HTTP/1.1 200")
         for connection in (silent, headless, half_sent(port), kept_alive):
-            connection.settimeout(10)
+            connection.settimeout(60)
             with contextlib.suppress(ConnectionResetError):
                 assert connection.recv(1 << 16) == b""
             connection.close()

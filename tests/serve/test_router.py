@@ -44,8 +44,8 @@ def router(tmp_path: Path, workers: list[Server]) -> Iterator[Server]:
             assert process.poll() is None, (tmp_path / "router.log").read_text()
             return not router.gone() and router.get("/readiness")[0] == 200
 
-        wait_for(ready, 60)
-        wait_for(lambda: router.read("/readiness")["healthy_workers"] == 2, 60)
+        wait_for(ready, 240)
+        wait_for(lambda: router.read("/readiness")["healthy_workers"] == 2)
         yield router
     finally:
         processes.stop(process)
@@ -91,7 +91,7 @@ def test_a_router_spreads_requests_and_outlives_a_server(
         return all(spread) and all(worker.load()["num_running_reqs"] > 0 for worker in workers)
 
     try:
-        wait_for(under_load, 60)
+        wait_for(under_load, 240)
         port = workers[0].url.rpartition(":")[2]
         [engine] = {
             process.pid
@@ -102,7 +102,7 @@ def test_a_router_spreads_requests_and_outlives_a_server(
         assert workers[0].gone()
         assert maker.poll() is None, said()
         left = decoded(workers[1])
-        assert maker.wait(120) == 0, said()
+        assert maker.wait(240) == 0, said()
         assert decoded(workers[1]) > left
     finally:
         maker.kill()

@@ -1,6 +1,7 @@
 """Where the time goes: phases that add up to the clock's time, memory, and traces."""
 
 import gzip
+import itertools
 import json
 import subprocess
 import sys
@@ -29,11 +30,19 @@ def test_phases_add_up_and_the_one_at_hand_goes_on(monkeypatch: pytest.MonkeyPat
     assert watch.read() == {"report": 6.0}
 
 
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes on by 0.01 s whenever it is read: what lies between two readings is as long on any machine."""
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) * 0.01)
+
+
 def timings(config: TrainConfig) -> list[dict[str, Any]]:
     lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["timing"] for line in lines]
 
 
+@pytest.mark.usefixtures("ticking")
 def test_a_runs_phases_add_up_to_its_time(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     held_out = write_corpus(tmp_path / "held-out.jsonl", rows=3, seed=1)
     options = {"checkpoint_every": 3, "validation_data": str(held_out), "validate_every": 5}
@@ -54,6 +63,7 @@ def test_a_runs_phases_add_up_to_its_time(qwen2_checkpoint: Path, tmp_path: Path
     assert rows[-1]["memory_gb"]["peak"] >= rows[0]["memory_gb"]["peak"]
 
 
+@pytest.mark.usefixtures("ticking")
 def test_rows_that_are_reported_together_share_their_timing(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     config = train_config(qwen2_checkpoint, tmp_path, epochs=3, log_every=4, checkpoint_every=100)
     train(config)

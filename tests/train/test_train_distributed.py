@@ -115,7 +115,7 @@ def test_a_worker_whose_agent_died_before_it_started_ends(qwen2_checkpoint: Path
     env = os.environ | {"MICOTA_DIE_WITH_PARENT": "1", "TORCHELASTIC_RUN_ID": "none"}
     command = [sys.executable, "-m", "micota_fast.train", str(tmp_path / "config.yaml")]
     # This process was not started with that variable, like whoever inherits an orphan.
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 1
     assert "the process that started this one is gone" in done.stderr
     assert not Path(config.out).exists()
