@@ -82,6 +82,8 @@ while not ended.is_set():
     before = time.monotonic()
     with urllib.request.urlopen(sys.argv[1] + "/health", timeout=60) as response:
         assert response.status == 200
+    if not slowest:
+        print("asked once", flush=True)
     slowest = max(slowest, time.monotonic() - before)
     time.sleep(0.02)
 print(slowest)
@@ -90,12 +92,19 @@ print(slowest)
 
 @contextlib.contextmanager
 def health_within(seconds: float, server: Server) -> Iterator[None]:
-    """While the block runs, /health is asked for all the time, by a process of its own; it never takes longer."""
+    """While the block runs, /health is asked for all the time, by a process of its own.
+
+    It never takes longer than that; or than half of the block, on a machine on which both take long.
+    """
     command = [sys.executable, "-c", PROBE, server.url]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as probe:
+        assert probe.stdout is not None
+        assert probe.stdout.readline() == "asked once\n"
+        started = time.monotonic()
         yield
-        told, _ = probe.communicate(timeout=90)
-    assert float(told) < seconds
+        took_s = time.monotonic() - started
+        told, _ = probe.communicate(timeout=240)
+    assert float(told) < max(seconds, took_s / 2)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +126,6 @@ def health_within(seconds: float, server: Server) -> Iterator[None]:
 def test_no_request_keeps_the_server_from_answering_others(server: Server, path: str, body: Any) -> None:
     data = json.dumps(body).encode()
     with health_within(HEALTH_S, server):
-        time.sleep(0.5)
         status, answer = server.post(path, data)
     assert status in (400, 413), answer
 
