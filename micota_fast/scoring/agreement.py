@@ -4,6 +4,8 @@ Ids stand for themselves if both tokenizers have the same token there. One pair 
 end a turn, which the two models' templates choose (`<｜end▁of▁sentence｜>` and `<|im_end|>`, say).
 """
 
+import hashlib
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,6 +46,11 @@ class Agreement:
             self._ids[end] = students_end
             self.special = {teacher.token(end): student.token(students_end)}
         self.unknown = int((self._ids == ABSENT).sum())
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the table: two students whose answers have the same tokens may differ in others."""
+        return hashlib.sha256(self._ids.astype("<i4").tobytes()).hexdigest()
 
     def to_student(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
         """Return the student's ids of the teacher's, `ABSENT` for tokens that the student does not have."""

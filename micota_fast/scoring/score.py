@@ -82,7 +82,7 @@ class Scoring:
             "serve": loader.identity(config.serve),
             "rows": self.rows.sha256,
             "special_tokens": self.agreement.special,
-            "unknown_tokens": self.agreement.unknown,
+            "student_ids": self.agreement.sha256,
         }
 
     def is_finished(self) -> bool:

@@ -353,6 +353,7 @@ def test_what_is_left_of_k_is_absent(tmp_path: Path, qwen2_checkpoint: Path, com
     rows, agreement = load_rows(str(completions), chat, chat)
     lacked = [i for i in range(chat.vocab_size) if agreement.to_student(np.array([i], np.int32)) == ABSENT]
     assert len(lacked) == agreement.unknown == chat.vocab_size - len(chat.tokenizer.library.get_vocab())
+    assert agreement.sha256 != load_rows(str(completions), chat, None)[1].sha256  # which other scores would be for
     api = ScoringApi(rows, agreement, 3, chat.vocab_size, "m", qwen2_checkpoint, 1.0)
     given = Scores(np.array([[lacked[0], 7, lacked[1], 8]], np.int32), np.array([[-0.1, -3.0, -4.0, -5.0]]))
     text = encode_scores(api.known_to_student(given))
