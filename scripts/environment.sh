@@ -3,6 +3,7 @@
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
+TORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
 
 fail() { echo "error: $*" >&2; exit 1; }
 
@@ -24,9 +25,40 @@ find_python() {
     fail "no Python >= 3.11 found; install one, or name it: PYTHON=/path/to/python3.11"
 }
 
-install() {
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@" ||
-        fail "pip could not install $*; its message is above"
+# Whether pip is told where packages are, by its files or by the environment: that place is used, and no other.
+pip_is_configured() {
+    local settings # all of them first: grep ends at the first match, and pipefail would take pip's broken pipe for a no
+    settings="$("$VENV/bin/python" -m pip --disable-pip-version-check config list 2>/dev/null || true)"
+    grep -qE "[.](index-url|extra-index-url|find-links|no-index)=" <<< "$settings"
+}
+
+# The fast installer where there is one, unless pip has settings of its own, which uv does not read.
+pip_install() {
+    if command -v uv >/dev/null 2>&1 && ! pip_is_configured; then
+        uv pip install --quiet --python "$VENV/bin/python" "$@"
+    else
+        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+    fi
+}
+
+install() { pip_install "$@" || fail "could not install $*; the installer's message is above"; }
+
+# torch for this machine. Without a GPU a build without CUDA, about 200 MB: from pip's own index where one is configured
+# (PIP_INDEX_URL=...), else from PyTorch's, and only if that does not answer at once from the default index.
+install_torch() {
+    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
+        echo "Installing torch (an NVIDIA GPU is here): with CUDA's libraries a download of up to 3 GB"
+        install "torch>=2.11,<2.16"
+        return
+    fi
+    echo "Installing torch 2.13.0 (no NVIDIA GPU here)"
+    if ! pip_is_configured; then
+        UV_HTTP_TIMEOUT=10 UV_HTTP_RETRIES=0 PIP_TIMEOUT=10 PIP_RETRIES=0 \
+            pip_install --index-url "$TORCH_CPU_INDEX" torch==2.13.0 && return
+        echo "note: $TORCH_CPU_INDEX did not serve it; from the default index it may bring CUDA's libraries, a download" \
+            "of up to 3 GB. To choose another index, stop this and set PIP_INDEX_URL" >&2
+    fi
+    install torch==2.13.0 # first, and this version: the newest brings CUDA's libraries from every index
 }
 
 # An empty environment of its own in directory $2 for the script $1, where `install` then installs. When an earlier call of
@@ -66,15 +98,7 @@ prepare_environment() {
     wanted="$ROOT $(sha256sum "$ROOT/pyproject.toml" | cut -d' ' -f1)"
     [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ] && return
     if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
-        if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
-            echo "Installing torch (an NVIDIA GPU is here)"
-            install "torch>=2.11,<2.16"
-        else
-            # First, and this version: the newest torch brings gigabytes of CUDA libraries to a machine without a GPU.
-            # Where the package index serves no CPU build of it either, point pip at one: PIP_INDEX_URL=...
-            echo "Installing torch 2.13.0 (no NVIDIA GPU here)"
-            install torch==2.13.0
-        fi
+        install_torch
     fi
     echo "Installing micota-fast[$extras]"
     install --editable "$ROOT[$extras]"
