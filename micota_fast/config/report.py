@@ -48,7 +48,8 @@ class ReportConfig:
 
     title: str = option(doc="heading of the page")
     out: str = option(
-        doc="folder: report.html, answers.html, report.json, table.md, table.tex, CSV files, plots/ (SVG and PNG)"
+        doc="folder: report.html, answers.html, report.json, table.md, table.tex, table-compact.tex, CSV files, "
+        "plots/ (SVG, PDF and PNG)"
     )
     base: str = option(doc="results.json of the untouched student")
     arms: dict[str, list[str]] = option(doc="arm -> results.json of each seed, in the table's order")

@@ -21,9 +21,9 @@ from micota_fast.config.train import SoftConfig, TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.merge.mergekit import parse_mergekit
 from micota_fast.pipeline.builder import Builder
+from micota_fast.pipeline.provenance import provenance
 from micota_fast.pipeline.scores import score_stage
 from micota_fast.pipeline.stage import Artefact, Lasting, Stage
-from micota_fast.pipeline.versions import versions
 
 BASE = "base"  # the arm that is not trained
 
@@ -306,7 +306,7 @@ class _Graph(Builder):
             chance={b.name: b.chance for b in recipe.evaluate.benchmarks if b.chance is not None},
             training_answers=answers,
             notes=recipe.notes,
-            provenance=versions(),
+            provenance=provenance(recipe),
         )
         outputs = ["report.html", "answers.html", "table.md", "table.tex", "table.csv", "answers.csv", "report.json"]
         outputs += ["plots", *(["corpora.csv"] if corpora else [])]

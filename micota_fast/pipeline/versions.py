@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,18 @@ def versions() -> dict[str, str]:
         **{package: version for package, version in found.items() if version},
         "platform": f"{sys.platform} {platform.machine()}, {os.cpu_count()} cores, {_cpu_model()}",
     }
+
+
+def commit() -> str:
+    """Return the commit of this installation, with -dirty if files differ from it; empty outside of a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git here, or one that does not trust the folder
+        return ""
 
 
 def _version(package: str) -> str:

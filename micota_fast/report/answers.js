@@ -87,17 +87,34 @@
     return block;
   }
 
-  function answerBlock(arm, of, answer) {
-    const [run, sample, outcome, extracted, tokens, finish, written, others] = answer;
+  // Answers that are the same to the letter stand once, with the runs that gave them. Of one that is cut the middle
+  // is not known here, so it stands by itself.
+  function folded(answers) {
+    const groups = new Map();
+    answers.forEach((answer, place) => {
+      const key = typeof answer[6] === "string" ? JSON.stringify(answer.slice(2)) : place;
+      if (groups.has(key)) groups.get(key).push(answer);
+      else groups.set(key, [answer]);
+    });
+    return [...groups.values()];
+  }
+
+  function givenBy(arm, answers) {
+    const several = arms[arm].samples > 1 || answers.some((answer) => answer[1] > 0);
+    if (!several) return arms[arm].runs.length > 1 ? `run${answers.length > 1 ? "s" : ""} ${answers.map((answer) => answer[0] + 1).join(", ")}` : "";
+    const one = ([run, sample]) => (arms[arm].runs.length > 1 ? `run ${run + 1}, ` : "") + `sample ${sample + 1}`;
+    return answers.map(one).join("; ");
+  }
+
+  function answerBlock(arm, of, answers) {
+    const [run, , outcome, extracted, tokens, finish, written, others] = answers[0];
     const { sign, name } = outcomes[outcome];
     const block = element("div", `answer ${outcome === 0 ? "right" : "not-right"}`);
-    const parts = [];
-    if (arms[arm].runs.length > 1) parts.push(`run ${run + 1}`);
-    if (sample > 0 || arms[arm].samples > 1) parts.push(`sample ${sample + 1}`);
+    const by = givenBy(arm, answers);
     const verdict = element("p", "verdict");
     const mark = element("span", "sign", sign);
     mark.setAttribute("aria-hidden", "true");
-    verdict.append(mark, " ", element("b", "", name), parts.length ? ` · ${parts.join(", ")}` : "");
+    verdict.append(mark, " ", element("b", "", name), by ? ` · ${by}` : "");
     const facts = element("p", "facts");
     facts.append("Read as ");
     const read = element("span", "read", extracted === null ? "no final answer" : extracted);
@@ -136,7 +153,7 @@
       column.setAttribute("aria-labelledby", name.id);
       column.append(name);
       if (answers[arm].length === 0) column.append(element("p", "facts", "no graded rows at hand"));
-      for (const answer of answers[arm]) column.append(answerBlock(arm, of, answer));
+      for (const same of folded(answers[arm])) column.append(answerBlock(arm, of, same));
       grid.append(column);
     }
     article.append(title, asked, goldLine, grid);
@@ -183,15 +200,47 @@
     }
   }
 
+  // The address holds the filters and the page, so that a link shows what its sender saw.
+  function keepInAddress() {
+    const kept = new URLSearchParams();
+    if (benchmark.value !== "") kept.set("benchmark", benchmarks[Number(benchmark.value)].name);
+    if (text.value.trim()) kept.set("text", text.value.trim());
+    for (const select of outcomeOf) if (select.value) kept.append("outcome", `${select.value}:${arms[Number(select.dataset.arm)].name}`);
+    for (const box of shown) if (!box.checked) kept.append("hidden", arms[Number(box.dataset.arm)].name);
+    if (page) kept.set("page", page + 1);
+    const wanted = [...kept].length ? `#${kept}` : "";
+    if (wanted !== location.hash && (wanted || location.hash.includes("="))) history.replaceState(null, "", wanted || "#found");
+  }
+
+  // What the address names and this page lacks is left out.
+  function readAddress() {
+    const kept = new URLSearchParams(location.hash.slice(1));
+    const of = benchmarks.findIndex(({ name }) => name === kept.get("benchmark"));
+    form.reset();
+    benchmark.value = of < 0 ? "" : String(of);
+    text.value = kept.get("text") ?? "";
+    for (const select of outcomeOf) {
+      const name = arms[Number(select.dataset.arm)].name;
+      const options = [...select.options].map((option) => option.value);
+      select.value = options.find((value) => value && kept.getAll("outcome").includes(`${value}:${name}`)) ?? "";
+    }
+    for (const box of shown) box.checked = !kept.getAll("hidden").includes(arms[Number(box.dataset.arm)].name);
+    matches = filtered();
+    page = Math.max(0, Math.floor(Number(kept.get("page"))) - 1) || 0;
+    showPage();
+  }
+
   function update() {
     matches = filtered();
     page = 0;
     showPage();
+    keepInAddress();
   }
 
   function turn(by) {
     page += by;
     showPage();
+    keepInAddress();
     heading.focus(); // the new problems stand below it
   }
 
@@ -218,6 +267,10 @@
   });
   addEventListener("afterprint", showPage);
 
+  addEventListener("hashchange", () => {
+    if (location.hash === "" || location.hash.includes("=")) readAddress(); // others are places in this page
+  });
+
   document.getElementById("browser").hidden = false;
-  update();
+  readAddress();
 })();

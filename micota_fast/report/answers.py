@@ -258,10 +258,11 @@ def _form(
         f'<div><label for="benchmark">Benchmark</label><select id="benchmark"><option value="">all ({len(problems):,})'
         f"</option>{sets}</select></div>\n"
         '<div><label for="text">Text</label><input id="text" type="search" spellcheck="false" aria-describedby="hint">'
-        f'<p class="hint" id="hint">{hint}</p></div>\n'
+        "</div>\n"
         f'<fieldset class="outcomes"><legend>Outcome under each arm</legend><div>\n{outcomes}</div></fieldset>\n'
         f"<fieldset><legend>Arms shown</legend><div>\n{boxes}</div></fieldset>\n"
-        '<div class="buttons"><button type="reset">Clear filters</button></div>\n</form>\n'
+        '<div class="buttons"><button type="reset">Clear filters</button></div>\n'
+        f'<p class="hint" id="hint">{hint}</p>\n</form>\n'
     )
 
 

@@ -18,7 +18,7 @@ from micota_fast.report.comparison import Comparison
 from micota_fast.report.corpora import Corpus
 from micota_fast.report.inputs import Inputs
 from micota_fast.report.learnability import PARTS_BELOW, LearnabilityRanking
-from micota_fast.report.summary import INTERVAL_METHOD, Arm, Summary, headline, mean_curve
+from micota_fast.report.summary import INTERVAL_METHOD, Arm, Summary, headline, mean_curve, percent, points
 from micota_fast.report.tables import Cell, Table
 from micota_fast.statistics.intervals import Estimate
 
@@ -112,14 +112,16 @@ def to_html(table: Table, colours: dict[str, str]) -> str:
 def _html_cell(cell: Cell) -> str:
     text = escape(cell.text)
     text = f"<b>{text}</b>" if cell.strong else text
-    qualifiers = "".join(f"<small>{escape(one)}</small>" for one in (cell.qualifier, cell.second) if one)
-    return f"<span>{text}{qualifiers}</span>"
+    parts = [escape(one) for one in (cell.qualifier, cell.second) if one]
+    # On one line where there is room for it; a break goes between the two, never into one.
+    small = " ".join(f"<span>{part}{',' * (part is not parts[-1])}</span>" for part in parts)
+    return f"<span>{text}<small>{small}</small></span>" if small else f"<span>{text}</span>"
 
 
 def to_latex(table: Table) -> str:
     """Format a `table` environment, which needs the package booktabs and no other.
 
-    What qualifies a number stands below it in small type, in rows of its own.
+    What qualifies a number stands below it in small type, in a row of its own.
     """
     lines = [
         r"\begin{table}",
@@ -143,9 +145,44 @@ def to_latex(table: Table) -> str:
 
 def _latex_rows(cells: Sequence[Cell]) -> list[str]:
     first = [rf"\textbf{{{latex_text(cell.text)}}}" if cell.strong else latex_text(cell.text) for cell in cells]
-    qualifiers = [[cell.qualifier for cell in cells], [cell.second for cell in cells]]
-    small = [[rf"{{\tiny {latex_text(one)}}}" if one else "" for one in line] for line in qualifiers if any(line)]
-    return [" & ".join(line) + r" \\" for line in [first, *small]]
+    qualifiers = [", ".join(filter(None, (cell.qualifier, cell.second))) for cell in cells]
+    small = [rf"{{\tiny {latex_text(one)}}}" if one else "" for one in qualifiers]
+    return [" & ".join(line) + r" \\" for line in ([first, small] if any(small) else [first])]
+
+
+def to_compact_latex(summary: Summary) -> str:
+    """Format the accuracies as a `table` that fits a column of a two-column paper; needs booktabs and no other package.
+
+    Benchmarks are rows and arms columns: means in %, with the standard deviation over seeds as a subscript.
+    """
+    arms = summary.arms
+    benchmarks = [(name, [arm.benchmarks[name] for arm in arms]) for name in summary.problems]
+    rows = [[latex_text(name), *map(_with_deviation, of)] for name, of in benchmarks]
+    average = [AVERAGE, *(_with_deviation(arm.average) for arm in arms)]
+    delta = [r"$\Delta$", *(latex_text(points(arm.delta.value)) if arm.delta else "--" for arm in arms)]
+    body = [*rows, None, average, delta]
+    seeds = "Means in % of problems; subscripts: standard deviation over seeds; "
+    note = seeds * any(arm.average.sd is not None for arm in arms) or "In % of problems; "
+    lines = [
+        "% Needs \\usepackage{booktabs}.",
+        r"\begin{table}",
+        r"\centering\scriptsize\setlength{\tabcolsep}{2.5pt}",
+        rf"\caption{{Accuracy. {latex_text(note)} $\Delta$: average less that of the untouched student.}}",
+        rf"\begin{{tabular}}{{l{'r' * len(arms)}}}",
+        r"\toprule",
+        " & ".join(["", *(latex_text(arm.name) for arm in arms)]) + r" \\",
+        r"\midrule",
+        *(r"\midrule" if row is None else " & ".join(row) + r" \\" for row in body),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _with_deviation(estimate: Estimate) -> str:
+    deviation = "" if estimate.sd is None else rf"$_{{{percent(estimate.sd)}}}$"
+    return latex_text(percent(estimate.mean)) + deviation
 
 
 def latex_text(text: str) -> str:

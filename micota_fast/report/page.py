@@ -16,7 +16,7 @@ _STYLE = """
 @media screen and (prefers-color-scheme: dark) { :root { --paper: #15191d; --wash: #1e2429; DARK } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
-body { margin: 0 auto; max-width: 66rem; padding: 3.5rem 1.5rem 5rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 72rem; padding: 3.5rem 1.5rem 5rem; background: var(--paper); color: var(--ink);
   font: 1.0625rem/1.6 Charter, "Bitstream Charter", "Sitka Text", Cambria, Georgia, "Liberation Serif", serif; }
 h1, h2, h3, .table, .plot, figcaption, dl {
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "Liberation Sans", sans-serif; }
@@ -39,14 +39,15 @@ table { border-collapse: separate; border-spacing: 0; min-width: 100%; font-size
   font-variant-numeric: tabular-nums lining-nums; border-bottom: 1.5px solid var(--ink); }
 .caption { font-weight: 650; font-size: .9375rem; line-height: 1.4; margin-bottom: .6rem; }
 th, td { text-align: right; vertical-align: top; padding: .5rem 0 .5rem 1.1rem; white-space: nowrap; font-weight: 400; }
-thead th { font-weight: 600; white-space: normal; min-width: 6.5rem; vertical-align: bottom;
+thead th { font-weight: 600; white-space: normal; min-width: 4.6rem; vertical-align: bottom;
   border-top: 1.5px solid var(--ink); border-bottom: 1px solid var(--ink); }
 tbody tr + tr > * { border-top: 1px solid var(--rule); }
 th:first-child { text-align: left; padding-left: 0; padding-right: .6rem; position: sticky; left: 0; z-index: 1;
   background: var(--paper); }
 thead th:first-child { z-index: 2; min-width: 0; }
 tbody th { font-weight: 600; white-space: normal; overflow-wrap: anywhere; }
-small { display: block; white-space: nowrap; font-size: .78rem; font-weight: 400; color: var(--muted); }
+small { display: block; white-space: normal; font-size: .78rem; font-weight: 400; color: var(--muted); }
+small > span { white-space: nowrap; }
 td.muted > span { color: var(--muted); }
 td b { font-weight: 700; }
 .name { width: max-content; max-width: 13rem; display: flex; gap: .5rem; align-items: baseline; }

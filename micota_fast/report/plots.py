@@ -62,7 +62,9 @@ def average_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str])
     """Draw the average accuracy of each arm: the mean, its interval, and the seeds."""
     rows = [(arm.name, arm.average) for arm in summary.arms]
     chance = summary.average_chance
-    drawing = Drawing(_dots(rows, colours, "average accuracy, %", chance), _accuracies("Average accuracy", rows))
+    limits = _limits((estimate for _, estimate in rows), [] if chance is None else [chance])
+    figure = _dots(rows, colours, "average accuracy, %", chance, limits)
+    drawing = Drawing(figure, _accuracies("Average accuracy", rows))
     seeds = "small dots: seeds; " if any(len(arm.average.seeds) > 1 for arm in summary.arms) else ""
     caption = f"Large dot and line: mean and 95% interval; {seeds}dashed: the untouched student"
     caption += "." if chance is None else "; dotted: chance."
@@ -74,12 +76,15 @@ def benchmark_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str
     if len(summary.problems) == 1:
         return None
     drawings = []
+    of_all = [estimate for arm in summary.arms for estimate in arm.benchmarks.values()]
+    limits = _limits(of_all, summary.chance.values())
     for benchmark, n in summary.problems.items():
         rows = [(arm.name, arm.benchmarks[benchmark]) for arm in summary.arms]
-        figure = _dots(rows, colours, f"accuracy, % of {n} problems", summary.chance.get(benchmark), width=300)
+        chance = summary.chance.get(benchmark)
+        figure = _dots(rows, colours, f"accuracy, % of {n} problems", chance, limits, width=300)
         drawings.append(Drawing(figure, _accuracies(f"Accuracy on {benchmark}", rows), benchmark))
     partly = summary.chance and summary.average_chance is None  # so that the figure above does not say it
-    caption = "Read as above; each has its own scale" + ("; dotted: chance, where known." if partly else ".")
+    caption = "Read as above; all have one scale" + ("; dotted: chance, where known." if partly else ".")
     return Figure("Accuracy by benchmark.", caption, drawings)
 
 
@@ -93,6 +98,7 @@ def _dots(
     colours: Mapping[str, str],
     xlabel: str,
     chance: float | None,
+    limits: tuple[float, float],
     width: float = COLUMN,
 ) -> "MplFigure":
     figure, axes = new_figure(width, 62 + 25 * len(rows))
@@ -108,14 +114,19 @@ def _dots(
             )
         label_right(axes, index, percent(estimate.mean))
     name_rows(axes, [series for series, _ in rows])
-    low, high = min(row.low for _, row in rows), max(row.high for _, row in rows)
     if chance is not None:
         axes.axvline(100 * chance, color=MUTED, linewidth=1.0, dashes=(1, 2), zorder=0)
-        low, high = min(low, chance), max(high, chance)
-    pad = max(0.06 * (high - low), 0.001)
-    axes.set_xlim(100 * max(low - pad, -pad / 2), 100 * min(high + pad, 1 + pad / 2))
+    axes.set_xlim(*limits)
     axes.set_xlabel(xlabel)
     return figure
+
+
+def _limits(estimates: Iterable[Estimate], others: Iterable[float]) -> tuple[float, float]:
+    """The ends of an axis, in %, that has room for these intervals and the other accuracies."""
+    ends = [*others, *(end for estimate in estimates for end in (estimate.low, estimate.high))]
+    low, high = min(ends), max(ends)
+    pad = max(0.06 * (high - low), 0.001)
+    return 100 * max(low - pad, -pad / 2), 100 * min(high + pad, 1 + pad / 2)
 
 
 def length_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> Figure | None:
@@ -301,15 +312,15 @@ def draw(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) -> list[D
 
 
 def plot_files(figures: Iterable[Drawn]) -> dict[str, bytes]:
-    """Return the files of all plots, name -> content: NAME-TITLE.svg and .png, without a title NAME.svg and .png."""
+    """Return the files of all plots, name -> content: NAME-TITLE.svg, .pdf and .png, without a title NAME.svg ..."""
     files: dict[str, bytes] = {}
     for plot in (plot for figure in figures for plot in figure.plots):
         stem = "-".join(filter(None, (plot.name, re.sub(r"[^\w.-]", "_", plot.title)[:60])))
-        files |= {f"{stem}.svg": plot.svg_file, f"{stem}.png": plot.png_file}
+        files |= {f"{stem}.svg": plot.svg_file, f"{stem}.pdf": plot.pdf_file, f"{stem}.png": plot.png_file}
     return files
 
 
 def is_plot_file(name: str) -> bool:
     """Return whether a file of this name can be from `plot_files`."""
     names = "|".join(entry.name + r"\d+" * entry.several for entry in FIGURES)
-    return re.fullmatch(rf"({names})(-.*)?\.(svg|png)", name) is not None
+    return re.fullmatch(rf"({names})(-.*)?\.(svg|pdf|png)", name) is not None

@@ -15,6 +15,7 @@ from micota_fast.report.formats import (
     corpora_csv,
     markdown_text,
     report_json,
+    to_compact_latex,
     to_latex,
     to_markdown,
 )
@@ -59,6 +60,7 @@ def run(config: ReportConfig) -> None:
     texts = {
         "table.md": _markdown(config, inputs, summary, tables, figures),
         "table.tex": "% Needs \\usepackage{booktabs}.\n" + "\n".join(map(to_latex, tables.values())),
+        "table-compact.tex": to_compact_latex(summary),
         "table.csv": accuracy_csv(summary, claims),
         "answers.csv": answers_csv(summary.arms),
         "report.json": encode_json(numbers, 1, sort_keys=True).decode() + "\n",

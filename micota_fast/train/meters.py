@@ -1,4 +1,4 @@
-"""What people watch: progress lines, a row of metrics.jsonl per step, TensorBoard and Weights & Biases on request."""
+"""What people watch: progress lines, and a row of metrics.jsonl per step."""
 
 import math
 import os
@@ -13,12 +13,12 @@ from torch import Tensor
 from micota_fast.common.files import writing
 from micota_fast.common.gpu_specs import peak_flops
 from micota_fast.common.json_io import encode_json, parse_json
-from micota_fast.config import loader
 from micota_fast.config.train import TrainConfig
 from micota_fast.data.batches import PackedSteps
 from micota_fast.errors import InputError
 from micota_fast.train.parallel import compiled_graphs
 from micota_fast.train.stopwatch import Stopwatch
+from micota_fast.train.trackers import Trackers
 from micota_fast.train.world import World
 
 
@@ -37,7 +37,7 @@ class Meters:
     """Collects the figures of each step on the device and reads those of several steps at once.
 
     Args:
-        config: `tensorboard`, `wandb`, `dtype`, `compile`.
+        config: `dtype`, `compile`, and what `Trackers` takes.
         out: the run's folder.
         world: the processes; only the main one writes.
         progress: of the checkpoint that the run resumes from: "step", after which rows of metrics.jsonl are cut off, as
@@ -61,14 +61,12 @@ class Meters:
     ) -> None:
         self._world, self._total, self._steps, self._data = world, total, steps, config.data
         self._flops_per_token, self._watch = flops_per_token, watch
-        self._tensorboard: Any
-        self._wandb: Any
         on_cuda = world.device.type == "cuda" and config.dtype == "bfloat16"
         self._peak = peak_flops(torch.cuda.get_device_name(world.device)) if on_cuda else None
         self._rows: list[dict[str, Any]] = []
         self._figures: list[Tensor] = []  # loss and norm of each row
         start: int = progress["step"]
-        self._tensorboard, self._wandb = _trackers(config, out, start) if world.is_main else (None, None)
+        self._trackers = Trackers(config, out, start) if world.is_main else None
         self.skipped: dict[str, int] = progress["skipped"]  # steps without effect: in a row until now, and in all
         self.last: dict[str, Any] = {}
         self._path = out / "metrics.jsonl"
@@ -124,8 +122,8 @@ class Meters:
                 finite_loss = validation_loss if math.isfinite(validation_loss) else None
                 self.last["validation_loss"] = finite_loss
             lines += encode_json(self.last | {"timing": timing}, finite=False).decode() + "\n"
-            if self._world.is_main:
-                self._track(self.last | timing)
+            if self._trackers is not None:
+                self._trackers.report(self.last | timing)
         self._world.on_main(lambda: self._write(lines))
         self._world.say(self._lines(self.last, timing))
         if self._compiling:
@@ -184,16 +182,6 @@ class Meters:
         step = " | ".join([*parts, f"left {duration(timing['left_s'])}"])
         return f"    time: {phases} | memory, GB: {sizes}\n{step}"  # the step last, where people who follow a log look
 
-    def _track(self, row: dict[str, Any]) -> None:
-        flat = {key: value for key, value in row.items() if key != "step" and value is not None}
-        for nested in ("phase_s", "memory_gb"):
-            flat |= {f"{nested}/{key}": value for key, value in flat.pop(nested).items()}
-        if self._tensorboard is not None:
-            for key, value in flat.items():
-                self._tensorboard.add_scalar(key, value, row["step"])
-        if self._wandb is not None:
-            self._wandb.log(flat, step=row["step"])
-
     def describe_skipped(self, step: int, folder: Path) -> str:
         """Explain why the run ends after `step`, with its state in `folder`: too many steps in a row were skipped."""
         return (
@@ -214,24 +202,9 @@ class Meters:
         seconds = time.perf_counter() - self._started
         if self._world.is_main:
             self._file.close()
-            if self._tensorboard is not None:
-                self._tensorboard.close()
-            if self._wandb is not None:
-                self._wandb.finish()
+        if self._trackers is not None:
+            self._trackers.close(self.last)
         return {"seconds": round(seconds, 3), "tokens_per_s": round(self._tokens / seconds, 1)}
-
-
-def _trackers(config: TrainConfig, out: Path, start: int) -> tuple[Any, Any]:
-    tensorboard = wandb_run = None
-    if config.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
-    if config.wandb is not None:
-        import wandb
-
-        wandb_run = wandb.init(project=config.wandb, dir=str(out), config=loader.plain(config))
-    return tensorboard, wandb_run
 
 
 def _keep_steps(path: Path, steps: int) -> None:

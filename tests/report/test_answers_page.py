@@ -303,7 +303,7 @@ class TestInChromium:
         assert tab.evaluate(STATUS) == "4 of 30 problems"
         assert titles(tab) == [f"gsm/8k: gsm/8k-{place}" for place in range(10, 14)]
         signs = tab.evaluate("[...document.querySelectorAll('.problem:first-child .verdict')].map(e => e.innerText)")
-        assert signs[:3] == ["✗ wrong", "✓ right · run 1", "✓ right · run 2"]
+        assert signs[:2] == ["✗ wrong", "✓ right · runs 1, 2"]
         # An arm's column goes by its box, and the search waits for no key but the last.
         tab_to(tab, "document.querySelector('input[data-arm=\"2\"]')")
         tab.press("Space")
@@ -318,6 +318,37 @@ class TestInChromium:
         tab.press("Enter")
         tab.wait_for(f"{STATUS} === '30 of 30 problems; showing 1 to 10'")
         assert tab.evaluate("document.querySelectorAll('.problem:first-child .arm').length") == 3
+
+    def test_equal_answers_of_several_runs_stand_once(self, answers_tab: Tab) -> None:
+        verdicts = "[...document.querySelectorAll('#problems .arm-1 .verdict')].map(e => e.innerText)"
+        assert answers_tab.evaluate(verdicts)[0] == "✗ wrong · runs 1, 2"
+        of_wide = "[...document.querySelectorAll('.problem:first-child .arm-2 .verdict')].map(e => e.innerText)"
+        assert answers_tab.evaluate(of_wide) == ["✗ wrong · sample 1", "✗ wrong · sample 2"], "their texts differ"
+
+    def test_the_address_holds_the_filters_and_brings_them_back(self, tab: Tab, config: ReportConfig) -> None:
+        file = Path(config.out) / "answers.html"
+        tab.open(file)
+        tab.evaluate(
+            "(e => { e.value = 'none'; e.dispatchEvent(new Event('input', {bubbles: true})) })"
+            "(document.querySelector('select[data-arm=\"1\"]'))"
+        )
+        tab.evaluate("document.querySelector('input[data-arm=\"2\"]').click()")
+        tab.evaluate("document.querySelector('.next').click()")
+        assert tab.evaluate("location.hash") == "#outcome=none%3Amid&hidden=wide&page=2"
+        told = tab.evaluate(STATUS), titles(tab)
+        tab.evaluate("location.hash = ''")
+        tab.wait_for(f"{STATUS} === '30 of 30 problems; showing 1 to 10'")
+        tab.evaluate("location.hash = 'outcome=none%3Amid&hidden=wide&page=2'")
+        tab.wait_for("document.querySelectorAll('.problem:first-child .arm').length === 2")
+        assert (tab.evaluate(STATUS), titles(tab)) == told
+        tab.evaluate("location.hash = 'benchmark=nowhere&outcome=none:nobody&page=99'")
+        tab.wait_for(f"{STATUS} === '30 of 30 problems; showing 21 to 30'")
+        assert tab.complaints == []
+
+    def test_the_filters_stand_in_one_row(self, answers_tab: Tab) -> None:
+        tops = "new Set([benchmark, text, ...document.querySelectorAll('legend')].map(e => Math.round("
+        tops += "e.closest('div, fieldset').getBoundingClientRect().top))).size"
+        assert answers_tab.evaluate(f"({tops})") == 1
 
     def test_the_count_is_announced(self, answers_tab: Tab) -> None:
         tab = answers_tab

@@ -38,6 +38,15 @@ class TestLatex:
         tables = tabulars(to_latex(Table("c", cells, (cells, cells), tuple(texts))))
         assert [len(table) for table in tables] == [6]
 
+    def test_the_compact_table_has_an_arm_a_column(self, config: ReportConfig) -> None:
+        run(config)
+        tex = (Path(config.out) / "table-compact.tex").read_text()
+        ((heads, *rows),) = tabulars(tex.replace("\\caption", "%"))
+        assert heads == ["", "base", "short", "mid"]
+        assert [row[0] for row in rows] == ["gsm", "aime", "Average", r"$\Delta$"]
+        assert rows[2] == ["Average", "30.0", "31.5$_{1.7}$", "61.0$_{1.0}$"]
+        assert rows[3] == [r"$\Delta$", "--", "+1.5", "+31.0"]
+
     def test_specials(self) -> None:
         assert latex_text(r"50% of a_b & {c} #1 $x^2$ ~\d") == (
             r"50\% of a\_b \& \{c\} \#1 \$x\textasciicircum{}2\$ \textasciitilde{}\textbackslash{}d"

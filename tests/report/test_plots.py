@@ -36,9 +36,21 @@ class TestFiles:
             points = [float(root.attrib[side].removesuffix("pt")) for side in ("width", "height")]
             png = svg.with_suffix(".png").read_bytes()
             assert png.startswith(b"\x89PNG")
-            # Twice 96 pixels to the inch of 72 points.
-            assert struct.unpack(">II", png[16:24]) == pytest.approx([side * 192 / 72 for side in points], abs=1)
+            # 300 pixels to the inch of 72 points.
+            assert struct.unpack(">II", png[16:24]) == pytest.approx([side * 300 / 72 for side in points], abs=1)
             assert b"Software" not in png
+            pdf = svg.with_suffix(".pdf").read_bytes()
+            assert pdf.startswith(b"%PDF")
+            assert not re.search(rb"/(CreationDate|Producer|Creator|Type3)\b", pdf)
+
+    def test_accuracies_by_benchmark_share_one_scale(self, config: ReportConfig) -> None:
+        run(config)
+        ticks = []
+        for name in ("benchmark0-gsm", "benchmark1-aime"):
+            svg = (Path(config.out) / "plots" / f"{name}.svg").read_text()
+            axis = svg[svg.index('id="matplotlib.axis_1"') : svg.index('id="matplotlib.axis_2"')]
+            ticks.append(re.findall(r">(\d+)</text>", axis))
+        assert ticks[0] == ticks[1] == ["20", "40", "60"]
 
 
 class TestFigures:

@@ -244,7 +244,7 @@ class TestFormerFiles:
         found = contamination(tmp_path / "contamination.json", long={}, mid={})
         run(dataclasses.replace(config, contamination=found))
         out = Path(config.out)
-        others = [out / "plots" / "mine.svg", out / "plots" / "average.pdf", out / "notes.csv"]
+        others = [out / "plots" / "mine.svg", out / "plots" / "average.eps", out / "notes.csv"]
         for file in others:
             file.write_text("mine")
         assert (out / "plots" / "loss1-mid.svg").exists()
@@ -293,9 +293,9 @@ def test_same_bytes_twice_and_under_other_matplotlib_settings(config: ReportConf
         "loss1-mid",
     )
     assert set(first) == {
-        *("report.html", "answers.html", "report.json", "table.md", "table.tex"),
+        *("report.html", "answers.html", "report.json", "table.md", "table.tex", "table-compact.tex"),
         *("table.csv", "answers.csv", "corpora.csv"),
-        *(f"plots/{name}.{kind}" for name in plots for kind in ("svg", "png")),
+        *(f"plots/{name}.{kind}" for name in plots for kind in ("svg", "pdf", "png")),
     }
     again = dataclasses.replace(config, out=str(tmp_path / "again"))
     program = (
