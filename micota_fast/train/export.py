@@ -20,9 +20,12 @@ from micota_fast.model.checks import checked_config
 from micota_fast.model.decoder import Decoder, parameter_shapes
 from micota_fast.model.folder import stored_tensors
 from micota_fast.model.safetensors_io import save_checkpoint
+from micota_fast.sources import hub
 from micota_fast.train.lora import adapted_modules
 from micota_fast.train.storage import require_room
 from micota_fast.train.world import World
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def export(
@@ -155,6 +158,18 @@ class _Gathered(Mapping[str, Tensor]):
             self[name]
 
 
+def license_of(source: Path) -> str | None:
+    """Return the license that the model card of a checkpoint states; None if it has no card or states none."""
+    try:
+        text = (source / "README.md").read_text(encoding="utf-8")
+        parts = text.split("---\n", 2)
+        front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # a card is prose: nothing depends on it
+        return None
+    stated = front.get("license") if isinstance(front, dict) else None
+    return stated if isinstance(stated, str) else None
+
+
 def model_card(
     model: str,
     data: str,
@@ -162,6 +177,7 @@ def model_card(
     facts: dict[str, Any],
     metrics: dict[str, Any],
     chosen: str,
+    license_: str | None = None,
     adapter: bool = False,
 ) -> str:
     """Return README.md of a trained model. Equal runs give equal text, so it has no date and no path of this machine.
@@ -173,10 +189,16 @@ def model_card(
         facts: parameters, processes, data and versions, as in summary.json.
         metrics: plain values by name, of the step that gave these weights.
         chosen: which step that is, and why.
+        license_: of the model that training started from; None: not known.
         adapter: whether the card is that of an adapter alone.
     """
-    base = model if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not Path(model).is_dir() else Path(model).name
-    front: dict[str, Any] = {"base_model": base, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    on_hub = _HUB_NAME.fullmatch(model) is not None and not Path(model).is_dir()
+    base = model if on_hub else Path(model).name
+    # The hub shows these as links and filters, so each stands only where it is known to be right.
+    front: dict[str, Any] = {"license": license_} if license_ else {}
+    front |= {"base_model": base} if on_hub else {}
+    front |= {"datasets": [hub.parse(data).repo]} if hub.is_hub(data) else {}
+    front |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front["tags"] = ["micota-fast", "fine-tuned"]
     what = f"{facts['parameters']:,} parameters"
     if adapter:

@@ -18,7 +18,7 @@ from micota_fast.errors import InputError
 from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.train import prepare
 from micota_fast.train.checkpoint import Checkpoints
-from micota_fast.train.export import export, export_adapter, export_merged, model_card
+from micota_fast.train.export import export, export_adapter, export_merged, license_of, model_card
 from micota_fast.train.lora import flops_per_token
 from micota_fast.train.meters import Meters
 from micota_fast.train.optim import clip_gradients, learning_rate, make_optimizer, step_if_finite
@@ -154,7 +154,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
             f"The weights are those after step {metrics['step']:,} of {progress['step']:,}, the best on held-out rows."
         )
     world.say(chosen)
-    card = partial(model_card, config.model, config.data, identity, facts, metrics, chosen)
+    card = partial(model_card, config.model, config.data, identity, facts, metrics, chosen, license_of(source))
     files = {"README.md": card()} | end_tokens | template
     if config.lora is None:
         export(model.decoder, source, out / "model", world, files, config.save_dtype)

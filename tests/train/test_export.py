@@ -20,7 +20,7 @@ from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import Decoder
 from micota_fast.model.safetensors_io import load_model, save_checkpoint
 from micota_fast.train import export as export_module
-from micota_fast.train.export import export, model_card
+from micota_fast.train.export import export, license_of, model_card
 from micota_fast.train.loop import train
 from micota_fast.train.world import World
 
@@ -127,7 +127,9 @@ def test_the_trained_model_opens_in_transformers_and_says_how_it_was_made(
     assert torch.equal(model.state_dict()["model.norm.weight"], stored["model.norm.weight"])
     _, front, text = cards[0].split("---\n", 2)
     facts = yaml.safe_load(front)
-    assert facts["base_model"] == qwen2_checkpoint.name
+    assert "base_model" not in facts, "the hub would take a folder's name for one of its models"
+    assert "license" not in facts
+    assert "datasets" not in facts
     assert facts["library_name"] == "transformers"
     assert str(tmp_path) not in text
     assert f"| loss | {metrics(config)[-1]['loss']} |" in text
@@ -141,7 +143,31 @@ def test_a_model_of_the_hub_is_named_in_full() -> None:
     facts = {"parameters": 1, "processes": 1, "versions": {"torch": "2"}, "data": counts}
     identity = {"model": "0", "documents": "1", "options": {}}
     card = model_card("Qwen/Qwen2.5-3B-Instruct", "data.jsonl", identity, facts, {}, "Step 1.")
-    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "Qwen/Qwen2.5-3B-Instruct"
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["base_model"] == "Qwen/Qwen2.5-3B-Instruct"
+    assert front.keys().isdisjoint({"license", "datasets"}), "a file's name is no data set of the hub"
+    card = model_card("a/b", "hf://datasets/org/name@main/part:train", identity, facts, {}, "Step 1.", "mit")
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["datasets"], front["license"]) == (["org/name"], "mit")
+
+
+@pytest.mark.parametrize(
+    ("card", "license_"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [a]\n---\n# Model\n", "apache-2.0"),
+        ("---\ntags: [a]\n---\n", None),
+        ("---\nlicense: [a, b]\n---\n", None),
+        ("---\nlicense: [\n---\n", None),
+        ("# Model\n---\nlicense: mit\n---\n", None),
+        (None, None),
+    ],
+)
+def test_the_license_is_what_the_card_of_the_checkpoint_states(
+    card: str | None, license_: str | None, tmp_path: Path
+) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert license_of(tmp_path) == license_
 
 
 def test_a_run_whose_model_could_not_be_saved_is_finished_in_another_dtype(
