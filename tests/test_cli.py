@@ -33,6 +33,15 @@ def test_a_stage_that_was_asked_to_end_has_not_failed_and_a_number_is_a_status(m
         (["generate", "--set", "model=nowhere"], "`problems`: this key is required"),
         (["filter", "--set", "completions=nowhere.jsonl", "--set=out=o.jsonl"], "cannot read nowhere.jsonl"),
         (["serve", "nowhere"], "nowhere"),
+        (["merge", "nowhere.yaml", "o", "--push-to-hub", "mine"], "`push_to_hub` must be ORG/NAME, not 'mine'"),
+        (
+            ["merge", "nowhere.yaml", "o", "--push-to-hub", "a/b", "--weights", "0.1", "0.2"],
+            "`push_to_hub` uploads one model",
+        ),
+        (
+            ["train", "--set=model=nowhere", "--set=data=d.jsonl", "--set=out=o", "--set=push_to_hub=mine"],
+            "`push_to_hub` must be ORG/NAME, not 'mine'",
+        ),
         (["merge", "nowhere.yaml", "out"], "nowhere.yaml"),
     ],
 )

@@ -21,6 +21,15 @@ class MergeConfig:
         [],
         doc="merge once for each of these weights (slerp: t) of the one model, into OUT/weight-W; []: as in the file",
     )
+    push_to_hub: str | None = option(
+        None,
+        doc="hub repository ORG/NAME that the finished model is uploaded to, private if it is new; null: none",
+        operational=True,
+    )
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub is not None and self.weights:
+            raise InputError("`push_to_hub` uploads one model: give it with no `weights`, after choosing one")
 
 
 @dataclass(kw_only=True)

@@ -238,6 +238,11 @@ class TrainConfig(TrainSettings):
         newer=True,
     )
     out: str = option(doc="folder: model/ (Hugging Face layout), metrics.jsonl, summary.json, resume checkpoints")
+    push_to_hub: str | None = option(
+        None,
+        doc="hub repository ORG/NAME that the finished model is uploaded to, private if it is new; null: none",
+        operational=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

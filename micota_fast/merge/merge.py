@@ -33,6 +33,7 @@ from micota_fast.merge.output import result_code
 from micota_fast.merge.settings import depth_of
 from micota_fast.merge.tensor_merge import TensorMerge
 from micota_fast.model.folder import COPIED_FILES
+from micota_fast.model.hub_upload import require_upload, upload
 from micota_fast.model.safetensors_writer import ShardWriter
 
 _AHEAD = 4  # chunks a thread that are prepared and read ahead
@@ -53,9 +54,11 @@ def merge(config: MergeConfig) -> None:
     A former merge at OUT is replaced; anything else there is left alone and is an error.
 
     Raises:
-        InputError: the file is wrong, a checkpoint is damaged, the checkpoints differ in their tensors or shapes, or
-            a tensor holds NaN or infinity. Names file and tensor.
+        InputError: the file is wrong, `config.push_to_hub` has another form or does not take the result, a checkpoint
+            is damaged, the checkpoints differ in their tensors or shapes, or a tensor holds NaN or infinity. Names
+            file and tensor.
     """
+    require_upload(config.push_to_hub)
     plan = read_mergekit(config.config)
     former = Path(config.out).exists()
     if not config.weights:
@@ -67,6 +70,8 @@ def merge(config: MergeConfig) -> None:
         merge_plans(plans, Path(config.out), config.seed)
     number = f"{len(config.weights)} merges" if config.weights else "merged"
     print(f"{config.out}: {number} by {plan.method}" + (", in place of a former merge" if former else ""), flush=True)
+    if config.push_to_hub is not None:
+        upload(Path(config.out), config.push_to_hub)
 
 
 def merge_plans(plans: dict[str, MergePlan], out: Path, seed: int, max_shard_bytes: int = 5_000_000_000) -> None:

@@ -225,6 +225,11 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
                     help="merge once for each of these weights (slerp: t) of the one model, reading the inputs once, "
                     "into OUT/weight-W",
                 ),
+                _argument(
+                    "--push-to-hub",
+                    metavar="ORG/NAME",
+                    help="also upload the merged model to this hub repository, private if it is new",
+                ),
             ),
             command=_merge_command,
             cost="micota_fast.planning.costs:merge",

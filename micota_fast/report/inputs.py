@@ -47,10 +47,14 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class LossCurve:
-    """Training loss (nats per supervised token) by optimizer step; a step that diverged holds NaN."""
+    """Training loss (nats per supervised token) by optimizer step; a step that diverged holds NaN.
+
+    `seconds` is the time that the processes of the training took, None if its rows do not say.
+    """
 
     steps: tuple[int, ...]
     losses: tuple[float, ...]
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -186,11 +190,19 @@ def _overlaps(path: Path, benchmarks: Sequence[str]) -> dict[str, dict[str, Benc
 
 
 @dataclass(frozen=True)
+class _Timing:
+    """When a step was reported: seconds since its process began."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
 class _LoggedStep:
     """A row of metrics.jsonl. `loss` is None if the step was skipped because its loss was not finite."""
 
     step: Count
     loss: float | None
+    timing: _Timing | None = None
 
 
 def load_loss_curve(path: Path) -> LossCurve:
@@ -200,6 +212,7 @@ def load_loss_curve(path: Path) -> LossCurve:
         InputError: it cannot be read, has no rows, or a row is malformed; names the line.
     """
     by_step: dict[int, float] = {}
+    ended, seconds = 0.0, 0.0  # of the processes before the row's own, and its own until now
     for where, line in read_lines(path):
         row = parse_json(line, where, finite=False)
         # A loss that is not finite is a result to show, not a malformed file.
@@ -208,7 +221,11 @@ def load_loss_curve(path: Path) -> LossCurve:
         logged = from_json(_LoggedStep, row, where)
         # After a resume the later row of a step holds.
         by_step[logged.step] = math.nan if logged.loss is None else logged.loss
+        if logged.timing is not None:
+            if logged.timing.seconds < seconds:  # a process that resumed begins at 0
+                ended += seconds
+            seconds = logged.timing.seconds
     if not by_step:
         raise InputError(f"{path}: no rows; rerun the training that writes it")
     steps = tuple(sorted(by_step))
-    return LossCurve(steps, tuple(by_step[step] for step in steps))
+    return LossCurve(steps, tuple(by_step[step] for step in steps), ended + seconds or None)

@@ -115,7 +115,7 @@ def render(
         "<h2>Answers</h2>\n",
         html["answers"],
         '<p><a href="answers.html">Every problem with the answers of all arms side by side</a></p>\n',
-        _making(config),
+        _making(config, inputs),
         "</main>\n",
     ]
     return document(config.title, "".join(body))
@@ -172,8 +172,12 @@ def _training(figures: Sequence[Drawn]) -> str:
     return f"<h2>Training</h2>\n{of_training}" if of_training else ""
 
 
-def _making(config: ReportConfig) -> str:
-    rows = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>\n" for key, value in config.provenance.items())
+def _making(config: ReportConfig, inputs: Inputs) -> str:
+    times = [curve.seconds for curves in inputs.training.values() for curve in curves]
+    known = [seconds for seconds in times if seconds is not None]
+    told = {"training time": f"{sum(known) / 3600:.2f} hours, {len(known)} trainings"} if known else {}
+    lines = config.provenance | told
+    rows = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>\n" for key, value in lines.items())
     notes = "".join(f'<p class="note">{escape(note)}</p>\n' for note in config.notes)
     return (
         "<h2>How it was made</h2>\n"

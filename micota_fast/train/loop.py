@@ -16,6 +16,7 @@ from micota_fast.common.json_io import write_json
 from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.model.folder import resolve_checkpoint
+from micota_fast.model.hub_upload import require_upload, upload
 from micota_fast.train import prepare
 from micota_fast.train.checkpoint import Checkpoints
 from micota_fast.train.export import export, export_adapter, export_merged, license_of, model_card
@@ -50,6 +51,7 @@ def train(config: TrainConfig, profile: bool = False) -> bool:
         KeyboardInterrupt: SIGINT ended it early, with a checkpoint.
     """
     require_trackers(config)
+    require_upload(config.push_to_hub)
     out = Path(config.out)
     with StopSignals() as stop, join_world(config.device, config.mesh, config.offload) as world, ExitStack() as lock:
         world.on_main(lambda: prepare.lock(out, lock))
@@ -57,6 +59,10 @@ def train(config: TrainConfig, profile: bool = False) -> bool:
             finished = _train(config, out, world, stop, profile, stack)
         if not finished and stop.by_hand:
             raise KeyboardInterrupt
+        repository = config.push_to_hub
+        if finished and repository is not None:
+            made = out / ("adapter" if config.lora is not None and not config.lora.merged else "model")
+            world.on_main(lambda: upload(made, repository))
         return finished
 
 

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.model.folder import require_checkpoint
+from micota_fast.model.hub_upload import require_upload
 from micota_fast.sources.rows import require_readable
 
 
@@ -15,6 +16,7 @@ def check(config: TrainConfig) -> None:
         InputError: one is not.
     """
     require_trackers(config)
+    require_upload(config.push_to_hub)
     require_checkpoint(config.model)
     for source in filter(None, (config.data, config.validation_data)):
         require_readable(source)

@@ -1,6 +1,7 @@
 """The page stands alone, is well-formed, and shows what is text as text."""
 
 import dataclasses
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -74,6 +75,16 @@ class TestPage:
         assert "First tried &lt;b&gt;x&lt;/b&gt;." in html
         assert "Then\n  y." in html
         assert "<dt>torch</dt><dd>2.13.0</dd>" in html
+
+    def test_the_time_of_the_trainings_counts_what_was_before_each_resumption(
+        self, config: ReportConfig, tmp_path: Path
+    ) -> None:
+        seconds = [1800.0, 3600.0, 900.0, 3600.0]  # resumed after the second row
+        rows = ({"step": step, "loss": 1.0, "timing": {"seconds": of}} for step, of in enumerate(seconds, 1))
+        path = tmp_path / "timed.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        _, _, html = made(dataclasses.replace(config, training={"mid": [str(path), str(path)]}))
+        assert "<dt>training time</dt><dd>4.00 hours, 2 trainings</dd>" in html
 
     @pytest.mark.parametrize("name", ["<b>x", "--><script>alert(1)</script>", "\"' onload=x &amp;"])
     def test_names_are_text(self, name: str, config: ReportConfig, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_an_error_of_rank_0_is_an_error_on_all(qwen2_checkpoint: Path, tmp_path:
 
 
 def test_the_trained_model_opens_in_transformers_and_says_how_it_was_made(
-    qwen2_checkpoint: Path, tmp_path: Path
+    qwen2_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -120,6 +120,11 @@ def test_the_trained_model_opens_in_transformers_and_says_how_it_was_made(
         assert train(config)
         cards.append((tmp_path / name / "model" / "README.md").read_text())
     assert cards[0] == cards[1], "equal runs give equal cards"
+    uploaded: list[tuple[Path, str]] = []
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setattr("micota_fast.train.loop.upload", lambda folder, name: uploaded.append((folder, name)))
+    assert train(dataclasses.replace(config, push_to_hub="org/name")), "the finished run is uploaded, not made again"
+    assert uploaded == [(tmp_path / "two" / "model", "org/name")]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "model")
     tokens = AutoTokenizer.from_pretrained(tmp_path / "one" / "model")("1 + 1 =", return_tensors="pt")
     assert model(**tokens).logits.isfinite().all()

@@ -1,0 +1,44 @@
+"""Finished models to the Hugging Face Hub: checked before any work is done, uploaded when all of it is."""
+
+import re
+from pathlib import Path
+
+from micota_fast.errors import InputError
+
+_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def require_upload(name: str | None) -> None:
+    """Check that a model can be uploaded as ORG/NAME; nothing is asked of the hub. None: none will be.
+
+    Raises:
+        InputError: the name has another form, or no token is at hand.
+    """
+    if name is None:
+        return
+    if _NAME.fullmatch(name) is None:
+        raise InputError(f"`push_to_hub` must be ORG/NAME, not {name!r}")
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise InputError("`push_to_hub` needs a token with write access: run `hf auth login`, or set HF_TOKEN")
+
+
+def upload(folder: Path, name: str) -> None:
+    """Upload a model's folder as ORG/NAME, whose repository is made private if there is none; the same again is quick.
+
+    Raises:
+        InputError: the hub does not take it. The folder stays as it is.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        api = HfApi()
+        repository = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload by micota-fast")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(
+            f"{folder} is finished but was not uploaded to {name}: {error}; rerun the same command"
+        ) from None
+    print(f"{folder}: uploaded to {name}", flush=True)
