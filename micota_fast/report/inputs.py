@@ -191,9 +191,9 @@ def _overlaps(path: Path, benchmarks: Sequence[str]) -> dict[str, dict[str, Benc
 
 @dataclass(frozen=True)
 class _Timing:
-    """When a step was reported: seconds since its process began."""
+    """When a step was reported: seconds since its process began; None in metrics of other versions."""
 
-    seconds: float
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def load_loss_curve(path: Path) -> LossCurve:
         logged = from_json(_LoggedStep, row, where)
         # After a resume the later row of a step holds.
         by_step[logged.step] = math.nan if logged.loss is None else logged.loss
-        if logged.timing is not None:
+        if logged.timing is not None and logged.timing.seconds is not None:
             if logged.timing.seconds < seconds:  # a process that resumed begins at 0
                 ended += seconds
             seconds = logged.timing.seconds
