@@ -216,7 +216,6 @@
   function readAddress() {
     const kept = new URLSearchParams(location.hash.slice(1));
     const of = benchmarks.findIndex(({ name }) => name === kept.get("benchmark"));
-    form.reset();
     benchmark.value = of < 0 ? "" : String(of);
     text.value = kept.get("text") ?? "";
     for (const select of outcomeOf) {
