@@ -60,7 +60,7 @@ class TestPaired:
         assert "Δ is paired on the problems: see the table of differences." in markdown
         assert "npaired" not in markdown
         assert "Difference to the untouched student" in html
-        assert re.search(r"<small>\[[^]]*\]</small><small>p &lt; 0\.001</small>", html)
+        assert re.search(r"<small><span>\[[^]]*\],</span> <span>p &lt; 0\.001</span></small>", html)
         assert "after Holm&#x27;s correction" in html
 
     def test_pairing_narrows_the_interval_of_arms_that_find_the_same_problems_hard(self, paired: ReportConfig) -> None:
