@@ -171,7 +171,7 @@ class TestChance:
         assert "dotted" not in html
         markdown, _, html = made(dataclasses.replace(config, chance={"gsm": 10.0}))
         assert "Chance: 10.0 on gsm; not known elsewhere." in markdown
-        assert "each has its own scale; dotted: chance, where known." in html
+        assert "all have one scale; dotted: chance, where known." in html
         assert html.count("dotted: chance") == 1
 
     def test_of_no_benchmark_of_the_report(self, config: ReportConfig) -> None:
