@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import micota_fast
 from helpers.checkpoints import make_checkpoint
 from helpers.schemas import check_schema
+from helpers.waiting import wait_for
 from micota_fast.cli import main
 from micota_fast.common.records import Completion, Problem, write_rows
 from micota_fast.config import loader
@@ -244,9 +244,7 @@ def test_a_sweep_killed_at_any_time_and_again(models: Path, tmp_path: Path) -> N
     # where a kill falls: a path that has just appeared below OUT
     for appeared in ("*/merging", "*/model", "*/completions.jsonl.parts/0*.jsonl", "*/done.json"):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            end = time.monotonic() + 60
-            while process.poll() is None and not list(cut.glob(appeared)) and time.monotonic() < end:
-                time.sleep(0.002)
+            wait_for(lambda at=appeared: process.poll() is not None or list(cut.glob(at)), 240)  # type: ignore[misc]
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
         assert process.returncode == -signal.SIGKILL, f"it came to its end before {appeared}"
