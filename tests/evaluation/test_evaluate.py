@@ -3,12 +3,10 @@
 import hashlib
 import json
 import math
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,6 +21,7 @@ from aiohttp import web
 from helpers.paths import DATA
 from helpers.schemas import check_schema
 from helpers.servers import http_server
+from helpers.waiting import rows_in
 from micota_fast.chat.encoding import Chat
 from micota_fast.common.fingerprint import Fingerprints
 from micota_fast.common.records import Completion, Problem, encode_row, write_rows
@@ -190,24 +189,22 @@ def test_one_benchmark_is_sampled_and_the_others_are_not(settings: EvaluateConfi
 
 @pytest.mark.slow
 def test_killed_and_started_again(settings: EvaluateConfig, tmp_path: Path) -> None:
-    settings.max_new_tokens = 200  # long enough to be killed in the middle
+    """As it is about to write down its second answer."""
     out = Path(settings.out)
     whole = loader.build(EvaluateConfig, loader.plain(settings) | {"out": str(tmp_path / "whole")}, "test")
     run(whole)
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(loader.plain(settings)))
     code = (
-        "import sys; from micota_fast.config import evaluation, loader; from micota_fast.evaluation import evaluate\n"
+        "import sys; from helpers import moments\n"
+        "from micota_fast.config import evaluation, loader; from micota_fast.evaluation import evaluate\n"
+        "append = 'micota_fast.generation.journal:Journal.append'\n"
+        "moments.at_call(None, append, moments.die, my_rank=0, nth=2)\n"
         "evaluate.run(loader.load(evaluation.EvaluateConfig, sys.argv[1]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "evaluate.yaml")])
-    parts = out / "completions" / "small.jsonl.parts"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and not any(p.read_bytes() for p in parts.glob("0*.jsonl")):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / "results.json").exists(), "it ended before it could be killed: lengthen the answers"
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "evaluate.yaml")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert rows_in(out / "completions" / "small.jsonl.parts") == 1
+    assert not (out / "results.json").exists()
     run(settings)
     assert (out / "results.json").read_bytes() == (tmp_path / "whole" / "results.json").read_bytes()
 

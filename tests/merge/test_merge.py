@@ -456,6 +456,18 @@ class TestSweep:
         assert not (tmp_path / "twice").exists()
 
 
+# A merge that is killed so many seconds after an operation on files.
+DYING = """
+import sys
+from helpers import moments
+from micota_fast.cli import main
+moment, seconds, config, out = sys.argv[1:]
+kill = moments.die if float(seconds) == 0 else lambda: moments.die_in(float(seconds))
+moments.at_file(None, moment, kill, my_rank=0)
+main(["merge", config, out])
+"""
+
+
 class TestWholeOrNotAtAll:
     def test_everything_is_on_the_disk_before_the_merge_appears(
         self, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -486,20 +498,21 @@ class TestWholeOrNotAtAll:
         merge(MergeConfig(config=str(config), out=str(tmp_path / "whole")))
         whole = contents(tmp_path / "whole")
         chance, cut = random.Random(0), 0
-        for _ in range(3):
-            shutil.rmtree(out, ignore_errors=True)
-            with subprocess.Popen(command) as process:
-                while process.poll() is None and not list(tmp_path.glob(f"{partial}/model.safetensors")):
-                    time.sleep(0.001)
-                time.sleep(chance.uniform(0, 0.05))
-                process.kill()
-                process.wait()
-            if out.exists():
-                assert contents(out) == whole
-            else:
-                cut += 1
-                assert process.returncode == -signal.SIGKILL
-        assert cut > 0, "no kill came in time"
+        # A while after it has opened the weights, and right before they appear: that is never too late.
+        for moment, delay_s in (
+            (r"open .*partial/model\.safetensors ", 0.05),
+            (r"os\.rename .*\.out\.\w+\.partial ", 0.0),
+        ):
+            for _ in range(2):
+                shutil.rmtree(out, ignore_errors=True)
+                dying = [sys.executable, "-c", DYING, moment, str(chance.uniform(0, delay_s)), str(config), str(out)]
+                killed = subprocess.run(dying, check=False)
+                if out.exists():
+                    assert contents(out) == whole
+                else:
+                    cut += 1
+                    assert killed.returncode == -signal.SIGKILL
+        assert cut >= 2
         subprocess.run(command, check=True)
         assert contents(out) == whole
         assert not list(tmp_path.glob(partial))

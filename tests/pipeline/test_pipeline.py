@@ -1,5 +1,6 @@
 """The pipeline on cheap real stages (filter, mix): what is done, stale, set aside, restored, killed."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import micota_fast
 from helpers.faulty_server import answer
 from helpers.servers import http_server
 from helpers.training_runs import metrics, train_config
+from helpers.waiting import wait_for
 from micota_fast.cli import main
 from micota_fast.common.records import Completion, Problem, write_rows
 from micota_fast.config import loader
@@ -264,7 +266,7 @@ def test_sigkill_anywhere_then_the_same_bytes(sources: Path, tmp_path_factory: p
     make(calm)
     command = [sys.executable, "-c", RUNNER, str(Path(__file__).parent), str(sources)]
     kills = 0
-    for line_number, delay in ((1, 0.0), (1, 0.3), (1, 0.6), (2, 0.0), (3, 0.3), (4, 0.0), (5, 0.2)):
+    for line_number, delay in ((1, 0.0), (1, 0.0), (1, 0.3), (1, 0.6), (2, 0.0), (3, 0.3), (4, 0.0), (5, 0.2)):
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(line_number)]
@@ -274,7 +276,7 @@ def test_sigkill_anywhere_then_the_same_bytes(sources: Path, tmp_path_factory: p
             kills += 1
         process.stdout.close()
         process.wait()
-    assert kills >= 2
+    assert kills >= 2, "before the first stage has begun, a kill is never late"
     make(sources)
     for name in ("long", "short", "mix"):
         relative = f"run/corpus/{name}/corpus.jsonl"
@@ -292,16 +294,22 @@ def test_a_training_that_a_signal_ended_is_not_taken_for_done(
     inputs = (Artefact(config.model), Artefact(config.data))
     stage = Stage("student", "train", config, inputs, ("model", "metrics.jsonl", "summary.json"))
 
+    def trainers() -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                words = process.cmdline()
+                if str(tmp_path / "run/student/config.yaml") in words and not any(
+                    "torch.distributed.run" in word or "processes.py" in word for word in words
+                ):
+                    found.append(process)
+        return found
+
     def end_a_trainer() -> None:
-        while len(metrics(config)) < 3:
-            time.sleep(0.01)
-        trainers = [
-            process
-            for process in psutil.Process().children(recursive=True)
-            if str(tmp_path / "run/student/config.yaml") in process.cmdline()
-            and not any("torch.distributed.run" in word or "processes.py" in word for word in process.cmdline())
-        ]
-        trainers[-1].terminate()
+        wait_for(lambda: len(trainers()) >= nproc)  # looked for early: at its third step, none is lost in looking
+        last = trainers()[-1]
+        wait_for(lambda: len(metrics(config)) >= 3)
+        last.terminate()
 
     signaller = threading.Thread(target=end_a_trainer)
     signaller.start()

@@ -23,7 +23,7 @@ from micota_fast.config.train import TrainConfig
 
 SCRIPTS = ROOT / "scripts"
 STEPS = 60
-WAIT_S = 120
+WAIT_S = 240
 
 # A path with a space, which a first line `#!` does not bear.
 START = f"""#!/bin/sh
@@ -123,9 +123,9 @@ def test_one_machine(uninterrupted: TrainConfig, tmp_path: Path, launcher: Launc
     config = replace(uninterrupted, out=str(tmp_path / "out"), lr=0.5)
     command: list[Any] = ["bash", SCRIPTS / "train.sh", written(config, tmp_path), "--set", f"lr={uninterrupted.lr}"]
     process = launcher.start(*command, NPROC=2)
-    launcher.wait_until(lambda: len(metrics(config)) >= 2, process)
+    launcher.wait_until(lambda: len(trainers_of(process.pid)) == 3, process)
     trainers = trainers_of(process.pid)
-    assert len(trainers) == 3
+    launcher.wait_until(lambda: len(metrics(config)) >= 2, process)
     process.terminate()
     assert launcher.status(process) == 0
     assert not any(map(_runs, trainers))
@@ -153,10 +153,10 @@ def test_a_lost_machine_joins_again(uninterrupted: TrainConfig, tmp_path: Path, 
     # torchrun's number 0 is that of the lower process id on one machine: the one that stays.
     launcher.wait_until(lambda: len(trainers_of(first.pid)) > 0, first)
     second = machine(1)
+    launcher.wait_until(lambda: len(trainers_of(second.pid)) == 2, first, second)
+    lost, agent = trainers_of(second.pid), torchrun_of(second.pid)
     launcher.wait_until(lambda: len(checkpoint_steps(config)) > 0, first, second)
-    lost = trainers_of(second.pid)
-    assert len(lost) == 2
-    torchrun_of(second.pid).kill()  # the trainer goes with it
+    agent.kill()  # the trainer goes with it
     second.kill()
     launcher.wait_until(lambda: not any(map(_runs, lost)))
     again = machine(1)
