@@ -131,8 +131,8 @@ def test_what_is_missing_is_found_before_torch_is_imported(tmp_path: Path) -> No
         "train --set model=a/b --set data=rows.jsonl --set out=o": "cannot read rows.jsonl: No such file",
         "train --set model=a/b --set data=hf://datasets/a/b --set out=o --set validation_data=v": "cannot read v",
         "train --set model=a/b --set data=rows.parquet --set out=o": "pip install 'micota-fast[parquet]'",
-        "train --set model=a/b --set data=rows.jsonl --set out=o --set wandb=mine": "pip install wandb",
-        "train --set model=a/b --set data=rows.jsonl --set out=o --set tensorboard=true": "pip install tensorboard",
+        "train --set model=a/b --set data=rows.jsonl --set out=o --set wandb=mine": "pip install 'micota-fast[wandb]'",
+        "train --set model=a/b --set data=rows.jsonl --set out=o --set tensorboard=true": "micota-fast[tensorboard]",
         "align --set model=a/b --set out=o --set corpora.a=rows.jsonl": "cannot read rows.jsonl: No such file",
     }
     program = (

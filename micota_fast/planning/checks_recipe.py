@@ -22,6 +22,7 @@ from micota_fast.planning.needs import Finding, Needs, asked_by, urls_of
 from micota_fast.planning.plan import named_on_hub
 from micota_fast.planning.shapes import weights_cached
 from micota_fast.serve import sglang
+from micota_fast.train.preflight import is_installed
 
 
 def files(needs: Needs) -> Iterator[Finding]:
@@ -64,8 +65,9 @@ def packages(needs: Needs) -> Iterator[Finding]:
         ("tensorboard", any(settings.tensorboard for settings in trains)),
         ("wandb", any(settings.wandb for settings in trains)),
     ):
-        if asked and importlib.util.find_spec(module) is None:
-            yield Finding("error", module, "the recipe uses it, but it is not installed", f"pip install {module}")
+        if asked and not is_installed(module):
+            remedy = f"pip install 'micota-fast[{module}]'"
+            yield Finding("error", module, "the recipe uses it, but it is not installed", remedy)
     if needs.on_gpus:
         if torch.version.cuda is None:
             todo = "install torch's CUDA build: https://pytorch.org/get-started/locally"

@@ -66,7 +66,13 @@ class Meters:
         self._rows: list[dict[str, Any]] = []
         self._figures: list[Tensor] = []  # loss and norm of each row
         start: int = progress["step"]
-        self._trackers = Trackers(config, out, start) if world.is_main else None
+        self._trackers: Trackers | None = None
+        if config.tensorboard or config.wandb is not None:
+
+            def open_trackers() -> None:
+                self._trackers = Trackers(config, out, start)
+
+            world.on_main(open_trackers)
         self.skipped: dict[str, int] = progress["skipped"]  # steps without effect: in a row until now, and in all
         self.last: dict[str, Any] = {}
         self._path = out / "metrics.jsonl"

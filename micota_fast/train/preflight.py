@@ -25,5 +25,11 @@ def check(config: TrainConfig) -> None:
 def require_trackers(config: TrainConfig) -> None:
     """Raise InputError if TensorBoard or wandb is requested and not installed."""
     for wanted, package in ((config.tensorboard, "tensorboard"), (config.wandb is not None, "wandb")):
-        if wanted and find_spec(package) is None:
-            raise InputError(f"`{package}` needs a package that is not installed: pip install {package}")
+        if wanted and not is_installed(package):
+            raise InputError(f"`{package}` needs a package that is not installed: pip install 'micota-fast[{package}]'")
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported. A mere folder of its name, as wandb leaves one, is not a package."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None

@@ -11,6 +11,7 @@ from typing import Any
 from micota_fast.common.files import write_atomic
 from micota_fast.config import loader
 from micota_fast.config.train import TrainConfig
+from micota_fast.errors import InputError
 
 EVAL = {"validation_loss": "eval/loss"}
 NESTED = ("phase_s", "memory_gb")
@@ -39,12 +40,15 @@ def hparams(config: TrainConfig) -> dict[str, bool | str | float | int]:
 
 
 class Trackers:
-    """What a training reports to besides its own files; nothing unless the options ask for it.
+    """What a training reports to besides its own files, if the options ask for it.
 
     Args:
         config: `tensorboard`, `wandb`, and all options, which both record.
         out: the run's folder.
         start: steps done by the checkpoint that the run resumes from; later ones are reported again.
+
+    Raises:
+        InputError: wandb does not begin a run.
     """
 
     def __init__(self, config: TrainConfig, out: Path, start: int) -> None:
@@ -56,18 +60,12 @@ class Trackers:
 
             self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         if config.wandb is not None:
-            import wandb
-
-            self._wandb = wandb.init(
-                project=config.wandb, dir=str(out), config=loader.plain(config), id=_wandb_id(out), resume="allow"
-            )
+            self._wandb = _begin_wandb(config, config.wandb, out)
             # Steps that are done again after a kill have smaller numbers than what wandb has seen, which it would drop.
             self._wandb.define_metric("*", step_metric="step")
 
     def report(self, row: dict[str, Any]) -> None:
         """Report a row of metrics.jsonl with its timing."""
-        if self._tensorboard is None and self._wandb is None:
-            return
         tags = tagged(row)
         if self._tensorboard is not None:
             for tag, value in tags.items():
@@ -87,11 +85,29 @@ class Trackers:
             self._wandb.finish()
 
 
+def _begin_wandb(config: TrainConfig, project: str, out: Path) -> Any:
+    import wandb
+
+    try:
+        return wandb.init(
+            project=project,
+            dir=str(out),
+            config=loader.plain(config),
+            id=_wandb_id(out),
+            resume="allow",
+            allow_val_change=True,  # a training that resumes may have other operational options
+        )
+    except Exception as error:  # of its own kinds: not logged in, no network
+        raise InputError(
+            f"`wandb`: no run could be begun: {error}; `wandb login`, or set WANDB_MODE=offline or `wandb: null`"
+        ) from error
+
+
 def _wandb_id(out: Path) -> str:
     """The id of the training's wandb run: the one it began with, or a new one."""
     path = out / "checkpoints" / WANDB_ID
-    if path.exists():
-        return path.read_text(encoding="utf-8").strip()
+    if path.exists() and (found := path.read_text(encoding="utf-8").strip()):
+        return found
     path.parent.mkdir(parents=True, exist_ok=True)
     made = uuid.uuid4().hex[:16]
     write_atomic(path, [made.encode()])

@@ -1,8 +1,8 @@
 """Every block of README and docs is executed here, or read by what would read it, or carries a mark that says why not.
 
-The pages are executed one after the other in one folder, in which the models they name are tiny ones. A mark is a comment
-on the line before a block: `<!-- needs: gpu -->`, `<!-- run by: tests/FILE -->`, or, of a configuration without a command,
-`<!-- read as: VERB -->`.
+The pages are executed one after the other in one folder, in which the models they name are tiny ones. A mark is a
+comment on the line before a block: `<!-- needs: gpu -->`, `<!-- run by: tests/FILE -->`, or, of a configuration without
+a command, `<!-- read as: VERB -->`.
 """
 
 import json

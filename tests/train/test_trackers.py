@@ -3,13 +3,16 @@
 import shutil
 import sys
 import types
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
 from micota_fast.config.train import TrainConfig
-from micota_fast.train.trackers import Trackers, hparams, tagged
+from micota_fast.errors import InputError
+from micota_fast.train.preflight import is_installed
+from micota_fast.train.trackers import WANDB_ID, Trackers, hparams, tagged
 
 ROW: dict[str, Any] = {
     "step": 3,
@@ -117,6 +120,32 @@ def test_one_training_is_one_wandb_run_however_often_it_resumes(wandb: Wandb, tm
     assert wandb.starts[-1]["id"] != first["id"]
 
 
+def test_an_empty_id_is_none(wandb: Wandb, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / WANDB_ID).touch()
+    Trackers(config(tmp_path, wandb="project"), tmp_path, 0)
+    assert len(wandb.starts[0]["id"]) == 16
+
+
+def test_a_run_that_wandb_does_not_begin_is_an_error_with_a_remedy(
+    wandb: Wandb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def init(**given: Any) -> None:
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(InputError, match=r"api_key not configured; `wandb login`, or set WANDB_MODE=offline"):
+        Trackers(config(tmp_path, wandb="project"), tmp_path, 0)
+
+
+def test_a_folder_of_its_name_is_no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """wandb leaves a folder called wandb in the current folder."""
+    (tmp_path / "not_wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_spec("not_wandb") is not None
+    assert not is_installed("not_wandb")
+
+
 def test_tensorboard_gets_the_figures_and_the_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = Writer  # type: ignore[attr-defined]
@@ -131,11 +160,3 @@ def test_tensorboard_gets_the_figures_and_the_options(monkeypatch: pytest.Monkey
     ((options, metrics, name),) = writer.hparams
     assert options["data"] == "rows.jsonl"
     assert (metrics, name) == ({"final/train/loss": 0.5, "final/eval/loss": 0.75}, ".")
-
-
-def test_nothing_is_reported_unless_asked_for(wandb: Wandb, tmp_path: Path) -> None:
-    trackers = Trackers(config(tmp_path), tmp_path, 0)
-    trackers.report(ROW)
-    trackers.close(ROW)
-    assert wandb.starts == []
-    assert list(tmp_path.iterdir()) == []
