@@ -50,6 +50,8 @@ from micota_fast.statistics.intervals import clustered_se, macro_average, mean_p
 
 # What verdicts depend on besides our own code: prompts' tokens, and the comparison of answers.
 PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy", "tokenizers")
+PARSER, USUAL_PARSER = "antlr4-python3-runtime", "4.13.2"
+"""Verdicts were compared under this runtime; under 4.11.0 math-verify calls 50 and 50 percent different."""
 RULES: dict[str, tuple[Callable[[str, str], Verdict], WhyUnreadable]] = {  # how an answer is graded, a gold one read
     "box": (grade_by_string, why_unreadable_as_string),
     "box_zeros_trimmed": (partial(grade_by_string, trim_zeros=True), why_unreadable_as_string),
@@ -108,6 +110,8 @@ def run(config: EvaluateConfig) -> None:
     judge = None if config.judge is None else ModelJudge(config.judge, out / "judge", config.wait_for_server_s)
     described = ABSENT if judge is None else judge.describe()
     versions = {"micota_fast": micota_fast.__version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    if (parser := importlib.metadata.version(PARSER)) != USUAL_PARSER:
+        versions[PARSER] = parser
     timing: dict[str, Any] = {"generation_s": {}, "grading_s": {}}
     benchmarks: dict[str, BenchmarkResult] = {}
     pending: dict[str, tuple[_Job, _Graded]] = {}  # wait for the judge, which is served when the model is not any more
