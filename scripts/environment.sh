@@ -25,7 +25,7 @@ find_python() {
     fail "no Python >= 3.11 found; install one, or name it: PYTHON=/path/to/python3.11"
 }
 
-# Whether pip is told where packages are, by its files or by the environment: that place is used, and no other.
+# Whether pip has an index of its own, from its files or the environment: that place is used, and no other.
 pip_is_configured() {
     local settings # all of them first: grep ends at the first match, and pipefail would take pip's broken pipe for a no
     settings="$("$VENV/bin/python" -m pip --disable-pip-version-check config list 2>/dev/null || true)"
