@@ -217,7 +217,7 @@ class TestClaims:
             r"^\| \*\*mid\*\* .* \*\*\+31\.0\*\* \[[^]]*\], published: \+3\.47 \| 71\.0", markdown, flags=re.M
         )
         assert "published: −0.5" in markdown
-        assert "<small>published: +3.47</small>" in html
+        assert "<span>published: +3.47</span></small>" in html
         assert "Published: the difference of the average in points according to a paper." in markdown
         assert numbers["claims"] == {"source": "a paper", "deltas": {"mid": 3.47, "short": -0.5}}
         plain, _, _ = made(dataclasses.replace(config, claims=None))
