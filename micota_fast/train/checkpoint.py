@@ -121,7 +121,7 @@ class Checkpoints:
         local = {name: local_part(tensor) for name, tensor in tensors.items()}
         if not self._staging.fits(local):
             self._staging.close()
-            self._staging = Staging(local, pinned=any(tensor.is_cuda for tensor in local.values()))
+            self._staging = Staging(local, pinned=self._world.device.type == "cuda" and not self._world.offload)
         for name, tensor in local.items():
             self._staging.tensors[name].copy_(tensor, non_blocking=True)
         copied = torch.cuda.current_stream().record_event() if self._on_cuda else None

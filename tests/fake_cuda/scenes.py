@@ -179,7 +179,7 @@ def peaks(world: int, tokenizer: str, folder: str, cells: list[list[Any]]) -> li
         tokenizer: a checkpoint that has one.
         folder: for files.
         cells: lists of a model's name, tokens of a pack, activation checkpointing, layers (None: all), and what else
-            is to be set: nothing, "offload", "lora", or both.
+            is to be set: nothing, "offload", "lora" or "lora, offload".
     """
     session = Session(world)
     import gc
@@ -188,7 +188,8 @@ def peaks(world: int, tokenizer: str, folder: str, cells: list[list[Any]]) -> li
     from micota_fast.config.train import LoraConfig
 
     found = []
-    for model, pack_tokens, mode, layers, *levers in cells:
+    for model, pack_tokens, mode, layers, *rest in cells:
+        levers = ", ".join(rest)
         lora = LoraConfig() if "lora" in levers else None
         options = {"activation_checkpointing": mode, "offload": "offload" in levers}
         run = train_step(session, model, tokenizer, folder, pack_tokens, layers, lora, **options)

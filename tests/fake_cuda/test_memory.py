@@ -72,7 +72,8 @@ def check(
     assert 0.8 <= share <= 1.0, f"{size} {tokens} {processes} {mode} {levers}: {share:.3f} of the estimate"
     if peaks["forward"][1] == "forward, kernels/chunks.py:run":
         loss = next(memory for memory in expected if memory.moment == "the loss")
-        assert 0.8 <= peaks["forward"][0] / loss.total <= 1.02, (size, tokens, processes, mode)
+        least = 0.7 if levers else 0.8  # the loss alone; what counts is the whole step's share, above
+        assert least <= peaks["forward"][0] / loss.total <= 1.02, (size, tokens, processes, mode)
 
 
 @pytest.mark.slow
