@@ -5,6 +5,8 @@ from pathlib import Path
 
 from micota_fast.errors import InputError
 
+STALE = ["*.safetensors", "*.safetensors.index.json", "adapter_config.json"]
+"""What an earlier upload may have left in the repository, and a loader would take for this model's; removed with it."""
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -12,14 +14,16 @@ def require_upload(name: str | None) -> None:
     """Check that a model can be uploaded as ORG/NAME; nothing is asked of the hub. None: none will be.
 
     Raises:
-        InputError: the name has another form, or no token is at hand.
+        InputError: the name has another form, no token is at hand, or the hub must not be asked.
     """
     if name is None:
         return
     if _NAME.fullmatch(name) is None:
         raise InputError(f"`push_to_hub` must be ORG/NAME, not {name!r}")
-    from huggingface_hub import get_token
+    from huggingface_hub import constants, get_token
 
+    if constants.HF_HUB_OFFLINE:
+        raise InputError("`push_to_hub` needs the hub, and HF_HUB_OFFLINE is set: unset it, or leave `push_to_hub` out")
     if get_token() is None:
         raise InputError("`push_to_hub` needs a token with write access: run `hf auth login`, or set HF_TOKEN")
 
@@ -31,13 +35,17 @@ def upload(folder: Path, name: str) -> None:
         InputError: the hub does not take it. The folder stays as it is.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         api = HfApi()
         repository = api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload by micota-fast")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=folder,
+            commit_message="Upload by micota-fast",
+            delete_patterns=STALE,
+        )
+    except Exception as error:  # of the hub's client, of its HTTP library and of its uploads, which share no base
         raise InputError(
             f"{folder} is finished but was not uploaded to {name}: {error}; rerun the same command"
         ) from None

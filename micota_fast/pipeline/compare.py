@@ -249,13 +249,24 @@ def losses_table(first: Run, second: Run) -> Table | None:
     rows = []
     for name in both:
         curves = [mean_curve(run.losses[name]) for run in (first, second)]
-        cells = [Cell(" → ".join(_at(curve, share) for curve in curves)) for share in SHARES]
+        shared = _at_shared_steps(*curves)
+        cells = [Cell(" → ".join(_at(curve, share) for curve in shared)) for share in SHARES]
         steps = " → ".join(f"{curve.steps[-1]:,}" if curve.steps else ABSENT for curve in curves)
         rows.append((Cell(name), Cell(steps), *cells))
     heads = (f"{share:.0%} of steps" for share in SHARES)
     columns = (Cell("Training"), Cell("Steps"), *map(Cell, heads))
-    notes = ("First run → second run: nats per supervised token, mean over seeds, of the logged step nearest below.",)
+    notes = (
+        "First run → second run: nats per supervised token, mean over seeds, at the same steps: shares are of those "
+        "that both logged.",
+    )
     return Table("Training loss", columns, tuple(rows), notes)
+
+
+def _at_shared_steps(first: LossCurve, second: LossCurve) -> list[LossCurve]:
+    """Leave out the steps that only one of two runs logged, such as those after the other one's end."""
+    steps = tuple(sorted({*first.steps} & {*second.steps}))
+    losses = (dict(zip(curve.steps, curve.losses, strict=True)) for curve in (first, second))
+    return [LossCurve(steps, tuple(of[step] for step in steps)) for of in losses]
 
 
 def _at(curve: LossCurve, share: float) -> str:

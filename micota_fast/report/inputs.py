@@ -214,7 +214,12 @@ def load_loss_curve(path: Path) -> LossCurve:
     by_step: dict[int, float] = {}
     ended, seconds = 0.0, 0.0  # of the processes before the row's own, and its own until now
     for where, line in read_lines(path):
-        row = parse_json(line, where, finite=False)
+        try:
+            row = parse_json(line, where, finite=False)
+        except InputError:
+            if line.endswith(b"\n"):
+                raise
+            break  # the last line, which a kill has torn, or which is being written
         # A loss that is not finite is a result to show, not a malformed file.
         if isinstance(row.get("loss"), float) and not math.isfinite(row["loss"]):
             row["loss"] = None

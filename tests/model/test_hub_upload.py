@@ -27,6 +27,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.made: list[dict[str, Any]] = []
         self.files: dict[str, bytes] = {}
+        self.there: list[str] = []  # before the upload
+        self.deleted: list[str] = []
         self.tokens: set[str | None] = set()
         self.refusal = 0
 
@@ -46,7 +48,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
     def do_GET(self) -> None:
-        self._answer({"id": "org/name", "sha": "0" * 40, "siblings": []})
+        if "/tree/" in self.path:
+            self._answer([{"type": "file", "path": path, "oid": "0" * 40, "size": 1} for path in self.server.there])
+            return
+        files = [{"rfilename": path} for path in self.server.there]
+        self._answer({"id": "org/name", "sha": "0" * 40, "siblings": files})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -66,6 +72,8 @@ class _Handler(BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     self.server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                elif entry["key"] == "deletedFile":
+                    self.server.deleted.append(entry["value"]["path"])
             made = {
                 "commitOid": "1" * 40,
                 "commitUrl": f"http://127.0.0.1:{address}/org/name/commit/1",
@@ -111,6 +119,21 @@ def test_every_file_is_committed_to_a_private_repository(hub: Hub, model: Path) 
     assert hub.tokens == {"Bearer secret"}
 
 
+def test_weights_of_an_earlier_upload_do_not_stay_beside_the_new_ones(hub: Hub, model: Path) -> None:
+    stale = ["adapter_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    hub.there = [".gitattributes", "README.md", "notes.txt", *stale]
+    done = upload(hub, model)
+    assert done.returncode == 0, done.stderr
+    assert sorted(hub.deleted) == stale
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_that_says_what_to_do(hub: Hub, model: Path) -> None:
+    hub.shutdown()
+    hub.server_close()
+    done = upload(hub, model)
+    assert f"InputError: {model} is finished but was not uploaded to org/name" in done.stderr
+
+
 def test_a_refusal_says_that_the_model_is_kept_and_what_to_do(hub: Hub, model: Path) -> None:
     hub.refusal = 403
     done = upload(hub, model)
@@ -136,3 +159,6 @@ def test_without_a_token_it_is_refused_before_any_work(monkeypatch: pytest.Monke
         require_upload("org/name")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
     require_upload("org/name")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
+        require_upload("org/name")

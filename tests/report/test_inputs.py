@@ -10,6 +10,7 @@ import pytest
 from helpers.report_runs import alignment, answered, contamination, graded
 from micota_fast.config.report import ReportConfig
 from micota_fast.errors import InputError
+from micota_fast.report.inputs import load_loss_curve
 from micota_fast.report.report import run
 
 
@@ -58,10 +59,15 @@ class TestErrors:
         path = Path(config.training["mid"][0])
         path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2}\n')
         self.check(config, f"{path}:2", "'loss' (a number) is missing")
-        path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+        path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo\n')
         self.check(config, f"{path}:2: not JSON")
         path.write_text("")
         self.check(config, f"{path}: no rows")
+
+    def test_a_row_that_a_kill_has_torn_is_left_out(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+        assert load_loss_curve(path).steps == (1,)
 
     def test_files_and_arms(self, config: ReportConfig, tmp_path: Path) -> None:
         self.check(dataclasses.replace(config, base=str(tmp_path / "gone.json")), "gone.json: No such file")

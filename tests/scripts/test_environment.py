@@ -1,6 +1,6 @@
 """scripts/environment.sh: where torch comes from. A stand-in for the environment's Python notes what it is asked."""
 
-import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -28,7 +28,24 @@ def asked(folder: Path, *, configured: str = "", unreachable: int = 0, gpu: bool
         executable(programs / "uv", '#!/bin/sh\necho "uv $*" >> "$ASKED"\n')
     script = f'. "{ROOT}/scripts/environment.sh"; VENV="{folder}/venv"; install_torch'
     variables = {"CONFIGURED": configured, "ASKED": str(log), "UNREACHABLE": str(unreachable)}
-    path = f"{programs}:{os.defpath}"
+    for tool in (
+        "bash",
+        "sh",
+        "cat",
+        "grep",
+        "sed",
+        "dirname",
+        "env",
+        "sha256sum",
+        "cut",
+        "tr",
+        "head",
+        "timeout",
+        "mkdir",
+    ):
+        if (found := shutil.which(tool)) and not (programs / tool).exists():  # and no uv of this machine's
+            (programs / tool).symlink_to(found)
+    path = str(programs)
     run = subprocess.run(["bash", "-c", script], env={**variables, "PATH": path}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return log.read_text().replace("--quiet ", "").replace("--disable-pip-version-check ", "") + run.stdout + run.stderr
