@@ -219,9 +219,9 @@ def test_a_missing_tracker_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match=f"pip install {package}"):
+    with pytest.raises(InputError, match=rf"pip install 'micota-fast\[{package}\]'"):
         train(train_config(qwen2_checkpoint, tmp_path, **option))
-    with pytest.raises(InputError, match=f"pip install {package}"):  # said before anything is read
+    with pytest.raises(InputError, match=rf"pip install 'micota-fast\[{package}\]'"):  # said before anything is read
         train(train_config(tmp_path / "nowhere", tmp_path, **option))
 
 
