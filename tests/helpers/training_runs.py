@@ -1,6 +1,7 @@
 """What the training tests share: a small corpus, a configuration, and training in processes that can be killed."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -15,7 +16,7 @@ from micota_fast.config.generation import ChatConfig
 from micota_fast.config.train import TrainConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn, optim
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["helpers.preload"])
@@ -152,3 +153,16 @@ def _child(config: TrainConfig, env: dict[str, str], before: Callable[..., None]
     except InputError as error:
         print(f"error: {error}", flush=True)
         raise SystemExit(2) from None
+
+
+def clipped_step(model: "nn.Module", optimizer: "optim.Optimizer", max_grad_norm: float, lr: float) -> float:
+    """Take a step as plain torch would, from gradients that are there; returns their norm before it was clipped."""
+    norm = math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters() if p.grad is not None))
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad *= min(1.0, max_grad_norm / (norm + 1e-6))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm

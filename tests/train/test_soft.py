@@ -14,6 +14,7 @@ import transformers
 from helpers.scores import write_scores
 from helpers.training_runs import (
     checkpoint_steps,
+    clipped_step,
     finish,
     flip,
     kill,
@@ -94,13 +95,7 @@ def test_ten_steps_equal_a_plain_loop_on_the_whole_distribution(
             count += len(answer)
         loss = total / count
         loss.backward()
-        norm = math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters()))
-        for p in model.parameters():
-            p.grad *= min(1.0, config.max_grad_norm / (norm + 1e-6))
-        for group in optimizer.param_groups:
-            group["lr"] = row["lr"]
-        optimizer.step()
-        optimizer.zero_grad()
+        norm = clipped_step(model, optimizer, config.max_grad_norm, row["lr"])
         assert row["loss"] == pytest.approx(loss.item(), abs=2e-5)
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
     for name, ours in weights_of(config).items():

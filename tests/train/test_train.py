@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from helpers.training_runs import metrics, train_config, weights_of
+from helpers.training_runs import clipped_step, metrics, train_config, weights_of
 from micota_fast.chat.encoding import Chat
 from micota_fast.config.loader import dump
 from micota_fast.config.train import TrainConfig
@@ -69,13 +69,7 @@ def test_equals_a_plain_loop(trained: TrainConfig) -> None:
             count += int(supervised.sum())
         loss = nll / count
         loss.backward()
-        norm = math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters()))
-        for p in model.parameters():
-            p.grad *= min(1.0, trained.max_grad_norm / (norm + 1e-6))
-        for group in optimizer.param_groups:
-            group["lr"] = row["lr"]
-        optimizer.step()
-        optimizer.zero_grad()
+        norm = clipped_step(model, optimizer, trained.max_grad_norm, row["lr"])
         assert row["supervised"] == count
         assert row["loss"] == pytest.approx(loss.item(), abs=1e-5)
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)

@@ -1,7 +1,6 @@
 """Against transformers' Trainer on the same packs, and documents with weights against a plain loop in float64."""
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import transformers
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
-from helpers.training_runs import finish, metrics, start_training, train_config, weights_of, write_corpus
+from helpers.training_runs import clipped_step, finish, metrics, start_training, train_config, weights_of, write_corpus
 from micota_fast.chat.encoding import Chat
 from micota_fast.config.train import TrainConfig
 from micota_fast.data.batches import PackedBatch, PackedSteps
@@ -147,13 +146,7 @@ def test_weights_equal_a_plain_loop_in_float64(world: int, qwen2_checkpoint: Pat
             share = [0.5, 1.0, 3.0][d % 3] * int(supervised.sum())
             loss, whole = loss + share * nll, whole + share
         (loss / whole).backward()
-        norm = math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters()))
-        for p in model.parameters():
-            p.grad *= min(1.0, config.max_grad_norm / (norm + 1e-6))
-        for group in optimizer.param_groups:
-            group["lr"] = row["lr"]
-        optimizer.step()
-        optimizer.zero_grad()
+        norm = clipped_step(model, optimizer, config.max_grad_norm, row["lr"])
         assert row["loss"] == pytest.approx(loss.item() / whole, abs=1e-5)
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
     for name, ours in weights_of(config).items():
