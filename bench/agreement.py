@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from machine import provenance
+from machine import append_rows, provenance
 
 Row = dict[str, Any]
 NOTHING = "[invalid]"  # as their filters call it
@@ -263,8 +263,7 @@ def main() -> None:
             f"{row['not_judged']}; without a box {row['no_box']}"
         )
     if arguments.json:
-        with arguments.json.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(common | row) + "\n" for row in rows))
+        append_rows(arguments.json, (common | row for row in rows))
     if arguments.disagreements:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         arguments.disagreements.write_text(text, encoding="utf-8")

@@ -35,7 +35,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-from machine import ROOT, provenance
+from machine import ROOT, append_rows, provenance
 from train_contestants import Case, prepare
 
 from micota_fast.common.records import Problem, write_rows
@@ -273,8 +273,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory(prefix="bench-generate-") as folder:
                 rows = part(Path(folder), arguments.quick, runs)
             if arguments.json:
-                with arguments.json.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(common | row | {"load": os.getloadavg()[0]}) + "\n" for row in rows)
+                append_rows(arguments.json, (common | row | {"load": os.getloadavg()[0]} for row in rows))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Everything is removed afterwards.
 """
 
 import argparse
-import json
 import resource
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import provenance
+from machine import append_rows, provenance
 
 from micota_fast.generation.journal import Journal
 from micota_fast.generation.problem_file import ProblemFile
@@ -158,8 +157,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     if arguments.json:
-        with arguments.json.open("a", encoding="utf-8") as output:
-            output.write("".join(json.dumps(row) + "\n" for row in results))
+        append_rows(arguments.json, results)
 
 
 if __name__ == "__main__":

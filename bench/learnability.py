@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from machine import ROOT, provenance
+from machine import ROOT, append_rows, provenance
 
 from micota_fast.alignment.results import Alignment
 from micota_fast.common.records import write_rows
@@ -237,8 +237,7 @@ def main() -> int:
     total = [row | origin for row in summaries(rows)]
     _print_summaries(total)
     if args.json is not None:
-        with args.json.open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps(row) + "\n" for row in rows + total)
+        append_rows(args.json, rows + total)
     return 0
 
 

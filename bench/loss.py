@@ -30,7 +30,6 @@ turns, and without it they pay for the return of each other's cached memory.
 import argparse
 import gc
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -42,7 +41,7 @@ from typing import Any
 import torch
 from loss_cases import SHAPES, Case, Inputs, grid, inputs
 from loss_contestants import CONTESTANTS, GEMMS, Forward, Target, available, backward, targets_of
-from machine import provenance
+from machine import append_rows, provenance
 from torch import Tensor
 
 from micota_fast.kernels.reference import dense_linear_cross_entropy
@@ -227,8 +226,7 @@ def main() -> None:
 
     def save(rows: list[Row]) -> None:
         if arguments.json:
-            with arguments.json.open("a", encoding="utf-8") as output:
-                output.write("".join(json.dumps(common | row) + "\n" for row in rows))
+            append_rows(arguments.json, (common | row for row in rows))
 
     save([{"contestant": name, "status": "absent", "reason": reason} for name, reason in absent.items()])
     cases = grid(device, arguments.quick, arguments.full)

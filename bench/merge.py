@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import yaml
-from machine import ROOT, provenance
+from machine import ROOT, append_rows, provenance
 from safetensors.torch import save_file
 
 Row = dict[str, Any]
@@ -216,8 +216,7 @@ def main() -> None:
 
     def save(row: Row) -> None:
         if arguments.json:
-            with arguments.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(common | row) + "\n")
+            append_rows(arguments.json, [common | row])
 
     if mergekit is None:
         reason = f"not in {arguments.mergekit_python}" if arguments.mergekit_python else "no --mergekit-python"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from machine import ROOT, provenance
+from machine import ROOT, append_rows, provenance
 
 from micota_fast.common.json_io import read_json, write_json
 from micota_fast.common.schema import load
@@ -213,8 +213,7 @@ def main() -> None:
             half = student_t95(len(values) - 1) * (sd or 0.0) / math.sqrt(len(values))
             print(f"{arm}: {mean:.1f} ± {half:.1f} (95%, Student's t) over {len(values)} worlds")
     if args.json is not None:
-        with args.json.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        append_rows(args.json, rows)
 
 
 if __name__ == "__main__":

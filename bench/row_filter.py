@@ -15,7 +15,6 @@ those of a model on its own chain of thought.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import provenance
+from machine import append_rows, provenance
 from torch import Tensor
 
 from micota_fast.chat.encoding import Chat
@@ -196,8 +195,7 @@ def main() -> None:
             f"    {row['median_s'] * 1e3:.1f} [{row['min_s'] * 1e3:.1f}, {row['max_s'] * 1e3:.1f}]"
         )
     if arguments.json:
-        with arguments.json.open("a", encoding="utf-8") as output:
-            output.write("".join(json.dumps(row) + "\n" for row in rows))
+        append_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

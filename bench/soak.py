@@ -34,7 +34,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-from machine import ROOT, provenance
+from machine import ROOT, append_rows, provenance
 from soak_load import PERCENT, Client, Lost
 
 MODEL = ROOT / "micota_fast" / "micro" / "checkpoints" / "assistant"
@@ -174,8 +174,7 @@ def main() -> int:
         f"({row['rss_growth']:+.2%}): {'passed' if row['passed'] else 'FAILED'}"
     )
     if arguments.json:
-        with arguments.json.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"load": os.getloadavg()[0]}) + "\n")
+        append_rows(arguments.json, [row | {"load": os.getloadavg()[0]}])
     return 0 if row["passed"] else 1
 
 

@@ -9,7 +9,6 @@ a batch. Files are read from the page cache. Everything is removed afterwards.
 
 import argparse
 import contextlib
-import json
 import shutil
 import tempfile
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import provenance
+from machine import append_rows, provenance
 
 from micota_fast.sources.top_logprobs import TopLogprobs, TopLogprobsWriter
 
@@ -114,8 +113,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     if arguments.json:
-        with arguments.json.open("a", encoding="utf-8") as output:
-            output.write("".join(json.dumps(row) + "\n" for row in results))
+        append_rows(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ others continue. Rows are appended to FILE case by case.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -39,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import provenance
+from machine import append_rows, provenance
 from train_contestants import GEMM, Case, Contestant, Prepared, contestants, prepare, run
 
 from micota_fast.common.gpu_specs import peak_flops
@@ -161,8 +160,7 @@ def main() -> None:
 
     def save(rows: list[Row]) -> None:
         if arguments.json:
-            with arguments.json.open("a", encoding="utf-8") as output:
-                output.write("".join(json.dumps(common | row) + "\n" for row in rows))
+            append_rows(arguments.json, (common | row for row in rows))
 
     save([{"contestant": name, "status": "absent", "reason": reason} for name, reason in absent.items()])
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
