@@ -56,7 +56,6 @@ def known_shapes(name: str) -> ModelConfig | None:
     )
 
 
-@cache
 def shapes_of(location: str) -> ModelConfig:
     """Return the shapes of a checkpoint's folder, or of a name on the hub, within `HUB_TIMEOUT_S`.
 

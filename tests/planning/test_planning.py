@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,15 @@ def test_what_is_not_known_is_not_guessed() -> None:
     assert known_shapes("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4") is None
     with pytest.raises(InputError, match="no such folder"):
         shapes_of("/nowhere/model")
+
+
+def test_shapes_are_those_of_the_folder_now(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    """A process that plans twice, as a notebook does, sees what was changed in between."""
+    folder = shutil.copytree(qwen2_checkpoint, tmp_path / "model")
+    before = shapes_of(str(folder))
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"vocab_size": raw["vocab_size"] + 8}))
+    assert shapes_of(str(folder)).vocab_size == before.vocab_size + 8
 
 
 def test_training_flops_are_the_trainers(qwen2_checkpoint: Path) -> None:

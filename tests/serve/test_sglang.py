@@ -25,7 +25,7 @@ from micota_fast.config.generation import ServeConfig
 from micota_fast.serve.serve import QUIET_PORTS, serving
 from micota_fast.sources.completions import read_completions
 
-PROBLEMS, SAMPLES = 20, 2
+PROBLEMS, SAMPLES = 25, 2
 START_S = 240.0
 ANSWERED = '"POST /generate HTTP/1.1" 200'  # in SGLang's log
 
@@ -87,8 +87,9 @@ def test_a_corpus_outlives_its_maker_and_its_server(
     # Started by `serve.engine: sglang`: the server ends with a parent that was killed.
     maker = generate(settings)
     own_log = tmp_path / "out.jsonl.server.log"
-    wait_for(lambda: maker.poll() is not None or answered(own_log) > 6, START_S)
+    wait_for(lambda: maker.poll() is not None or answered(own_log) > 2, START_S)
     assert maker.poll() is None, told.read_text()
+    maker.send_signal(signal.SIGSTOP)  # it asks for no more while we look around, however long that takes
     assert len(living_in(tmp_path)) > 3  # the guard, the server, its scheduler, its detokenizer
     url = re.findall(r"Uvicorn running on (http://127\.0\.0\.1:\d+)", own_log.read_text())[-1]
     assert Server(url).get("/health")[0] == 200
@@ -104,14 +105,15 @@ def test_a_corpus_outlives_its_maker_and_its_server(
         [url] = servers.enter_context(serving(qwen2_checkpoint, fixed, log))
         start = answered(log)
         maker = generate(settings, "--set", f"url={url}")
-        wait_for(lambda: maker.poll() is not None or answered(log) > start + 6, 120)
+        wait_for(lambda: maker.poll() is not None or answered(log) > start + 2, 120)
         assert maker.poll() is None, told.read_text()
+        maker.send_signal(signal.SIGSTOP)
         # Not its guard, which has the same arguments and -I: as when its node is lost.
         [leader] = [p for p in living_in(tmp_path) if str(port) in p.cmdline() and "-I" not in p.cmdline()]
         os.killpg(leader.pid, signal.SIGKILL)
         wait_for(Server(url).gone)
         before = answered(log)
-        assert maker.poll() is None, told.read_text()
+        maker.send_signal(signal.SIGCONT)
         [again] = servers.enter_context(serving(qwen2_checkpoint, fixed, log))
         assert again == url
         assert maker.wait(240) == 0, told.read_text()
@@ -120,5 +122,5 @@ def test_a_corpus_outlives_its_maker_and_its_server(
     rows = read_completions(tmp_path / "out.jsonl")
     assert [(row.id, row.sample) for row in rows] == [(f"p{i}", s) for i in range(PROBLEMS) for s in range(SAMPLES)]
     assert all(row.finish_reason in ("stop", "length") and row.completion_tokens > 0 for row in rows)
-    assert len({row.completion for row in rows}) == len(rows)
+    assert len({row.completion for row in rows}) > len(rows) // 2  # as random as they are, two may be equal
     assert living_in(tmp_path) == []
