@@ -13,7 +13,7 @@ import yaml
 from micota_fast.common.files import reading, write_atomic
 from micota_fast.common.schema import load
 from micota_fast.errors import InputError
-from micota_fast.pipeline.run import Done, made_for, read_done
+from micota_fast.pipeline.record import Done, made_for, read_done
 from micota_fast.report.drawing import drawing_style, finish, require_matplotlib
 from micota_fast.report.formats import to_html, to_markdown
 from micota_fast.report.inputs import LossCurve, load_loss_curve

@@ -16,7 +16,7 @@ from micota_fast.common.figures import size
 from micota_fast.common.files import reading, remove_whole, writing
 from micota_fast.common.lock import locked
 from micota_fast.errors import InputError
-from micota_fast.pipeline.run import DONE, MAKING, made_for, set_aside_name
+from micota_fast.pipeline.record import DONE, MAKING, made_for, set_aside_name
 
 ASIDE = re.compile(r"(?P<stage>.+)~[0-9a-f]{10}")
 LEFT = re.compile(r"\.(?P<name>.+~[0-9a-f]{10})\.[0-9a-f]{16}\.partial")  # by a removal that was killed

@@ -9,7 +9,6 @@ new folder.
 
 import contextlib
 import glob
-import json
 import re
 import shlex
 import shutil
@@ -17,15 +16,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
 from micota_fast.common.files import open_atomic, reading, remove_whole, whole_folder, write_atomic, writing
-from micota_fast.common.fingerprint import Fingerprints, differences, of_json
-from micota_fast.common.json_io import as_read_back, read_json_if_there, write_json
+from micota_fast.common.fingerprint import Fingerprints
+from micota_fast.common.json_io import as_read_back, write_json
 from micota_fast.common.lock import RUN_ENDS_S, locked
-from micota_fast.common.schema import from_json
 from micota_fast.common.urls import hide_credentials
 from micota_fast.config import loader
 from micota_fast.config.recipe import LaunchConfig, Recipe
@@ -34,32 +32,21 @@ from micota_fast.pipeline.closing import closing
 from micota_fast.pipeline.graph import build_stages
 from micota_fast.pipeline.process import StageProcess
 from micota_fast.pipeline.prompt_agreement import prompt_differences
+from micota_fast.pipeline.record import (
+    DONE,
+    MAKING,
+    made_for,
+    read_done,
+    read_making,
+    set_aside_name,
+    what_differs,
+)
 from micota_fast.pipeline.stage import Artefact, Lasting, Stage
 from micota_fast.pipeline.stages import VERBS
 from micota_fast.pipeline.time_left import TimeLeft
 from micota_fast.pipeline.versions import versions
 
-DONE, MAKING = "done.json", "making.json"
 POLL_S = 0.05
-MOST_SHOWN = 40  # characters of an option's value in the reason why a stage is stale
-
-
-@dataclass(frozen=True)
-class Making:
-    """What making.json says of a stage: what its result depends on."""
-
-    identity: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Done(Making):
-    """What done.json says of a stage, besides how it was made: the fingerprint of each output, and the time it took."""
-
-    outputs: dict[str, str]
-    seconds: float
-
-
-Record = TypeVar("Record", bound=Making)
 
 
 @dataclass(frozen=True)
@@ -164,14 +151,14 @@ class Run:
             return Status("waits" if record else "to do", f"after {', '.join(waits_for)}")
         identity = self._identity(stage)
         if record is None:
-            making = _read(Making, folder / MAKING)
+            making = read_making(folder)
             if making is None:
                 return Status("to do", identity=identity)
             if making.identity == identity:
                 return Status("partial", "resumes", identity)
-            return Status("stale", _difference(making, identity), identity)
+            return Status("stale", what_differs(making, identity), identity)
         if record.identity != identity:
-            return Status("stale", _difference(record, identity), identity)
+            return Status("stale", what_differs(record, identity), identity)
         for name, digest in record.outputs.items():
             if not (folder / name).exists():
                 return Status("stale", f"its output {name} is gone", identity)
@@ -331,7 +318,7 @@ class Run:
                 f"stage {stage.name} ended before it was finished, without {', '.join(missing)}; its log: "
                 f"{process.log}. Run the same command to resume"
             )
-        making = _read(Making, folder / MAKING)
+        making = read_making(folder)
         assert making is not None
         # It was needed to reach a server; what stays is passed around.
         options = (folder / "config.yaml").read_text(encoding="utf-8")
@@ -357,11 +344,6 @@ def _depths(stages: Sequence[Stage]) -> dict[str, int]:
         for name in stage.needs:
             depth[name] = max(depth[name], depth[stage.name] + 1)
     return depth
-
-
-def set_aside_name(folder: Path, identity: dict[str, Any]) -> Path:
-    """Return the path that a stage's folder made for an identity has while another one is wanted."""
-    return folder.with_name(f"{folder.name}~{of_json(identity)[:10]}")
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -401,46 +383,3 @@ def _what_counts(identity: dict[str, Any], part: Lasting) -> dict[str, Any]:
 
 def _reason(status: Status) -> str:
     return {"to do": "starts", "partial": "resumes"}.get(status.state, f"runs again ({status.why})")
-
-
-def _difference(record: Making, identity: dict[str, Any]) -> str:
-    """Name the options that differ between how a stage was made and how it is wanted, with both values if short."""
-    differing = [
-        _change(key.removeprefix("options."), old, new)
-        for key, (old, new) in sorted(differences(record.identity, identity).items())
-    ]
-    return f"{', '.join(differing[:3])}{' and more' if len(differing) > 3 else ''}"
-
-
-def _change(key: str, old: Any, new: Any) -> str:
-    texts = [value if isinstance(value, str) else json.dumps(value) for value in (old, new)]
-    if any(len(text) > MOST_SHOWN or "\n" in text or re.fullmatch("[0-9a-f]{64}", text) for text in texts):
-        return f"{key} changed"
-    return f"{key} {texts[0]} -> {texts[1]}"
-
-
-def read_done(folder: Path) -> Done | None:
-    """Read a stage's done.json; returns None if its folder has none.
-
-    Raises:
-        InputError: it is damaged.
-    """
-    return _read(Done, folder / DONE)
-
-
-def made_for(folder: Path) -> dict[str, Any] | None:
-    """Return the identity that a folder was made for; None if it is not ours.
-
-    Raises:
-        InputError: its record is damaged.
-    """
-    record = read_done(folder) or _read(Making, folder / MAKING)
-    return None if record is None else record.identity
-
-
-def _read(kind: type[Record], path: Path) -> Record | None:
-    try:
-        value = read_json_if_there(path)
-        return None if value is None else from_json(kind, value, str(path))
-    except InputError as error:
-        raise InputError(f"{error}; delete {path} to run its stage again") from None

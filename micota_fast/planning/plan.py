@@ -13,7 +13,8 @@ from micota_fast.config import loader
 from micota_fast.config.recipe import LaunchConfig, Recipe
 from micota_fast.errors import InputError
 from micota_fast.pipeline.graph import BASE, build_stages
-from micota_fast.pipeline.run import Run, read_done
+from micota_fast.pipeline.record import read_done
+from micota_fast.pipeline.run import Run
 from micota_fast.pipeline.stage import Artefact, Stage
 from micota_fast.planning.assumptions import Assumptions
 from micota_fast.planning.levers import Machine

@@ -9,7 +9,7 @@ import pytest
 from micota_fast.cli import main
 from micota_fast.common.json_io import write_json
 from micota_fast.pipeline.compare import differing, read_run
-from micota_fast.pipeline.run import DONE, MAKING
+from micota_fast.pipeline.record import DONE, MAKING
 
 
 def stage(run: Path, name: str, verb: str, options: dict[str, Any], record: str = DONE, **more: Any) -> Path:

@@ -10,7 +10,7 @@ from micota_fast.cli import main
 from micota_fast.common.json_io import write_json
 from micota_fast.errors import InputError
 from micota_fast.pipeline.prune import prune
-from micota_fast.pipeline.run import DONE, MAKING, set_aside_name
+from micota_fast.pipeline.record import DONE, MAKING, set_aside_name
 
 DAY_S = 86400
 
