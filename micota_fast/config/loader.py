@@ -344,6 +344,8 @@ def _build_union(args: tuple[Any, ...], node: yaml.Node | None, where: Where) ->
     if is_null and type(None) in args:
         return None
     options = [arg for arg in args if arg is not type(None)]
+    if isinstance(node, yaml.MappingNode):  # what is wrong in it is told by the one type that is a mapping
+        options = [arg for arg in options if dataclasses.is_dataclass(arg)] or options
     if len(options) == 1:
         return _build(options[0], node, where)
     for arg in options:
@@ -351,7 +353,12 @@ def _build_union(args: tuple[Any, ...], node: yaml.Node | None, where: Where) ->
             return _build(arg, node, where)
         except InputError:
             continue
-    raise where.error(node, f"must be {' or '.join(getattr(a, '__name__', str(a)) for a in options)}")
+    kinds = ("a mapping of keys to values" if dataclasses.is_dataclass(arg) else _kind(arg) for arg in options)
+    raise where.error(node, f"must be {' or '.join(kinds)}")
+
+
+def _kind(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint))
 
 
 def _build_scalar(hint: Any, node: yaml.Node | None, where: Where) -> Any:

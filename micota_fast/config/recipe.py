@@ -135,6 +135,18 @@ class CorpusSpec:
 
 
 @dataclass(kw_only=True)
+class Arm:
+    """A student that is trained with options of its own."""
+
+    corpus: str = option(doc="name under `corpora`")
+    overrides: dict[str, Any] = option({}, doc="options of the recipe's `train` that are different for this arm")
+
+    def __post_init__(self) -> None:
+        if "seed" in self.overrides:
+            raise InputError("`overrides` sets `seed`, but each arm is trained once per seed of the recipe's `seeds`")
+
+
+@dataclass(kw_only=True)
 class LaunchConfig:
     """How the stages are run on this machine."""
 
@@ -162,7 +174,9 @@ class Recipe:
     models: dict[str, ModelSpec] = option(doc="name -> model")
     corpora: dict[str, CorpusSpec] = option(doc="name -> corpus")
     student: str = option(doc="the model that every arm starts from, name under `models`")
-    arms: dict[str, str] = option(doc="arm -> corpus it is trained on, in the table's order")
+    arms: dict[str, str | Arm] = option(
+        doc="arm -> corpus it is trained on, or {corpus, overrides}, in the table's order"
+    )
     align: list[str] = option([], doc="corpora measured under the untrained student, in the plot's order")
     student_answers: str | None = option(
         None,
@@ -177,6 +191,11 @@ class Recipe:
     launch: LaunchConfig = option(LaunchConfig(), doc="processes and threads")
     claims: ClaimsConfig | None = option(None, doc="published differences, printed next to the measured ones")
     notes: list[str] = option([], doc="paragraphs for the report")
+
+    @property
+    def students(self) -> dict[str, Arm]:
+        """Return the arms, those that are named by their corpus alone included."""
+        return {name: Arm(corpus=arm) if isinstance(arm, str) else arm for name, arm in self.arms.items()}
 
     def __post_init__(self) -> None:
         def known(name: str, table: dict[str, Any], where: str, kind: str) -> None:
@@ -224,13 +243,14 @@ class Recipe:
                     raise InputError(
                         f"`corpora.{name}.score.of` names {corpus.score.of!r}: only rows with our keys can be scored"
                     )
-        for arm, corpus_name in self.arms.items():
-            known(corpus_name, self.corpora, f"arms.{arm}", "corpus")
-        trained_on = [*self.arms.values(), *(model.train.corpus for model in self.models.values() if model.train)]
+        for name, arm in self.students.items():
+            known(arm.corpus, self.corpora, f"arms.{name}", "corpus")
+        trained_on = [arm.corpus for arm in self.students.values()]
+        trained_on += [model.train.corpus for model in self.models.values() if model.train]
         if self.train.soft is not None and all(self.corpora[corpus].score is None for corpus in trained_on):
             raise InputError("`train.soft` needs a corpus with `score`: nothing that is trained on has distributions")
-        for arm in self.claims.deltas if self.claims is not None else ():
-            known(arm, self.arms, "claims.deltas", "arm")
+        for name in self.claims.deltas if self.claims is not None else ():
+            known(name, self.arms, "claims.deltas", "arm")
         for corpus_name in self.align:
             known(corpus_name, self.corpora, "align", "corpus")
         if self.student_answers is not None:

@@ -86,7 +86,7 @@ class _Graph(Builder):
         )
         if settings.lora is not None and not settings.lora.merged:
             raise InputError(
-                f"{self.path}, `train.lora`: set `merged: true`: the stages that follow serve whole models"
+                f"{self.path}, `{where}`: `lora` needs `merged: true`: the stages that follow serve whole models"
             )
         inputs = [model, data, *([] if scores is None else [scores])]
         if settings.validation_data is not None:
@@ -276,16 +276,17 @@ class _Graph(Builder):
         results: dict[str, list[Artefact]] = {BASE: [self.artefact(f"evaluate/{BASE}", "results.json")]}
         metrics: dict[str, list[Artefact]] = {}
         self._evaluate(f"evaluate/{BASE}", student, recipe.student)
-        for arm, corpus in recipe.arms.items():
-            if arm == BASE:
+        for name, arm in recipe.students.items():
+            if name == BASE:
                 raise InputError(f"{self.path}, `arms`: {BASE!r} is the untouched student; give this arm another name")
-            results[arm], metrics[arm] = [], []
+            where = f"arms.{name}.overrides" if arm.overrides else "train"
+            results[name], metrics[name] = [], []
             for seed in recipe.seeds:
-                run = f"{arm}-seed{seed}"
-                self._train(f"student/{run}", recipe.student, corpus, {"seed": seed}, "train")
+                run = f"{name}-seed{seed}"
+                self._train(f"student/{run}", recipe.student, arm.corpus, {**arm.overrides, "seed": seed}, where)
                 self._evaluate(f"evaluate/{run}", self.artefact(f"student/{run}", "model"), recipe.student)
-                results[arm].append(self.artefact(f"evaluate/{run}", "results.json"))
-                metrics[arm].append(self.artefact(f"student/{run}", "metrics.jsonl"))
+                results[name].append(self.artefact(f"evaluate/{run}", "results.json"))
+                metrics[name].append(self.artefact(f"student/{run}", "metrics.jsonl"))
         corpora = self._align(student)
         contamination = self._contamination()
         answers, read = self._training_answers()
@@ -299,7 +300,7 @@ class _Graph(Builder):
             base=results.pop(BASE)[0].location,
             arms={arm: [artefact.location for artefact in of_arm] for arm, of_arm in results.items()},
             corpora={name: {kind: a.location for kind, a in kinds.items()} for name, kinds in corpora.items()},
-            trained_on={arm: corpus for arm, corpus in recipe.arms.items() if arm != corpus},
+            trained_on={name: arm.corpus for name, arm in recipe.students.items() if name != arm.corpus},
             training={arm: [artefact.location for artefact in of_arm] for arm, of_arm in metrics.items()},
             contamination=contamination.location if contamination is not None else None,
             claims=recipe.claims,
@@ -335,7 +336,7 @@ class _Graph(Builder):
 
     def _contamination(self) -> Artefact | None:
         """Add the search for benchmark problems in what is trained on; None if nothing is trained."""
-        names = list(self.recipe.arms.values())
+        names = [arm.corpus for arm in self.recipe.students.values()]
         names += [m.train.corpus for name, m in self.recipe.models.items() if m.train and f"model/{name}" in self.made]
         if not names:
             return None

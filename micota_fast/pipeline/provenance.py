@@ -19,14 +19,18 @@ def provenance(recipe: Recipe) -> dict[str, str]:
         + f", {train.packs_per_step} × {train.pack_tokens:,} tokens per step, "
         + f"seed{'s' * (len(recipe.seeds) > 1)} {', '.join(map(str, recipe.seeds))}"
     )
+    lines |= {
+        f"arm {name}": f"trained on {arm.corpus}{_changed(arm.overrides)}"
+        for name, arm in recipe.students.items()
+        if arm.overrides
+    }
     made_with = commit()
     return lines | ({"commit": made_with} if made_with else {}) | versions()
 
 
 def _origin(model: ModelSpec) -> str:
     if model.train is not None:
-        changed = "".join(f", {key} {value}" for key, value in model.train.overrides.items())
-        return f"{model.train.base} trained on {model.train.corpus}{changed}"
+        return f"{model.train.base} trained on {model.train.corpus}{_changed(model.train.overrides)}"
     if model.merge is not None:
         return _merged(model.merge.mergekit) + (
             f"; weight chosen for a median of {model.merge.median_tokens:,} tokens"
@@ -34,6 +38,10 @@ def _origin(model: ModelSpec) -> str:
             else ""
         )
     return model.checkpoint or f"{model.served}, served by an API"
+
+
+def _changed(overrides: dict[str, object]) -> str:
+    return "".join(f", {key} {value}" for key, value in overrides.items())
 
 
 def _merged(settings: dict[str, object]) -> str:

@@ -126,6 +126,20 @@ def test_a_merge_of_a_wanted_length_is_a_sweep(folder: Path) -> None:
     assert loader.load(type(settings), write(folder, loader.dump(settings))) == settings
 
 
+def test_an_arm_may_be_trained_with_options_of_its_own(folder: Path) -> None:
+    lora = {"corpus": "mid", "overrides": {"lr": 0.01, "lora": {"rank": 4, "merged": True}}}
+    plain, stages = planned(folder), planned(folder, {"arms": {"mid": "mid", "mid-lora": lora}})
+    for seed in (1, 2):
+        full, adapted = (stages[f"student/{arm}-seed{seed}"].settings for arm in ("mid", "mid-lora"))
+        assert loader.identity(full) == loader.identity(plain[f"student/mid-seed{seed}"].settings)
+        assert (adapted.lr, adapted.lora.rank, adapted.lora.merged, adapted.seed) == (0.01, 4, True, seed)
+        assert (adapted.data, adapted.epochs) == (full.data, full.epochs)
+    report = stages["report"].settings
+    assert report.trained_on == {"mid-lora": "mid"}
+    assert report.provenance["arm mid-lora"] == "trained on mid, lora {'merged': True, 'rank': 4}, lr 0.01"
+    assert list(stages["contamination"].settings.corpora) == ["mid", "long"]
+
+
 def write(folder: Path, text: str) -> Path:
     (folder / "stage.yaml").write_text(text)
     return folder / "stage.yaml"
@@ -200,6 +214,16 @@ def test_a_recipe_of_the_version_before_makes_the_same_stages(folder: Path, caps
         (("evaluate.benchmarks.0=x",), r"`evaluate\.benchmarks`"),
         (("arms.mid=middle",), r"`arms\.mid` names the corpus 'middle'; known: long, mid, mix"),
         (("arms.base=mid",), "'base' is the untouched student"),
+        (("arms.mid={corpus: middle}",), r"`arms\.mid` names the corpus 'middle'; known: long, mid, mix"),
+        (("arms.mid={corpus: mid, set: {lr: 1}}",), r"`arms\.mid\.set`: unknown key; known here: corpus, overrides"),
+        (("arms.mid={overrides: {lr: 1}}",), r"`arms\.mid\.corpus`: this key is required"),
+        (("arms.mid=[mid]",), r"`arms\.mid`: must be str or a mapping of keys to values"),
+        (("arms.mid={corpus: mid, overrides: {lrr: 1}}",), r"`arms\.mid\.overrides`: `lrr`: unknown key"),
+        (("arms.mid={corpus: mid, overrides: {seed: 1}}",), "trained once per seed of the recipe's `seeds`"),
+        (
+            ("arms.mid={corpus: mid, overrides: {lora: {rank: 2}}}",),
+            r"`arms\.mid\.overrides`: `lora` needs `merged: true`",
+        ),
         (
             ("models.student.train={base: teacher, corpus: long}",),
             "exactly one of `checkpoint`, `served`, `train`, `merge`",
