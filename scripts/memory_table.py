@@ -1,4 +1,4 @@
-"""Print the table of docs/training.md: with which levers a model can be trained in a GPU's memory.
+"""Print the table of docs/memory.md: with which levers a model can be trained in a GPU's memory.
 
     .venv/bin/python scripts/memory_table.py
 

@@ -64,3 +64,8 @@ def test_every_page_is_on_the_first_page_of_the_docs_and_begins_with_a_task() ->
         if page.name not in ("README.md", "index.md"):
             assert page.name in listed
             assert "**The task: " in page.read_text(encoding="utf-8")[:400], page.name
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md"], ids=lambda page: page.name)
+def test_a_page_of_the_docs_stays_short(page: Path) -> None:
+    assert count_words(page) <= 1000, "split it, or cut what nobody needs"

@@ -18,7 +18,7 @@ import memory_table
 
 
 def test_the_table_of_the_docs_is_what_the_script_prints() -> None:
-    assert memory_table.table() in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert memory_table.table() in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["micota-qwen2.5-3b", "micota-qwen2.5-7b"])
