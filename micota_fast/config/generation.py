@@ -309,6 +309,12 @@ class GenerateConfig(GenerateSettings):
     columns: dict[str, str] = option({}, doc=COLUMNS, source="ours", newer=True)
     out: str = option(doc="JSONL of completions; an interrupted run leaves OUT.parts, from which the next run resumes")
     limit: int | None = option(None, doc="only the first N problems; null: all")
+    slice: tuple[int, int] | None = option(
+        None,
+        doc="[START, COUNT]: only COUNT of these problems, from number START (0: the first) on, counted round the end; "
+        "each at most once; null: all",
+        newer=True,
+    )
     accept: FilterSettings | None = option(
         None,
         doc="rules that judge answers as they come, for the share of accepted ones and for `stop_after_accepted`",
@@ -318,6 +324,8 @@ class GenerateConfig(GenerateSettings):
         super().__post_init__()
         if self.limit is not None:
             at_least(self, limit=1)
+        if self.slice is not None and not (self.slice[0] >= 0 and self.slice[1] >= 1):
+            raise InputError(f"`slice` must be [START, COUNT] of at least 0 and 1, not {list(self.slice)}")
         check_url(self)
         if self.stop_after_accepted is not None and self.accept is None:
             raise InputError("`stop_after_accepted` needs `accept`, the rules that say which answers count")

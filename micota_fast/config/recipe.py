@@ -1,7 +1,8 @@
 """A recipe: named models and corpora, each made of others, and the arms that are compared."""
 
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from micota_fast.config.checks import at_least, check_names
 from micota_fast.config.corpus import FilterSettings
@@ -13,6 +14,9 @@ from micota_fast.config.scoring import TOP_K, TOP_K_DOC, check_top_k
 from micota_fast.config.suggestions import did_you_mean
 from micota_fast.config.train import TrainSettings
 from micota_fast.errors import InputError
+
+MOST_ROUNDS = 999  # seeds of rounds are told apart by thousands
+_ROUND = re.compile(r".*-round\d+")
 
 
 @dataclass(kw_only=True)
@@ -116,6 +120,41 @@ class ScoredCorpus:
 
 
 @dataclass(kw_only=True)
+class OnPolicyCorpus:
+    """The student's own answers, written, scored and learned in rounds; made anew for each training that uses it.
+
+    In each round the student as it is by then answers the next problems, another model gives its distribution at each
+    position of these answers, and the student is trained on that. Each round is a training of its own: a new optimizer
+    and the whole schedule of `train`, with the overrides of the arm or model. An answer that is cut off or too long is left out (`filter`): a
+    training text ends with an end of turn, and the student wrote none there.
+    """
+
+    by: str = option(doc="name under `models`: the model that scores the student's answers")
+    rounds: int = option(doc=f"how often the student answers and is trained, at most {MOST_ROUNDS}")
+    problems: str = option("train", doc="name under `problems`")
+    problems_per_round: int = option(
+        doc="problems answered in a round, in the file's order; each round takes the next ones, counted round the end"
+    )
+    top: int = option(TOP_K, doc=TOP_K_DOC, source="ours")
+    keep: Literal["all", "right"] = option(
+        "all",
+        doc="answers that are scored and learned: all that have ended, or those that `filter` takes for right",
+        source="all: Agarwal et al., arXiv 2306.13649",
+    )
+    overrides: dict[str, Any] = option(
+        {},
+        doc="options of the recipe's `generate` that are different for these answers, e.g. {temperature: 1.0}; the "
+        "seed of sampling is `seed` + 1000 * the training's seed + the round's number",
+    )
+
+    def __post_init__(self) -> None:
+        at_least(self, rounds=1, problems_per_round=1)
+        if self.rounds > MOST_ROUNDS:
+            raise InputError(f"`rounds` must be at most {MOST_ROUNDS}, not {self.rounds}")
+        check_top_k(self, "top")
+
+
+@dataclass(kw_only=True)
 class CorpusSpec:
     """Rows to train on, and where they come from."""
 
@@ -124,11 +163,16 @@ class CorpusSpec:
     generate: GeneratedCorpus | None = option(None, doc="answers of a model, filtered")
     mix: dict[str, int] | None = option(None, doc="names under `corpora` -> shares")
     score: ScoredCorpus | None = option(None, doc="another corpus, with a model's distributions to learn", newer=True)
+    on_policy: OnPolicyCorpus | None = option(
+        None, doc="the student's own answers in rounds, with a model's distributions to learn", newer=True
+    )
 
     def __post_init__(self) -> None:
-        if sum(way is not None for way in (self.file, self.generate, self.mix, self.score)) != 1:
+        ways = self.file, self.generate, self.mix, self.score, self.on_policy
+        if sum(way is not None for way in ways) != 1:
             raise InputError(
-                "set exactly one of `file`, `generate`, `mix`, `score`: it says where this corpus comes from"
+                "set exactly one of `file`, `generate`, `mix`, `score`, `on_policy`: it says where this corpus comes "
+                "from"
             )
         if self.columns and self.file is None:
             raise InputError("`columns` goes with `file`: corpora made in the run have our keys")
@@ -203,6 +247,13 @@ class Recipe:
                 asked = did_you_mean(name, table, f"known: {', '.join(table) or 'none'}")
                 raise InputError(f"`{where}` names the {kind} {name!r}; {asked}")
 
+        def exists_before(name: str, where: str) -> None:
+            if self.corpora[name].on_policy is not None:
+                raise InputError(
+                    f"`{where}` names {name!r}, whose rows are made anew in each training (`on_policy`); name a corpus "
+                    f"that exists before"
+                )
+
         check_names("name", [self.name])
         for table in ("problems", "models", "corpora", "arms"):
             check_names(table, getattr(self, table))
@@ -214,7 +265,8 @@ class Recipe:
             if model.train is not None:
                 known(model.train.base, self.models, f"models.{name}.train.base", "model")
                 known(model.train.corpus, self.corpora, f"models.{name}.train.corpus", "corpus")
-                if self.corpora[model.train.corpus].score is not None and model.train.base != self.student:
+                corpus = self.corpora[model.train.corpus]
+                if (corpus.score or corpus.on_policy) is not None and model.train.base != self.student:
                     raise InputError(
                         f"`models.{name}.train.corpus` names {model.train.corpus!r}, whose scores have the ids of "
                         f"`student`, {self.student!r}; only that model can be trained on them"
@@ -233,9 +285,11 @@ class Recipe:
                     raise InputError(
                         f"`corpora.{name}.mix` names {part!r}: a mix copies texts without scores; score the mix instead"
                     )
+                exists_before(part, f"corpora.{name}.mix")
             if corpus.score is not None:
                 known(corpus.score.of, self.corpora, f"corpora.{name}.score.of", "corpus")
                 known(corpus.score.by, self.models, f"corpora.{name}.score.by", "model")
+                exists_before(corpus.score.of, f"corpora.{name}.score.of")
                 of = self.corpora[corpus.score.of]
                 if of.score is not None:
                     raise InputError(f"`corpora.{name}.score.of` names {corpus.score.of!r}, which is scored itself")
@@ -243,16 +297,29 @@ class Recipe:
                     raise InputError(
                         f"`corpora.{name}.score.of` names {corpus.score.of!r}: only rows with our keys can be scored"
                     )
+            if corpus.on_policy is not None:
+                known(corpus.on_policy.by, self.models, f"corpora.{name}.on_policy.by", "model")
+                known(corpus.on_policy.problems, self.problems, f"corpora.{name}.on_policy.problems", "problem set")
+        if any(corpus.on_policy is not None for corpus in self.corpora.values()):
+            for name in self.corpora:
+                if _ROUND.fullmatch(name):
+                    raise InputError(
+                        f"`corpora.{name}`: names ending in -round and a number belong to rounds; rename it"
+                    )
         for name, arm in self.students.items():
             known(arm.corpus, self.corpora, f"arms.{name}", "corpus")
         trained_on = [arm.corpus for arm in self.students.values()]
         trained_on += [model.train.corpus for model in self.models.values() if model.train]
-        if self.train.soft is not None and all(self.corpora[corpus].score is None for corpus in trained_on):
-            raise InputError("`train.soft` needs a corpus with `score`: nothing that is trained on has distributions")
+        scored = (self.corpora[corpus].score or self.corpora[corpus].on_policy for corpus in trained_on)
+        if self.train.soft is not None and not any(scored):
+            raise InputError(
+                "`train.soft` needs a corpus with `score` or `on_policy`: nothing that is trained on has distributions"
+            )
         for name in self.claims.deltas if self.claims is not None else ():
             known(name, self.arms, "claims.deltas", "arm")
         for corpus_name in self.align:
             known(corpus_name, self.corpora, "align", "corpus")
+            exists_before(corpus_name, "align")
         if self.student_answers is not None:
             known(self.student_answers, self.corpora, "student_answers", "corpus")
             by = self.corpora[self.student_answers].generate

@@ -56,6 +56,9 @@ class ReportConfig:
     corpora: dict[str, dict[str, str]] = option({}, doc="corpus -> {counts: FILE, alignment: FILE}")
     trained_on: dict[str, str] = option({}, doc="arm -> its corpus, if that has another name")
     training: dict[str, list[str]] = option({}, doc="arm -> metrics.jsonl of each seed")
+    earlier_rounds: dict[str, list[list[str]]] = option(
+        {}, doc="arm trained in rounds -> metrics.jsonl of each seed's rounds before the one in `training`", newer=True
+    )
     contamination: str | None = option(None, doc="contamination.json of the training corpora; null: not reported")
     claims: ClaimsConfig | None = option(None, doc="published differences, printed next to the measured ones")
     chance: dict[str, float] = option(

@@ -53,7 +53,7 @@ def run(config: GenerateConfig) -> None:
     named_urls(config)
     graded = config.accept is not None and config.accept.require_correct
     generation = Generation(
-        config.problems, config, config.out, config.limit, columns=config.columns, need_answers=graded
+        config.problems, config, config.out, config.limit, None, config.columns, config.slice, need_answers=graded
     )
     if generation.is_finished():
         generation.clear_up()
@@ -80,6 +80,7 @@ class Generation:
         limit: only the first `limit` problems; None: all.
         hashes: of the files read so far, shared by generations of one model so that its weights are hashed once.
         columns: our key -> the file's.
+        part: of the problems, as `ProblemFile` takes it.
         need_answers: whether each problem must have `answer`, because something grades.
 
     Attributes:
@@ -97,11 +98,12 @@ class Generation:
         limit: int | None = None,
         hashes: Fingerprints | None = None,
         columns: Mapping[str, str] | None = None,
+        part: tuple[int, int] | None = None,
         *,
         need_answers: bool = True,
     ) -> None:
         self.out = Path(out)
-        self._config = config
+        self._config, self._part = config, part
         self._parts, self._meta_path = Path(f"{out}.parts"), Path(f"{out}.meta.json")
         self._hashes = hashes or Fingerprints(None)
         if not self.out.exists():
@@ -109,7 +111,7 @@ class Generation:
                 self._parts.mkdir(parents=True, exist_ok=True)
         try:
             cache = self._parts / "problems.index" if self._parts.is_dir() else None
-            self.problems = ProblemFile(problems, limit, cache, columns, need_answers=need_answers)
+            self.problems = ProblemFile(problems, limit, cache, columns, part, need_answers=need_answers)
         except InputError:
             with contextlib.suppress(OSError):  # it is not there, or holds what an earlier run has left
                 self._parts.rmdir()
@@ -133,6 +135,8 @@ class Generation:
             "sampling": sampling_params(config),
             **known,
         }
+        if self._part is not None:
+            made_by["slice"] = self._part
         if config.thinking_budget is not None:
             made_by["thinking"] = {"budget": config.thinking_budget, "end": config.thinking_end}
         if config.top_logprobs:

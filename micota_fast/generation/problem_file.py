@@ -44,10 +44,11 @@ class ProblemFile:
         cache: a file, made if missing, in which the outcome of the check is kept. While the problems' bytes are the
             same (their sha256 is taken at every opening), they are not checked again. A copy is made next to it.
         columns: our key -> the file's, as in `sources.columns.renamed`.
+        part: (START, COUNT): of these, only COUNT problems from number START on, counted round the end; at most all.
         need_answers: whether a row must have `answer`; else a missing one is "".
 
     Attributes:
-        sha256: hex digest of the lines' bytes up to the end of the last problem that counts.
+        sha256: hex digest of the lines' bytes up to the end of the last problem that counts, whatever the part.
         levels: int8 [problems], -1 where the file gives none.
         sizes: uint32 [problems], bytes of the problem's line.
 
@@ -66,6 +67,7 @@ class ProblemFile:
         limit: int | None = None,
         cache: Path | None = None,
         columns: Mapping[str, str] | None = None,
+        part: tuple[int, int] | None = None,
         *,
         need_answers: bool = True,
     ) -> None:
@@ -75,6 +77,10 @@ class ProblemFile:
         self._source = lambda: iter_problems(path, limit, columns, need_answers=need_answers)
         if columns or is_hub(path) or not is_plain(Path(path)) or not self._open(Path(path), cache):
             self._open_copy(cache)
+        if part is not None:  # only now: the index in the cache is of all
+            start, count = part
+            numbers = (start + np.arange(min(count, len(self)))) % len(self)
+            self._set_arrays(self._offsets[numbers], self.sizes[numbers], self.levels[numbers])
 
     def _open(self, path: Path, cache: Path | None) -> bool:
         """Open and check a file of lines as they stand; False: they are no `Problem`s, as far as they could be."""

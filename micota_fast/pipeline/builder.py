@@ -47,7 +47,13 @@ class Builder:
             self.absent.append(what)
 
     def add(self, stage: Stage) -> None:
-        """Enter a stage that is made."""
+        """Enter a stage that is made.
+
+        Raises:
+            InputError: there is one of its name, of another part of the recipe.
+        """
+        if stage.name in self.made:
+            raise InputError(f"{self.path}: two parts of the recipe make the stage {stage.name}; rename one of them")
         self.made[stage.name] = stage
 
     def out(self, stage: str, name: str) -> str:

@@ -27,7 +27,7 @@ CONTENT = "sha256:"
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Where the table reads the loss, as shares of the steps that both runs logged."""
 _SHOWN = 60  # characters of an option's value
-_SEED = re.compile(r"-seed\d+$")
+_SEED = re.compile(r"-seed\d+(?=$|-round\d+$)")
 
 
 @dataclass(frozen=True)

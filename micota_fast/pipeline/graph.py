@@ -10,20 +10,21 @@ from typing import Any
 import yaml
 
 from micota_fast.common.records import benchmark_file, score_file
-from micota_fast.config import loader
-from micota_fast.config.corpus import FilterConfig, FilterSettings, MixConfig
+from micota_fast.config.corpus import FilterConfig, MixConfig
 from micota_fast.config.evaluation import AlignConfig, BenchmarkConfig, ContaminationConfig, EvaluateConfig
-from micota_fast.config.generation import GenerateConfig, SamplingSettings
+from micota_fast.config.generation import SamplingSettings
 from micota_fast.config.merge import LengthSweepConfig, LengthSweepSettings, MergeConfig
 from micota_fast.config.recipe import Recipe
 from micota_fast.config.report import PARTS, STUDENT, ReportConfig, TrainingAnswersConfig
-from micota_fast.config.train import SoftConfig, TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.merge.mergekit import parse_mergekit
+from micota_fast.pipeline.answers import COMPLETIONS, CORPUS, answer_options, answer_stage, filter_options, filter_stage
 from micota_fast.pipeline.builder import Builder
 from micota_fast.pipeline.provenance import provenance
+from micota_fast.pipeline.rounds import check_answers, corpora_of_rounds, round_stages, rounds_of
 from micota_fast.pipeline.scores import score_stage
 from micota_fast.pipeline.stage import Artefact, Lasting, Stage
+from micota_fast.pipeline.training import train_stage
 
 BASE = "base"  # the arm that is not trained
 
@@ -50,6 +51,9 @@ def build_stages(recipe: Recipe, recipe_path: Path, run_dir: Path, absent: list[
 class _Graph(Builder):
     def stages(self) -> list[Stage]:
         self._report()
+        in_rounds = corpora_of_rounds(self.recipe)
+        for corpus in dict.fromkeys(of for name, of in in_rounds.items() if f"answers/{name}" in self.made):
+            check_answers(self, corpus)
         return list(self.made.values())
 
     def model(self, name: str) -> Artefact:
@@ -71,30 +75,14 @@ class _Graph(Builder):
         return self.artefact(stage, "model")
 
     def _train(self, stage: str, base: str, corpus: str, overrides: dict[str, Any], where: str) -> None:
-        model, data, scores = self.model(base), self.corpus(corpus), self._scores(corpus)
-        soft = None if scores is None else self.recipe.train.soft or SoftConfig()
-        settings = self.settings(
-            TrainConfig,
-            dataclasses.replace(self.recipe.train, soft=soft),
-            overrides,
-            where,
-            model=model.location,
-            data=data.location,
-            columns=self.recipe.corpora[corpus].columns,
-            top_logprobs=None if scores is None else scores.location,
-            out=str(self.run_dir / stage),
-        )
-        if settings.lora is not None and not settings.lora.merged:
-            raise InputError(
-                f"{self.path}, `{where}`: `lora` needs `merged: true`: the stages that follow serve whole models"
-            )
-        inputs = [model, data, *([] if scores is None else [scores])]
-        if settings.validation_data is not None:
-            inputs.append(self.file(settings.validation_data, f"{where}.validation_data"))
-            settings.validation_data = inputs[-1].location
-        settings.chat, template = self.template(settings.chat, where)
-        inputs += template
-        self.add(Stage(stage, "train", settings, tuple(inputs), ("model", "metrics.jsonl", "summary.json")))
+        model = self.model(base)
+        rounds = self.recipe.corpora[corpus].on_policy
+        if rounds is not None:
+            round_stages(self, stage, corpus, model, self.model(rounds.by), overrides, where)
+            return
+        data, scores = self.corpus(corpus), self._scores(corpus)
+        columns = self.recipe.corpora[corpus].columns
+        train_stage(self, stage, model, data, columns, scores, overrides, where)
 
     def _merge_stage(self, stage: str, name: str) -> None:
         spec = self.recipe.models[name].merge
@@ -159,72 +147,44 @@ class _Graph(Builder):
         if spec.file is not None:
             return self.file(spec.file, f"corpora.{name}.file")
         stage = f"corpus/{name}"
-        self.once(
-            stage, lambda: self._generated(stage, name) if spec.generate is not None else self._mixed(stage, name)
-        )
-        return self.artefact(stage, "corpus.jsonl")
+        self.once(stage, lambda: self._generated(name) if spec.generate is not None else self._mixed(stage, name))
+        return self.artefact(stage, CORPUS)
 
     def _scores(self, name: str) -> Artefact | None:
         """Return the scores of a scored corpus, and None of another."""
         spec = self.recipe.corpora[name].score
         if spec is None:
             return None
-        return score_stage(self, name, spec, self.corpus(name), self.model(spec.by), self.model(self.recipe.student))
+        model, student = self.model(spec.by), self.model(self.recipe.student)
+        where = f"corpora.{name}.score.by"
+        chat = self.recipe.train.chat
+        return score_stage(self, name, where, spec.by, spec.top, self.corpus(name), model, student, chat)
 
-    def _generated(self, stage: str, name: str) -> None:
-        completions = self._answers(name)
-        settings = self._filter(name, completions)
-        outputs = ("corpus.jsonl", "corpus.jsonl.counts.json", "corpus.jsonl.rejects.jsonl")
-        self.add(Stage(stage, "filter", settings, (completions,), outputs))
+    def _generated(self, name: str) -> None:
+        self._answers(name)
+        filter_stage(self, name, self._filter(name))
 
-    def _filter(self, name: str, completions: Artefact) -> FilterConfig:
+    def _filter(self, name: str) -> FilterConfig:
         spec = self.recipe.corpora[name].generate
         assert spec is not None
-        return self.settings(
-            FilterConfig,
-            self.recipe.filter,
-            spec.filter,
-            f"corpora.{name}.generate.filter",
-            completions=completions.location,
-            out=self.out(f"corpus/{name}", "corpus.jsonl"),
-        )
+        return filter_options(self, name, spec.filter, f"corpora.{name}.generate.filter")
 
     def _answers(self, name: str) -> Artefact:
         """Return all answers that a generated corpus is filtered from."""
         stage = f"answers/{name}"
-        completions = self.artefact(stage, "completions.jsonl")
-        self.once(stage, lambda: self._generate(stage, name, completions))
-        return completions
+        self.once(stage, lambda: self._generate(name))
+        return self.artefact(stage, COMPLETIONS)
 
-    def _generate(self, stage: str, name: str, completions: Artefact) -> None:
+    def _generate(self, name: str) -> None:
         spec = self.recipe.corpora[name].generate
         assert spec is not None
-        source = self.recipe.problems[spec.problems]
-        rules = loader.plain(self._filter(name, completions))
-        settings = self.settings(
-            GenerateConfig,
-            self.served(self.recipe.generate, spec.model),
-            spec.overrides,
-            f"corpora.{name}.generate.overrides",
-            model=spec.model,
-            problems=source.path,
-            columns=source.columns,
-            limit=source.limit,
-            out=completions.location,
-            accept={field.name: rules[field.name] for field in dataclasses.fields(FilterSettings)},
-        )
-        inputs = []
-        if settings.api == "openai":  # there need be no checkpoint here
-            settings.model = self._api_name(spec.model)
-        else:
-            inputs.append(self.model(spec.model))
-            settings.model = inputs[0].location
-        inputs.append(self.file(source.path, f"problems.{spec.problems}.path"))
-        settings.problems = inputs[-1].location
-        settings.chat, template = self.template(settings.chat, "generate.chat")
-        inputs += template
-        outputs = ("completions.jsonl", "completions.jsonl.meta.json")
-        self.add(Stage(stage, "generate", settings, tuple(inputs), outputs))
+        served, where = self.served(self.recipe.generate, spec.model), f"corpora.{name}.generate.overrides"
+        rules = self._filter(name)
+        known_as = self._api_name(spec.model)
+        options = answer_options(self, name, spec.problems, known_as, served, spec.overrides, where, rules)
+        # With an API there need be no checkpoint here.
+        model = None if options.api == "openai" else self.model(spec.model)
+        answer_stage(self, name, spec.problems, options, model)
 
     def _api_name(self, name: str) -> str:
         """Return the name by which an API knows a model."""
@@ -275,6 +235,7 @@ class _Graph(Builder):
         student = self.model(recipe.student)
         results: dict[str, list[Artefact]] = {BASE: [self.artefact(f"evaluate/{BASE}", "results.json")]}
         metrics: dict[str, list[Artefact]] = {}
+        earlier: dict[str, list[list[Artefact]]] = {}
         self._evaluate(f"evaluate/{BASE}", student, recipe.student)
         for name, arm in recipe.students.items():
             if name == BASE:
@@ -287,6 +248,9 @@ class _Graph(Builder):
                 self._evaluate(f"evaluate/{run}", self.artefact(f"student/{run}", "model"), recipe.student)
                 results[name].append(self.artefact(f"evaluate/{run}", "results.json"))
                 metrics[name].append(self.artefact(f"student/{run}", "metrics.jsonl"))
+                if (rounds := recipe.corpora[arm.corpus].on_policy) is not None:
+                    before = [each.stage for each in rounds_of(f"student/{run}", rounds)[:-1]]
+                    earlier.setdefault(name, []).append([self.artefact(stage, "metrics.jsonl") for stage in before])
         corpora = self._align(student)
         contamination = self._contamination()
         answers, read = self._training_answers()
@@ -294,6 +258,7 @@ class _Graph(Builder):
         # The report also reads the rows next to each results.json.
         inputs += [self.artefact(artefact.stage or "", "rows") for artefact in _flat(results.values())]
         inputs += [*([contamination] if contamination is not None else []), *read]
+        inputs += _flat(_flat(earlier.values()))
         settings = ReportConfig(
             title=recipe.title or recipe.name,
             out=str(self.run_dir / "report"),
@@ -302,6 +267,9 @@ class _Graph(Builder):
             corpora={name: {kind: a.location for kind, a in kinds.items()} for name, kinds in corpora.items()},
             trained_on={name: arm.corpus for name, arm in recipe.students.items() if name != arm.corpus},
             training={arm: [artefact.location for artefact in of_arm] for arm, of_arm in metrics.items()},
+            earlier_rounds={
+                arm: [[a.location for a in of_seed] for of_seed in seeds] for arm, seeds in earlier.items()
+            },
             contamination=contamination.location if contamination is not None else None,
             claims=recipe.claims,
             chance={b.name: b.chance for b in recipe.evaluate.benchmarks if b.chance is not None},
@@ -341,7 +309,10 @@ class _Graph(Builder):
         if not names:
             return None
         scored = {name: spec.score.of for name, spec in self.recipe.corpora.items() if spec.score is not None}
-        corpora = {name: self.corpus(name) for name in dict.fromkeys(scored.get(name, name) for name in names)}
+        names = [scored.get(name, name) for name in names if self.recipe.corpora[name].on_policy is None]
+        corpora = {name: self.corpus(name) for name in dict.fromkeys(names)}
+        rounds = [name for name in corpora_of_rounds(self.recipe) if f"corpus/{name}" in self.made]
+        corpora |= {name: self.artefact(f"corpus/{name}", CORPUS) for name in rounds}
         benchmarks, files = self._benchmarks()
         settings = ContaminationConfig(
             corpora={name: artefact.location for name, artefact in corpora.items()},

@@ -24,6 +24,12 @@ def provenance(recipe: Recipe) -> dict[str, str]:
         for name, arm in recipe.students.items()
         if arm.overrides
     }
+    for name, corpus in recipe.corpora.items():
+        if (own := corpus.on_policy) is not None:
+            lines[f"corpus {name}"] = (
+                f"{own.rounds} rounds: {recipe.student} answers {own.problems_per_round} problems, {own.by} scores "
+                f"{'its right answers' if own.keep == 'right' else 'all its answers'} ({own.top} tokens), it is trained"
+            )
     made_with = commit()
     return lines | ({"commit": made_with} if made_with else {}) | versions()
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from micota_fast.config.recipe import ScoredCorpus
+from micota_fast.config.generation import ChatConfig
 from micota_fast.config.scoring import ScoreConfig
 from micota_fast.errors import InputError
 from micota_fast.pipeline.builder import Builder
@@ -12,7 +12,15 @@ SCORES = "top_logprobs"  # the store, in the stage's folder
 
 
 def score_stage(
-    builder: Builder, name: str, spec: ScoredCorpus, rows: Artefact, model: Artefact, student: Artefact
+    builder: Builder,
+    name: str,
+    where: str,
+    by: str,
+    top: int,
+    rows: Artefact,
+    model: Artefact,
+    student: Artefact,
+    chat: ChatConfig,
 ) -> Artefact:
     """Enter the stage that scores a corpus, unless it is there; returns the scores.
 
@@ -21,11 +29,14 @@ def score_stage(
 
     Args:
         builder: of the graph.
-        name: of the scored corpus.
-        spec: of the scored corpus.
+        name: of the scores.
+        where: the recipe's part that names the scoring model.
+        by: name of the scoring model.
+        top: likeliest tokens that are kept at each position.
         rows: the corpus.
         model: scores it.
-        student: will be trained on the scores.
+        student: will be trained on the scores, or has the tokenizer of the one that will be.
+        chat: of that training.
 
     Raises:
         InputError: the model is only served by an API that gives no log-probabilities.
@@ -34,16 +45,16 @@ def score_stage(
     scores = builder.artefact(stage, SCORES)
     if stage in builder.made:
         return scores
-    served = builder.served(recipe.generate, spec.by)
+    served = builder.served(recipe.generate, by)
     if served.api != "sglang":
         raise InputError(
-            f"{builder.path}, `corpora.{name}.score.by`: {spec.by} is asked by `generate.api: {served.api}`, and "
+            f"{builder.path}, `{where}`: {by} is asked by `generate.api: {served.api}`, and "
             f"scores need SGLang's native API"
         )
     asked, asked_template = builder.template(served.chat, "generate.chat")
-    learned, learned_template = builder.template(recipe.train.chat, "train.chat")
+    learned, learned_template = builder.template(chat, "train.chat")
     settings = ScoreConfig(
-        top_k=spec.top,
+        top_k=top,
         completions=rows.location,
         model=model.location,
         student=student.location,

@@ -46,7 +46,8 @@ def generate(planner: Planner, stage: Stage) -> Cost:
         answers = planner.counted(Path(s.out))
     else:
         problems, prompt = planner.problems(s.problems, s.limit, model, s.chat, s.columns)
-        answers = planner.answers(problems * s.samples, prompt, answer)
+        asked = problems if s.slice is None else min(problems, s.slice[1])
+        answers = planner.answers(asked * s.samples, prompt, answer)
     planner.corpora[s.out] = answers
     cost = Cost(stage.name, stage.verb)
     if model is None:

@@ -14,6 +14,7 @@ from micota_fast.config.recipe import LaunchConfig, Recipe
 from micota_fast.errors import InputError
 from micota_fast.pipeline.graph import BASE, build_stages
 from micota_fast.pipeline.record import read_done
+from micota_fast.pipeline.rounds import corpora_of_rounds
 from micota_fast.pipeline.run import Run
 from micota_fast.pipeline.stage import Artefact, Stage
 from micota_fast.planning.assumptions import Assumptions
@@ -188,14 +189,16 @@ def relative_costs(stages: Sequence[Stage], launch: LaunchConfig) -> dict[str, f
 
 
 def _lengths(given: Sequence[str], recipe: Recipe) -> dict[str, float]:
-    known = [BASE, *(name for name, corpus in recipe.corpora.items() if corpus.generate is not None)]
+    answered = (name for name, of in recipe.corpora.items() if (of.generate or of.on_policy) is not None)
+    known = [BASE, *answered]
     lengths: dict[str, float] = {}
     for item in given:
         name, _, number = item.partition("=")
         if name not in known or not number.isdecimal() or int(number) < 1:
             raise InputError(f"--answer-tokens {item}: expected NAME=TOKENS with a NAME of {', '.join(known)}")
         lengths[name] = int(number)
-    return lengths
+    in_rounds = {name: lengths[corpus] for name, corpus in corpora_of_rounds(recipe).items() if corpus in lengths}
+    return lengths | in_rounds
 
 
 def downloads(stages: Sequence[Stage]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
+from micota_fast.pipeline.rounds import corpora_of_rounds
 from micota_fast.pipeline.stage import Stage
 from micota_fast.planning.levers import LEVERS, NPROC, Changes, Lever, Machine, answering_settings
 from micota_fast.planning.planner import Cost, Planner
@@ -198,6 +199,8 @@ def _key(recipe: Recipe, stage: Stage, option: str) -> str:
     kind, _, name = stage.name.partition("/")
     if option == NPROC:
         return option
+    if (corpus := corpora_of_rounds(recipe).get(name)) is not None:
+        name = name.rpartition("-round")[0]
     if stage.verb == "train":
         return f"train.{option}" if kind == "student" else f"models.{name}.train.overrides.{option}"
     if stage.verb == "align":
@@ -206,6 +209,13 @@ def _key(recipe: Recipe, stage: Stage, option: str) -> str:
         return f"models.{name}.merge.sweep.{option}"
     if stage.verb == "evaluate":
         return f"evaluate.{option}" if option.startswith("judge.") else f"models.{recipe.student}.{option}"
+    if corpus is not None:
+        rounds = recipe.corpora[corpus].on_policy
+        assert rounds is not None
+        if stage.verb == "score":
+            return f"models.{rounds.by}.{option}"
+        own = f"corpora.{corpus}.on_policy.overrides.{option}"
+        return own if "serve" in rounds.overrides else f"models.{recipe.student}.{option}"
     if (scored := recipe.corpora[name].score) is not None:
         return f"models.{scored.by}.{option}"
     generated = recipe.corpora[name].generate

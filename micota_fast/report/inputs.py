@@ -95,6 +95,11 @@ def load_inputs(config: ReportConfig) -> Inputs:
     training = {
         name: [load_loss_curve(Path(path)) for path in paths] for name, paths in config.training.items() if paths
     }
+    for arm, seeds in config.earlier_rounds.items():
+        if len(seeds) != len(training.get(arm, ())):
+            raise InputError(f"report config: earlier_rounds.{arm}: expected one list for each seed in training.{arm}")
+        earlier = [[load_loss_curve(Path(path)) for path in paths] for paths in seeds]
+        training[arm] = [_joined([*of_seed, last]) for of_seed, last in zip(earlier, training[arm], strict=True)]
     overlaps = {} if config.contamination is None else _overlaps(Path(config.contamination), list(base.benchmarks))
     for arm in config.claims.deltas if config.claims is not None else ():
         if arm not in arms:
@@ -203,6 +208,17 @@ class _LoggedStep:
     step: Count
     loss: float | None
     timing: _Timing | None = None
+
+
+def _joined(rounds: Sequence[LossCurve]) -> LossCurve:
+    """Put the curves of rounds one after another; steps go on from round to round."""
+    steps: list[int] = []
+    for curve in rounds:
+        before = steps[-1] if steps else 0
+        steps += [before + step for step in curve.steps]
+    seconds = [curve.seconds for curve in rounds]
+    losses = tuple(loss for curve in rounds for loss in curve.losses)
+    return LossCurve(tuple(steps), losses, None if None in seconds else math.fsum(filter(None, seconds)))
 
 
 def load_loss_curve(path: Path) -> LossCurve:

@@ -1,0 +1,174 @@
+"""On-policy rounds: the stages of a recipe, what a wrong one is told, and a run that is killed in its second round."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from micota_fast.config import loader
+from micota_fast.config.recipe import Recipe
+from micota_fast.config.shipped import RECIPES
+from micota_fast.errors import InputError
+from micota_fast.pipeline.graph import build_stages
+from micota_fast.pipeline.provenance import provenance
+from micota_fast.pipeline.stage import Stage
+
+MICRO_SOFT = RECIPES / "micro-soft.yaml"
+OWN = (
+    "corpora.own={on_policy: {by: assistant-mid, rounds: 3, problems_per_round: 250, top: 4, "
+    "overrides: {temperature: 1.0, seed: 7}}}",
+    "arms={mid: mid, mine: {corpus: own, overrides: {lr: 0.5, soft: {alpha: 1.0}}}}",
+    "seeds=[1, 2]",
+)
+
+
+def recipe(*overrides: str) -> Recipe:
+    return loader.load(Recipe, MICRO_SOFT, (*OWN, *overrides))
+
+
+def planned(*overrides: str) -> dict[str, Stage]:
+    return {stage.name: stage for stage in build_stages(recipe(*overrides), MICRO_SOFT, Path("/nowhere/run"))}
+
+
+def test_each_round_starts_from_the_weights_of_the_one_before() -> None:
+    stages = planned()
+    student = str((RECIPES.parent / "micro/checkpoints/student").resolve())
+    for seed in (1, 2):
+        run = f"mine-seed{seed}"
+        trainings = [f"student/{run}-round1", f"student/{run}-round2", f"student/{run}"]
+        model = student
+        for number, training in enumerate(trainings, start=1):
+            name = f"{run}-round{number}"
+            answers, scores, learning = stages[f"answers/{name}"], stages[f"scores/{name}"], stages[training]
+            assert answers.settings.model == learning.settings.model == model
+            before = (trainings[number - 2],) if number > 1 else ()
+            assert answers.needs == before
+            assert stages[f"corpus/{name}"].needs == (f"answers/{name}",)
+            assert scores.needs == (f"corpus/{name}", "model/assistant-mid")
+            assert learning.needs == (*before, f"corpus/{name}", f"scores/{name}")
+            assert (scores.settings.student, scores.settings.top_k) == (student, 4)
+            assert scores.settings.completions == learning.settings.data == stages[f"corpus/{name}"].settings.out
+            assert learning.settings.top_logprobs == scores.settings.out
+            model = f"{learning.settings.out}/model"
+        assert f"student/{run}-round3" not in stages
+        assert stages[f"evaluate/{run}"].needs == (trainings[-1],)
+
+
+def test_rounds_take_the_next_problems_and_sample_by_seeds_of_their_own() -> None:
+    stages = planned()
+    asked = {name: stage.settings for name, stage in stages.items() if name.startswith("answers/mine")}
+    slices = [(0, 250), (250, 250), (500, 250)]
+    assert [settings.slice for settings in asked.values()] == 2 * slices
+    assert [settings.seed for settings in asked.values()] == [1008, 1009, 1010, 2008, 2009, 2010]
+    assert {settings.temperature for settings in asked.values()} == {1.0}
+    assert {stages[f"student/mine-seed{seed}"].settings.seed for seed in (1, 2)} == {1, 2}
+    assert stages["answers/mid"].settings.slice is None
+
+
+def test_every_round_has_the_training_options_of_its_arm() -> None:
+    stages = planned()
+    for name in ("student/mine-seed1-round1", "student/mine-seed1"):
+        ours = stages[name].settings
+        assert (ours.lr, ours.soft.alpha, ours.soft.tail) == (0.5, 1.0, "bucket")  # of the recipe's `soft` the rest
+    texts = stages["student/mid-seed1"].settings
+    assert (texts.lr, texts.soft) == (1e-3, None)
+    changed = planned("arms.mine.overrides={chat: {thinking: strip}}")
+    assert changed["scores/mine-seed1-round1"].settings.student_chat.thinking == "strip"
+
+
+def test_all_answers_are_kept_ungraded_or_the_right_ones() -> None:
+    rules = planned()["corpus/mine-seed1-round1"].settings
+    assert (rules.require_correct, rules.require_boxed, rules.max_tokens) == (False, False, 512)
+    stages = planned("corpora.own.on_policy.keep=right")
+    rules = stages["corpus/mine-seed1-round1"].settings
+    assert (rules.require_correct, rules.require_boxed) == (True, True)
+    assert stages["answers/mine-seed1-round1"].settings.accept.require_correct
+
+
+def test_a_model_of_the_recipe_can_be_trained_in_rounds() -> None:
+    trained = "models.better={train: {base: student, corpus: own, overrides: {seed: 5, lr: 0.25}}}"
+    better = "corpora.of-better={generate: {model: better}}"
+    stages = planned(trained, better, "arms={taught: of-better}", "train.soft=null")
+    assert stages["answers/better-round2"].needs == ("model/better-round1",)
+    assert stages["answers/better-round2"].settings.seed == 5009
+    assert stages["model/better"].settings.lr == 0.25
+    assert stages["answers/of-better"].needs == ("model/better",)
+
+
+def test_the_report_knows_every_round() -> None:
+    stages = planned()
+    settings = stages["report"].settings
+    folder = Path("/nowhere/run/student")
+    assert settings.training["mine"] == [str(folder / f"mine-seed{seed}/metrics.jsonl") for seed in (1, 2)]
+    rounds = [[str(folder / f"mine-seed{s}-round{r}/metrics.jsonl") for r in (1, 2)] for s in (1, 2)]
+    assert settings.earlier_rounds == {"mine": rounds}
+    assert settings.trained_on == {"mine": "own"}
+    assert "student/mine-seed2-round1" in stages["report"].needs
+    searched = list(stages["contamination"].settings.corpora)
+    assert searched == ["mid", "long", *(f"mine-seed{s}-round{r}" for s in (1, 2) for r in (1, 2, 3))]
+    said = provenance(recipe())["corpus own"]
+    assert said.startswith("3 rounds: student answers 250 problems, assistant-mid scores all its answers (4 tokens)")
+
+
+def test_other_stages_do_not_know_of_rounds() -> None:
+    """What had been made before a recipe got an arm in rounds stays done."""
+    with_rounds, without = planned(), planned("arms={mid: mid}", "train.soft=null")
+    for name in ("answers/mid", "corpus/mid", "student/mid-seed1", "evaluate/mid-seed1", "model/assistant-mid"):
+        assert loader.identity(with_rounds[name].settings) == loader.identity(without[name].settings)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["corpora.own.on_policy.rounds=0"], "`rounds` must be at least 1"),
+        (["corpora.own.on_policy.rounds=1000"], "`rounds` must be at most 999"),
+        (["corpora.own.on_policy.problems_per_round=0"], "`problems_per_round` must be at least 1"),
+        (["corpora.own.on_policy.top=129"], "`top` must be at most 128"),
+        (["corpora.own.on_policy.keep=wrong"], r"corpora\.own\.on_policy\.keep`: must be one of"),
+        (["corpora.own.on_policy.by=asistant"], r"`corpora\.own\.on_policy\.by` names the model 'asistant'; did you"),
+        (["corpora.own.on_policy.problems=tran"], r"`corpora\.own\.on_policy\.problems` names the problem set 'tran'"),
+        (["arms.mine.overrides={lrr: 1}"], r"`arms\.mine\.overrides`: `lrr`: unknown"),
+        (["corpora.own.on_policy.overrides={temprature: 1}"], r"on_policy\.overrides`: `temprature`: unknown key"),
+        (["arms.mine.overrides={soft: null}"], "`soft` and `top_logprobs` go together"),
+        (["corpora.own.mix={mid: 1}"], "exactly one of `file`, `generate`, `mix`, `score`, `on_policy`"),
+        (["align=[mid, own]"], r"`align` names 'own', whose rows are made anew in each training"),
+        (["corpora.both={mix: {mid: 1, own: 1}}"], r"`corpora\.both\.mix` names 'own', whose rows are made anew"),
+        (["corpora.again={score: {of: own, by: teacher}}"], r"`corpora\.again\.score\.of` names 'own', whose rows"),
+        (["student_answers=own"], "`student_answers` names the corpus 'own', which is not generated by 'student'"),
+        (["models.other={train: {base: assistant, corpus: own}}"], "whose scores have the ids of `student`, 'student'"),
+        (["corpora.x-round2={file: x}"], r"`corpora\.x-round2`: names ending in -round and a number"),
+        (
+            ["models.apart={served: x, url: http://h/v1}", "corpora.own.on_policy.by=apart"],
+            "`models.apart`: it is only",
+        ),
+        (
+            ["models.teacher.url=http://h/v1", "generate.api=openai", "corpora.own.on_policy.by=teacher"],
+            r"`corpora\.own\.on_policy\.by`: teacher is asked by `generate\.api: openai`",
+        ),
+        (
+            ["models.mine-seed1={train: {base: student, corpus: own}}", "corpora.own.on_policy.by=mine-seed1"],
+            "these are made from each other: model/mine-seed1 -> model/mine-seed1",
+        ),
+        (["arms={mid: mid}"], "`train.soft` needs a corpus with `score` or `on_policy`"),
+    ],
+)
+def test_a_wrong_corpus_in_rounds_is_told(overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        planned(*overrides)
+
+
+def test_right_answers_need_problems_with_answers(tmp_path: Path) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"id": "a", "problem": "1+1", "answer": "2"}\n{"id": "b", "problem": "1+2"}\n')
+    source: Any = f"problems.open={{path: {problems}}}"
+    chosen = "corpora.own.on_policy.problems=open"
+    assert "answers/mine-seed1-round1" in planned(source, chosen)
+    told = r"`corpora\.own\.on_policy\.keep: right` needs problems with answers: " + re.escape(
+        f"{problems}:2: key 'ans"
+    )
+    with pytest.raises(InputError, match=told):
+        planned(source, chosen, "corpora.own.on_policy.keep=right")
+    assert "answers/mine-seed1-round1" in planned(
+        source, chosen, "corpora.own.on_policy.keep=right", "problems.open.limit=1"
+    )
