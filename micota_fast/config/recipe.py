@@ -125,8 +125,8 @@ class OnPolicyCorpus:
 
     In each round the student as it is by then answers the next problems, another model gives its distribution at each
     position of these answers, and the student is trained on that. Each round is a training of its own: a new optimizer
-    and the whole schedule of `train`, with the overrides of the arm or model. An answer that is cut off or too long is left out (`filter`): a
-    training text ends with an end of turn, and the student wrote none there.
+    and the whole schedule of `train`, with the overrides of the arm or model. An answer that is cut off or too long is
+    left out (`filter`): a training text ends with an end of turn, and the student wrote none there.
     """
 
     by: str = option(doc="name under `models`: the model that scores the student's answers")
