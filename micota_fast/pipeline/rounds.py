@@ -50,7 +50,7 @@ def trainings_in_rounds(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def corpora_of_rounds(recipe: Recipe) -> dict[str, str]:
     """Return the corpus, name under `corpora`, that each round's answers belong to, by the round's name."""
-    found = {}
+    found: dict[str, str] = {}
     for stage, corpus in trainings_in_rounds(recipe):
         spec = recipe.corpora[corpus].on_policy
         assert spec is not None
