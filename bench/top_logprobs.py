@@ -37,7 +37,7 @@ def append(folder: Path, documents: list[int], top_k: int) -> dict[str, float]:
     with contextlib.suppress(KeyboardInterrupt), TopLogprobsWriter(folder, top_k) as writer:
         for d, n in enumerate(documents):
             started = time.perf_counter()
-            writer.append((f"problem-{d:07d}", 0), ids[:n, 0], ids[:n], logprobs[:n])
+            writer.append((f"problem-{d:07d}", 0), ids[:n, 0], logprobs[:n, 0], ids[:n], logprobs[:n])
             seconds += time.perf_counter() - started
         raise KeyboardInterrupt
     return {"seconds": seconds}

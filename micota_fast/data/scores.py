@@ -97,10 +97,10 @@ class Scores:
         """
         key, start, n = self.places[document]
         first, last = max(start, 1), min(start + n, length)  # nothing predicts a document's first token
-        rows = self.store[key]
+        ids_T, own_T, top_ids_TK, top_logprobs_TK = self.store[key]
         taken = slice(first - start, max(last, first) - start)
         at = slice(first - 1, max(last, first) - 1)
-        return at, TopLogprobsRow(rows.token_ids_T[taken], rows.top_ids_TK[taken], rows.top_logprobs_TK[taken])
+        return at, TopLogprobsRow(ids_T[taken], own_T[taken], top_ids_TK[taken], top_logprobs_TK[taken])
 
 
 def _key(row: Mapping[str, Any]) -> Key:

@@ -65,8 +65,8 @@ def generate(planner: Planner, stage: Stage) -> Cost:
 def score(planner: Planner, stage: Stage) -> Cost:
     """Return the cost of a `score` stage: prompts and answers are read once, as prompts are, and nothing is written.
 
-    Each token of an answer leaves its id, and K ids and log-probabilities of six bytes. While the stage runs they lie
-    in two journals as well, in one of them in base64.
+    Each token of an answer leaves its id and log-probability of eight bytes, and K of its place of six. While the stage
+    runs they lie in two journals as well, in one of them in base64 and without the id.
     """
     s = stage.settings
     model, corpus = planner.model(s.model), planner.corpus(s.completions)
@@ -79,8 +79,8 @@ def score(planner: Planner, stage: Stage) -> Cost:
         stage.verb,
         tokens=corpus.tokens,
         flops=train_flops(config, corpus.tokens, corpus.context) / 3,
-        disk=scored * (4 + 6 * s.top_k),
-        passing=scored * (4 + 6 * s.top_k + 8 * s.top_k),
+        disk=scored * (8 + 6 * s.top_k),
+        passing=scored * (8 + 6 * s.top_k + (4 + 6 * s.top_k) * 4 / 3),
         how=f"{_rows(corpus)}, {s.top_k} tokens at each of {two(scored)} positions",
     )
     room = _serving(cost, s, parameters(config) * width, corpus.context * kv, planner.gpu, planner.assumed)

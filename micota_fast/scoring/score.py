@@ -1,4 +1,6 @@
-"""`micota score`: the likeliest tokens of a model at each position of answers that somebody else has written.
+"""`micota score`: what a model finds likely at each position of answers that somebody else has written.
+
+It leaves the model's log-probabilities of the answer's own tokens and of its likeliest ones there.
 
 A row is cut into prompt and answer as `micota train` cuts it, and put to servers by SGLang's native /generate, which
 returns the log-probabilities of the text's own tokens and generates none. Scores are written to OUT.parts as they
@@ -31,7 +33,7 @@ from micota_fast.generation.servers import named_urls, servers_for
 from micota_fast.model.folder import resolve_checkpoint
 from micota_fast.scoring.rows import load_rows
 from micota_fast.scoring.scoring_api import ScoringApi, decode_scores
-from micota_fast.sources.top_logprobs import TopLogprobs, TopLogprobsWriter
+from micota_fast.sources.top_logprobs import FORMAT, TopLogprobs, TopLogprobsWriter
 
 
 def run(config: ScoreConfig) -> None:
@@ -136,7 +138,7 @@ class Scoring:
             journal.discard()
 
     def _journal(self) -> Journal:
-        return Journal(self._parts, {"top_k": self._config.top_k, **self._made_by})
+        return Journal(self._parts, {"scores": FORMAT, "top_k": self._config.top_k, **self._made_by})
 
     def _store(self) -> TopLogprobsWriter:
         return TopLogprobsWriter(self._out, self._config.top_k, self._made_by)

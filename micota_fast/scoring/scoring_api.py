@@ -21,7 +21,7 @@ from micota_fast.scoring.rows import Rows
 
 SPARE = 8  # tokens asked for beyond K, if the student does not have all of the scoring model's
 NAMED = 3  # rows in a message
-_IDS, _LOGPROBS = np.dtype("<i4"), np.dtype("<f2")
+_OWN, _IDS, _LOGPROBS = np.dtype("<f4"), np.dtype("<i4"), np.dtype("<f2")
 
 
 class ScoringApi(SGLangServers):
@@ -126,7 +126,7 @@ class ScoringApi(SGLangServers):
         order_TA = np.argsort(ids_TA == ABSENT, axis=1, kind="stable")[:, : self._top_k]
         ids_TK = np.take_along_axis(ids_TA, order_TA, 1)
         logprobs_TK = np.take_along_axis(scores.logprobs, order_TA, 1)
-        return Scores(ids_TK, np.where(ids_TK == ABSENT, -np.inf, logprobs_TK))
+        return Scores(scores.token_logprobs, ids_TK, np.where(ids_TK == ABSENT, -np.inf, logprobs_TK))
 
     def _name(self, row: int) -> str:
         key = self._rows.keys[row]
@@ -134,13 +134,18 @@ class ScoringApi(SGLangServers):
 
 
 def encode_scores(scores: Scores) -> str:
-    """Return ids as int32 and log-probabilities as float16, little-endian, one after the other in base64."""
-    logprobs = np.minimum(scores.logprobs, 0.0).astype(_LOGPROBS)
-    return base64.b64encode(scores.ids.astype(_IDS).tobytes() + logprobs.tobytes()).decode()
+    """Return the arrays in the types of the store, little-endian, one after the other in base64."""
+    own, logprobs = np.minimum(scores.token_logprobs, 0.0), np.minimum(scores.logprobs, 0.0)
+    pieces = own.astype(_OWN), scores.ids.astype(_IDS), logprobs.astype(_LOGPROBS)
+    return base64.b64encode(b"".join(piece.tobytes() for piece in pieces)).decode()
 
 
-def decode_scores(text: str, tokens: int, top_k: int) -> tuple[NDArray[np.int32], NDArray[np.float16]]:
-    """Return what `encode_scores` was given: int32 [tokens, top_k] and float16 [tokens, top_k]."""
+def decode_scores(
+    text: str, tokens: int, top_k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float16]]:
+    """Return what `encode_scores` was given: float32 [tokens], int32 [tokens, top_k], float16 [tokens, top_k]."""
     data, size = base64.b64decode(text), tokens * top_k
-    ids, logprobs = np.frombuffer(data, _IDS, size), np.frombuffer(data, _LOGPROBS, size, size * _IDS.itemsize)
-    return ids.reshape(tokens, top_k), logprobs.reshape(tokens, top_k)
+    ids_at = tokens * _OWN.itemsize
+    own, ids = np.frombuffer(data, _OWN, tokens), np.frombuffer(data, _IDS, size, ids_at)
+    logprobs = np.frombuffer(data, _LOGPROBS, size, ids_at + size * _IDS.itemsize)
+    return own, ids.reshape(tokens, top_k), logprobs.reshape(tokens, top_k)

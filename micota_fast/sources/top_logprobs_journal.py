@@ -34,6 +34,11 @@ Key = tuple[str, int]
 """A document: id of the problem, sample."""
 
 
+def row_bytes(top_k: int) -> int:
+    """Return the bytes of a token: its id and log-probability, and K ids and log-probabilities."""
+    return 4 + 4 + 6 * top_k
+
+
 class _Place(NamedTuple):
     """Where a record lies."""
 
@@ -137,7 +142,7 @@ class TopLogprobsJournal:
         return (name.decode("utf-8", "replace"), sample), place
 
     def _body_bytes(self, id_bytes: int, tokens: int) -> int:
-        return id_bytes + tokens * (4 + 6 * self._top_k)
+        return id_bytes + tokens * row_bytes(self._top_k)
 
     def _open_segment(self) -> int:
         fd = os.open(self.folder / f"{self._number:06d}.log", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -160,7 +165,9 @@ class TopLogprobsJournal:
         return {key: place.tokens for key, place in self._places.items()}
 
     def append(self, key: Key, arrays: tuple[NDArray[Any], ...]) -> None:
-        """Add a document, as little-endian token_ids int32 [T], top_ids int32 [T, K], top_logprobs float16 [T, K].
+        """Add a document of little-endian arrays.
+
+        These are token_ids int32 [T], token_logprobs float32 [T], top_ids int32 [T, K] and top_logprobs float16 [T, K].
 
         Raises:
             InputError: the disk is full or the folder cannot be written; what was written before is kept.
@@ -208,11 +215,12 @@ class TopLogprobsJournal:
                     f"{path}: the document of ({key[0]!r}, sample {key[1]}) at byte {offset} is damaged (it does not "
                     f"match its checksum); delete this file, and the same command makes its documents again"
                 )
-            ids_end = id_bytes + 4 * tokens
+            top_at = id_bytes + 8 * tokens
             yield (
                 np.frombuffer(body, "<i4", tokens, id_bytes),
-                np.frombuffer(body, "<i4", tokens * k, ids_end).reshape(tokens, k),
-                np.frombuffer(body, "<f2", tokens * k, ids_end + 4 * tokens * k).reshape(tokens, k),
+                np.frombuffer(body, "<f4", tokens, id_bytes + 4 * tokens),
+                np.frombuffer(body, "<i4", tokens * k, top_at).reshape(tokens, k),
+                np.frombuffer(body, "<f2", tokens * k, top_at + 4 * tokens * k).reshape(tokens, k),
             )
 
     def close(self) -> None:

@@ -36,7 +36,8 @@ def test_each_target_has_the_row_of_its_own_token(
             top_ids = numbers.integers(-1, VOCABULARY + 100, (scored, K)).astype(np.int32)
             logprobs = np.where(top_ids < 0, -np.inf, -numbers.exponential(3, (scored, K))).astype(np.float16)
             start = prompt + before
-            writer.append((f"p{d}", d), ids[start : start + scored], top_ids, logprobs)
+            own = -numbers.exponential(3, scored).astype(np.float32)
+            writer.append((f"p{d}", d), ids[start : start + scored], own, top_ids, logprobs)
             texts.append(ids[:cut])
             masks.append((np.arange(n) >= prompt)[:cut])
             known = (top_ids >= 0) & (top_ids < VOCABULARY)
@@ -90,7 +91,8 @@ def test_a_row_that_was_not_scored_as_it_stands_is_refused(
     row: dict[str, object], scored: list[int], message: str, tmp_path: Path
 ) -> None:
     with TopLogprobsWriter(tmp_path / "store", K) as writer:
-        writer.append(("p", 0), scored, [[1, 2]] * len(scored), [[-1, -2]] * len(scored))
+        n = len(scored)
+        writer.append(("p", 0), scored, [-3] * n, [[1, 2]] * n, [[-1, -2]] * n)
     with pytest.raises(InputError, match=message):
         Scores(TopLogprobs(tmp_path / "store"), VOCABULARY).place(row, IDS, ANSWER)
 
@@ -98,6 +100,6 @@ def test_a_row_that_was_not_scored_as_it_stands_is_refused(
 def test_the_last_of_several_places_counts(tmp_path: Path) -> None:
     """What a template adds goes before the text; a number is as good an id as its digits."""
     with TopLogprobsWriter(tmp_path / "store", K) as writer:
-        writer.append(("7", 0), [4], [[1, 2]], [[-1, -2]])
+        writer.append(("7", 0), [4], [-3], [[1, 2]], [[-1, -2]])
     scores = Scores(TopLogprobs(tmp_path / "store"), VOCABULARY)
     assert scores.place({"id": 7}, np.array([4, 4, 4, 9], np.int32), np.array([0, 1, 1, 1], bool)).start == 2

@@ -25,11 +25,12 @@ def write_scores(config: TrainConfig, folder: Path, top_k: int | None, peaked: f
             row = json.loads(line)
             (ids,) = chat.tokenizer.encode([row["completion"]])
             if top_k == 0:
-                top_ids, logprobs = ids[:, None], np.zeros((len(ids), 1))
+                own, top_ids, logprobs = np.zeros(len(ids)), ids[:, None], np.zeros((len(ids), 1))
             else:
                 logits = numbers.normal(0, peaked, (len(ids), chat.vocab_size))
                 logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+                own = logprobs[np.arange(len(ids)), ids]
                 top_ids = np.argsort(-logprobs, axis=1)[:, :columns]
                 logprobs = np.take_along_axis(logprobs, top_ids, 1)
-            writer.append((row["id"], 0), ids, top_ids, logprobs)
+            writer.append((row["id"], 0), ids, own, top_ids, logprobs)
     return folder

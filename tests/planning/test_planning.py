@@ -333,8 +333,8 @@ def test_scoring_reads_a_corpus_once_and_leaves_its_likeliest_tokens() -> None:
     assert score.tokens == pytest.approx(train.tokens / epochs)
     rows = 0.85 * 12000
     positions = score.tokens - rows * (200 / 3 + 60 - 1)  # answers through the end of turn, without prompts
-    assert score.disk == pytest.approx(positions * (4 + 32 * 6), rel=1e-3)
-    assert score.passing == pytest.approx(positions * (4 + 32 * 14), rel=1e-3)
+    assert score.disk == pytest.approx(positions * (8 + 32 * 6), rel=1e-3)
+    assert score.passing == pytest.approx(positions * (8 + 4 * 4 / 3 + 32 * 14), rel=1e-3)
     assert score.flops == pytest.approx(2 * (parameters(qwen14) - 152064 * 5120) * score.tokens, rel=0.15)
     assert score.hours is not None
     assert answers.hours is not None

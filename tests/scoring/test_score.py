@@ -99,7 +99,11 @@ def test_the_scores_are_the_models_on_the_tokens_that_training_learns(
         assert found.token_ids_T.tolist() == ids[supervised].tolist()
         with torch.no_grad():
             logits_TV = reference(torch.tensor(ids[None].astype(np.int64))).logits[0]
-        want = logits_TV.log_softmax(-1)[np.flatnonzero(supervised) - 1].topk(K)
+        logprobs_TV = logits_TV.log_softmax(-1)[np.flatnonzero(supervised) - 1]
+        own = logprobs_TV.gather(1, torch.tensor(ids[supervised].astype(np.int64))[:, None])[:, 0]
+        np.testing.assert_allclose(found.token_logprobs_T, own.numpy(), rtol=1e-6)
+        assert not np.isin(found.token_ids_T, found.top_ids_TK).all()  # and those that are not among the K as well
+        want = logprobs_TV.topk(K)
         assert found.top_ids_TK.tolist() == want.indices.tolist()
         assert found.top_logprobs_TK.tolist() == want.values.numpy().astype(np.float16).tolist()
     assert not Path(f"{scored}.parts").exists()
@@ -247,11 +251,16 @@ def top(*place: Any) -> dict[str, Any]:
     return changed(input_top_logprobs=[None, list(place), list(place)])
 
 
+def own(logprob: Any) -> dict[str, Any]:
+    return changed(input_token_logprobs=[[None, 8, None], [-1.0, 9, None], [logprob, 10, None]])
+
+
 A, B, C = [-0.5, 1, None], [-1.0, 2, None], [-1.5, 3, None]
 
 
 def test_an_answer_is_read_as_it_stands() -> None:
     scores = read_scores(reply(BODY), [9, 10], 3, 320)
+    assert scores.token_logprobs.tolist() == [-1.0, -1.0]
     assert scores.ids.tolist() == [[0, 1, 2]] * 2
     assert scores.logprobs.tolist() == [[-0.5, -1.0, -1.5]] * 2
 
@@ -266,6 +275,10 @@ def test_an_answer_is_read_as_it_stands() -> None:
         (changed(finish_reason={"type": "abort"}), "ended the answer with 'abort'"),
         (changed(input_token_logprobs=[[None, 8, None], [-1.0, 9, None]]), "1 other tokens than the 2"),
         (changed(input_token_logprobs=[[None, 8], [-1.0, 9], [-1.0, 11]]), "2 other tokens"),
+        (own(None), "log-probability of the text's token 10 that is none: None"),
+        (own(float("-inf")), "log-probability of the text's token 10 that is none: -inf"),
+        (own(0.1), "log-probability of the text's token 10 that is none"),
+        (own(True), "log-probability of the text's token 10 that is none"),
         (changed(input_top_logprobs=[None, [A, B, C]]), "without 3 log-probabilities at each"),
         (top(A, B), "without 3 log-probabilities at each"),
         (top(A, B, [-2.0, 320, None]), "cannot be the likeliest of 320"),
@@ -355,8 +368,11 @@ def test_what_is_left_of_k_is_absent(tmp_path: Path, qwen2_checkpoint: Path, com
     assert len(lacked) == agreement.unknown == chat.vocab_size - len(chat.tokenizer.library.get_vocab())
     assert agreement.sha256 != load_rows(str(completions), chat, None)[1].sha256  # which other scores would be for
     api = ScoringApi(rows, agreement, 3, chat.vocab_size, "m", qwen2_checkpoint, 1.0)
-    given = Scores(np.array([[lacked[0], 7, lacked[1], 8]], np.int32), np.array([[-0.1, -3.0, -4.0, -5.0]]))
+    given = Scores(
+        np.array([-9.3]), np.array([[lacked[0], 7, lacked[1], 8]], np.int32), np.array([[-0.1, -3.0, -4.0, -5.0]])
+    )
     text = encode_scores(api.known_to_student(given))
-    ids, logprobs = decode_scores(text, 1, 3)
+    own, ids, logprobs = decode_scores(text, 1, 3)
+    assert own.tolist() == [np.float32(-9.3)]
     assert ids.tolist() == [[7, 8, ABSENT]]
     assert logprobs.tolist() == [[-3.0, -5.0, -np.inf]]

@@ -26,7 +26,8 @@ def document(key: tuple[str, int]) -> TopLogprobsRow:
     ids = numbers.integers(0, 1 << 17, (tokens, K)).astype(np.int32)
     logprobs = -numbers.exponential(5, (tokens, K)).astype(np.float16)
     ids[-1:, -1], logprobs[-1:, -1] = -1, -np.inf
-    return TopLogprobsRow(ids[:, 0].copy(), ids, logprobs)
+    own = -numbers.exponential(5, tokens).astype(np.float32)
+    return TopLogprobsRow(ids[:, 0].copy(), own, ids, logprobs)
 
 
 def write(folder: Path, keys: list[tuple[str, int]] = KEYS) -> None:
@@ -159,7 +160,9 @@ def test_a_finished_store_stays_as_it_is_and_another_one_is_not_mixed_in(tmp_pat
         TopLogprobsWriter(tmp_path / "begun", K + 1, {"model": "teacher"})
 
 
-@pytest.mark.parametrize("tensor", ["offsets", "samples", "problems", "token_ids", "top_ids", "top_logprobs"])
+@pytest.mark.parametrize(
+    "tensor", ["offsets", "samples", "problems", "token_ids", "token_logprobs", "top_ids", "top_logprobs"]
+)
 def test_a_damaged_tensor_is_refused_by_name(tensor: str, tmp_path: Path) -> None:
     write(tmp_path / "store")
     shard = tmp_path / "store" / "000000.safetensors"
@@ -169,6 +172,14 @@ def test_a_damaged_tensor_is_refused_by_name(tensor: str, tmp_path: Path) -> Non
     shard.write_bytes(data)
     with pytest.raises(InputError, match=f"000000.safetensors: tensor {tensor} does not match its checksum"):
         TopLogprobs(tmp_path / "store").verify()
+
+
+def test_a_store_of_another_version_is_to_be_made_again(tmp_path: Path) -> None:
+    write(tmp_path / "store")
+    manifest = tmp_path / "store" / MANIFEST
+    manifest.write_text(manifest.read_text().replace(f'"format": {top_logprobs.FORMAT}', '"format": 1'))
+    with pytest.raises(InputError, match=r"top_logprobs.json: format 1 is of another version"):
+        TopLogprobs(tmp_path / "store")
 
 
 def test_missing_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
@@ -186,25 +197,29 @@ def test_missing_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "top_ids", "logprobs", "message"),
+    ("ids", "own", "top_ids", "logprobs", "message"),
     [
-        ([-1], [[1, 2, 3]], [[-1, -2, -3]], "token_ids"),
-        ([1.0], [[1, 2, 3]], [[-1, -2, -3]], "token_ids"),
-        ([1], [[1, 2]], [[-1, -2]], r"\[1, 3\] expected"),
-        ([1, 2], [[1, 2, 3]], [[-1, -2, -3]], r"\[2, 3\] expected"),
-        ([1], [[1, 2, -2]], [[-1, -2, -3]], "an id below -1"),
-        ([1], [[1, 2, -1]], [[-1, -2, -3]], "which is absent"),
-        ([1], [[1, 2, 3]], [[-1, -2, float("nan")]], "that is NaN"),
-        ([1], [[1, 2, 3]], [[1, -2, -3]], "above 0.01"),
+        ([-1], [-1], [[1, 2, 3]], [[-1, -2, -3]], "token_ids"),
+        ([1.0], [-1], [[1, 2, 3]], [[-1, -2, -3]], "token_ids"),
+        ([1], [-1, -1], [[1, 2, 3]], [[-1, -2, -3]], r"token_logprobs: \[1\] expected"),
+        ([1], [float("nan")], [[1, 2, 3]], [[-1, -2, -3]], "token_logprobs: .* from nan"),
+        ([1], [float("-inf")], [[1, 2, 3]], [[-1, -2, -3]], "token_logprobs: .* from -inf"),
+        ([1], [0.1], [[1, 2, 3]], [[-1, -2, -3]], "token_logprobs: .* to 0.1"),
+        ([1], [-1], [[1, 2]], [[-1, -2]], r"\[1, 3\] expected"),
+        ([1, 2], [-1, -1], [[1, 2, 3]], [[-1, -2, -3]], r"\[2, 3\] expected"),
+        ([1], [-1], [[1, 2, -2]], [[-1, -2, -3]], "an id below -1"),
+        ([1], [-1], [[1, 2, -1]], [[-1, -2, -3]], "which is absent"),
+        ([1], [-1], [[1, 2, 3]], [[-1, -2, float("nan")]], "that is NaN"),
+        ([1], [-1], [[1, 2, 3]], [[1, -2, -3]], "above 0.01"),
     ],
 )
 def test_arrays_that_are_no_scores_are_not_taken(
-    ids: list[int], top_ids: object, logprobs: object, message: str, tmp_path: Path
+    ids: list[int], own: list[float], top_ids: object, logprobs: object, message: str, tmp_path: Path
 ) -> None:
     with TopLogprobsWriter(tmp_path / "store", K) as writer:
         with pytest.raises(ValueError, match=message):
-            writer.append(("p", 0), ids, top_ids, logprobs)
-        writer.append(("p", 0), [1], [[1, 2, 3]], [[-1, -2, -3]])
+            writer.append(("p", 0), ids, own, top_ids, logprobs)
+        writer.append(("p", 0), [1], [-4], [[1, 2, 3]], [[-1, -2, -3]])
         with pytest.raises(ValueError, match="written already"):
-            writer.append(("p", 0), [1], [[1, 2, 3]], [[-1, -2, -3]])
+            writer.append(("p", 0), [1], [-4], [[1, 2, 3]], [[-1, -2, -3]])
     assert len(TopLogprobs(tmp_path / "store")) == 1
