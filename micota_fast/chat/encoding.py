@@ -317,6 +317,15 @@ class Chat:
         """The text of one token as the vocabulary has it, "" where an id has none."""
         return self.tokenizer.library.id_to_token(token_id) or ""
 
+    def check_ids(self, ids: NDArray[np.int32]) -> None:
+        """Check that the model has a row for each id of a tokenised text.
+
+        Raises:
+            InputError: naming the highest id, which it has not.
+        """
+        if (worst := int(ids.max(initial=0))) >= self.vocab_size:
+            raise InputError(f"token {self.token(worst)!r} has the id {worst}; {_known(self.vocab_size)}")
+
     @property
     def end_of_turn_id(self) -> int | None:
         """The id that ends an answer in training; None: the template ends it with no special token."""

@@ -146,7 +146,9 @@ def load_documents(
         for row, (ids, supervised) in zip(batch, encoded, strict=True):
             place: Place | None = None
             try:
-                _check(ids, supervised, chat)
+                chat.check_ids(ids)
+                if not supervised[1:].any():
+                    raise InputError("no supervised token: the assistant's text gives no token that another precedes")
                 place = None if scores is None else scores.place(row.parsed, ids, supervised)
             except InputError as reason:
                 reject(row.source, reason)
@@ -249,15 +251,3 @@ def _weight(row: dict[str, Any]) -> float:
             f"leave out a row that is to teach nothing"
         )
     return float(np.float32(weight))
-
-
-def _check(ids: NDArray[np.int32], supervised: NDArray[np.bool_], chat: Chat) -> None:
-    if ids.max(initial=0) >= chat.vocab_size:
-        worst = int(ids.max())
-        token = chat.tokenizer.library.id_to_token(worst)
-        raise InputError(
-            f"token {token!r} has id {worst}, but the model's vocabulary (config.json: vocab_size) ends at "
-            f"{chat.vocab_size - 1}: tokenizer and model do not belong together"
-        )
-    if not supervised[1:].any():
-        raise InputError("no supervised token: the assistant's text gives no token that another one precedes")

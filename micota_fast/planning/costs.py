@@ -70,6 +70,7 @@ def score(planner: Planner, stage: Stage) -> Cost:
     """
     s = stage.settings
     model, corpus = planner.model(s.model), planner.corpus(s.completions)
+    planner.scores[s.out] = s.top_k
     width = model.width if s.serve.dtype == "auto" else bytes_per_element(s.serve.dtype)
     config, serve = model.config, s.serve
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
@@ -144,7 +145,8 @@ def train(planner: Planner, stage: Stage) -> Cost:
     shards = s.mesh.shard or max(1, processes // s.mesh.replicate)
     how = s.activation_checkpointing
     device, offload = "cuda" if on_gpu else "cpu", on_gpu and s.offload
-    need = estimate(model.config, pack_tokens, shards, how, dtype, device, s.lora, offload=offload).total
+    top_k = 0 if s.top_logprobs is None else planner.scores[s.top_logprobs]
+    need = estimate(model.config, pack_tokens, shards, how, dtype, device, s.lora, top_k, offload).total
     stored = bytes_per_element(s.save_dtype) if s.save_dtype else model.width
     made = training(model.config, s)
     whole = size * stored if s.lora is None or s.lora.merged else 0.0

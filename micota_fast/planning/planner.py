@@ -129,6 +129,7 @@ class Planner:
     Attributes:
         models: by location, as stages have made them.
         corpora: by location, as stages have made them.
+        scores: entries per token (K) of scores, by location, as stages have made them.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class Planner:
         self.answer_tokens, self.done = answer_tokens, done
         self.models: dict[str, Model] = {}
         self.corpora: dict[str, Corpus] = {}
+        self.scores: dict[str, int] = {}
         self._longest_assumed = 0  # tokens of an answer
         self._problems: dict[str, tuple[int, float]] = {}
 

@@ -162,11 +162,10 @@ def _encode(chat: Chat, texts: list[_Texts]) -> list[Encoded]:
 
 def _check(encoded: Encoded, chat: Chat, where: str) -> None:
     ids, supervised = encoded
-    if ids.max(initial=0) >= chat.vocab_size:
-        raise InputError(
-            f"{where}: token {chat.token(int(ids.max()))!r} has id {ids.max()}, but the scoring model's vocabulary "
-            f"ends at {chat.vocab_size - 1}: tokenizer and model do not belong together"
-        )
+    try:
+        chat.check_ids(ids)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     if not supervised[1:].any() or supervised[0]:
         raise InputError(f"{where}: there is no prompt that an answer follows, so its first token has no score")
 

@@ -213,7 +213,7 @@ def test_the_first_bad_row_is_reported_whichever_check_finds_it(
     ids = chat.encode_prompt("the answer is")
     assert max(ids) >= 300
     path = write(tmp_path / "rows.jsonl", merged, "not JSON")
-    with pytest.raises(InputError, match=r"rows\.jsonl:1: token .* has id 3\d\d, but the model's vocabulary .* at 299"):
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: token .* has the id 3\d\d; the model knows only 300"):
         load_documents(path, small, 512)
     with pytest.raises(InputError, match=r"no usable row: 2 rows, 0 dropped .*, 2 rejected \(see .*bad_rows\.jsonl\)"):
         load_documents(path, small, 512, skip_bad_rows=True)

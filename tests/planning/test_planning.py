@@ -340,6 +340,9 @@ def test_scoring_reads_a_corpus_once_and_leaves_its_likeliest_tokens() -> None:
     assert answers.hours is not None
     assert 0 < score.hours < answers.hours
     assert score.gpus == answers.gpus
+    hard = costs["student/mid-seed0"]
+    need = estimate(of_hub("Qwen/Qwen2.5-7B-Instruct"), 16384, 8, "selective", torch.bfloat16, "cuda", top_k=32)
+    assert train.memory == need.total > hard.memory
 
 
 def test_align_multiplies_the_output_matrix_twice() -> None:
