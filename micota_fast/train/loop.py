@@ -71,7 +71,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
     source = resolve_checkpoint(config.model)
     prepare.check_trained_parameters(config, source)
     template = template_file(config.chat)  # as it is now: the file may change while the training runs
-    documents, held_out = prepare.load_documents(config, source, out)
+    documents, held_out = prepare.load_documents(config, source, out, world)
     identity = prepare.run_identity(config, source, documents, held_out, world)
     if prepare.is_finished(out, identity, world):
         return True

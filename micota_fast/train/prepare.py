@@ -62,20 +62,36 @@ def check_trained_parameters(config: TrainConfig, source: Path) -> None:
         trainable_decoder(config, ModelConfig.from_checkpoint(source))
 
 
-def load_documents(config: TrainConfig, source: Path, out: Path) -> tuple[Documents, Documents | None]:
-    """Load the documents to train on, and those held out for validation (None if there are none)."""
+def load_documents(config: TrainConfig, source: Path, out: Path, world: World) -> tuple[Documents, Documents | None]:
+    """Load the documents to train on, and those held out for validation (None if there are none).
+
+    Raises:
+        InputError: see `data.tokenise.load_documents`; on all ranks if the store of `top_logprobs` is damaged.
+    """
     chat = Chat.from_checkpoint(source, config.chat)
     limit = config.max_doc_tokens or config.pack_tokens
     options = (chat, limit, config.over_length, config.skip_bad_rows)
     store = None
     if config.top_logprobs is not None:
-        store = TopLogprobs(config.top_logprobs)
-        store.verify()
+        store = _verified_store(config.top_logprobs, world)
     documents = tokenise.load_documents(config.data, *options, out / "bad_rows.jsonl", config.columns, store)
     if config.validation_data is None:
         return documents, None
     aside = out / "bad_validation_rows.jsonl"
     return documents, tokenise.load_documents(config.validation_data, *options, aside, config.columns)
+
+
+def _verified_store(folder: str, world: World) -> TopLogprobs:
+    """Open a store on all ranks; one rank of each machine reads all of it, as a machine may have a copy of its own."""
+    opened = []
+
+    def open_store() -> None:
+        opened.append(TopLogprobs(folder))
+        if world.local_rank == 0:
+            opened[0].verify()
+
+    world.on_all(open_store)
+    return opened[0]
 
 
 def run_identity(
@@ -176,19 +192,15 @@ def load_initial_weights(model: PackedLoss, config: TrainConfig, source: Path, w
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(world.device))
-    mistake = None
-    try:
+
+    def load() -> None:
         if config.init == "random":
             safetensors_io.draw_weights(model.decoder, config.seed)
         else:
             safetensors_io.read_weights(model.decoder, source)
         draw_adapters(model.decoder, config.seed)
-    except InputError as error:
-        mistake = str(error)
-    mistakes: list[str | None] = [None] * world.size
-    dist.all_gather_object(mistakes, mistake, group=world.hosts)
-    if found := [f"rank {rank}: {told}" if world.size > 1 else told for rank, told in enumerate(mistakes) if told]:
-        raise InputError(found[0])
+
+    world.on_all(load)
 
 
 def plan_steps(config: TrainConfig, documents: Documents, model: PackedLoss, world: World) -> PackedSteps:

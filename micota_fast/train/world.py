@@ -31,6 +31,7 @@ class World:
     replicas: int = 1  # copies of the model; size / replicas processes share one
     offload: bool = False  # shards are in the memory of the host, not of the device
     hosts: dist.ProcessGroup | None = None  # of all, for what hosts decide: never waits for a device
+    local_rank: int = 0  # among the processes of this machine
 
     @property
     def is_main(self) -> bool:
@@ -65,6 +66,25 @@ class World:
             raise InputError(held[1])
         result: T = held[0]
         return result
+
+    def on_all(self, function: Callable[[], None]) -> None:
+        """Call `function` on every rank; all of them return once it has returned everywhere.
+
+        Raises:
+            InputError: on every rank, if `function` raised it on one; of several, that of the lowest rank.
+        """
+        mistake = None
+        try:
+            function()
+        except InputError as error:
+            mistake = str(error)
+        mistakes: list[str | None] = [mistake]
+        if self.size > 1:
+            mistakes = [None] * self.size
+            dist.all_gather_object(mistakes, mistake, group=self.hosts)
+        for rank, found in enumerate(mistakes):
+            if found is not None:
+                raise InputError(f"rank {rank}: {found}" if self.size > 1 else found)
 
 
 @contextmanager
@@ -104,7 +124,7 @@ def join_world(device: str, mesh: MeshConfig | None = None, offload: bool = Fals
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=own_device)
     try:
         hosts = dist.new_group(backend="gloo", timeout=HOSTS_TIMEOUT) if size > 1 else None
-        world = World(rank, size, chosen, replicas, offload, hosts)
+        world = World(rank, size, chosen, replicas, offload, hosts, local_rank)
         yield world
         # Without these two, gloo's threads sometimes outlive what they use and the process aborts at its exit.
         world.barrier()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from helpers.ranks import run_ranks
 from helpers.scores import write_scores
 from helpers.training_runs import (
     checkpoint_steps,
@@ -30,8 +31,10 @@ from micota_fast.config.train import SoftConfig, TrainConfig
 from micota_fast.data.batches import PackedSteps
 from micota_fast.errors import InputError
 from micota_fast.model.folder import resolve_checkpoint
+from micota_fast.sources.top_logprobs import TopLogprobs
 from micota_fast.train.loop import train
 from micota_fast.train.prepare import load_documents
+from micota_fast.train.world import World
 
 
 def soft_config(checkpoint: Path, folder: Path, top_k: int | None, **soft: Any) -> TrainConfig:
@@ -62,7 +65,7 @@ def test_ten_steps_equal_a_plain_loop_on_the_whole_distribution(
     train(config)
     assert config.soft is not None
     alpha, temperature = config.soft.alpha, config.soft.temperature
-    documents, _ = load_documents(config, resolve_checkpoint(config.model), tmp_path)
+    documents, _ = load_documents(config, resolve_checkpoint(config.model), tmp_path, World(0, 1, torch.device("cpu")))
     assert documents.scores is not None
     steps = PackedSteps(documents, config.pack_tokens, config.packs_per_step, seed=config.seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
@@ -141,6 +144,23 @@ def test_another_store_is_another_run_and_a_damaged_one_is_refused(qwen2_checkpo
     flip(Path(config.top_logprobs) / "000000.safetensors")
     with pytest.raises(InputError, match=r"000000\.safetensors: tensor \w+ does not match its checksum"):
         train(replace(config, out=str(tmp_path / "again")))
+
+
+def _damaged_for_all(world: World, config: TrainConfig, folder: Path) -> None:
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        verify = TopLogprobs.verify
+        patch.setattr(TopLogprobs, "verify", lambda store: (read.append(world.rank), verify(store)))
+        with pytest.raises(InputError, match=r"^rank 0: .*000000\.safetensors: tensor \w+ does not match its checksum"):
+            load_documents(config, resolve_checkpoint(config.model), folder, world)
+    assert read == [0] * (world.rank == 0)
+
+
+def test_one_rank_reads_the_whole_store_and_all_end_with_what_it_found(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    config = soft_config(qwen2_checkpoint, tmp_path, 4)
+    assert config.top_logprobs is not None
+    flip(Path(config.top_logprobs) / "000000.safetensors")
+    run_ranks(2, _damaged_for_all, tmp_path / "log", config, tmp_path)
 
 
 def test_runs_without_distributions_keep_their_identity() -> None:

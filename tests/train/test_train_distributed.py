@@ -124,7 +124,7 @@ def test_a_worker_whose_agent_died_before_it_started_ends(qwen2_checkpoint: Path
 def _other_documents(world: World, config: TrainConfig, folder: Path) -> None:
     own = replace(config, data=str(write_corpus(folder / f"corpus-{world.rank}.jsonl", seed=world.rank)))
     source = resolve_checkpoint(config.model)
-    documents, _ = load_documents(own, source, folder)
+    documents, _ = load_documents(own, source, folder, world)
     with pytest.raises(InputError, match=r"rank 1 reads other documents than rank 0: .*corpus-\d"):
         run_identity(own, source, documents, None, world)
 
