@@ -153,12 +153,14 @@ def encode_row(row: Problem | Completion | Mapping[str, Any]) -> bytes:
 def model_name(model: str | Path) -> str:
     """Return what a model is called in rows and results: a hub name as it is; of a folder its last component.
 
-    Trained and merged models lie in NAME/model, so where the last component is `model` the one before it.
+    Trained and merged models lie in NAME/model and adapters in NAME/adapter, so when the last component is one of these
+    it is the one before it. MODEL+ADAPTER is called by both.
     """
     if not os.path.isdir(model):
-        return str(model)
+        base, plus, adapter = str(model).rpartition("+")
+        return f"{model_name(base)}+{model_name(adapter)}" if plus else str(model)
     folder = Path(os.path.abspath(model))
-    return folder.parent.name if folder.name == "model" else folder.name
+    return folder.parent.name if folder.name in ("model", "adapter") else folder.name
 
 
 def write_rows(path: str | Path, rows: Iterable[Problem | Completion | Mapping[str, Any]]) -> None:

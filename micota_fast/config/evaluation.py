@@ -167,7 +167,7 @@ class EvaluateSettings(SamplingSettings):
 class EvaluateConfig(EvaluateSettings):
     """`micota evaluate`: a checkpoint in, results.json and graded rows out."""
 
-    model: str = option(doc="checkpoint (folder or hub name)")
+    model: str = option(doc="checkpoint (folder or hub name, or CHECKPOINT+ADAPTER of LoRA)")
     out: str = option(doc="folder: results.json, rows/BENCHMARK.jsonl")
 
     def __post_init__(self) -> None:

@@ -302,8 +302,8 @@ class GenerateConfig(GenerateSettings):
     """`micota generate`: problems in, completions out."""
 
     model: str = option(
-        doc="checkpoint (folder or hub name): its tokenizer and template, and what is served; with `api: openai` only "
-        "the name by which the server knows it"
+        doc="checkpoint (folder or hub name, or CHECKPOINT+ADAPTER of LoRA): its tokenizer and template, and what is "
+        "served; with `api: openai` only the name by which the server knows it"
     )
     problems: str = option(doc=PROBLEMS)
     columns: dict[str, str] = option({}, doc=COLUMNS, source="ours", newer=True)

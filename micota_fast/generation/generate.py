@@ -40,7 +40,7 @@ from micota_fast.generation.request import sampling_params
 from micota_fast.generation.servers import named_urls, servers_for
 from micota_fast.generation.sglang_api import SGLangApi
 from micota_fast.grading.gold import check_golds
-from micota_fast.model.folder import resolve_checkpoint
+from micota_fast.model.folder import resolve_model
 
 
 def run(config: GenerateConfig) -> None:
@@ -231,7 +231,7 @@ class Generation:
             if config.api == "openai":
                 api = OpenAIApi(self.problems, config, config.model)
             else:
-                api = SGLangApi(self.problems, config, config.model, resolve_checkpoint(config.model))
+                api = SGLangApi(self.problems, config, config.model, resolve_model(config.model)[0])
             client = Client(self.problems, config, api, urls, journal, judge, enough)
             try:
                 asyncio.run(client.run())

@@ -11,7 +11,7 @@ from micota_fast.config import loader
 from micota_fast.config.evaluation import EvaluateConfig
 from micota_fast.config.generation import GenerateConfig
 from micota_fast.errors import InputError
-from micota_fast.model.folder import resolve_checkpoint
+from micota_fast.model.folder import resolve_model
 
 
 def model_identity(config: GenerateConfig | EvaluateConfig, hashes: Fingerprints) -> dict[str, Any]:
@@ -22,8 +22,22 @@ def model_identity(config: GenerateConfig | EvaluateConfig, hashes: Fingerprints
     """
     if config.api == "openai":
         return {"model": config.model, "api": config.api}
-    checkpoint = resolve_checkpoint(config.model)
-    return {"model": model_fingerprint(checkpoint, hashes), "serve": loader.identity(config.serve)}
+    return {**model_fingerprints(config.model, hashes), "serve": loader.identity(config.serve)}
+
+
+def model_fingerprints(name: str, hashes: Fingerprints) -> dict[str, str]:
+    """Return the hash of a checkpoint as `model` and, of MODEL+ADAPTER, that of the adapter as `adapter`.
+
+    Args:
+        name: of a folder or of the hub.
+        hashes: of files read before.
+
+    Raises:
+        InputError: there is no checkpoint, or no adapter.
+    """
+    base, adapter = resolve_model(name)
+    model = {"model": model_fingerprint(base, hashes)}
+    return model if adapter is None else model | {"adapter": model_fingerprint(adapter, hashes)}
 
 
 def model_fingerprint(path: Path, hashes: Fingerprints) -> str:

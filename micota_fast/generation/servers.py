@@ -10,7 +10,7 @@ from micota_fast.common.urls import hide_credentials
 from micota_fast.config.evaluation import EvaluateConfig
 from micota_fast.config.generation import GenerateConfig
 from micota_fast.errors import InputError
-from micota_fast.model.folder import resolve_checkpoint
+from micota_fast.model.folder import resolve_model
 from micota_fast.serve import sglang
 from micota_fast.serve.serve import serving
 
@@ -39,7 +39,7 @@ def named_urls(config: GenerateConfig | EvaluateConfig) -> list[str] | None:
     if config.api == "openai":
         read_key(config.openai.key_env)
     else:
-        resolve_checkpoint(config.model)  # its tokenizer is needed in any case
+        resolve_model(config.model)  # its tokenizer is needed in any case
     if config.url is None:
         return None
     urls = [_checked_url(url) for url in ([config.url] if isinstance(config.url, str) else config.url)]

@@ -25,7 +25,7 @@ from micota_fast.errors import InputError
 from micota_fast.model.checks import checked_config
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import parameter_shapes
-from micota_fast.model.folder import ADAPTER, resolve_checkpoint, stored_tensors
+from micota_fast.model.folder import ADAPTER, resolve_model, stored_tensors
 from micota_fast.model.safetensors_io import code_of, memory_of, read_tensor, save_checkpoint
 
 WEIGHTS = "adapter_model.safetensors"
@@ -186,9 +186,10 @@ def merged_for_a_while(name: str) -> Iterator[Path]:
     Raises:
         InputError: there is no such checkpoint or adapter, or they do not fit each other.
     """
-    base, _, adapter = name.rpartition("+")
+    base, adapter = resolve_model(name)
+    assert adapter is not None
     with tempfile.TemporaryDirectory(prefix="micota-merged-") as folder:
-        save_merged(resolve_checkpoint(base), resolve_checkpoint(adapter), Path(folder) / "model")
+        save_merged(base, adapter, Path(folder) / "model")
         yield Path(folder) / "model"
 
 

@@ -60,6 +60,21 @@ def names_adapter(name: str) -> bool:
     return "+" in name and not Path(name).is_dir()
 
 
+def resolve_model(name: str) -> tuple[Path, Path | None]:
+    """Return the folder of a checkpoint and, of MODEL+ADAPTER, that of the adapter: see `resolve_checkpoint`.
+
+    Raises:
+        InputError: there is no such checkpoint or adapter.
+    """
+    if not names_adapter(name):
+        return resolve_checkpoint(name), None
+    base, _, adapter = name.rpartition("+")
+    folders = resolve_checkpoint(base), resolve_checkpoint(adapter)
+    if not (folders[1] / ADAPTER).is_file():
+        raise InputError(f"{adapter}: no {ADAPTER} is there, so it is not a LoRA adapter; MODEL+ADAPTER names one")
+    return folders
+
+
 def require_checkpoint(name_or_path: str | Path) -> None:
     """Raise InputError if this is neither a folder here nor the form of a name on the hub, which is not asked."""
     name = str(name_or_path)
@@ -97,8 +112,8 @@ def what_else(directory: Path) -> str:
     """Return what a folder without a checkpoint's files holds instead and what to do about it, to end an error with."""
     if (directory / ADAPTER).is_file():
         return (
-            f". It is a LoRA adapter (adapter_config.json): `micota merge` and `micota serve` take it with its base "
-            f"(BASE+{directory}); other verbs need the two merged"
+            f". It is a LoRA adapter (adapter_config.json): `merge`, `serve`, `generate`, `evaluate` and `score` take "
+            f"it with its base (BASE+{directory}); other verbs need the two merged"
         )
     pickles = sorted(path.name for kind in ("bin", "pt", "pth", "ckpt") for path in directory.glob(f"*.{kind}"))
     if pickles:

@@ -28,9 +28,9 @@ from micota_fast.config.scoring import ScoreConfig
 from micota_fast.errors import InputError
 from micota_fast.generation.client import Client
 from micota_fast.generation.journal import Journal
-from micota_fast.generation.model_identity import model_fingerprint
+from micota_fast.generation.model_identity import model_fingerprints
 from micota_fast.generation.servers import named_urls, servers_for
-from micota_fast.model.folder import resolve_checkpoint
+from micota_fast.model.folder import resolve_checkpoint, resolve_model
 from micota_fast.scoring.rows import load_rows
 from micota_fast.scoring.scoring_api import ScoringApi, decode_scores
 from micota_fast.sources.top_logprobs import FORMAT, TopLogprobs, TopLogprobsWriter
@@ -73,14 +73,14 @@ class Scoring:
     def __init__(self, config: ScoreConfig) -> None:
         self._config, self._out = config, Path(config.out)
         self._parts = Path(f"{config.out}.parts")
-        self._checkpoint = resolve_checkpoint(config.model)
+        self._checkpoint, _ = resolve_model(config.model)
         self._teacher = Chat.from_checkpoint(self._checkpoint, config.chat)
         student = None
         if config.student is not None:
             student = Chat.from_checkpoint(resolve_checkpoint(config.student), config.student_chat)
         self.rows, self.agreement = load_rows(config.completions, self._teacher, student)
         self._made_by: dict[str, Any] = {
-            "model": model_fingerprint(self._checkpoint, Fingerprints(None)),
+            **model_fingerprints(config.model, Fingerprints(None)),
             "serve": loader.identity(config.serve),
             "rows": self.rows.sha256,
             "special_tokens": self.agreement.special,
