@@ -21,6 +21,7 @@ import psutil
 import pytest
 from aiohttp import web
 
+from helpers.adapters import write_adapter
 from helpers.ports import free_port
 from helpers.servers import http_server
 from helpers.waiting import rows_in
@@ -123,6 +124,36 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(
         generate.run(config(qwen2_checkpoint, problems, corpus, nobody, temperature=0.9))
     with pytest.raises(InputError, match=r"it differs in: problems"):
         generate.run(config(qwen2_checkpoint, problems, corpus, nobody, limit=3))
+
+
+@pytest.mark.slow
+def test_a_model_with_an_adapter_answers_merged_and_has_a_fingerprint_of_both(
+    corpus: Path, qwen2_checkpoint: Path, problems: Path, tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "tuned" / "adapter")
+    both = config(Path(f"{qwen2_checkpoint}+{adapter}"), problems, tmp_path / "out.jsonl", None, limit=5)
+    generate.run(both)
+    rows, of_base = read_completions(both.out), read_completions(corpus)[: 5 * SAMPLES]
+    assert {row.model for row in rows} == {f"{qwen2_checkpoint.name}+tuned"}
+    assert [row.seed for row in rows] == [row.seed for row in of_base]
+    assert [row.completion for row in rows] != [row.completion for row in of_base]
+    generate.run(both)  # it is done
+    known = json.loads(Path(f"{both.out}.meta.json").read_text())["fingerprint"]
+    assert known["model"] == model_fingerprint(qwen2_checkpoint, Fingerprints(None))
+    write_adapter(tmp_path / "tuned" / "adapter", 2.0)
+    with pytest.raises(InputError, match=r"it differs in: adapter\)"):
+        generate.run(both)
+
+
+def test_what_is_no_adapter_is_told_before_anything_is_read(
+    qwen2_checkpoint: Path, problems: Path, tmp_path: Path
+) -> None:
+    both = config(Path(f"{qwen2_checkpoint}+{qwen2_checkpoint}"), problems, tmp_path / "out.jsonl", None)
+    with pytest.raises(InputError, match=r"no adapter_config.json is there, so it is not a LoRA adapter"):
+        generate.run(both)
+    missing = config(Path(f"{qwen2_checkpoint}+{tmp_path}/none"), problems, tmp_path / "out.jsonl", None)
+    with pytest.raises(InputError, match=r"none: no such folder"):
+        generate.run(missing)
 
 
 def test_a_foreign_file_is_not_overwritten(tmp_path: Path, qwen2_checkpoint: Path, problems: Path) -> None:

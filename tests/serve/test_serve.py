@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from helpers.adapters import write_adapter
 from helpers.servers import PROMPT, Server, greedy
 from helpers.waiting import wait_for
 from micota_fast.common import processes
@@ -315,15 +316,7 @@ def test_seeds_are_asked_for_where_sglang_has_them(config: ServeConfig, passed: 
 def test_a_model_with_an_adapter_is_served_merged(
     tmp_path: Path, qwen2_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
-    from micota_fast.config.train import LoraConfig
-    from micota_fast.model.adapter import save_adapter
-
-    name = "model.layers.0.mlp.up_proj.lora_{}.weight"
-    halves = {name.format("A"): torch.ones(1, 64), name.format("B"): torch.ones(96, 1)}
-    save_adapter(halves, LoraConfig(rank=1, targets=["up_proj"]), "base", tmp_path / "adapter", {})
-    both = f"{qwen2_checkpoint}+{tmp_path / 'adapter'}"
+    both = f"{qwen2_checkpoint}+{write_adapter(tmp_path / 'adapter')}"
     (tmp_path / "made").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "made"))
     with serving(both, ServeConfig(), tmp_path / "log.txt") as [url]:
