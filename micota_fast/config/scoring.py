@@ -73,8 +73,8 @@ class ScoreConfig(ScoreSettings):
         ".zst), Parquet or hf://datasets/ORG/NAME[:SPLIT]"
     )
     model: str = option(
-        doc="checkpoint (folder or hub name, or CHECKPOINT+ADAPTER of LoRA) that scores: its tokenizer and template, and "
-        "what is served"
+        doc="checkpoint (folder or hub name, or CHECKPOINT+ADAPTER of LoRA) that scores: its tokenizer and template, "
+        "and what is served"
     )
     student: str | None = option(
         None,

@@ -23,6 +23,7 @@ from micota_fast.generation.endpoint import (
 )
 from micota_fast.generation.model_names import is_model
 from micota_fast.model.config import ModelConfig
+from micota_fast.model.folder import names_adapter
 
 LOGPROB_BYTES = 96  # of a triple of log-probability, id and null
 _OURS = uuid.uuid4().hex  # how the ids of this process's requests begin
@@ -57,19 +58,22 @@ class SGLangServers:
     async def served_model(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> str | None:
         """Return the name or folder of what it serves; None if it does not tell.
 
+        MODEL+ADAPTER is served from a folder of the two merged, so there it is the name that clients call it by.
+
         Raises:
             RetryableError: it does not answer, is not up yet, or what it says cannot be a name.
         """
+        key = "served_model_name" if names_adapter(self.model) else "model_path"
         for path in ("/get_model_info", "/model_info"):
             status, content = await endpoint.get(session, path)
             if status in UNAVAILABLE_STATUSES:
                 raise RetryableError(f"HTTP {status}: {error_message(content)}")
             if status != 200:
                 continue
-            served = decode_object(content, path).get("model_path")
+            served = decode_object(content, path).get(key)
             if isinstance(served, str):
                 if not served or len(served) > SHOWN_CHARACTERS or any(ord(c) < 32 or ord(c) == 127 for c in served):
-                    raise RetryableError(f"{path}: key 'model_path' cannot be a name or folder: {served[:60]!r}")
+                    raise RetryableError(f"{path}: key {key!r} cannot be a name or folder: {served[:60]!r}")
                 return served
         return None
 

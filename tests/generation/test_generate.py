@@ -128,7 +128,7 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(
 
 @pytest.mark.slow
 def test_a_model_with_an_adapter_answers_merged_and_has_a_fingerprint_of_both(
-    corpus: Path, qwen2_checkpoint: Path, problems: Path, tmp_path: Path
+    corpus: Path, url: str, qwen2_checkpoint: Path, problems: Path, tmp_path: Path
 ) -> None:
     adapter = write_adapter(tmp_path / "tuned" / "adapter")
     both = config(Path(f"{qwen2_checkpoint}+{adapter}"), problems, tmp_path / "out.jsonl", None, limit=5)
@@ -143,6 +143,8 @@ def test_a_model_with_an_adapter_answers_merged_and_has_a_fingerprint_of_both(
     write_adapter(tmp_path / "tuned" / "adapter", 2.0)
     with pytest.raises(InputError, match=r"it differs in: adapter\)"):
         generate.run(both)
+    with pytest.raises(InputError, match=rf"serves {qwen2_checkpoint}, but `model` is {qwen2_checkpoint}\+"):
+        generate.run(replace(both, url=url, out=str(tmp_path / "other.jsonl")))
 
 
 def test_what_is_no_adapter_is_told_before_anything_is_read(

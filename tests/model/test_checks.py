@@ -188,14 +188,11 @@ def test_wrapped_names_are_explained(copy: Path, wrap: Callable[[str], str], too
 def test_a_lora_adapter_is_explained(copy: Path) -> None:
     (copy / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (copy / "model.safetensors").rename(copy / "adapter_model.safetensors")
-    with pytest.raises(
-        InputError, match=r"neither model\.safetensors.*is a LoRA adapter.*`micota merge` and `micota serve` take it"
-    ):
+    takers = "`merge`, `serve`, `generate`, `evaluate` and `score` take it"
+    with pytest.raises(InputError, match=rf"neither model\.safetensors.*is a LoRA adapter.*{takers}"):
         load_model(copy)
     (copy / "config.json").unlink()
-    with pytest.raises(
-        InputError, match=r"config\.json: no such file.*is a LoRA adapter.*`micota merge` and `micota serve` take it"
-    ):
+    with pytest.raises(InputError, match=rf"config\.json: no such file.*is a LoRA adapter.*{takers}"):
         load_model(copy)
 
 

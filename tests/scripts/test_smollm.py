@@ -381,11 +381,14 @@ def test_the_recipe_is_planned_on_these_rows(tmp_path: Path, gsm8k: ModuleType, 
     path = ROOT / "micota_fast/recipes/smollm-gsm8k.yaml"
     overrides = [f"data_dir={tmp_path / 'rows'}", f"models.smollm2.checkpoint={llama_checkpoint}"]
     stages = {stage.name: stage for stage in build_stages(loader.load(Recipe, path, overrides), path, tmp_path / "run")}
-    trained = ["student/gsm8k-seed0", "evaluate/gsm8k-seed0"]
+    trained = [f"{stage}/{arm}-seed0" for arm in ("gsm8k", "lora") for stage in ("student", "evaluate")]
     assert list(stages) == ["evaluate/base", *trained, "align", "contamination", "report"]
     # The script measures the trained model on heldout_solutions.jsonl with the settings of this very stage.
     assert stages["align"].settings.corpora["heldout"] == str(tmp_path / "rows/heldout_solutions.jsonl")
-    assert stages["student/gsm8k-seed0"].settings.data == str(tmp_path / "rows/train_solutions.jsonl")
+    full, lora = (stages[f"student/{arm}-seed0"].settings for arm in ("gsm8k", "lora"))
+    assert full.data == lora.data == str(tmp_path / "rows/train_solutions.jsonl")
+    assert (full.lora, lora.lora.merged) == (None, True)
+    assert lora.lr == pytest.approx(10 * full.lr)
 
 
 @pytest.mark.skipif(
