@@ -105,6 +105,12 @@ class TrainSettings:
     weight_decay: float = option(0.0, doc="AdamW's decoupled decay; never on norms and biases", source="ours")
     betas: tuple[float, float] = option((0.9, 0.95), doc="AdamW's averaging", source="ours")
     eps: float = option(1e-8, doc="AdamW's epsilon", source="Loshchilov & Hutter 2019")
+    optimizer_states: Literal["float32", "8bit", "4bit"] = option(
+        "float32",
+        doc="AdamW's moments; 8bit and 4bit: quantised in blocks by torchao (extra `lowbit`)",
+        source="Dettmers et al. 2022, arXiv 2110.02861; Li et al. 2023, arXiv 2309.01507",
+        newer=True,
+    )
     max_grad_norm: float = option(1.0, doc="gradients are scaled down to this L2 norm", source="ours", infinite=True)
     pack_tokens: int = option(16384, doc="tokens in a pack: the length of one forward pass", source="ours")
     packs_per_step: int = option(8, doc="packs in an optimizer step, over all ranks: the global batch", source="ours")
@@ -210,6 +216,11 @@ class TrainSettings:
             raise InputError(
                 "`offload` shards one copy of the model, and `mesh.replicate` makes "
                 f"{self.mesh.replicate}, whose gradients would wait on the GPU: leave one of them out"
+            )
+        if self.offload and self.optimizer_states != "float32":
+            raise InputError(
+                f"`optimizer_states: {self.optimizer_states}` with `offload`: AdamW would step on the host, where "
+                "quantising takes some forty times as long as the step itself; leave one of them out"
             )
         if self.early_stop is not None and self.validation_data is None:
             raise InputError("`early_stop` needs `validation_data`, whose loss it watches")

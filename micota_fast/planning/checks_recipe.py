@@ -61,12 +61,13 @@ def packages(needs: Needs) -> Iterator[Finding]:
     else:
         yield Finding("ok", "packages", f"Python {sys.version.split()[0]}, torch {torch.__version__}, {built}")
     trains = [stage.settings for stage in needs.pending if stage.verb == "train"]
-    for module, asked in (
-        ("tensorboard", any(settings.tensorboard for settings in trains)),
-        ("wandb", any(settings.wandb for settings in trains)),
+    for module, extra, asked in (
+        ("tensorboard", "tensorboard", any(settings.tensorboard for settings in trains)),
+        ("wandb", "wandb", any(settings.wandb for settings in trains)),
+        ("torchao", "lowbit", any(settings.optimizer_states != "float32" for settings in trains)),
     ):
         if asked and not is_installed(module):
-            remedy = f"pip install 'micota-fast[{module}]'"
+            remedy = f"pip install 'micota-fast[{extra}]'"
             yield Finding("error", module, "the recipe uses it, but it is not installed", remedy)
     if needs.on_gpus:
         if torch.version.cuda is None:

@@ -33,6 +33,7 @@ from micota_fast.common.files import remove_whole, sync, writing
 from micota_fast.common.fingerprint import differences
 from micota_fast.common.json_io import as_read_back, read_json, write_json
 from micota_fast.errors import InputError
+from micota_fast.train.low_bit_adamw import LowBitAdamW
 from micota_fast.train.packed_loss import PackedLoss
 from micota_fast.train.parallel import local_part
 from micota_fast.train.staging import Staging
@@ -229,6 +230,8 @@ class Checkpoints:
         if optimizer is None:
             targets = {f"model.{name}": p.detach() for name, p in _trained(model).items()}
         else:
+            if isinstance(optimizer, LowBitAdamW):
+                _require_same_shards(folder, manifest, self._world)
             _make_state(stored, model, optimizer)
             targets = dict(_state(model, optimizer))
             there = _layout(manifest["processes"], manifest["replicas"], manifest.get("offload", False))
@@ -276,12 +279,20 @@ def _state(model: PackedLoss, optimizer: torch.optim.Optimizer) -> Iterator[tupl
     """Yield name and tensor, sharing memory, of everything that is restored by name and may be sharded."""
     for name, parameter in _trained(model).items():
         yield f"model.{name}", parameter.detach()
-        for field, value in optimizer.state.get(parameter, {}).items():
+        if isinstance(optimizer, LowBitAdamW):
+            states = optimizer.states(parameter)
+        else:
+            states = iter(optimizer.state.get(parameter, {}).items())
+        for field, value in states:
             yield f"optimizer.{field}.{name}", value
 
 
 def _make_state(stored: dict[str, Any], model: PackedLoss, optimizer: torch.optim.Optimizer) -> None:
     """Give the optimizer a tensor for each stored one: it makes its own only in its first step."""
+    if isinstance(optimizer, LowBitAdamW):
+        if any(key.startswith("optimizer.") for key in stored):  # else no step was made
+            optimizer.make_states()
+        return
     names = dict(model.decoder.named_parameters())
     on_device = {
         id(p): bool(g.get("fused") or g.get("capturable")) for g in optimizer.param_groups for p in g["params"]
@@ -299,6 +310,16 @@ def _make_state(stored: dict[str, Any], model: PackedLoss, optimizer: torch.opti
             device = parameter.device if on_device[id(parameter)] else torch.device("cpu")
             value = torch.zeros(metadata.size, dtype=dtype, device=device)
         optimizer.state[parameter][field] = value
+
+
+def _require_same_shards(folder: Path, manifest: dict[str, Any], world: World) -> None:
+    """Raise InputError, on all ranks, if a checkpoint's quantised moments are those of other shards."""
+    there, here = manifest["processes"] // manifest["replicas"], world.size // world.replicas
+    if there != here:
+        raise InputError(
+            f"{folder} has moments of few bits (`optimizer_states`), quantised in shards of {there} processes; now "
+            f"{here} share the model. Resume with {there}, or choose another `out` to start over"
+        )
 
 
 def _generators(world: World) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from micota_fast.train.meters import Meters
 from micota_fast.train.optim import clip_gradients, learning_rate, make_optimizer, step_if_finite
 from micota_fast.train.packed_loss import DUMMY_BATCH, on_device
 from micota_fast.train.parallel import last_micro_step, parallelize
-from micota_fast.train.preflight import require_trackers
+from micota_fast.train.preflight import require_torchao, require_trackers
 from micota_fast.train.signals import StopSignals
 from micota_fast.train.stopwatch import Stopwatch, profiler
 from micota_fast.train.validation import Validation
@@ -51,6 +51,7 @@ def train(config: TrainConfig, profile: bool = False) -> bool:
         KeyboardInterrupt: SIGINT ended it early, with a checkpoint.
     """
     require_trackers(config)
+    require_torchao(config)
     require_upload(config.push_to_hub)
     out = Path(config.out)
     with StopSignals() as stop, join_world(config.device, config.mesh, config.offload) as world, ExitStack() as lock:

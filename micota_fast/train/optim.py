@@ -10,6 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from micota_fast.config.train import TrainSettings
 from micota_fast.errors import InputError
+from micota_fast.train.low_bit_adamw import LowBitAdamW
+
+AdamW = torch.optim.AdamW | LowBitAdamW
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> int:
@@ -31,13 +34,15 @@ def freeze(model: nn.Module, patterns: list[str]) -> int:
     return sum(p.numel() for p in named.values() if not p.requires_grad)
 
 
-def make_optimizer(model: nn.Module, config: TrainSettings) -> torch.optim.AdamW:
-    """Make a fused AdamW (Loshchilov & Hutter 2019); matrices decay, vectors (norms and biases) do not."""
+def make_optimizer(model: nn.Module, config: TrainSettings) -> AdamW:
+    """Make AdamW (Loshchilov & Hutter 2019), fused or of few bits; matrices decay, vectors (norms and biases) do not."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if config.optimizer_states != "float32":
+        return LowBitAdamW(groups, config, compiled=config.compile or params[0].device.type == "cuda")
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
@@ -67,12 +72,16 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     return norm
 
 
-def step_if_finite(optimizer: torch.optim.AdamW, loss: Tensor, grad_norm: Tensor) -> None:
+def step_if_finite(optimizer: AdamW, loss: Tensor, grad_norm: Tensor) -> None:
     """Make one step of the optimizer; leave weights and moments as they were if loss or norm is not finite.
 
     The fused kernel itself reads on the device whether to do anything, from the attribute that `torch.amp.GradScaler`
-    sets for it, so the host never waits; with offload, when the step is the host's, it waits for the loss. Both figures
-    must be equal on all ranks.
+    sets for it, so the host never waits; with offload, when the step is the host's, it waits for the loss. torchao's step
+    reads no such thing, so that the host waits and decides. Both figures must be equal on all ranks.
     """
+    if isinstance(optimizer, LowBitAdamW):
+        if (loss.to(grad_norm.device) + grad_norm).isfinite().item():
+            optimizer.step()
+        return
     optimizer.found_inf = 1.0 - (loss.to(grad_norm.device) + grad_norm).isfinite().float()  # type: ignore[attr-defined]
     optimizer.step()

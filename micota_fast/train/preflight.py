@@ -16,6 +16,7 @@ def check(config: TrainConfig) -> None:
         InputError: one is not.
     """
     require_trackers(config)
+    require_torchao(config)
     require_upload(config.push_to_hub)
     require_checkpoint(config.model)
     for source in filter(None, (config.data, config.validation_data)):
@@ -27,6 +28,15 @@ def require_trackers(config: TrainConfig) -> None:
     for wanted, package in ((config.tensorboard, "tensorboard"), (config.wandb is not None, "wandb")):
         if wanted and not is_installed(package):
             raise InputError(f"`{package}` needs a package that is not installed: pip install 'micota-fast[{package}]'")
+
+
+def require_torchao(config: TrainConfig) -> None:
+    """Raise InputError if moments of few bits are requested and torchao is not installed."""
+    if config.optimizer_states != "float32" and not is_installed("torchao"):
+        raise InputError(
+            f"`optimizer_states: {config.optimizer_states}` needs torchao, which is not installed: "
+            "pip install 'micota-fast[lowbit]'"
+        )
 
 
 def is_installed(package: str) -> bool:
