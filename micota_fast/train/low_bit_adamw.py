@@ -4,7 +4,7 @@ Moments are quantised in blocks of 256 (8-bit, Dettmers et al. 2022, arXiv 2110.
 2023, arXiv 2309.01507), each block with a scale of its own. The step itself computes in float32.
 
 torchao could be given FSDP's DTensors. It compiles its step for each shape, and torch 2.13 keeps what it has compiled
-for a DTensor under the shape of the whole: of ranks with shards of unequal size one then runs what another has compiled.
+for a DTensor under the shape of the whole: of ranks with shards of unequal size one then runs what another compiled.
 """
 
 import logging

@@ -35,7 +35,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> int:
 
 
 def make_optimizer(model: nn.Module, config: TrainSettings) -> AdamW:
-    """Make AdamW (Loshchilov & Hutter 2019), fused or of few bits; matrices decay, vectors (norms and biases) do not."""
+    """Make AdamW (Loshchilov & Hutter 2019), fused or of few bits; matrices decay, norms and biases do not."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -76,8 +76,8 @@ def step_if_finite(optimizer: AdamW, loss: Tensor, grad_norm: Tensor) -> None:
     """Make one step of the optimizer; leave weights and moments as they were if loss or norm is not finite.
 
     The fused kernel itself reads on the device whether to do anything, from the attribute that `torch.amp.GradScaler`
-    sets for it, so the host never waits; with offload, when the step is the host's, it waits for the loss. torchao's step
-    reads no such thing, so that the host waits and decides. Both figures must be equal on all ranks.
+    sets for it, so the host never waits; with offload, when the step is the host's, it waits for the loss. torchao's
+    step reads no such thing, so the host waits and decides. Both figures must be equal on all ranks.
     """
     if isinstance(optimizer, LowBitAdamW):
         if (loss.to(grad_norm.device) + grad_norm).isfinite().item():

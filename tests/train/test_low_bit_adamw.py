@@ -41,7 +41,7 @@ def test_steps_are_those_of_torchao_and_one_that_is_not_finite_changes_nothing(b
     for rate in (0.01, 0.02, 0.005):
         optimizer.param_groups[0]["lr"] = rate
         reference.param_groups[0]["lr"].fill_(rate)
-        for p, q in zip(ours, theirs, strict=True):
+        for p in ours:
             p.grad = torch.full_like(p, NAN)
         step_if_finite(optimizer, torch.tensor(NAN), torch.tensor(1.0))
         for p, q in zip(ours, theirs, strict=True):
