@@ -43,7 +43,7 @@ class LowBitAdamW(torch.optim.Optimizer):
         self._adamw = kind(shards, lr=settings.lr, betas=settings.betas, eps=settings.eps)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Make one step from the parameters' gradients."""
         for mine, theirs in zip(self.param_groups, self._adamw.param_groups, strict=True):
             theirs["lr"].fill_(mine["lr"])
