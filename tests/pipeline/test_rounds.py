@@ -1,11 +1,17 @@
 """On-policy rounds: the stages of a recipe, what a wrong one is told, and a run that is killed in its second round."""
 
 import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.waiting import wait_for
 from micota_fast.config import loader
 from micota_fast.config.recipe import Recipe
 from micota_fast.config.shipped import RECIPES
@@ -172,3 +178,42 @@ def test_right_answers_need_problems_with_answers(tmp_path: Path) -> None:
     assert "answers/mine-seed1-round1" in planned(
         source, chosen, "corpora.own.on_policy.keep=right", "problems.open.limit=1"
     )
+
+
+KILLED = (
+    "corpora.own={on_policy: {by: assistant, rounds: 2, problems_per_round: 24, top: 4, "
+    "overrides: {temperature: 1.0, max_new_tokens: 96}}}",
+    "arms={mine: {corpus: own, overrides: {epochs: 25, checkpoint_every: 5}}}",
+    "align=[]",
+    "seeds=[1]",
+    "launch.jobs=1",
+)
+LAST, WEIGHTS = "student/mine-seed1", "model/model.safetensors"
+
+
+@pytest.mark.slow
+def test_killed_in_the_second_rounds_training_it_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """The run that is killed has what the calm one had before that training: a run's folder can be copied."""
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+
+    def until(folder: Path, happened: Callable[[], bool], signal_number: int) -> None:
+        options = (f"--set={option}" for option in KILLED)
+        command = [sys.executable, "-m", "micota_fast", "run", "micro-soft", "--out", str(folder), *options]
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            wait_for(lambda: happened() or run.poll() is not None, 600)
+            assert run.poll() is None, "the run ended before"
+        finally:
+            run.send_signal(signal_number)
+            run.wait()
+
+    until(calm, (calm / LAST / "done.json").exists, signal.SIGINT)
+    shutil.copytree(calm, killed, ignore=lambda folder, names: ["mine-seed1"] if Path(folder).name == "student" else [])
+    rows = killed / LAST / "metrics.jsonl"
+    until(killed, lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 6, signal.SIGKILL)
+    assert not (killed / LAST / "done.json").exists()
+    until(killed, (killed / LAST / "done.json").exists, signal.SIGINT)
+    for stage in (f"{LAST}-round1", LAST):
+        assert (killed / stage / WEIGHTS).read_bytes() == (calm / stage / WEIGHTS).read_bytes()
+    logs = [(folder / LAST / "log.txt").read_text() for folder in (calm, killed)]
+    assert ["resuming after step" in log for log in logs] == [False, True]
