@@ -124,6 +124,22 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(
         generate.run(config(qwen2_checkpoint, problems, corpus, nobody, temperature=0.9))
     with pytest.raises(InputError, match=r"it differs in: problems"):
         generate.run(config(qwen2_checkpoint, problems, corpus, nobody, limit=3))
+    with pytest.raises(InputError, match=r"it differs in: slice\)"):
+        generate.run(config(qwen2_checkpoint, problems, corpus, nobody, slice=(0, 30)))
+
+
+def test_a_slice_of_the_problems_is_answered_as_all_of_them_are(
+    corpus: Path, url: str, qwen2_checkpoint: Path, problems: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    generate.run(config(qwen2_checkpoint, problems, out, url, slice=(28, 3)))
+    whole = {(row.id, row.sample): row for row in read_completions(corpus)}
+    rows = read_completions(out)
+    assert [(row.id, row.sample) for row in rows] == [(p, s) for p in ("p28", "p29", "p0") for s in range(SAMPLES)]
+    assert rows == [whole[row.id, row.sample] for row in rows]
+    for wrong in ((-1, 3), (0, 0)):
+        with pytest.raises(InputError, match=r"`slice` must be \[START, COUNT\]"):
+            config(qwen2_checkpoint, problems, out, url, slice=wrong)
 
 
 @pytest.mark.slow

@@ -45,6 +45,24 @@ def test_problems_are_those_of_the_file(path: Path, limit: int | None, cached: b
             assert problems.sha256 == hashlib.sha256(b"".join(LINES[:limit])).hexdigest()
 
 
+@pytest.mark.parametrize("limit", [None, 7])
+def test_a_part_is_counted_round_the_end_and_the_cache_is_of_all(path: Path, limit: int | None) -> None:
+    cache, all_of_them = path.with_name("cache"), PROBLEMS[:limit]
+    last = len(all_of_them) - 2
+    for part, expected in (
+        ((3, 2), all_of_them[3:5]),
+        ((last, 3), [*all_of_them[last:], all_of_them[0]]),
+        ((5 * len(all_of_them) + 1, 1), [all_of_them[1]]),
+        ((1, 100), [*all_of_them[1:], all_of_them[0]]),
+    ):
+        with ProblemFile(path, limit, cache, part=part) as problems:
+            assert list(problems) == expected
+            assert problems.sizes.tolist() == [len(encode_row(problem)) for problem in expected]
+            assert problems.levels.tolist() == [-1 if p.level is None else p.level for p in expected]
+    with ProblemFile(path, limit, cache) as problems:
+        assert list(problems) == all_of_them
+
+
 @given(
     st.lists(st.sampled_from([*LINES[:3], b"\n", b" \n", b"{\n", b'{"id": "p0"}\n', b"\xff\n"]), max_size=8),
     st.booleans(),

@@ -62,6 +62,19 @@ def test_both_runs_stand_side_by_side(runs: tuple[Path, Path], capsys: pytest.Ca
     assert "| student/mid | 8 → 8 | 0.750 → 0.375 | 0.375 → 0.188 |" in said
 
 
+def test_each_round_of_a_training_is_compared_over_its_seeds(
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run, loss in zip(runs, (3.0, 2.0), strict=True):
+        for seed in (1, 2):
+            folder = stage(run, f"student/mid-seed{seed}-round1", "train", {"seed": seed, "lr": loss})
+            (folder / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {loss * seed}}}\n')
+    assert main(["compare", *map(str, runs)]) == 0
+    said = capsys.readouterr().out
+    assert "| lr | 3.0 | 2.0 | student/mid-round1 (2 seeds) |" in said
+    assert "| student/mid-round1 | 1 → 1 | 4.50 → 3.00 |" in said
+
+
 def test_the_page_draws_each_training_of_both_runs_and_has_the_same_bytes_twice(runs: tuple[Path, Path]) -> None:
     page = runs[0].parent / "page.html"
     assert main(["compare", *map(str, runs), "--out", str(page)]) == 0

@@ -345,6 +345,30 @@ def test_scoring_reads_a_corpus_once_and_leaves_its_likeliest_tokens() -> None:
     assert train.memory == need.total > hard.memory
 
 
+def test_each_round_answers_scores_and_learns_its_own_problems() -> None:
+    """Every figure by hand: 2,000 of 12,000 problems per round, none of whose answers is rejected."""
+    mine = "corpora.mine={on_policy: {by: assistant-mid, rounds: 2, problems_per_round: 2000}}"
+    arm = "arms={mine: {corpus: mine, overrides: {epochs: 3}}}"
+    made = of_recipe("micota-qwen2.5-7b", mine, arm, "claims=null", answer_tokens=["mine=500"])
+    costs = {cost.stage: cost for cost in made.costs}
+    qwen7 = of_hub("Qwen/Qwen2.5-7B-Instruct")
+    for name, training in (
+        ("mine-seed0-round1", "student/mine-seed0-round1"),
+        ("mine-seed0-round2", "student/mine-seed0"),
+    ):
+        answers, score, train = costs[f"answers/{name}"], costs[f"scores/{name}"], costs[training]
+        tokens = 2000 * (500 + 200 / 3 + 60)
+        assert answers.tokens == pytest.approx(tokens)
+        assert score.tokens == pytest.approx(tokens)
+        assert train.tokens == pytest.approx(3 * tokens)
+        assert score.disk == pytest.approx(2000 * 501 * (4 + 6 * 32))
+        assert train.flops > 6 * (parameters(qwen7) - 152064 * 3584) * 3 * tokens
+        assert all(cost.hours is not None and cost.hours > 0 for cost in (answers, score, train))
+    assert costs["student/mine-seed0-round1"].disk == costs["student/mine-seed0"].disk == 2 * parameters(qwen7)
+    with pytest.raises(InputError, match="expected NAME=TOKENS with a NAME of base, "):
+        of_recipe("micota-qwen2.5-7b", mine, arm, "claims=null", answer_tokens=["mine-seed0-round1=500"])
+
+
 def test_align_multiplies_the_output_matrix_twice() -> None:
     costs = {cost.stage: cost for cost in of_recipe("micota-qwen2.5-7b", "align=[long]").costs}
     prompt, rows, qwen7 = 200 / 3 + 60, 10200, of_hub("Qwen/Qwen2.5-7B-Instruct")

@@ -43,6 +43,27 @@ def too_big(made: Plan) -> dict[str, Cost]:
             {"gpu": "a100-40gb"},
             ["train.pack_tokens=32768", "train.packs_per_step=32"],
         ),
+        (  # Rounds: of the student's training, and of the model that scores.
+            (
+                "corpora.mine={on_policy: {by: teacher, rounds: 2, problems_per_round: 900}}",
+                "arms={mine: mine}",
+                "align=[]",
+                "train.pack_tokens=131072",
+                "models.teacher.serve.tp=1",
+            ),
+            {"gpu": "a100-40gb"},
+            ["train.activation_checkpointing=full", "models.teacher.serve.tp=2"],
+        ),
+        (  # Rounds whose answers override their server.
+            (
+                "corpora.mine={on_policy: {by: student, rounds: 2, problems_per_round: 9, "
+                "overrides: {serve: {engine: sglang, replicas: 1}, max_new_tokens: 400000}}}",
+                "arms={mine: mine}",
+                "align=[]",
+            ),
+            {"gpu": "a100-40gb"},
+            ["corpora.mine.on_policy.overrides.serve.tp=2"],
+        ),
         (  # Two levers together.
             ("arms={long: long}", "align=[]", "train.pack_tokens=131072"),
             {"gpu": "a100-40gb"},

@@ -15,6 +15,7 @@ from micota_fast.config import loader
 from micota_fast.config.recipe import Recipe
 from micota_fast.config.report import ClaimsConfig, ReportConfig
 from micota_fast.errors import InputError
+from micota_fast.report.inputs import LossCurve, load_inputs
 from micota_fast.report.report import run
 from micota_fast.report.tables import MARK
 from micota_fast.statistics.intervals import wilson95
@@ -148,6 +149,18 @@ class TestNumbers:
         _, numbers, html = made(dataclasses.replace(config, training={"mid": [str(path)]}))
         assert numbers["training"]["mid"] == {"steps": [200], "final_loss": [2.0], "final_loss_mean": 2.0}
         assert "Training loss of the mid arm: ends at 2.000." in html
+
+    def test_rounds_stand_one_after_another(self, config: ReportConfig, tmp_path: Path) -> None:
+        first, last = tmp_path / "first.jsonl", tmp_path / "last.jsonl"
+        first.write_text('{"step": 1, "loss": 4.0}\n{"step": 2, "loss": 3.0}\n')
+        last.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "loss": 1.0}\n')
+        changed = dataclasses.replace(config, training={"mid": [str(last)]}, earlier_rounds={"mid": [[str(first)] * 2]})
+        assert load_inputs(changed).training["mid"] == [
+            LossCurve((1, 2, 3, 4, 5, 6, 7), (4.0, 3.0, 4.0, 3.0, 2.0, 1.5, 1.0))
+        ]
+        two_seeds = dataclasses.replace(changed, earlier_rounds={"mid": [[str(first)], [str(first)]]})
+        with pytest.raises(InputError, match=r"earlier_rounds\.mid: expected one list for each seed in training\.mid"):
+            load_inputs(two_seeds)
 
 
 class TestChance:
