@@ -43,8 +43,9 @@ def build_stages(recipe: Recipe, recipe_path: Path, run_dir: Path, absent: list[
             are made of each other in a circle.
     """
     graph = _Graph(recipe, recipe_path, run_dir, absent)
-    if importlib.util.find_spec("matplotlib") is None:
-        graph.miss("the report at the end needs matplotlib: pip install 'micota-fast[report]'")
+    absent = [name for name in ("matplotlib", "latex2mathml") if importlib.util.find_spec(name) is None]
+    if absent:
+        graph.miss(f"the report at the end needs {' and '.join(absent)}: pip install 'micota-fast[report]'")
     return graph.stages()
 
 

@@ -1,11 +1,15 @@
 "use strict";
 // Shows the JSON that stands in the page, one page of problems at a time. What a model wrote becomes text by
-// textContent alone, never markup.
+// textContent alone, never markup; formulas become MathML, element by element, of trees that report/mathematics.py made.
 (() => {
   const PER_PAGE = 10;
   const PRINTED = 100;
   const data = JSON.parse(document.getElementById("data").textContent);
   const { arms, benchmarks, outcomes, finishes, problems } = data;
+  const formulas = new Map(Object.entries(data.formulas));
+  const formula = new RegExp(data.formula, "g");
+  const MATHML = "http://www.w3.org/1998/Math/MathML";
+  const TOKENS = { i: "mi", n: "mn", o: "mo", t: "mtext", p: "mo" };
   const form = document.getElementById("filters");
   const benchmark = document.getElementById("benchmark");
   const text = document.getElementById("text");
@@ -27,6 +31,47 @@
     if (className) made.className = className;
     if (content !== undefined) made.textContent = content;
     return made;
+  }
+
+  function mathElement(node) {
+    if (typeof node === "string") {
+      const token = document.createElementNS(MATHML, TOKENS[node[0]]);
+      token.textContent = node.slice(1);
+      if (node[0] === "p") token.setAttribute("stretchy", "false");
+      return token;
+    }
+    const [tag, ...rest] = node;
+    const made = document.createElementNS(MATHML, tag);
+    const attributes = rest.length && typeof rest[0] === "object" && !Array.isArray(rest[0]) ? rest.shift() : {};
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    made.append(...(/^m([ino]|text)$/.test(tag) ? rest : rest.map(mathElement)));
+    return made;
+  }
+
+  // A `math` for each piece, so that a line can end between two; as written, it stands in the title.
+  function mathematics(source) {
+    const made = element("span", "formula");
+    made.title = source;
+    for (const piece of formulas.get(source)) {
+      const math = document.createElementNS(MATHML, "math");
+      if (/^(\$\$|\\\[)/.test(source)) math.setAttribute("displaystyle", "true");
+      math.append(mathElement(piece));
+      made.append(math);
+    }
+    return made;
+  }
+
+  // The text, with its formulas as far as they could be converted.
+  function readable(value) {
+    if (formulas.has(value)) return [mathematics(value)];
+    const parts = [];
+    let from = 0;
+    for (const { 0: source, index } of value.matchAll(formula)) {
+      if (!formulas.has(source)) continue;
+      parts.push(value.slice(from, index), mathematics(source));
+      from = index + source.length;
+    }
+    return [...parts, value.slice(from)];
   }
 
   // A text is a string, or [its start, how many characters are left out, its end].
@@ -79,11 +124,12 @@
     const block = element("div", "text");
     block.dir = "auto";
     if (typeof value === "string") {
-      block.textContent = value;
+      block.append(...readable(value));
       return block;
     }
     const [start, omitted, end] = value;
-    block.append(start, element("em", "cut", `[${number(omitted)} characters are left out here; the whole answer: ${where}]`), end);
+    const cut = element("em", "cut", `[${number(omitted)} characters are left out here; the whole answer: ${where}]`);
+    block.append(...readable(start), cut, ...readable(end));
     return block;
   }
 
@@ -117,7 +163,8 @@
     verdict.append(mark, " ", element("b", "", name), by ? ` · ${by}` : "");
     const facts = element("p", "facts");
     facts.append("Read as ");
-    const read = element("span", "read", extracted === null ? "no final answer" : extracted);
+    const read = element("span", "read");
+    read.append(...(extracted === null ? ["no final answer"] : readable(extracted)));
     if (extracted !== null) read.dir = "auto";
     facts.append(read, ` · ${number(tokens)} tokens · ${finishes[finish]}`);
     block.append(verdict, facts);
@@ -136,11 +183,13 @@
     const title = element("h3", "", `${benchmarks[of].name}: ${id}`);
     title.id = `problem-${index}`;
     article.setAttribute("aria-labelledby", title.id);
-    const asked = element("div", "asked", prompt);
+    const asked = element("div", "asked");
     asked.dir = "auto";
+    asked.append(...readable(prompt));
     const goldLine = element("p", "gold", "Gold answer: ");
-    const goldText = element("b", "", gold);
+    const goldText = element("b");
     goldText.dir = "auto";
+    goldText.append(...readable(gold));
     goldLine.append(goldText);
     const grid = element("div", "arms");
     for (const box of shown) {
@@ -162,11 +211,12 @@
 
   // Only what scrolls needs a place in the order of focus.
   function makeScrollersFocusable() {
-    for (const block of list.querySelectorAll(".text")) {
-      if (block.scrollHeight <= block.clientHeight + 1) continue;
+    for (const block of list.querySelectorAll(".text, .asked")) {
+      if (block.scrollHeight <= block.clientHeight + 1 && block.scrollWidth <= block.clientWidth) continue;
+      const arm = block.closest(".arm");
       block.tabIndex = 0;
       block.setAttribute("role", "group");
-      block.setAttribute("aria-label", `Answer of ${block.closest(".arm").querySelector("h4").textContent}`);
+      block.setAttribute("aria-label", arm ? `Answer of ${arm.querySelector("h4").textContent}` : "Problem");
     }
   }
 

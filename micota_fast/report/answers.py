@@ -23,6 +23,7 @@ from micota_fast.errors import InputError
 from micota_fast.evaluation.results import GradedAnswer, Outcome, read_graded
 from micota_fast.report.drawing import THEME, theme_variables
 from micota_fast.report.inputs import EvaluatedModel, Inputs
+from micota_fast.report.mathematics import PATTERN, TREE_ROOM, Node, formulas
 from micota_fast.report.summary import BASE
 
 OUTCOMES: dict[Outcome, tuple[str, str]] = {
@@ -36,8 +37,8 @@ OUTCOMES: dict[Outcome, tuple[str, str]] = {
     "crashed": ("?", "grading crashed"),
 }
 FINISHES = {"stop": "ended by itself", "length": "hit the token limit", "abort": "given up by the server"}
-ROOM = 27_000_000
-"""Bytes for the problems and answers; with the data about each, the page stays below 30 MB."""
+ROOM = 24_000_000
+"""Bytes for the problems and answers; with the data about each and the formulas, the page stays below 30 MB."""
 _AROUND = 60  # bytes in the page per answer, besides its text
 _LONGEST_READ = 300  # characters shown of the final answer that was read for grading
 
@@ -72,6 +73,8 @@ def render_answers(config: ReportConfig, inputs: Inputs, colours: Mapping[str, s
         "outcomes": [{"sign": sign, "name": name} for sign, name in OUTCOMES.values()],
         "finishes": list(FINISHES.values()),
         "problems": problems,
+        "formula": PATTERN,
+        "formulas": _formulas(problems),
     }
     script = _resource("answers.js")
     style = _style([colours[name] for name in arms])
@@ -178,6 +181,21 @@ def _problems(arms: Mapping[str, Sequence[EvaluatedModel]], kept: int) -> list[l
         for of_arm in problem[4]:
             of_arm.sort(key=lambda answer: answer[:2])
     return [found[key] for key in sorted(found, key=lambda key: (key[0], _natural(key[1])))]
+
+
+def _formulas(problems: Sequence[list[Any]]) -> dict[str, list[Node]]:
+    """Convert the formulas for which the page has room, those of problems and final answers first."""
+    given = [problem[place] for problem in problems for place in (2, 3)]
+    answers = [answer for problem in problems for of_arm in problem[4] for answer in of_arm]
+    read = [answer[3] for answer in answers if answer[3] is not None]
+    pieces = [piece for *_, text, _ in answers for piece in ([text] if isinstance(text, str) else (text[0], text[2]))]
+    found, left = {}, TREE_ROOM
+    for source, tree in formulas([*given, *read, *pieces], [*(problem[3] for problem in problems), *read]):
+        left -= _size(source) + _size(_json(tree))
+        if left < 0:
+            break
+        found[source] = tree
+    return found
 
 
 def _in_order(of_run: list[tuple[str, Path]], arms: Mapping[str, Sequence[EvaluatedModel]]) -> list[tuple[str, Path]]:

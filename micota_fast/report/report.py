@@ -21,6 +21,7 @@ from micota_fast.report.formats import (
 )
 from micota_fast.report.inputs import Inputs, load_inputs
 from micota_fast.report.learnability import LearnabilityRanking, learnability_table, rank_by_learnability
+from micota_fast.report.mathematics import require_latex2mathml
 from micota_fast.report.page import render
 from micota_fast.report.plots import Drawn, draw, is_plot_file, plot_files, series_colours
 from micota_fast.report.preconditions import Condition, measure, preconditions_json, preconditions_table
@@ -44,9 +45,10 @@ def run(config: ReportConfig) -> None:
     """Make the report. The same inputs give the same bytes.
 
     Raises:
-        InputError: an input is missing or malformed (see `load_inputs`), or matplotlib is not installed.
+        InputError: an input is missing or malformed (see `load_inputs`), or the extra `report` is not installed.
     """
     require_matplotlib()
+    require_latex2mathml()
     inputs = load_inputs(config)
     summary = summarise(inputs)
     ranking = rank_by_learnability(inputs.corpora, config.trained_on, summary)

@@ -227,6 +227,16 @@ def tab_to(tab: Tab, expression: str) -> None:
     raise AssertionError(f"Tab never reaches {expression}")
 
 
+FORMULAS = [
+    r"So $x^2 + 1 = 5$ and \[\frac{-b \pm \sqrt{b^2-4ac}}{2a}\] hence \boxed{\dfrac{3}{4}}.",
+    r"It costs $5 and $6; $\href{javascript:alert(1)}{x}$ and $\def\a{\a\a}\a$, <b>bold</b> $\text{<img src=x>}$.",
+    "an unclosed $x^2 " + "y" * 50_000,
+    r"$" + "{" * 300 + "}" * 300 + "$ and " + r"\boxed{" * 5_000,
+    r"\begin{array}{cc $\begin{array}$ $$\begin{aligned} a &= b \\ &= c \end{aligned}$$",
+    r"$\begin{pmatrix} " + " & ".join(map(str, range(100, 160))) + r"\end{pmatrix}$",
+]
+
+
 @pytest.fixture
 def answers_tab(tab: Tab, config: ReportConfig) -> Tab:
     tab.open(Path(config.out) / "answers.html")
@@ -266,6 +276,35 @@ class TestInChromium:
         refused = " ".join(answers_tab.complaints)
         assert "Executing inline event handler violates" in refused
         assert "/x' violates the following Content Security Policy directive" in refused, "nor load anything"
+
+    @pytest.mark.parametrize("width", [390, 1280])
+    def test_formulas_are_drawn_and_hostile_ones_stay_text(self, tab: Tab, tmp_path: Path, width: int) -> None:
+        base = evaluated(tmp_path / "base", {}, FORMULAS)
+        config = ReportConfig(title="Formulas", out=str(tmp_path / "out"), base=base, arms={"one": [base]})
+        page = made(config)
+        assert made(config) == page
+        tab.open(tmp_path / "out" / "answers.html", width)
+        assert tab.complaints == []
+        texts = "[...document.querySelectorAll('#problems .arm-0 .text')]"
+        titles = f"{texts}.slice(0, 6).map(e => [...e.querySelectorAll('.formula')].map(f => f.title))"
+        assert tab.evaluate(titles) == [
+            ["$x^2 + 1 = 5$", r"\[\frac{-b \pm \sqrt{b^2-4ac}}{2a}\]", r"\boxed{\dfrac{3}{4}}"],
+            [r"$\href{javascript:alert(1)}{x}$", r"$\text{<img src=x>}$"],
+            [],
+            [],
+            [r"$$\begin{aligned} a &= b \\ &= c \end{aligned}$$"],
+            [FORMULAS[5]],
+        ]
+        shown = tab.evaluate(f"{texts}.slice(0, 6).map(e => e.textContent)")
+        assert shown[1].startswith("It costs $5 and $6; x and ")
+        assert shown[2:4] == FORMULAS[2:4], "whole, as they are written"
+        drawn = (
+            "(e => [e.getBoundingClientRect().height > 25, e.namespaceURI])(document.querySelector('#problems mfrac'))"
+        )
+        assert tab.evaluate(drawn) == [True, "http://www.w3.org/1998/Math/MathML"]
+        assert tab.evaluate("document.querySelectorAll('#problems :is(img, b b, a, [href], [style])').length") == 0
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.evaluate(f"{texts}[5].tabIndex") == 0, "what is too wide scrolls, by keyboard as well"
 
     def test_problems_come_a_page_at_a_time(self, answers_tab: Tab) -> None:
         tab = answers_tab

@@ -321,9 +321,10 @@ def test_same_bytes_twice_and_under_other_matplotlib_settings(config: ReportConf
     assert contents(again.out) == first
 
 
-def test_without_matplotlib(config: ReportConfig) -> None:
+@pytest.mark.parametrize("package", ["matplotlib", "latex2mathml"])
+def test_without_a_package_of_the_extra(config: ReportConfig, package: str) -> None:
     program = (
-        "import json, sys; sys.modules['matplotlib'] = None\n"
+        f"import json, sys; sys.modules['{package}'] = None\n"
         "from micota_fast.errors import InputError; from micota_fast.config.report import ReportConfig\n"
         "from micota_fast.report.report import run\n"
         "try: run(ReportConfig(**json.loads(sys.argv[1])))\n"
