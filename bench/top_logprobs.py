@@ -31,8 +31,9 @@ def lengths(tokens: int) -> list[int]:
 
 def append(folder: Path, documents: list[int], top_k: int) -> dict[str, float]:
     numbers = np.random.default_rng(1)
-    ids = numbers.integers(0, VOCABULARY, (12_000, top_k)).astype(np.int32)
-    logprobs = -numbers.exponential(5, (12_000, top_k)).astype(np.float16)
+    first = numbers.integers(0, VOCABULARY, (12_000, 1))
+    ids = ((first + 1009 * np.arange(top_k)) % VOCABULARY).astype(np.int32)  # no id twice in a row
+    logprobs = -(np.log(top_k) + numbers.exponential(5, (12_000, top_k))).astype(np.float16)  # a sum of at most 1
     seconds = 0.0
     with contextlib.suppress(KeyboardInterrupt), TopLogprobsWriter(folder, top_k) as writer:
         for d, n in enumerate(documents):

@@ -79,6 +79,7 @@ class Scoring:
         if config.student is not None:
             student = Chat.from_checkpoint(resolve_checkpoint(config.student), config.student_chat)
         self.rows, self.agreement = load_rows(config.completions, self._teacher, student)
+        self._vocab_size = (student or self._teacher).vocab_size
         self._made_by: dict[str, Any] = {
             **model_fingerprints(config.model, Fingerprints(None)),
             "serve": loader.identity(config.serve),
@@ -141,7 +142,7 @@ class Scoring:
         return Journal(self._parts, {"scores": FORMAT, "top_k": self._config.top_k, **self._made_by})
 
     def _store(self) -> TopLogprobsWriter:
-        return TopLogprobsWriter(self._out, self._config.top_k, self._made_by)
+        return TopLogprobsWriter(self._out, self._config.top_k, self._made_by, vocab_size=self._vocab_size)
 
 
 def _requests(config: ScoreConfig) -> GenerateConfig:

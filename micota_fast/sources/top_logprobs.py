@@ -39,12 +39,12 @@ from micota_fast.common.safetensors_file import Layout, SafetensorsFile, read_he
 from micota_fast.common.schema import Count, PositiveCount, load, to_json
 from micota_fast.errors import InputError
 from micota_fast.sources.top_logprobs_journal import Key, TopLogprobsJournal, row_bytes
+from micota_fast.sources.top_logprobs_rows import checked_rows
 
 FORMAT = 2
 MANIFEST = "top_logprobs.json"
 SHARD_BYTES = 1 << 30  # of a shard's rows; a longer document has a shard of its own
 _ROWS = ("token_ids", "token_logprobs", "top_ids", "top_logprobs")  # tensors of T rows, as a document has them
-MOST_LOGPROB = 0.01  # a probability may be above 1 by what float16 and a server's sums round
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,23 @@ class TopLogprobsWriter:
         folder: where.
         top_k: K, columns of each document.
         made_by: JSON object that names what the rows depend on, such as the model and the texts.
+        vocab_size: ids that there are, if it is known: no document may have others.
 
     Raises:
         InputError: folder or journal belong to another `top_k` or `made_by`, are in use by another process or damaged,
             or cannot be written.
     """
 
-    def __init__(self, folder: str | Path, top_k: int, made_by: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        top_k: int,
+        made_by: Mapping[str, Any] | None = None,
+        *,
+        vocab_size: int | None = None,
+    ) -> None:
         self.folder = Path(folder)
+        self._vocab_size = vocab_size
         self._manifest = {"format": FORMAT, "top_k": top_k, "made_by": as_read_back(made_by or {})}
         self._top_k = top_k
         place = self.folder.with_name(self.folder.name + ".journal")
@@ -138,37 +147,20 @@ class TopLogprobsWriter:
             key: id of the problem and sample; not there yet.
             token_ids_T: integers, at least 0.
             token_logprobs_T: of these tokens, finite; stored as float32.
-            top_ids_TK: integers, at least 0; -1 pads a row of fewer than K.
-            top_logprobs_TK: stored as float16, which rounds by a factor of up to 2**-11; -inf pads.
+            top_ids_TK: integers, at least 0, each once in its row; -1 pads a row of fewer than K.
+            top_logprobs_TK: of a row's probabilities the sum is at most 1, but for rounding; stored as float16, which
+                rounds by a factor of up to 2**-11; -inf pads.
 
         Raises:
-            ValueError: the key is there already, or the arrays do not fit together or hold other values.
+            ValueError: the key is there already, or the arrays do not fit together or hold other values: the first such
+                position is named.
             InputError: the disk is full or the folder cannot be written; what was written before is kept.
         """
         if key in self or self._journal is None:
             raise ValueError(f"{key} is written already" if key in self else f"{self.folder} is finished")
-        ids, top_ids = np.asarray(token_ids_T), np.asarray(top_ids_TK)
-        own, logprobs = np.asarray(token_logprobs_T, np.float64), np.asarray(top_logprobs_TK)
-        shape = (len(ids), self._top_k)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu") or (ids.size and ids.min() < 0):
-            raise ValueError(f"{key}: token_ids: integers [T], at least 0, expected, not {ids.dtype} {list(ids.shape)}")
-        if own.shape != ids.shape or not (np.isfinite(own) & (own <= MOST_LOGPROB)).all():
-            raise ValueError(
-                f"{key}: token_logprobs: {list(ids.shape)} expected, finite and at most {MOST_LOGPROB}, not "
-                f"{list(own.shape)} from {own.min(initial=0):.4g} to {own.max(initial=-np.inf):.4g}"
-            )
-        if not ids.size:
-            top_ids, logprobs = np.empty(shape, np.int32), np.empty(shape, np.float16)
-        if top_ids.shape != shape or logprobs.shape != shape or top_ids.dtype.kind not in "iu":
-            raise ValueError(
-                f"{key}: top_ids and top_logprobs: {list(shape)} expected, integers and numbers, not {top_ids.dtype} "
-                f"{list(top_ids.shape)} and {logprobs.dtype} {list(logprobs.shape)}"
-            )
-        if top_ids.min(initial=0) < -1 or not (logprobs <= MOST_LOGPROB).all():
-            raise ValueError(f"{key}: an id below -1, or a log-probability that is NaN or above {MOST_LOGPROB}")
-        if (logprobs[top_ids < 0] > -np.inf).any():
-            raise ValueError(f"{key}: an id of -1, which is absent, with a log-probability other than -inf")
-        arrays = (ids.astype("<i4"), own.astype("<f4"), top_ids.astype("<i4"), logprobs.astype("<f2"))
+        arrays = checked_rows(
+            key, token_ids_T, token_logprobs_T, top_ids_TK, top_logprobs_TK, self._top_k, self._vocab_size
+        )
         self._journal.append(key, arrays)
 
     def __enter__(self) -> "TopLogprobsWriter":

@@ -33,8 +33,10 @@ def test_each_target_has_the_row_of_its_own_token(
         for d, (prompt, before, scored, after) in enumerate(documents):
             n = prompt + before + scored + after + 2
             ids = np.arange(n, dtype=np.int32) + 100 * d  # no token occurs twice, so the place is certain
-            top_ids = numbers.integers(-1, VOCABULARY + 100, (scored, K)).astype(np.int32)
-            logprobs = np.where(top_ids < 0, -np.inf, -numbers.exponential(3, (scored, K))).astype(np.float16)
+            top_ids = numbers.integers(0, VOCABULARY + 100, (scored, 1)) + np.arange(K, dtype=np.int32)
+            top_ids[numbers.random((scored, K)) < 0.1] = -1
+            drawn = -np.log(K) - numbers.exponential(3, (scored, K))
+            logprobs = np.where(top_ids < 0, -np.inf, drawn).astype(np.float16)
             start = prompt + before
             own = -numbers.exponential(3, scored).astype(np.float32)
             writer.append((f"p{d}", d), ids[start : start + scored], own, top_ids, logprobs)

@@ -23,8 +23,8 @@ def document(key: tuple[str, int]) -> TopLogprobsRow:
     """Rows of a document, made of its key; the last row has fewer than K tokens."""
     numbers = np.random.default_rng([*key[0].encode(), key[1]])
     tokens = 0 if key[0] == "empty" else int(numbers.integers(1, 9))
-    ids = numbers.integers(0, 1 << 17, (tokens, K)).astype(np.int32)
-    logprobs = -numbers.exponential(5, (tokens, K)).astype(np.float16)
+    ids = (numbers.integers(0, 1 << 17, (tokens, 1)) + 7 * np.arange(K)).astype(np.int32)
+    logprobs = -(np.log(K) + numbers.exponential(5, (tokens, K))).astype(np.float16)
     ids[-1:, -1], logprobs[-1:, -1] = -1, -np.inf
     own = -numbers.exponential(5, tokens).astype(np.float32)
     return TopLogprobsRow(ids[:, 0].copy(), own, ids, logprobs)
@@ -199,27 +199,31 @@ def test_missing_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "own", "top_ids", "logprobs", "message"),
     [
-        ([-1], [-1], [[1, 2, 3]], [[-1, -2, -3]], "token_ids"),
+        ([1, -1], [-1, -1], [[1, 2, 3]] * 2, [[-1, -2, -3]] * 2, "position 1: a token_id that is not from 0 to 99"),
+        ([1, 100], [-1, -1], [[1, 2, 3]] * 2, [[-1, -2, -3]] * 2, "position 1: a token_id that is not from 0 to 99"),
         ([1.0], [-1], [[1, 2, 3]], [[-1, -2, -3]], "token_ids"),
         ([1], [-1, -1], [[1, 2, 3]], [[-1, -2, -3]], r"token_logprobs: \[1\] expected"),
-        ([1], [float("nan")], [[1, 2, 3]], [[-1, -2, -3]], "token_logprobs: .* from nan"),
-        ([1], [float("-inf")], [[1, 2, 3]], [[-1, -2, -3]], "token_logprobs: .* from -inf"),
-        ([1], [0.1], [[1, 2, 3]], [[-1, -2, -3]], "token_logprobs: .* to 0.1"),
+        ([1], [float("nan")], [[1, 2, 3]], [[-1, -2, -3]], "a token_logprob that is not finite"),
+        ([1], [float("-inf")], [[1, 2, 3]], [[-1, -2, -3]], "a token_logprob that is not finite"),
+        ([1], [0.1], [[1, 2, 3]], [[-1, -2, -3]], "a token_logprob that is not finite and below"),
         ([1], [-1], [[1, 2]], [[-1, -2]], r"\[1, 3\] expected"),
         ([1, 2], [-1, -1], [[1, 2, 3]], [[-1, -2, -3]], r"\[2, 3\] expected"),
-        ([1], [-1], [[1, 2, -2]], [[-1, -2, -3]], "an id below -1"),
+        ([1], [-1], [[1, 2, -2]], [[-1, -2, -3]], "a top_id that is not from -1 to 99"),
         ([1], [-1], [[1, 2, -1]], [[-1, -2, -3]], "which is absent"),
-        ([1], [-1], [[1, 2, 3]], [[-1, -2, float("nan")]], "that is NaN"),
-        ([1], [-1], [[1, 2, 3]], [[1, -2, -3]], "above 0.01"),
+        ([1], [-1], [[1, 2, 3]], [[-1, -2, float("nan")]], "that are NaN"),
+        ([1], [-1], [[1, 2, 3]], [[1, -2, -3]], "sum is above 1.01"),
+        ([1], [-1], [[1, 2, 100]], [[-1, -2, -3]], "a top_id that is not from -1 to 99"),
+        ([1] * 3, [-1] * 3, [[1, 2, 3], [4, 5, 4], [1, 2, 3]], [[-1, -2, -3]] * 3, r"sample 0\), position 1: .* twice"),
+        ([1] * 2, [-1] * 2, [[1, 2, 3]] * 2, [[-1, -2, -3], [-0.1, -2, -5]], r"\('p', .* position 1: .* sum is above"),
     ],
 )
 def test_arrays_that_are_no_scores_are_not_taken(
     ids: list[int], own: list[float], top_ids: object, logprobs: object, message: str, tmp_path: Path
 ) -> None:
-    with TopLogprobsWriter(tmp_path / "store", K) as writer:
+    with TopLogprobsWriter(tmp_path / "store", K, vocab_size=100) as writer:
         with pytest.raises(ValueError, match=message):
             writer.append(("p", 0), ids, own, top_ids, logprobs)
-        writer.append(("p", 0), [1], [-4], [[1, 2, 3]], [[-1, -2, -3]])
+        writer.append(("p", 0), [1], [-4], [[99, -1, -1]], [[-1, -np.inf, -np.inf]])
         with pytest.raises(ValueError, match="written already"):
             writer.append(("p", 0), [1], [-4], [[1, 2, 3]], [[-1, -2, -3]])
     assert len(TopLogprobs(tmp_path / "store")) == 1
