@@ -48,7 +48,7 @@ def checked_rows(
     # An id that int32 cannot hold is outside of every vocabulary.
     known = np.iinfo(np.int32).max if vocab_size is None else vocab_size
 
-    def refuse(bad_T: NDArray[np.bool_], what: str) -> None:
+    def refuse(bad_T: Any, what: str) -> None:
         if bad_T.any():
             t = int(np.argmax(bad_T))
             raise ValueError(
