@@ -361,7 +361,7 @@ def test_each_round_answers_scores_and_learns_its_own_problems() -> None:
         assert answers.tokens == pytest.approx(tokens)
         assert score.tokens == pytest.approx(tokens)
         assert train.tokens == pytest.approx(3 * tokens)
-        assert score.disk == pytest.approx(2000 * 501 * (4 + 6 * 32))
+        assert score.disk == pytest.approx(2000 * 501 * (8 + 6 * 32))
         assert train.flops > 6 * (parameters(qwen7) - 152064 * 3584) * 3 * tokens
         assert all(cost.hours is not None and cost.hours > 0 for cost in (answers, score, train))
     assert costs["student/mine-seed0-round1"].disk == costs["student/mine-seed0"].disk == 2 * parameters(qwen7)
