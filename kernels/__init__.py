@@ -4,6 +4,7 @@
 # finds this folder. The operator defined a second time would leave the first with freed memory.
 if __name__ != "kernels":
     from .linear_cross_entropy import linear_cross_entropy
+    from .reverse_targets import ReverseTargets
     from .soft_targets import SoftTargets
 
-    __all__ = ["SoftTargets", "linear_cross_entropy"]
+    __all__ = ["ReverseTargets", "SoftTargets", "linear_cross_entropy"]

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .reverse_targets import reverse_rows
 from .rows import LossInputs, kept_rows
 from .soft_targets import soft_rows
 from .torch_chunk import torch_chunk
@@ -111,6 +112,7 @@ def run(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             scale[at].contiguous() if scale.ndim else scale,
             buffer[: stop - start, :v],
             soft=soft_rows(inputs, at),
+            reverse=reverse_rows(inputs, at),
             ignore_index=inputs.ignore_index,
             threshold=inputs.threshold,
             nll_C=nll_C,

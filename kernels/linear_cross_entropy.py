@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import chunks
+from .reverse_targets import ReverseTargets, add_estimate, check_logprobs, reverse_rows
 from .rows import LossInputs
 from .soft_targets import SoftTargets, check_distributions
 
@@ -25,7 +26,7 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor | SoftTargets,
+    targets: Tensor | SoftTargets | ReverseTargets,
     *,
     ignore_index: int = -100,
     reduction: Literal["none", "sum", "mean"] = "mean",
@@ -37,7 +38,8 @@ def linear_cross_entropy(
     """Compute the negative log-likelihood of `targets` under `softmax(hidden @ weight.T)`.
 
     Soft targets are distributions over the vocabulary, and the loss is the KL divergence from them; `SoftTargets` has
-    its definition. Hard targets are those of one token of probability 1, and give the same bits.
+    its definition. Hard targets are those of one token of probability 1, and give the same bits. `ReverseTargets` are
+    for a student's own samples: an estimate of the divergence from the student to the teacher, and its policy gradient.
 
     Logits are products of the inputs' type, summed in float32 and rounded to the inputs' type, as a dense head rounds
     them. Softmax, loss and the sum over rows of the weight's gradient are float32 (float64 for float64 inputs). The
@@ -50,7 +52,7 @@ def linear_cross_entropy(
     Args:
         hidden: [N, H], bfloat16, float32 or float64.
         weight: [V, H], same type.
-        targets: [N] int64 in [0, V), or `ignore_index`; or the `SoftTargets` of N rows.
+        targets: [N] int64 in [0, V), or `ignore_index`; or the `SoftTargets` or `ReverseTargets` of N rows.
         ignore_index: the target that marks a row to ignore.
         reduction: "none": [N], 0 where ignored; "sum": over the rows; "mean": sum / normalizer.
         normalizer: divisor of "mean", a host number (not 0) or a 0-d tensor: the count of supervised tokens over all
@@ -66,7 +68,7 @@ def linear_cross_entropy(
             sqrt(2) * row_filter * |hidden[row]| * its factor out of the gradient of `weight`. 0: exact. Refused
             with soft targets: of their loss Pinsker's inequality (no entry above sqrt(KL / 2)) is all that bounds a
             row's gradient, and the KL of 2e-6 that a row_filter of 1e-3 would ask for is hardly more than what float32
-            rounds an entropy by.
+            rounds an entropy by. Refused with reverse targets, whose factor the teacher decides.
 
     Returns:
         Float32 (float64 for float64 inputs) scalar, or [N] for "none". No supervised row: 0, with zero gradients.
@@ -74,7 +76,8 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes, types or arguments that do not fit together; on a CPU, and on CUDA with MICOTA_DEBUG=1, a
             wrong `n_supervised`, and a row of soft targets that is no distribution: with a token twice, with
-            NaN, or of probabilities that sum to more than 1 by more than rounding to float16 can do.
+            NaN, or of probabilities that sum to more than 1 by more than rounding to float16 can do; or a
+            log-probability of reverse targets that is infinite or above 0 by more than rounding.
         IndexError: a target outside [0, V). On CUDA the loss is NaN instead, of such a row as well, as checking would
             stall the device; MICOTA_DEBUG=1 in the environment makes it check, and raise, there too.
     """
@@ -84,6 +87,12 @@ def linear_cross_entropy(
     if soft is not None:
         soft.check(hidden.shape[0])
         targets = soft.row_targets()
+    reverse = targets if isinstance(targets, ReverseTargets) else None
+    if reverse is not None:
+        reverse.check(hidden.shape[0])
+        targets = reverse.tokens
+        if reverse.estimate is not None and reduction == "none":
+            raise ValueError("an estimate goes with reduction 'sum' or 'mean'")
     assert isinstance(targets, Tensor)
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets: int64 [{hidden.shape[0]}] expected, not {targets.dtype} {list(targets.shape)}")
@@ -106,6 +115,10 @@ def linear_cross_entropy(
         raise ValueError(f"row_filter {row_filter} is not in [0, 1)")
     if soft is not None and row_filter > 0:
         raise ValueError(f"row_filter {row_filter} with soft targets, whose loss does not bound their gradient: use 0")
+    if reverse is not None and row_filter > 0:
+        raise ValueError(
+            f"row_filter {row_filter} with reverse targets, whose loss does not bound their gradient: use 0"
+        )
 
     threshold = -math.log1p(-row_filter)
     exact = torch.promote_types(hidden.dtype, torch.float32)
@@ -120,6 +133,8 @@ def linear_cross_entropy(
             alpha=soft.alpha,
             mixed=soft.hard is not None,
         )
+    if reverse is not None:
+        inputs = inputs._replace(token_logprobs=reverse.logprobs.detach(), alpha=reverse.alpha)
     if reduction == "none":
         return _TokenLoss.apply(*inputs)
     if reduction == "mean":
@@ -131,16 +146,20 @@ def linear_cross_entropy(
         want_hidden=recording and hidden.requires_grad,
         want_weight=recording and weight.requires_grad,
     )
-    return _SummedLoss.apply(*inputs)
+    return _SummedLoss.apply(None if reverse is None else reverse.estimate, *inputs)
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Sum over rows of scale * nll; the gradients are made in the forward pass and passed on in the backward pass."""
+    """Sum over rows of scale * loss; the gradients are made in the forward pass and passed on in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, estimate: Tensor | None, *arguments: Any) -> Tensor:
         inputs = LossInputs(*arguments)
         nll_N, valid, grad_hidden, grad_weight = _by_chunks(*inputs)
+        if (reverse := reverse_rows(inputs)) is not None:
+            if estimate is not None:
+                add_estimate(reverse, nll_N, estimate)
+            nll_N = reverse.loss(nll_N)
         ctx.save_for_backward(valid, grad_hidden, grad_weight)
         ctx.wants = inputs.want_hidden, inputs.want_weight
         return (nll_N * inputs.scale).sum() * valid
@@ -151,7 +170,7 @@ class _SummedLoss(torch.autograd.Function):
         valid, *gradients = ctx.saved_tensors
         factor = grad_loss * valid
         passed = (_times(g, factor) if want else None for g, want in zip(gradients, ctx.wants, strict=True))
-        return *passed, *_NO_MORE
+        return None, *passed, *_NO_MORE
 
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -189,16 +208,18 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         inputs = LossInputs(*arguments)
-        ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.targets, inputs.ids, inputs.logprobs)
+        kept = inputs.hidden, inputs.weight, inputs.targets, inputs.ids, inputs.logprobs, inputs.token_logprobs
+        ctx.save_for_backward(*kept)
         names = ("ignore_index", "n_supervised", "threshold", "tail_bucket", "temperature", "alpha", "mixed")
         ctx.options = {name: getattr(inputs, name) for name in names}
         nll_N, valid, _, _ = _by_chunks(*inputs)
-        return nll_N * valid
+        reverse = reverse_rows(inputs)
+        return (nll_N if reverse is None else reverse.loss(nll_N)) * valid
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_nll_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, ids, logprobs = ctx.saved_tensors
+        hidden, weight, targets, ids, logprobs, token_logprobs = ctx.saved_tensors
         want_hidden, want_weight = wants = ctx.needs_input_grad[:2]
         inputs = LossInputs(
             hidden,
@@ -209,6 +230,7 @@ class _TokenLoss(torch.autograd.Function):
             want_weight=want_weight,
             ids=ids,
             logprobs=logprobs,
+            token_logprobs=token_logprobs,
             **ctx.options,
         )
         _, valid, *gradients = _by_chunks(*inputs)
@@ -221,6 +243,8 @@ _NO_MORE = [None] * (len(LossInputs._fields) - 2)  # gradients of all inputs but
 def _operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the loss of each row [N] and the gradients of sum(scale * loss), as one operator for compilers.
 
+    With `token_logprobs` the first result is the -log p(target) of each row, of which `ReverseRows.loss` is the loss.
+
     Args:
         arguments: the fields of `LossInputs`.
 
@@ -232,6 +256,7 @@ def _operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     on_cpu = inputs.targets.device.type == "cpu"
     if on_cpu or os.environ.get("MICOTA_DEBUG") == "1":
         check_distributions(inputs)
+        check_logprobs(inputs)
         count = _checked(inputs.targets, inputs.weight.shape[0], inputs.ignore_index, inputs.n_supervised)
         inputs = inputs._replace(n_supervised=count) if on_cpu else inputs
     # Triton launches on the current device, which need not be that of the inputs; autocast would change some products.

@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reverse_targets import ReverseTargets
 from .soft_targets import SoftTargets
 
 
 def dense_linear_cross_entropy(
     hidden_NH: Tensor,
     weight_VH: Tensor,
-    targets_N: Tensor | SoftTargets,
+    targets_N: Tensor | SoftTargets | ReverseTargets,
     *,
     ignore_index: int = -100,
     reduction: Literal["none", "sum", "mean"] = "mean",
@@ -33,6 +34,15 @@ def dense_linear_cross_entropy(
             given_N = (soft.ids != ignore_index).any(1)
             nll_N = (soft.alpha * nll_N + (1 - soft.alpha) * hard_N).where(given_N, hard_N)
         nll_N = nll_N.where(targets_N != ignore_index, 0)
+    elif isinstance(targets_N, ReverseTargets):
+        reverse, targets_N = targets_N, targets_N.tokens
+        hard_N = F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index, reduction="none")
+        estimate_N = (-hard_N - reverse.logprobs.nan_to_num()).detach()
+        # Of this value, and with the gradient of estimate * log p.
+        divergence_N = estimate_N - estimate_N * (hard_N - hard_N.detach())
+        mixed_N = reverse.alpha * divergence_N + (1 - reverse.alpha) * hard_N
+        nll_N = mixed_N.where(~reverse.logprobs.isnan(), hard_N).where(targets_N != ignore_index, 0)
+        nll_N = nll_N.to(logits_NV.dtype)
     else:
         nll_N = F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index, reduction="none")
     if reduction == "none":

@@ -28,6 +28,8 @@ class LossInputs(NamedTuple):
     temperature: float = 1.0
     alpha: float = 1.0  # share of the soft term
     mixed: bool = False  # whether `targets` are hard targets, those of rows without a token alone
+    # Of the reverse KL alone, see `ReverseTargets`, with `alpha`.
+    token_logprobs: Tensor | None = None  # floating point [N], of `targets` under the teacher; NaN: not scored
 
 
 def kept_rows(kept_N: Tensor, size: int) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .reverse_targets import ReverseRows
 from .soft_targets import SoftRows
 
 # Where soft targets have a temperature and hard ones, which have none, are mixed in, two softmaxes are held at a time:
@@ -18,6 +19,7 @@ def torch_chunk(
     logits_CV: Tensor,
     *,
     soft: SoftRows | None,
+    reverse: ReverseRows | None = None,
     ignore_index: int,
     threshold: float,
     nll_C: Tensor,
@@ -32,9 +34,10 @@ def torch_chunk(
         scale: factor of each row [C], or of all (0-d).
         logits_CV: to be overwritten; float32, or float64 for float64 inputs.
         soft: the rows' distributions, in place of `target_C` or mixed with it.
+        reverse: the teacher's part of the reverse KL on `target_C`; then there is no threshold.
         ignore_index: target of rows that add nothing.
         threshold: rows of at most this loss stay out of the gradients if it is above 0.
-        nll_C: out, the loss of each row, 0 where ignored.
+        nll_C: out, the loss of each row, with `reverse` its -log p(target); 0 where ignored.
         grad_CH: out, if wanted; rows below the threshold stay as they are.
         grad_VH: written by the first chunk, added to by the others, if wanted; the type of `logits_CV`.
         first: whether this is the first chunk.
@@ -70,6 +73,8 @@ def torch_chunk(
             return
 
         scale_C1 = kept_C1 * scale.reshape(-1, 1)
+        if reverse is not None:
+            scale_C1 = scale_C1 * reverse.gradient_factor(nll_C).unsqueeze(1)
         if threshold > 0:
             passed_C = ~(nll_C <= threshold)  # NaN passes
             if hidden_CH.is_cuda:  # which rows they are only the device knows: they are computed, as zeros

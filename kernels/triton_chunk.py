@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from .kept_products import grad_hidden_of_kept, grad_weight_of_kept
+from .reverse_targets import ReverseRows
 from .rows import kept_rows
 from .soft_targets import SoftRows
 from .triton_rows import soft_softmax_rows, softmax_rows
@@ -29,6 +30,7 @@ def triton_chunk(
     logits_CV: Tensor,
     *,
     soft: SoftRows | None,
+    reverse: ReverseRows | None = None,
     ignore_index: int,
     threshold: float,
     nll_C: Tensor,
@@ -48,7 +50,16 @@ def triton_chunk(
     }
     rows = logits_CV, target_C, scale, nll_C, logits_CV.shape[1], logits_CV.stride(0)
     if soft is None:
-        softmax_rows[(len(target_C),)](*rows, threshold, ignore_index, FILTER=want_gradient and threshold > 0, **common)
+        softmax_rows[(len(target_C),)](
+            *rows,
+            threshold,
+            ignore_index,
+            reverse_logprobs_ptr=None if reverse is None else reverse.logprobs,
+            reverse_alpha_ptr=None if reverse is None else reverse.alpha,
+            REVERSE=want_gradient and reverse is not None,
+            FILTER=want_gradient and threshold > 0,
+            **common,
+        )
     else:
         k = soft.ids.shape[1]
         soft_softmax_rows[(len(target_C),)](

@@ -56,10 +56,14 @@ def softmax_rows(
     FILTER: tl.constexpr,
     BLOCK_V: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    reverse_logprobs_ptr=None,
+    reverse_alpha_ptr=None,
+    REVERSE: tl.constexpr = False,
 ):
     """Compute the loss of one row, then scale * (softmax - onehot) in place of its logits. One program per row.
 
-    With FILTER, rows that are ignored or of at most `threshold` keep their logits, which nobody reads again.
+    With FILTER, rows that are ignored or of at most `threshold` keep their logits, which nobody reads again. With
+    REVERSE the gradient has the factor of `ReverseRows.gradient_factor`.
 
     A row is read and written up to its stride, so that all goes 16 bytes at a time whatever the number of columns;
     what lies past the columns is made -inf, and then 0. The L2 cache is asked to keep what will be read again, and
@@ -94,6 +98,10 @@ def softmax_rows(
             return
         scale = tl.load(scale_ptr + row * SCALE_STRIDE)
         scale = tl.where(in_range, scale, float("nan"))
+        if REVERSE:
+            alpha = tl.load(reverse_alpha_ptr + row)
+            factor = alpha * (nll + tl.load(reverse_logprobs_ptr + row)) + (1.0 - alpha)
+            scale *= tl.where(alpha == 0, 1.0, factor)
         target_column = target.to(tl.int32)
         share = 1.0 / total
         # Backwards: the end of the row was read last, and is the likeliest to be still in the cache.

@@ -1,11 +1,11 @@
-"""Soft targets made up for tests of the loss: of any K, tail and mixture, with all that they may hold."""
+"""Soft and reverse targets made up for tests of the loss, with all that they may hold."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from micota_fast.kernels import SoftTargets
+from micota_fast.kernels import ReverseTargets, SoftTargets
 
 
 def soft_targets(
@@ -46,3 +46,15 @@ def soft_targets(
     else:
         ids = ids.masked_fill(out.unsqueeze(1), -100)
     return SoftTargets(ids, logprobs, targets, **options)
+
+
+def reverse_targets(
+    n: int, v: int, *, ignored: float = 0.0, absent: float = 0.0, seed: int = 0, **options: Any
+) -> ReverseTargets:
+    """Tokens of v with log-probabilities of random teachers, float32; `ignored` and `absent` are shares of rows."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, v, (n,), generator=generator)
+    logprobs = (torch.randn(n, v, generator=generator) * 2).log_softmax(1)[torch.arange(n), tokens]
+    logprobs = logprobs.masked_fill(torch.rand(n, generator=generator) < absent, torch.nan)
+    tokens = tokens.masked_fill(torch.rand(n, generator=generator) < ignored, -100)
+    return ReverseTargets(tokens, logprobs, **options)

@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 
 from helpers.cubins import SHARED_LIMIT
+from micota_fast.kernels.reverse_targets import ReverseRows
 from micota_fast.kernels.soft_targets import SoftRows
 from micota_fast.kernels.triton_chunk import NUM_WARPS
 
 CHIPS = {80: "A100", 90: "H100", 100: "B200"}  # compute capability
 # What multiplies tiles of bfloat16 into float32 on tensor cores.
 TENSOR_CORES = {80: r"HMMA\.16816\.F32\.BF16", 90: r"HGMMA\.64x\d+x16\.F32\.BF16", 100: r"UTCHMMA"}
-FLAGS = ("WANT_GRADIENT", "FILTER", "FIRST", "HOT", "MIXED", "K")
+FLAGS = ("WANT_GRADIENT", "FILTER", "REVERSE", "FIRST", "HOT", "MIXED", "K")
 MOST = 128  # tokens of a distribution
 PADDED, ODD = 2 * 8192, 2 * 8192 + 7  # columns: of a vocabulary padded as they are, and of one that is not
 
@@ -116,6 +117,8 @@ def compile_all(out: Path) -> None:
                 odd = torch.zeros(ODD, 64, dtype=dtype)
                 launch(dtype, ODD, listed=True, grad_VH=odd)
                 launch(dtype, ODD, listed=True, grad_CH=hidden, grad_VH=odd, threshold=0.1)
+            reverse = ReverseRows(torch.zeros(64), torch.zeros(64))
+            launch(dtype, PADDED, listed=True, grad_VH=weight, reverse=reverse)
             launch(dtype, PADDED)
             launch(dtype, PADDED, grad_VH=weight, scale=torch.ones(64))
             launch(dtype, PADDED, grad_CH=hidden, threshold=0.1, scale=torch.ones(64))
@@ -152,7 +155,11 @@ def test_every_kernel_fits_and_spills_nothing(kernels: list[Kernel], chip: int) 
         assert kernel.shared <= SHARED_LIMIT[chip], kernel
     both = ("bfloat16", "float32")
     assert {(k.name, k.dtype, *k.flags.values()) for k in here} == {
-        *(("softmax_rows", dtype, *how) for dtype in both for how in ((False, False), (True, False), (True, True))),
+        *(
+            ("softmax_rows", dtype, *how)
+            for dtype in both
+            for how in ((False, False, False), (True, False, False), (True, True, False), (True, False, True))
+        ),
         *(("grad_hidden_kernel", dtype) for dtype in both),
         *(("grad_weight_kernel", dtype, first) for dtype in both for first in (True, False)),
         *(("multiply_kernel", dtype) for dtype in both),
@@ -194,13 +201,14 @@ def test_products_of_bfloat16_run_on_tensor_cores(kernels: list[Kernel], chip: i
 def test_rows_are_read_and_written_16_bytes_at_a_time(kernels: list[Kernel], chip: int) -> None:
     """Read by asynchronous copies. Apart from single values: target, its logit, scale; loss, padding.
 
-    Of distributions also tokens, probabilities and logits, one per thread, tail, entropy and share; and the tokens'
-    gradients.
+    Of the reverse KL also the teacher's log-probability and share; of distributions also tokens, probabilities and
+    logits, one per thread, tail, entropy and share; and the tokens' gradients.
     """
     rows = [k for k in kernels if k.chip == chip and "softmax_rows" in k.name and k.instructions]
-    assert len(rows) == 6 + 5
+    assert len(rows) == 6 + 2 + 5
     for kernel in rows:
         reads, writes = (3, 3) if kernel.name == "softmax_rows" else (9, 6)
+        reads += 2 if kernel.flags.get("REVERSE") else 0
         assert kernel.count(r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128") >= 4, kernel
         assert kernel.count(r"LDG\.E(\.U16|\.64)?") <= reads, kernel
         assert kernel.count(r"STG\.E(\.EF)?\.128") >= 2, kernel

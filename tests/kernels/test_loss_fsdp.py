@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.ranks import run_ranks
-from helpers.soft_cases import soft_targets
-from micota_fast.kernels import SoftTargets, chunks, linear_cross_entropy
+from helpers.soft_cases import reverse_targets, soft_targets
+from micota_fast.kernels import ReverseTargets, SoftTargets, chunks, linear_cross_entropy
 from micota_fast.kernels.reference import dense_linear_cross_entropy
 from micota_fast.train.world import World
 
@@ -35,7 +35,12 @@ class TinyLoss(nn.Module):
         self.head = self.embedding if tied else nn.Parameter(torch.randn(V, H))
 
     def forward(
-        self, ids: Tensor, targets: Tensor | SoftTargets, n_supervised: int, normalizer: int, dense: bool = False
+        self,
+        ids: Tensor,
+        targets: Tensor | SoftTargets | ReverseTargets,
+        n_supervised: int,
+        normalizer: int,
+        dense: bool = False,
     ) -> Tensor:
         hidden = self.block(F.embedding(ids, self.embedding)).tanh()
         if dense:
@@ -43,11 +48,13 @@ class TinyLoss(nn.Module):
         return linear_cross_entropy(hidden, self.head, targets, n_supervised=n_supervised, normalizer=normalizer)
 
 
-def batch(rank: int, n_supervised: int, soft: bool) -> tuple[Tensor, Tensor | SoftTargets]:
+def batch(rank: int, n_supervised: int, kind: str) -> tuple[Tensor, Tensor | SoftTargets | ReverseTargets]:
     generator = torch.Generator().manual_seed(rank)
     ids, targets = (torch.randint(0, V, (N,), generator=generator) for _ in range(2))
     targets[torch.randperm(N, generator=generator)[n_supervised:]] = -100
-    if soft:
+    if kind == "reverse":
+        return ids, replace(reverse_targets(N, V, absent=0.3, seed=rank, alpha=0.7), tokens=targets)
+    if kind == "soft":
         made = soft_targets(N, V, 8, hard=True, seed=rank, tail="bucket", alpha=0.5, temperature=2.0)
         return ids, replace(made, hard=targets)
     return ids, targets
@@ -69,7 +76,7 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gradients_equal_those_of_one_process(world: World, dtype: torch.dtype, tied: bool, soft: bool) -> None:
+def gradients_equal_those_of_one_process(world: World, dtype: torch.dtype, tied: bool, kind: str) -> None:
     chunks.LOGITS_BYTES["cpu"] = 5 * V * 4  # rows of several chunks
     mesh = init_device_mesh("cpu", (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -81,7 +88,7 @@ def gradients_equal_those_of_one_process(world: World, dtype: torch.dtype, tied:
             sharded.set_force_sum_reduction_for_comms(True)
         normalizer = max(1, sum(supervised))
         with Collectives() as collectives:
-            ids, targets = batch(world.rank, supervised[world.rank], soft)
+            ids, targets = batch(world.rank, supervised[world.rank], kind)
             model(ids, targets, supervised[world.rank], normalizer).backward()
 
         root = (1 if tied else 2) * V * H
@@ -90,7 +97,7 @@ def gradients_equal_those_of_one_process(world: World, dtype: torch.dtype, tied:
         assert sorted(collectives.reduced) == [block, root]
 
         for rank, count in enumerate(supervised):
-            alone(*batch(rank, count, soft), count, normalizer, dense=True).backward()
+            alone(*batch(rank, count, kind), count, normalizer, dense=True).backward()
         for (name, ours), (_, theirs) in zip(model.named_parameters(), alone.named_parameters(), strict=True):
             assert isinstance(ours.grad, DTensor)
             assert theirs.grad is not None
@@ -104,13 +111,13 @@ def gradients_equal_those_of_one_process(world: World, dtype: torch.dtype, tied:
                 assert (got - theirs.grad).norm() < 0.02 * theirs.grad.norm(), name
 
 
-def in_both_types(world: World, tied: bool, soft: bool) -> None:
+def in_both_types(world: World, tied: bool, kind: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        gradients_equal_those_of_one_process(world, dtype, tied, soft)
+        gradients_equal_those_of_one_process(world, dtype, tied, kind)
 
 
-@pytest.mark.parametrize(("tied", "soft"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("tied", "kind"), [(False, "hard"), (True, "hard"), (True, "soft"), (False, "reverse")])
 def test_the_output_weight_is_gathered_once_and_its_gradient_reduced_once(
-    tied: bool, soft: bool, tmp_path: Path
+    tied: bool, kind: str, tmp_path: Path
 ) -> None:
-    run_ranks(2, in_both_types, tmp_path / "log", tied, soft)
+    run_ranks(2, in_both_types, tmp_path / "log", tied, kind)
