@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes an environment with programs that people point at an OpenAI-compatible server, for tests/serve/test_real_clients.py:
 # the openai SDK, lm-evaluation-harness and guidellm. SGLang's bench_serving comes with scripts/sglang_cpu_env.sh. And with a
-# server that is neither ours nor SGLang, transformers serve, for tests/generation/test_transformers_serve.py.
+# server that is neither ours nor SGLang, transformers serve, for tests/generation/test_transformers_serve.py. And TRL, for
+# tests/train/test_trl_distillation.py (1 MB: what it needs is there already).
 #
 #     bash scripts/real_clients_env.sh [DIR]      # DIR: .real-clients in the root of the repository
 #
@@ -13,7 +14,7 @@ start_environment "${BASH_SOURCE[0]}" "$DIR"
 # torch, which guidellm requires, first and in this version: the newest one brings gigabytes of CUDA libraries.
 install torch==2.13.0
 install openai==3.57.0 "lm-eval[api]==0.4.13" guidellm==0.8.1 transformers==5.24.0 datasets==5.2.0
-install fastapi==0.165.0 uvicorn==0.54.0 accelerate==1.15.0
-"$DIR/bin/python" -c 'import guidellm, lm_eval.models.openai_completions, openai, fastapi, uvicorn, accelerate' ||
+install fastapi==0.165.0 uvicorn==0.54.0 accelerate==1.15.0 trl==1.16.0
+"$DIR/bin/python" -c 'import guidellm, lm_eval.models.openai_completions, openai, fastapi, uvicorn, accelerate, trl' ||
     fail "what was installed in $DIR does not import; see above"
 environment_is_complete
