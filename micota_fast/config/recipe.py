@@ -152,6 +152,12 @@ class OnPolicyCorpus:
         if self.rounds > MOST_ROUNDS:
             raise InputError(f"`rounds` must be at most {MOST_ROUNDS}, not {self.rounds}")
         check_top_k(self, "top")
+        for key in ("url", "api", "slice"):
+            if key in self.overrides:
+                raise InputError(
+                    f"`overrides` sets `{key}`: servers are started for the student as each round has made it, and its "
+                    f"problems are those of `problems_per_round`; leave it out"
+                )
 
 
 @dataclass(kw_only=True)

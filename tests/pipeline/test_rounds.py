@@ -136,6 +136,18 @@ def test_other_stages_do_not_know_of_rounds() -> None:
         (["corpora.own.on_policy.problems=tran"], r"`corpora\.own\.on_policy\.problems` names the problem set 'tran'"),
         (["arms.mine.overrides={lrr: 1}"], r"`arms\.mine\.overrides`: `lrr`: unknown"),
         (["corpora.own.on_policy.overrides={temprature: 1}"], r"on_policy\.overrides`: `temprature`: unknown key"),
+        *(
+            ([f"corpora.own.on_policy.overrides.{key}={value}"], f"`overrides` sets `{key}`: servers are started for")
+            for key, value in (("url", "http://h"), ("api", "openai"), ("slice", "[0, 1]"))
+        ),
+        (
+            [
+                "models.mine-seed1={train: {base: student, corpus: own}}",
+                "corpora.theirs={generate: {model: mine-seed1}}",
+                "arms={mine: own, other: theirs}",
+            ],
+            "two parts of the recipe make the stage answers/mine-seed1-round1; rename one of them",
+        ),
         (["arms.mine.overrides={soft: null}"], "`soft` and `top_logprobs` go together"),
         (["corpora.own.mix={mid: 1}"], "exactly one of `file`, `generate`, `mix`, `score`, `on_policy`"),
         (["align=[mid, own]"], r"`align` names 'own', whose rows are made anew in each training"),
