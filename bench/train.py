@@ -1,6 +1,6 @@
 """How fast does the trainer train, and in how much memory, next to TRL's and a loop written by hand?
 
-    .venv/bin/python bench/train.py [--quick] [--trl-python PATH] [--json FILE]
+    .venv/bin/python bench/train.py [--quick] [--lora] [--trl-python PATH] [--json FILE]
 
 The contestants take turns (A B C A B C ...), each run in a fresh process with this one's environment, all with the same
 random weights, documents, learning rate, optimizer (AdamW) and packs per step, every token supervised. A process trains
@@ -20,6 +20,8 @@ work on the data that a step needs is in that time; imports, loading, packing, c
   (relative L2). It is rounding where documents do not see each other.
 
 Ours is run as its users run it, `python -m micota_fast.train CONFIG.yaml`, and its figures are read from metrics.jsonl.
+With --lora, on a CPU: adapters (LoRA) next to the training of all weights, ours and TRL's with peft; 6 packs, not 16.
+
 TRL is run by the interpreter of --trl-python, as it may live in an environment of its own; on a GPU with flash-attn if
 that is installed there. On a CPU all have as many threads as torch has here (OMP_NUM_THREADS says how many).
 
@@ -33,7 +35,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ from micota_fast.model.decoder import Decoder
 Row = dict[str, Any]
 
 CPU_CASE = Case("Qwen2-8M", (256, 1024, 6, 4, 2, 4096, False), (50, 2000), 2048, 4, 16, 8)
+LORA_CASE = replace(CPU_CASE, packs=6)
 TINY_CASE = Case("Qwen2-tiny", (64, 128, 2, 4, 2, 512, False), (10, 200), 256, 2, 8, 4)
 # Shapes of the checkpoints' config.json.
 GPU_CASES = (
@@ -140,13 +143,16 @@ def main() -> None:
     """Measure, append rows, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model, one run: about a minute")
+    parser.add_argument("--lora", action="store_true", help="adapters next to all weights, on a CPU")
     parser.add_argument("--trl-python", default=sys.executable, metavar="PATH", help="interpreter that has TRL")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows here")
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and not arguments.lora else "cpu"
     runs = 1 if arguments.quick else 3
     cases = (TINY_CASE,) if arguments.quick else GPU_CASES if device == "cuda" else (CPU_CASE,)
-    present, absent = contestants(device, arguments.trl_python)
+    if arguments.lora and not arguments.quick:
+        cases = (LORA_CASE,)
+    present, absent = contestants(device, arguments.trl_python, arguments.lora)
     if arguments.quick:
         present = [c for c in present if not c.options.get("compile")]  # which takes longer than all the rest
     common: Row = {

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tokenizers.models import BPE
 from train_peers import peak_rss_bytes
 
 from micota_fast.common.processes import die_with_parent
+from micota_fast.config.train import LoraConfig
 from micota_fast.data.packing import pack
 from micota_fast.model import safetensors_io
 from micota_fast.model.config import ModelConfig
@@ -160,16 +161,18 @@ class Contestant:
         return f"{self.name}, {self.dtype}"
 
 
-def contestants(device: str, trl_python: str) -> tuple[list[Contestant], dict[str, str]]:
+def contestants(device: str, trl_python: str, lora: bool = False) -> tuple[list[Contestant], dict[str, str]]:
     """Those that can run here, in the order of their turns, and why the others are absent."""
     needs = {"plain": (sys.executable, "transformers"), "trl": (trl_python, "trl")}
     obstacles = {program: _import_error(*need) for program, need in needs.items()}
     liger = _import_error(trl_python, "liger_kernel") if device == "cuda" else None
     compiler = None if shutil.which(os.environ.get("CXX", "g++")) else "torch.compile needs a C++ compiler (g++, CXX)"
     present, absent = [], {}
-    for contestant in ON_CPU if device == "cpu" else ON_GPU:
+    peft = _import_error(trl_python, "peft") if lora else None
+    for contestant in WITH_LORA if lora else ON_CPU if device == "cpu" else ON_GPU:
         why = obstacles.get(contestant.program or "")
         why = why or (liger if contestant.options.get("liger") else None)
+        why = why or (peft if contestant.program and "lora" in contestant.options else None)
         why = why or (compiler if contestant.options.get("compile") else None)
         if why:
             absent[contestant.label] = why
@@ -365,12 +368,23 @@ ON_CPU = (
     Contestant(GEMM, "bfloat16", "gemm", {}),
     Contestant("micota", "float32", None, {}),
     Contestant("micota, compiled", "float32", None, {"compile": True}),
-    Contestant("micota, LoRA", "float32", None, {"lora": {}}),
     Contestant("plain loop", "float32", "plain", {}),
     Contestant("trl packed", "float32", "trl", {**PACKED, "activation_checkpointing": False}),
     Contestant("trl padded", "float32", "trl", {**PADDED, "activation_checkpointing": False}),
     Contestant("micota", "bfloat16", None, {}),
     Contestant("trl packed", "bfloat16", "trl", {**PACKED, "activation_checkpointing": False}),
+)
+# Adapters of rank 16 on all seven matrices of a block, as `lora: {}` means, next to the training of all weights.
+WITH_LORA = (
+    Contestant("micota", "float32", None, {}),
+    Contestant("micota, LoRA", "float32", None, {"lora": {}}),
+    Contestant("trl packed", "float32", "trl", {**PACKED, "activation_checkpointing": False}),
+    Contestant(
+        "trl packed, peft",
+        "float32",
+        "trl",
+        {**PACKED, "activation_checkpointing": False, "lora": asdict(LoraConfig())},
+    ),
 )
 # TRL recomputes whole blocks in the backward pass unless told otherwise; without that 16k tokens do not fit.
 ON_GPU = (

@@ -165,6 +165,13 @@ def trl(job: Job) -> Result:
         report_to="none",
         disable_tqdm=True,
     )
+    adapters = None
+    if lora := job.get("lora"):
+        from peft import LoraConfig
+
+        adapters = LoraConfig(
+            r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"], lora_dropout=lora["dropout"]
+        )
     passes = Passes(job["device"])
     seen = {"tokens": 0, "supervised": 0, "padding": 0}
 
@@ -181,6 +188,7 @@ def trl(job: Job) -> Result:
         args=config,
         train_dataset=Dataset.from_dict({"input_ids": documents}),
         callbacks=[OfEachPass()],
+        peft_config=adapters,
     )
     collate: Callable[[Any], Any] = trainer.data_collator
 
@@ -203,7 +211,7 @@ def trl(job: Job) -> Result:
         "loss": next(row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row),
         "attention": trainer.model.config._attn_implementation,
         "padding": seen["padding"] / (seen["padding"] + seen["tokens"]),
-        "peer_versions": versions("torch", "transformers", "trl", "accelerate", "liger-kernel", "flash-attn"),
+        "peer_versions": versions("torch", "transformers", "trl", "peft", "accelerate", "liger-kernel", "flash-attn"),
     }
     if job["packing"]:
         result["leak"] = leak(trainer, collate)

@@ -75,6 +75,9 @@ def test_what_cannot_be_imported_is_absent_with_the_reason(tmp_path: Path) -> No
     assert "no-python" in absent["trl packed, float32"]
     assert not [c for c in present if c.program == "trl"]
     assert MICOTA in present
+    present, absent = train_contestants.contestants("cpu", str(tmp_path / "no-python"), lora=True)
+    assert [c.label for c in present] == ["micota, float32", "micota, LoRA, float32"]
+    assert list(absent) == ["trl packed, float32", "trl packed, peft, float32"]
     assert train_contestants._import_error(sys.executable, "no_such_module") == (
         "ModuleNotFoundError: No module named 'no_such_module'"
     )
