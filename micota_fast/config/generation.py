@@ -186,6 +186,25 @@ def check_api(options: "SamplingSettings") -> None:
             raise InputError(f"`{name}` needs SGLang's native API; with `api: openai` {why}")
 
 
+def check_scores(options: "SamplingSettings") -> None:
+    """Refuse `top_logprobs` with options under which they would not be those of the answer's text.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if options.temperature not in (0, 1):
+        raise InputError(
+            f"`top_logprobs` with `temperature` {options.temperature}: servers give the log-probabilities at the "
+            f"temperature of sampling, and training takes those of temperature 1; set it to 0 or 1, or leave "
+            f"`top_logprobs` out and `micota score` the answers"
+        )
+    if options.stop:
+        raise InputError(
+            "`top_logprobs` with `stop`: servers cut the text before the string, and give the tokens with it; leave "
+            "`top_logprobs` out and `micota score` the answers"
+        )
+
+
 def check_url(options: Any) -> None:
     """Refuse `api: openai` without `url`: servers that are started are asked by SGLang's native API.
 
@@ -217,7 +236,9 @@ class SamplingSettings:
     )
     thinking_end: str = option("\n</think>\n\n", doc="what ends a thought; it is recognised without its white space")
     top_logprobs: int = option(
-        0, doc="keep the log-probabilities of the N likeliest tokens at each position, with the token ids (to distil)"
+        0,
+        doc="write OUT.top_logprobs, the N likeliest tokens at each position of the answers with their "
+        "log-probabilities, on which `micota train` can train; needs `temperature` 0 or 1; 0: none",
     )
     concurrency: int = option(
         1024,
@@ -273,6 +294,8 @@ class SamplingSettings:
             raise InputError("`url` is an empty list; null: a server is started for the model")
         if self.api == "openai":
             check_api(self)
+        if self.top_logprobs:
+            check_scores(self)
 
 
 @dataclass(kw_only=True)

@@ -30,6 +30,7 @@ from micota_fast.config.evaluation import EvaluateConfig
 from micota_fast.config.generation import ChatConfig, GenerateConfig, OpenAIConfig
 from micota_fast.corpus.rules import REASONS, Judge
 from micota_fast.errors import InputError
+from micota_fast.generation.answer_store import check_store, without_scores, write_store
 from micota_fast.generation.api import Api
 from micota_fast.generation.client import ACCEPTED, Client
 from micota_fast.generation.journal import Journal
@@ -41,6 +42,7 @@ from micota_fast.generation.servers import named_urls, servers_for
 from micota_fast.generation.sglang_api import SGLangApi
 from micota_fast.grading.gold import check_golds
 from micota_fast.model.folder import resolve_model
+from micota_fast.sources.top_logprobs import FORMAT
 
 
 def run(config: GenerateConfig) -> None:
@@ -69,8 +71,9 @@ def run(config: GenerateConfig) -> None:
 class Generation:
     """One model's answers to the problems of one file, at one place.
 
-    Next to OUT stand OUT.meta.json (fingerprint, counts, tokens) and OUT.meters.json (what depends on the clock), and
-    while a run lasts OUT.parts, the journal from which an interrupted run is resumed.
+    Next to OUT stand OUT.meta.json (fingerprint, counts, tokens), OUT.meters.json (what depends on the clock), with
+    `top_logprobs` the store OUT.top_logprobs, and while a run lasts OUT.parts, the journal from which an interrupted
+    run is resumed.
 
     Args:
         problems: a file of problems (see `ProblemFile`), with unique ids.
@@ -105,6 +108,7 @@ class Generation:
         self.out = Path(out)
         self._config, self._part = config, part
         self._parts, self._meta_path = Path(f"{out}.parts"), Path(f"{out}.meta.json")
+        self._store = Path(f"{out}.top_logprobs")
         self._hashes = hashes or Fingerprints(None)
         if not self.out.exists():
             with contextlib.suppress(OSError):  # whoever writes there will report it
@@ -140,7 +144,7 @@ class Generation:
         if config.thinking_budget is not None:
             made_by["thinking"] = {"budget": config.thinking_budget, "end": config.thinking_end}
         if config.top_logprobs:
-            made_by["top_logprobs"] = config.top_logprobs
+            made_by["top_logprobs"] = {"top_k": config.top_logprobs, "format": FORMAT}
         if isinstance(config, GenerateConfig) and config.stop_after_accepted is not None:
             # The key is the option's former name: runs made under it stay finished.
             made_by["enough"] = {"accepted": config.stop_after_accepted, "rules": loader.identity(config.accept)}
@@ -167,7 +171,10 @@ class Generation:
             ) from None
         differing = ", ".join(sorted(differences(theirs, as_read_back(self.fingerprint))))
         if not differing:
-            return bool(_content(self.out) == content)
+            whole = bool(_content(self.out) == content)
+            if whole and self._config.top_logprobs:
+                check_store(self._store, self.out, self._store_made_by(content[0]))
+            return whole
         raise InputError(
             f"{self.out} belongs to another run (it differs in: {differing}); delete it or write elsewhere"
         )
@@ -202,9 +209,12 @@ class Generation:
             self._complete(urls, journal)
             entries = journal.entries
             order = np.lexsort((entries["sample"], entries["problem"]))
-            summary = _Summary()
-            write_atomic(self.out, map(summary.take, journal.rows(order)))
+            summary, top_k = _Summary(), self._config.top_logprobs
+            rows = map(without_scores, journal.rows(order)) if top_k else journal.rows(order)
+            write_atomic(self.out, map(summary.take, rows))
             meta = {"fingerprint": self.fingerprint, **summary.counts()}
+            if top_k:
+                write_store(self._store, top_k, self._store_made_by(meta["sha256"]), journal.rows(order))
             if "enough" in self.fingerprint:  # every answer is judged then
                 meta["judged"] = _judged(entries["verdict"])
             write_json(self._meta_path, meta, 2)
@@ -212,6 +222,10 @@ class Generation:
         if self._config.api == "openai":
             print(f"{self.out}: {_usage(meta, self._config.openai)}", flush=True)
         return meta
+
+    def _store_made_by(self, sha256: str) -> dict[str, Any]:
+        """What a store is of: these very answers, as others of the same request may have other tokens."""
+        return {**self.fingerprint, "completions": sha256}
 
     def clear_up(self) -> None:
         """Remove the journal that a run killed between its last file and its end has left next to a finished OUT."""

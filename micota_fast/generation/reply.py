@@ -1,9 +1,11 @@
 """What a server's answer to one request holds, once it is seen that it can be the answer to that request."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from micota_fast.generation.endpoint import SHOWN_CHARACTERS, RetryableError
+from micota_fast.generation.scores import Scores, read_places
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,21 +16,25 @@ class Reply:
     reason: str  # "stop" or "length"
     tokens: int
     ids: list[int]  # empty where the server gives none
-    top_logprobs: list[Any]  # [place] of [k] (token id, log-probability)
+    scores: Scores | None  # of `ids` and what was inserted before them; None: not asked for, or no ids
 
 
-def read_reply(answer: dict[str, Any], max_new_tokens: int, vocab_size: int, top_logprobs: int) -> Reply:
+def read_reply(
+    answer: dict[str, Any], max_new_tokens: int, vocab_size: int, top_logprobs: int, inserted: Sequence[int] = ()
+) -> Reply:
     """Check an answer of /generate against what was asked.
 
     Args:
         answer: as decoded.
         max_new_tokens: that were asked for.
         vocab_size: ids that the model has.
-        top_logprobs: log-probabilities that were asked for at each place.
+        top_logprobs: log-probabilities that were asked for at each place; 0: none.
+        inserted: ids at the end of the prompt whose log-probabilities were asked for as well.
 
     Raises:
         RetryableError: it has not SGLang's shape, the server ended it with an error, or its numbers cannot be: more
-            tokens than were asked for, ids that are not in the vocabulary or are not as many as it counts.
+            tokens than were asked for, ids that are not in the vocabulary or are not as many as it counts, or what
+            `read_places` refuses.
     """
     try:
         meta = answer["meta_info"]
@@ -45,19 +51,15 @@ def read_reply(answer: dict[str, Any], max_new_tokens: int, vocab_size: int, top
     if ids and len(ids) != tokens:
         raise RetryableError(f"an answer of {len(ids)} `output_ids` that counts {tokens} tokens")
     _check_ids(ids, vocab_size)
-    if not top_logprobs:
-        return Reply(text, reason, tokens, ids, [])
+    if not top_logprobs or len(ids) != tokens:
+        return Reply(text, reason, tokens, ids, None)
     try:
-        places = [[(i, logprob) for logprob, i, *_ in place] for place in meta["output_top_logprobs"]]
-    except (KeyError, TypeError, ValueError) as error:
+        own, places = meta["output_token_logprobs"], meta["output_top_logprobs"]
+        if inserted:  # the first place is that of the id before them
+            own, places = meta["input_token_logprobs"][1:] + own, meta["input_top_logprobs"][1:] + places
+    except (KeyError, TypeError) as error:
         raise RetryableError(f"an answer without the log-probabilities asked for: {error!r}") from None
-    if len(places) != tokens or any(len(place) != top_logprobs for place in places):
-        raise RetryableError(f"an answer of {tokens} tokens without {top_logprobs} log-probabilities at each of them")
-    for place in places:
-        _check_ids([i for i, _ in place], vocab_size)
-        if any(type(logprob) not in (float, int) for _, logprob in place):
-            raise RetryableError(f"an answer with a log-probability that is not a number: {place!r:.100}")
-    return Reply(text, reason, tokens, ids, places)
+    return Reply(text, reason, tokens, ids, read_places([*inserted, *ids], own, places, top_logprobs, vocab_size))
 
 
 def _check_ids(ids: list[Any], vocab_size: int) -> None:

@@ -12,12 +12,14 @@ from micota_fast.chat.thoughts import opening_of
 from micota_fast.common.records import Completion, model_name
 from micota_fast.config.generation import SamplingSettings
 from micota_fast.errors import InputError
+from micota_fast.generation.answer_store import scored_fields
 from micota_fast.generation.endpoint import Endpoint
 from micota_fast.generation.problem_file import ProblemFile
 from micota_fast.generation.prompts import Prompts
 from micota_fast.generation.reply import Reply, read_reply
 from micota_fast.generation.request import REPLY_BYTES, derive_seed, sampling_params
 from micota_fast.generation.schedule import Wanted
+from micota_fast.generation.scores import Scores, join_scores
 from micota_fast.generation.sglang_servers import LOGPROB_BYTES, SGLangServers
 
 ID_BYTES = 24  # of a token's id in JSON, with white space
@@ -101,19 +103,28 @@ class SGLangApi(SGLangServers):
         if budget is not None and parts[0].reason == "length":
             if self._config.thinking_end.strip() not in parts[0].text:
                 end = self._thinking_end
-                parts.append(Reply(self._config.thinking_end, "length", len(end), end, []))
+                parts.append(Reply(self._config.thinking_end, "length", len(end), end, None))
             rest = most - sum(part.tokens for part in parts)
             if rest > 0:
                 ids = [*prompt, *(i for part in parts for i in part.ids)]
-                parts.append(await self._ask(endpoint, session, wanted, ids, rest))
+                inserted = parts[-1].ids if len(parts) > 1 else []
+                parts.append(await self._ask(endpoint, session, wanted, ids, rest, inserted))
             elif len(parts) > 1:
                 parts.pop()  # no room to continue from it
         text, tokens = "".join(part.text for part in parts), sum(part.tokens for part in parts)
         row = self._row(wanted, parts[-1].reason, text, tokens)
         if not self._config.top_logprobs:
             return row, {}
-        places = [place for part in parts for place in part.top_logprobs or [None] * len(part.ids)]
-        return row, {"completion_ids": [i for part in parts for i in part.ids], "top_logprobs": places}
+        ids = [i for part in parts for i in part.ids]
+        scores = join_scores([part.scores for part in parts if part.scores is not None])
+        if parts[-1].reason == "stop" and self._ends_otherwise(ids):
+            ids, scores = ids[:-1], Scores(*(array[:-1] for array in scores))
+        return row, scored_fields(ids, scores)
+
+    def _ends_otherwise(self, ids: list[int]) -> bool:
+        """Whether an answer's last token is an end that training text does not have there: it has the template's."""
+        chat = self._prompts.chat
+        return bool(ids) and ids[-1] in chat.eos_ids and ids[-1] != chat.end_of_turn_id
 
     def aborted(self, wanted: Wanted) -> Completion:
         """Return the row of an answer that is given up on."""
@@ -144,8 +155,15 @@ class SGLangApi(SGLangServers):
         return derive_seed(self._config.seed, problem_id, sample) if self._config.temperature > 0 else None
 
     async def _ask(
-        self, endpoint: Endpoint, session: aiohttp.ClientSession, wanted: Wanted, ids: list[int], most: int
+        self,
+        endpoint: Endpoint,
+        session: aiohttp.ClientSession,
+        wanted: Wanted,
+        ids: list[int],
+        most: int,
+        inserted: Sequence[int] = (),
     ) -> Reply:
+        """Ask for up to `most` tokens after `ids`, which end with what was `inserted` into the answer."""
         config = self._config
         problem_id = self._prompts.problem(wanted.problem).id
         params = {**self._params, "max_new_tokens": most}
@@ -154,11 +172,13 @@ class SGLangApi(SGLangServers):
         body: dict[str, Any] = {"input_ids": ids, "sampling_params": params}
         if config.top_logprobs:
             body |= {"return_logprob": True, "top_logprobs_num": config.top_logprobs}
+            if inserted:
+                body["logprob_start_len"] = len(ids) - len(inserted) - 1
         try:
-            answer = await self.post(endpoint, session, body, self._most_bytes(most))
+            answer = await self.post(endpoint, session, body, self._most_bytes(most + len(inserted) + 1))
         except InputError as error:
             raise InputError(f"problem {problem_id!r}: {error}") from None
-        reply = read_reply(answer, most, self._prompts.chat.vocab_size, config.top_logprobs)
+        reply = read_reply(answer, most, self._prompts.chat.vocab_size, config.top_logprobs, inserted)
         if (config.thinking_budget is not None or config.top_logprobs) and len(reply.ids) != reply.tokens:
             raise InputError(
                 f"{endpoint.url} gives no `output_ids` for {reply.tokens} tokens: `thinking_budget` and "

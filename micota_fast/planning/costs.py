@@ -59,15 +59,23 @@ def generate(planner: Planner, stage: Stage) -> Cost:
     else:
         answering(cost, model, s, [answers], planner.gpu, planner.assumed)
     cost.disk = answers.tokens * planner.assumed.text_bytes
+    if s.top_logprobs:
+        _keep_scores(cost, answers.rows * answers.answer, s.top_logprobs)
     return cost
 
 
-def score(planner: Planner, stage: Stage) -> Cost:
-    """Return the cost of a `score` stage: prompts and answers are read once, as prompts are, and nothing is written.
+def _keep_scores(cost: Cost, tokens: float, top_k: int) -> None:
+    """Add what scores take on the disk.
 
-    Each token of an answer leaves its id and log-probability of eight bytes, and K of its place of six. While the stage
-    runs they lie in two journals as well, in one of them in base64 and without the id.
+    Each token leaves its id and log-probability of eight bytes, and K of its place of six. While the stage runs they
+    lie in two journals as well, in one of them in base64 and without the id.
     """
+    cost.disk += tokens * (8 + 6 * top_k)
+    cost.passing += tokens * (8 + 6 * top_k + (4 + 6 * top_k) * 4 / 3)
+
+
+def score(planner: Planner, stage: Stage) -> Cost:
+    """Return the cost of a `score` stage: prompts and answers are read once, as prompts are, and nothing is written."""
     s = stage.settings
     model, corpus = planner.model(s.model), planner.corpus(s.completions)
     planner.scores[s.out] = s.top_k
@@ -80,10 +88,9 @@ def score(planner: Planner, stage: Stage) -> Cost:
         stage.verb,
         tokens=corpus.tokens,
         flops=train_flops(config, corpus.tokens, corpus.context) / 3,
-        disk=scored * (8 + 6 * s.top_k),
-        passing=scored * (8 + 6 * s.top_k + (4 + 6 * s.top_k) * 4 / 3),
         how=f"{_rows(corpus)}, {s.top_k} tokens at each of {two(scored)} positions",
     )
+    _keep_scores(cost, scored, s.top_k)
     room = _serving(cost, s, parameters(config) * width, corpus.context * kv, planner.gpu, planner.assumed)
     if room is not None and planner.gpu is not None:
         speed = planner.gpu.flops * planner.assumed.prefill_mfu * serve.tp * serve.replicas * serve.dp

@@ -29,10 +29,11 @@ from micota_fast.errors import InputError
 from micota_fast.generation.client import Client
 from micota_fast.generation.journal import Journal
 from micota_fast.generation.model_identity import model_fingerprints
+from micota_fast.generation.scores import decode_scores
 from micota_fast.generation.servers import named_urls, servers_for
 from micota_fast.model.folder import resolve_checkpoint, resolve_model
 from micota_fast.scoring.rows import load_rows
-from micota_fast.scoring.scoring_api import ScoringApi, decode_scores
+from micota_fast.scoring.scoring_api import ScoringApi
 from micota_fast.sources.top_logprobs import FORMAT, TopLogprobs, TopLogprobsWriter
 
 

@@ -1,27 +1,25 @@
 """What is asked of SGLang servers for scores: the log-probabilities of the tokens of a text, and no answer to it."""
 
-import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
-from numpy.typing import NDArray
 
 from micota_fast.common.records import Completion
 from micota_fast.errors import InputError
 from micota_fast.generation.endpoint import Endpoint
 from micota_fast.generation.request import REPLY_BYTES
 from micota_fast.generation.schedule import Wanted
+from micota_fast.generation.scores import Scores, encode_scores
 from micota_fast.generation.sglang_servers import LOGPROB_BYTES, SGLangServers
 from micota_fast.scoring.agreement import ABSENT, Agreement
-from micota_fast.scoring.reply import Scores, read_scores
+from micota_fast.scoring.reply import read_scores
 from micota_fast.scoring.rows import Rows
 
 SPARE = 8  # tokens asked for beyond K, if the student does not have all of the scoring model's
 NAMED = 3  # rows in a message
-_OWN, _IDS, _LOGPROBS = np.dtype("<f4"), np.dtype("<i4"), np.dtype("<f2")
 
 
 class ScoringApi(SGLangServers):
@@ -131,21 +129,3 @@ class ScoringApi(SGLangServers):
     def _name(self, row: int) -> str:
         key = self._rows.keys[row]
         return f"row {row + 1} ({key.id!r}, sample {key.sample})"
-
-
-def encode_scores(scores: Scores) -> str:
-    """Return the arrays in the types of the store, little-endian, one after the other in base64."""
-    own, logprobs = np.minimum(scores.token_logprobs, 0.0), np.minimum(scores.logprobs, 0.0)
-    pieces = own.astype(_OWN), scores.ids.astype(_IDS), logprobs.astype(_LOGPROBS)
-    return base64.b64encode(b"".join(piece.tobytes() for piece in pieces)).decode()
-
-
-def decode_scores(
-    text: str, tokens: int, top_k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float16]]:
-    """Return what `encode_scores` was given: float32 [tokens], int32 [tokens, top_k], float16 [tokens, top_k]."""
-    data, size = base64.b64decode(text), tokens * top_k
-    ids_at = tokens * _OWN.itemsize
-    own, ids = np.frombuffer(data, _OWN, tokens), np.frombuffer(data, _IDS, size, ids_at)
-    logprobs = np.frombuffer(data, _LOGPROBS, size, ids_at + size * _IDS.itemsize)
-    return own, ids.reshape(tokens, top_k), logprobs.reshape(tokens, top_k)

@@ -71,6 +71,14 @@ def checked_rows(
     again = sorted_ids[:, 1:] == sorted_ids[:, :-1]
     if again.any():
         refuse((again & (sorted_ids[:, 1:] >= 0)).any(1), "a top_id that comes twice")
-    total_T = _EXP.take(kept[3].view("<u2")) @ np.ones(top_k, np.float32)
-    refuse(~(total_T <= MOST_SUM), f"log-probabilities that are NaN, or of probabilities whose sum is above {MOST_SUM}")
+    refuse(
+        ~(total_probability(kept[3]) <= MOST_SUM),
+        f"log-probabilities that are NaN, or of probabilities whose sum is above {MOST_SUM}",
+    )
     return kept
+
+
+def total_probability(logprobs_TK: NDArray[np.float16]) -> NDArray[np.float32]:
+    """Return the sum of each row's probabilities, [T]."""
+    total_T: NDArray[np.float32] = _EXP.take(logprobs_TK.view("<u2")) @ np.ones(logprobs_TK.shape[1], np.float32)
+    return total_T

@@ -422,7 +422,7 @@ def test_nothing_that_could_kill_a_server_is_sent(tmp_path: Path, qwen2_checkpoi
         with pytest.raises(InputError, match=r"`thinking_end` has token id \d+; the model knows only 100"):
             generate.run(config(small, problems, tmp_path / "a.jsonl", url, thinking_budget=5))
         with pytest.raises(InputError, match="`top_logprobs` is 101; the model knows only 100 tokens"):
-            generate.run(config(small, problems, tmp_path / "a.jsonl", url, top_logprobs=101))
+            generate.run(config(small, problems, tmp_path / "a.jsonl", url, temperature=1.0, top_logprobs=101))
         (small / "config.json").write_text(json.dumps({**raw, "max_position_embeddings": 16}))
         with pytest.raises(InputError, match=r"problem 'p0': .*context of 16"):
             generate.run(config(small, problems, tmp_path / "b.jsonl", url))

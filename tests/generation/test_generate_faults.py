@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -31,9 +32,11 @@ from micota_fast.common.records import Problem, write_rows
 from micota_fast.config.corpus import FilterSettings
 from micota_fast.config.generation import ChatConfig, GenerateConfig
 from micota_fast.errors import InputError
-from micota_fast.generation import client, endpoint, fleet, generate
+from micota_fast.generation import answer_store, client, endpoint, fleet, generate
 from micota_fast.generation.request import derive_seed
+from micota_fast.generation.scores import decode_scores
 from micota_fast.sources.completions import read_completions
+from micota_fast.sources.top_logprobs import TopLogprobs
 
 PROBLEMS, SAMPLES = 200, 4
 CHAT = ChatConfig(system=None, prompt="{problem}")
@@ -384,24 +387,24 @@ def test_a_thinking_budget_ends_the_thought(config: Configure, tmp_path: Path, q
 
 
 @pytest.mark.parametrize("budget", [None, 20])
-def test_log_probabilities_are_kept_with_their_tokens(budget: int | None, config: Configure, tmp_path: Path) -> None:
+def test_log_probabilities_are_stored_of_every_token(budget: int | None, config: Configure, tmp_path: Path) -> None:
+    """Also of those that end a thought, which the next request brings as a part of its prompt."""
     with FaultyServer(tmp_path) as server:
-        request = config(server.url, limit=40, samples=2, top_logprobs=3, thinking_budget=budget)
+        request = config(server.url, limit=40, samples=2, temperature=1.0, top_logprobs=3, thinking_budget=budget)
         generate.run(request)
         asked = [line["body"] for line in server.asked]
     assert all(body["return_logprob"] is True and body["top_logprobs_num"] == 3 for body in asked)
-    lines = [json.loads(line) for line in Path(request.out).read_bytes().splitlines()]
-    given = 0
-    for row in lines:
-        ids, places = row["completion_ids"], row["top_logprobs"]
-        assert len(ids) == len(places) == row["completion_tokens"]
-        for token, place in zip(ids, places, strict=True):
-            if place is not None:  # of the forced end nobody gives any
-                given += 1
-                assert place == [[(token + k) % 300, -0.5 * k] for k in range(3)]
-    inserted = sum(place is None for row in lines for place in row["top_logprobs"])
+    store, rows = TopLogprobs(f"{request.out}.top_logprobs"), read_completions(request.out)
+    assert set(store) == {(row.id, row.sample) for row in rows}
+    assert not {"completion_ids", "scores"} & set(json.loads(Path(request.out).read_bytes().splitlines()[0]))
+    for row in rows:
+        ids, own, top_ids, logprobs = store[row.id, row.sample]
+        assert len(ids) == row.completion_tokens
+        assert (own == -2).all()
+        assert top_ids.tolist() == [[(token + k) % 300 for k in range(3)] for token in ids.tolist()]
+        assert logprobs.tolist() == [[-2.0, -2.5, -3.0]] * len(ids)
+    inserted = sum("logprob_start_len" in body for body in asked)
     assert (inserted > 0) == (budget is not None)
-    assert given > 500
 
 
 # -- the client is killed, the disk fills up -------------------------------------------------------------------------
@@ -471,6 +474,59 @@ def in_journal(parts: Path) -> set[int]:
     """The seeds of the rows that are there, torn lines left out."""
     lines = [line for path in parts.glob("0*.jsonl") for line in path.read_bytes().splitlines(keepends=True)]
     return {json.loads(line)["seed"] for line in lines if line.endswith(b"\n")}
+
+
+def test_a_killed_run_leaves_the_same_store(config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed among the answers, which two servers bring, and then while the store is written."""
+    options: dict[str, Any] = {"limit": 40, "samples": 2, "temperature": 1.0, "top_logprobs": 3, "thinking_budget": 20}
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder in folders:
+        folder.mkdir()
+    slow = Plan(delays_s=(0.05, 0.2))
+    with FaultyServer(folders[0], slow) as one, FaultyServer(folders[1], slow) as other:
+        generate.run(config(one.url, "whole", **options))
+        request = config([one.url, other.url], "killed", concurrency=2, **options)
+        parts = Path(f"{request.out}.parts")
+        with Client(request) as there:
+            for rows in (5, 20):
+                there.start()
+                wait_for(lambda rows=rows: len(in_journal(parts)) >= rows)  # type: ignore[misc]
+                assert there.kill() == signal.SIGKILL
+                assert not Path(request.out).exists()
+        left = iter(range(30))
+
+        def stop(*args: Any) -> Any:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return decode_scores(*args)
+
+        monkeypatch.setattr(answer_store, "decode_scores", stop)
+        with pytest.raises(KeyboardInterrupt):
+            generate.run(request)
+        monkeypatch.setattr(answer_store, "decode_scores", decode_scores)
+    assert Path(f"{request.out}.top_logprobs.journal").exists()
+    generate.run(request)  # the servers are gone, and nothing is left to ask
+    for name in ("", ".meta.json", ".top_logprobs/top_logprobs.json", ".top_logprobs/000000.safetensors"):
+        ours, whole = (Path(f"{tmp_path / of}.jsonl{name}").read_bytes() for of in ("killed", "whole"))
+        assert ours == whole, name
+    made = {path.name for path in tmp_path.glob("killed.jsonl*")}
+    assert made == {f"killed.jsonl{name}" for name in ("", ".meta.json", ".meters.json", ".top_logprobs")}
+    generate.run(request)  # done already
+    shard = Path(f"{request.out}.top_logprobs/000000.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(InputError, match=r"000000\.safetensors: tensor \w+ does not match its checksum"):
+        generate.run(request)
+    shutil.rmtree(shard.parent)
+    with pytest.raises(
+        InputError, match=r"killed\.jsonl\.top_logprobs is missing next to .*killed\.jsonl; put it back"
+    ):
+        generate.run(request)
+    shutil.copytree(tmp_path / "whole.jsonl.top_logprobs", shard.parent)
+    generate.run(request)
+    manifest = shard.with_name("top_logprobs.json")
+    manifest.write_text(manifest.read_text().replace('"completions": "', '"completions": "0'))
+    with pytest.raises(InputError, match=r"top_logprobs is not of .*killed\.jsonl"):
+        generate.run(request)
 
 
 @pytest.mark.slow

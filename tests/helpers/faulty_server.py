@@ -68,7 +68,11 @@ def answer(body: dict[str, Any]) -> dict[str, Any]:
         meta["id"] = body["rid"]
     if body.get("return_logprob"):
         top = body["top_logprobs_num"]
-        meta["output_top_logprobs"] = [[[-0.5 * k, (token + k) % 300, None] for k in range(top)] for token in tokens]
+        asked = ids[body.get("logprob_start_len", len(ids)) :]
+        for kind, scored in (("input", asked), ("output", tokens)):
+            meta[f"{kind}_token_logprobs"] = [[-2.0, token, None] for token in scored]
+            likeliest = [[[-2 - 0.5 * k, (token + k) % 300, None] for k in range(top)] for token in scored]
+            meta[f"{kind}_top_logprobs"] = likeliest
     return {"text": "".join(f" {word}" for word in words), "output_ids": tokens, "meta_info": meta}
 
 

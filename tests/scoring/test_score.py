@@ -26,11 +26,12 @@ from micota_fast.data.tokenise import load_documents
 from micota_fast.errors import InputError
 from micota_fast.generation import fleet
 from micota_fast.generation.endpoint import RetryableError
+from micota_fast.generation.scores import Scores, decode_scores, encode_scores
 from micota_fast.scoring import score
 from micota_fast.scoring.agreement import ABSENT
-from micota_fast.scoring.reply import Scores, read_scores
+from micota_fast.scoring.reply import read_scores
 from micota_fast.scoring.rows import load_rows
-from micota_fast.scoring.scoring_api import SPARE, ScoringApi, decode_scores, encode_scores
+from micota_fast.scoring.scoring_api import SPARE, ScoringApi
 from micota_fast.serve.serve import serving
 from micota_fast.sources.top_logprobs import TopLogprobs
 
@@ -233,7 +234,7 @@ def reply(body: dict[str, Any]) -> dict[str, Any]:
         "finish_reason": {"type": "length", "length": 0},
         "completion_tokens": 0,
         "input_token_logprobs": [[None if n == 0 else -1.0, i, None] for n, i in enumerate(ids)],
-        "input_top_logprobs": [None, *([[-0.5 * k - 0.5, k, None] for k in range(top)] for _ in ids[1:])],
+        "input_top_logprobs": [None, *([[-0.5 * k - 1.5, k, None] for k in range(top)] for _ in ids[1:])],
     }
     return {"text": "", "output_ids": [], "meta_info": meta | ({"id": body["rid"]} if "rid" in body else {})}
 
@@ -262,7 +263,7 @@ def test_an_answer_is_read_as_it_stands() -> None:
     scores = read_scores(reply(BODY), [9, 10], 3, 320)
     assert scores.token_logprobs.tolist() == [-1.0, -1.0]
     assert scores.ids.tolist() == [[0, 1, 2]] * 2
-    assert scores.logprobs.tolist() == [[-0.5, -1.0, -1.5]] * 2
+    assert scores.logprobs.tolist() == [[-1.5, -2.0, -2.5]] * 2
 
 
 @pytest.mark.parametrize(
@@ -280,6 +281,7 @@ def test_an_answer_is_read_as_it_stands() -> None:
         (own(0.1), "log-probability of the text's token 10 that is none"),
         (own(True), "log-probability of the text's token 10 that is none"),
         (changed(input_top_logprobs=[None, [A, B, C]]), "without 3 log-probabilities at each"),
+        (top(A, B, C), "log-probabilities of more than certainty"),
         (top(A, B), "without 3 log-probabilities at each"),
         (top(A, B, [-2.0, 320, None]), "cannot be the likeliest of 320"),
         (top(A, B, [-2.0, -1, None]), "cannot be the likeliest"),
