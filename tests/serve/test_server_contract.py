@@ -10,19 +10,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from helpers.servers import PROMPT, Server, greedy, sglang_config
 from helpers.waiting import wait_for
-from micota_fast.common.records import Problem, write_rows
+from micota_fast.chat.encoding import Chat
+from micota_fast.common.records import Completion, Problem, write_rows
 from micota_fast.config import loader
-from micota_fast.config.generation import GenerateConfig, ServeConfig
+from micota_fast.config.generation import ChatConfig, GenerateConfig, ServeConfig
+from micota_fast.config.scoring import ScoreConfig
 from micota_fast.generation import generate
+from micota_fast.scoring import score
+from micota_fast.scoring.rows import load_rows
 from micota_fast.serve.serve import serving
+from micota_fast.sources.top_logprobs import TopLogprobs
 
 CONTEXT = 512  # of the checkpoint
+BARE = ChatConfig(system=None, prompt="{problem}")
 
 
 @pytest.fixture(scope="module", params=["embedded", pytest.param("sglang", marks=pytest.mark.slow)])
@@ -265,6 +272,54 @@ def test_a_text_is_scored_without_an_answer(server: Server, reference: PreTraine
         assert meta["input_token_logprobs"][t + 1][1] == text[len(PROMPT) + t]
         assert [pair[1] for pair in place] == want.indices.tolist()
         assert [pair[0] for pair in place] == pytest.approx(want.values.tolist(), abs=2e-4)
+
+
+def check_store(folder: Path, texts: dict[str, tuple[list[int], list[int]]], reference: PreTrainedModel) -> None:
+    """See that a store has the reference's log-probabilities of answers, given the ids of each prompt and answer.
+
+    Within 2e-4 of transformers in float32, and what float16 rounds.
+    """
+    store = TopLogprobs(folder)
+    assert {key[0] for key in store} == set(texts)
+    for name, (prompt, ids) in texts.items():
+        want_TV = logprobs_of(reference, prompt + ids)[len(prompt) - 1 : -1].numpy()
+        own_ids, own, top_ids, logprobs = store[name, 0]
+        assert own_ids.tolist() == ids
+        np.testing.assert_allclose(own, want_TV[np.arange(len(ids)), ids], rtol=0, atol=2e-4)
+        order = np.argsort(-want_TV, axis=1)[:, :4]
+        assert top_ids.tolist() == order.tolist()
+        np.testing.assert_allclose(logprobs, np.take_along_axis(want_TV, order, 1), rtol=2**-11, atol=2e-4)
+
+
+def test_score_stores_the_models_log_probabilities(
+    server: Server, reference: PreTrainedModel, qwen2_checkpoint: Path, tmp_path: Path
+) -> None:
+    texts = [f"so the answer is {i + 1}. " * (1 + 2 * i) for i in range(4)]
+    rows = [Completion(f"p{i}", 0, f"{i} + 1 =", "0", text, "stop", 9, 9, None) for i, text in enumerate(texts)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    options = {"model": str(qwen2_checkpoint), "completions": str(tmp_path / "rows.jsonl"), "chat": BARE, "top_k": 4}
+    score.run(ScoreConfig(**options, out=str(tmp_path / "scores"), url=server.url))  # type: ignore[arg-type]
+    loaded, _ = load_rows(str(tmp_path / "rows.jsonl"), Chat.from_checkpoint(qwen2_checkpoint, BARE), None)
+    sent = {key.id: (loaded.sent(n), int(loaded.prompts[n])) for n, key in enumerate(loaded.keys)}
+    check_store(tmp_path / "scores", {name: (ids[:n], ids[n:]) for name, (ids, n) in sent.items()}, reference)
+
+
+def test_generate_stores_the_models_log_probabilities(
+    server: Server, reference: PreTrainedModel, qwen2_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Also of the tokens that end a thought, which the model has not written."""
+    chat = Chat.from_checkpoint(qwen2_checkpoint, BARE)
+    problems = [Problem(f"p{i}", f"{i} + 1 =", "0") for i in range(3)]
+    write_rows(tmp_path / "problems.jsonl", problems)
+    out = tmp_path / "answers.jsonl"
+    options = {"model": str(qwen2_checkpoint), "problems": str(tmp_path / "problems.jsonl"), "chat": BARE}
+    options |= {"top_logprobs": 4, "thinking_budget": 6, "max_new_tokens": 40, "url": server.url}
+    generate.run(GenerateConfig(**options, out=str(out)))  # type: ignore[arg-type]
+    store = TopLogprobs(f"{out}.top_logprobs")
+    end = chat.tokenizer.encode([GenerateConfig(**options, out="").thinking_end])[0].tolist()  # type: ignore[arg-type]
+    texts = {p.id: (chat.encode_prompt(p.problem), store[p.id, 0].token_ids_T.tolist()) for p in problems}
+    assert all(ids[6 : 6 + len(end)] == end for _, ids in texts.values())
+    check_store(store.folder, texts, reference)
 
 
 def test_log_probabilities_are_at_the_temperature(server: Server, reference: PreTrainedModel) -> None:
