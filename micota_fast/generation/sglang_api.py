@@ -118,7 +118,7 @@ class SGLangApi(SGLangServers):
         ids = [i for part in parts for i in part.ids]
         scores = join_scores([part.scores for part in parts if part.scores is not None])
         if parts[-1].reason == "stop" and self._ends_otherwise(ids):
-            ids, scores = ids[:-1], Scores(*(array[:-1] for array in scores))
+            ids, scores = ids[:-1], Scores(scores.token_logprobs[:-1], scores.ids[:-1], scores.logprobs[:-1])
         return row, scored_fields(ids, scores)
 
     def _ends_otherwise(self, ids: list[int]) -> bool:
