@@ -61,6 +61,9 @@ class LoraConfig:
 class SoftConfig:
     """Training on a teacher's distributions: alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross entropy.
 
+    With `divergence: reverse` alpha * (an estimate of KL(student || teacher) on the text's own tokens, which must be
+    the student's own samples) + (1 - alpha) * cross entropy; `micota_fast.kernels.ReverseTargets` has its gradient.
+
     Tokens that the teacher did not score, such as the end of a turn, have the cross entropy alone.
     """
 
@@ -77,6 +80,13 @@ class SoftConfig:
         doc="what the teacher's K tokens leave: one event, any other token (bucket), or nothing (ignore: renormalised)",
         source="ours",
     )
+    divergence: Literal["forward", "reverse"] = option(
+        "forward",
+        doc="forward: KL(teacher || student) over the K tokens, on any text; reverse: KL(student || teacher) as a "
+        "policy gradient on the text's own tokens, for samples of the student itself",
+        source="ours",
+        newer=True,
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
@@ -85,6 +95,16 @@ class SoftConfig:
             )
         if not 0 < self.temperature < math.inf:
             raise InputError(f"`temperature` must be above 0 and finite, not {self.temperature}")
+        if self.divergence == "reverse" and self.temperature != 1:
+            raise InputError(
+                f"`temperature: {self.temperature}` with `divergence: reverse`: its estimate is of the distribution "
+                "that the student's samples came from, at temperature 1; leave `temperature` out"
+            )
+        if self.divergence == "reverse" and self.tail != "bucket":
+            raise InputError(
+                f"`tail: {self.tail}` with `divergence: reverse`, which reads the text's own tokens and not the K "
+                "likeliest; leave `tail` out"
+            )
         if self.temperature != 1 and self.tail == "bucket":
             raise InputError(
                 f"`temperature: {self.temperature}` needs `tail: ignore`: the teacher's K log-probabilities, which are "

@@ -36,9 +36,11 @@ class PackedBatch:
     targets: torch.Tensor  # int64 [T]: the next token if it is supervised and of the same document, else -100
     token_weights: torch.Tensor | None  # float32 [T], factor of each target's loss; None: Documents has no weights
     n_supervised: int  # targets that are not -100
-    # The teacher's K likeliest tokens at each target, -100 where absent; None: all targets are hard.
+    # The teacher's K likeliest tokens at each target, -100 where absent; None: training does not read them.
     top_ids: torch.Tensor | None  # int32 [T, K]
     top_logprobs: torch.Tensor | None  # float16 [T, K]
+    # Of each target under the teacher, NaN where it has none; None: training does not read them.
+    token_logprobs: torch.Tensor | None  # float32 [T]
     doc_ids: tuple[int, ...]  # index in Documents of each, [B]
 
 
@@ -53,7 +55,7 @@ def packed_batch(documents: Documents, doc_ids: NDArray[np.int64]) -> PackedBatc
     targets_T[:-1] = np.where(documents.supervised[source_T[1:]], input_ids_T[1:], IGNORE_INDEX)
     targets_T[cu_seqlens[1:] - 1] = IGNORE_INDEX  # a document's last token has nothing to predict
     weights_D = documents.weights
-    top_ids_TK, top_logprobs_TK = _scores(documents, doc_ids, cu_seqlens)
+    top_ids_TK, top_logprobs_TK, token_logprobs_T = _scores(documents, doc_ids, cu_seqlens)
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids_T),
         position_ids=torch.from_numpy(position_T),
@@ -64,17 +66,24 @@ def packed_batch(documents: Documents, doc_ids: NDArray[np.int64]) -> PackedBatc
         n_supervised=int(documents.n_targets[doc_ids].sum()),
         top_ids=top_ids_TK,
         top_logprobs=top_logprobs_TK,
+        token_logprobs=token_logprobs_T,
         doc_ids=tuple(doc_ids.tolist()),
     )
 
 
 def _scores(
     documents: Documents, doc_ids: NDArray[np.int64], cu_seqlens: NDArray[np.int64]
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The teacher's rows of these documents at the positions of the targets, read from the store's map."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """What training reads of the teacher's rows of these documents, at the positions of the targets, from the map."""
     scores = documents.scores
     if scores is None:
-        return None, None
+        return None, None, None
+    if scores.own_tokens:
+        own_T = np.full(int(cu_seqlens[-1]), np.nan, np.float32)
+        for d, begin in zip(doc_ids.tolist(), cu_seqlens.tolist(), strict=False):
+            at, rows = scores.rows_of(d, int(documents.lengths[d]))
+            own_T[begin + at.start : begin + at.stop] = rows.token_logprobs_T
+        return None, None, torch.from_numpy(own_T)
     shape = int(cu_seqlens[-1]), scores.top_k
     ids_TK, logprobs_TK = np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float16)
     for d, begin in zip(doc_ids.tolist(), cu_seqlens.tolist(), strict=False):
@@ -82,7 +91,7 @@ def _scores(
         ids_TK[begin + at.start : begin + at.stop] = rows.top_ids_TK
         logprobs_TK[begin + at.start : begin + at.stop] = rows.top_logprobs_TK
     ids_TK[(ids_TK < 0) | (ids_TK >= scores.vocab_size)] = IGNORE_INDEX  # absent, or unknown to the student
-    return torch.from_numpy(ids_TK), torch.from_numpy(logprobs_TK)
+    return torch.from_numpy(ids_TK), torch.from_numpy(logprobs_TK), None
 
 
 class Step(NamedTuple):

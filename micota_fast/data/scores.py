@@ -28,12 +28,13 @@ class Scores:
 
     store: TopLogprobs
     vocab_size: int  # of the student: what the teacher knows besides is absent
+    own_tokens: bool = False  # training reads the log-probabilities of the text's own tokens alone, and not the K
     places: list[Place] = field(default_factory=list)
 
     @property
     def top_k(self) -> int:
-        """Entries of a token."""
-        return self.store.top_k
+        """Entries of a token that training reads."""
+        return 0 if self.own_tokens else self.store.top_k
 
     @property
     def fingerprint(self) -> str:
@@ -83,9 +84,12 @@ class Scores:
         spans = [self.rows_of(d, len(document.input_ids))[0] for d, document in enumerate(documents)]
         scored = sum(span.stop - span.start for span in spans)
         targets = sum(int(document.supervised[1:].sum()) for document in documents)
+        what, of = "soft targets", f"with the teacher's {self.top_k} likeliest"
+        if self.own_tokens:
+            what, of = "reverse KL", "with the teacher's log-probability"
         return (
-            f"soft targets: {scored:,} of {targets:,} supervised tokens, with the teacher's {self.top_k} likeliest; "
-            f"the others, such as ends of turns, have hard targets"
+            f"{what}: {scored:,} of {targets:,} supervised tokens, {of}; the others, such as ends of turns, have hard "
+            f"targets"
         )
 
     def rows_of(self, document: int, length: int) -> tuple[slice, TopLogprobsRow]:

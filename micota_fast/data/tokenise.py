@@ -22,7 +22,6 @@ from micota_fast.data.scores import Place, Scores
 from micota_fast.errors import InputError
 from micota_fast.sources.columns import renamed
 from micota_fast.sources.rows import SourceRow, read_rows
-from micota_fast.sources.top_logprobs import TopLogprobs
 
 EXAMPLE_PARTS, EXAMPLE_CHARS = 4, 600  # of the row that the log shows
 _BATCH_CHARS = 4_000_000  # text tokenised at once: about 1M tokens, some 100 MB in the tokenizer's own form
@@ -95,7 +94,7 @@ def load_documents(
     skip_bad_rows: bool = False,
     rejects_path: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
-    store: TopLogprobs | None = None,
+    scores: Scores | None = None,
 ) -> Documents:
     """Tokenise every row (formats: `micota_fast.data.rows`) of a file or of a dataset of the Hub, in file order.
 
@@ -109,13 +108,13 @@ def load_documents(
         rejects_path: None stands for `<path>.bad_rows.jsonl`. Written only where rows were rejected; what an earlier
             call left there is removed.
         columns: our key -> the file's, as in `sources.columns.renamed`.
-        store: the teacher's log-probabilities of every row, found by its `id` and `sample` (`Scores.place`).
+        scores: the teacher's of every row, without places yet: they are found by `id` and `sample` (`Scores.place`).
 
     Raises:
         InputError: the file cannot be read, holds no usable row, or (with file:line) a row is not a JSON object, is of
             no accepted format, cannot be rendered by the template as it stands, has no supervised token, has a
-            token outside the model's vocabulary, its weight is not a positive float32, or `store` lacks it or was made
-            of other tokens.
+            token outside the model's vocabulary, its weight is not a positive float32, or `scores` lack it or are of
+            other tokens.
     """
     if max_doc_tokens < 2:
         raise InputError(f"max_doc_tokens must be at least 2 (a token and the next one), not {max_doc_tokens}")
@@ -131,7 +130,6 @@ def load_documents(
     n_rows = dropped = truncated = 0
     documents: list[Encoded] = []
     weights: list[float] = []
-    scores = None if store is None else Scores(store, chat.vocab_size)
 
     def tokenise(batch: list[_Row]) -> None:
         nonlocal dropped, truncated

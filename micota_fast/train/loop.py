@@ -98,6 +98,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
         return False
     watch = Stopwatch(world.device)
     meters = Meters(config, out, world, progress, total, steps, flops, watch)
+    reverse = config.soft is not None and config.soft.divergence == "reverse"
     trace = stack.enter_context(profiler(out, world)) if profile else None
 
     for step in range(start, total):
@@ -107,15 +108,18 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
         batches, normalizer, n_supervised, n_tokens = steps.step(step)
         batches += [DUMMY_BATCH] * (steps.micro_steps(step) - len(batches))  # every rank must join the collectives
         loss = torch.zeros((), device=world.device)
+        estimate = torch.zeros(2, device=world.device) if reverse else None  # of the reverse KL: sum, tokens
         for number, batch in enumerate(batches, start=1):
             last_micro_step(model, number == len(batches))
             watch.lap("forward")
-            batch_loss = model(**on_device(batch, world), normalizer=normalizer)
+            batch_loss = model(**on_device(batch, world), normalizer=normalizer, reverse_estimate=estimate)
             watch.lap("backward")
             batch_loss.backward()
             loss += batch_loss.detach()
         watch.lap("optimizer")
         dist.all_reduce(loss)
+        if estimate is not None:
+            dist.all_reduce(estimate)
         grad_norm = clip_gradients(model, config.max_grad_norm)
         lr = learning_rate(step, total, config)
         for group in optimizer.param_groups:
@@ -125,7 +129,7 @@ def _train(config: TrainConfig, out: Path, world: World, stop: StopSignals, prof
 
         done = step + 1
         watch.lap("report")
-        meters.record(loss, grad_norm, done, done / steps.steps_per_epoch, lr, n_supervised, n_tokens)
+        meters.record(loss, grad_norm, done, done / steps.steps_per_epoch, lr, n_supervised, n_tokens, estimate)
         validation_loss = None
         if held_out is not None and (done % validate_every == 0 or done == total):
             watch.lap("validation")

@@ -64,7 +64,7 @@ class Meters:
         on_cuda = world.device.type == "cuda" and config.dtype == "bfloat16"
         self._peak = peak_flops(torch.cuda.get_device_name(world.device)) if on_cuda else None
         self._rows: list[dict[str, Any]] = []
-        self._figures: list[Tensor] = []  # loss and norm of each row
+        self._figures: list[Tensor] = []  # loss and norm of each row, with the reverse KL where it is trained on
         start: int = progress["step"]
         self._trackers: Trackers | None = None
         if config.tensorboard or config.wandb is not None:
@@ -85,7 +85,15 @@ class Meters:
         self._tokens = 0
 
     def record(
-        self, loss: Tensor, grad_norm: Tensor, step: int, epoch: float, lr: float, supervised: int, tokens: int
+        self,
+        loss: Tensor,
+        grad_norm: Tensor,
+        step: int,
+        epoch: float,
+        lr: float,
+        supervised: int,
+        tokens: int,
+        reverse_estimate: Tensor | None = None,
     ) -> None:
         """Record a step without waiting for the device, if the gradients are on it, too.
 
@@ -96,8 +104,13 @@ class Meters:
             epoch: passes over the documents done, in steps.
             lr: learning rate of the step.
             supervised, tokens: supervised and all tokens of the step, over all ranks.
+            reverse_estimate: [2], over all ranks: sum of the estimates of the reverse KL, and their number. Their mean
+                is reported as `reverse_kl`, in nats per scored token.
         """
-        self._figures.append(torch.stack((loss.to(grad_norm.device), grad_norm)))
+        figures = [loss.to(grad_norm.device), grad_norm]
+        if reverse_estimate is not None:
+            figures.append((reverse_estimate[0] / reverse_estimate[1]).to(grad_norm.device))
+        self._figures.append(torch.stack(figures))
         self._rows.append({"step": step, "epoch": epoch, "lr": lr, "supervised": supervised, "tokens": tokens})
 
     def report(self, validation_loss: float | None = None) -> None:
@@ -115,7 +128,7 @@ class Meters:
         now = time.perf_counter()
         timing = self._timing(now)
         lines = ""
-        for row, (loss, grad_norm) in zip(self._rows, figures, strict=True):
+        for row, (loss, grad_norm, *reverse_kl) in zip(self._rows, figures, strict=True):
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if finite:
                 self.skipped["in_a_row"] = 0
@@ -124,6 +137,8 @@ class Meters:
                 self.skipped = {key: count + 1 for key, count in self.skipped.items()}
                 self._world.say(self._not_finite(row["step"], loss, grad_norm))
                 self.last = {"step": row["step"], "loss": None, "grad_norm": None, **row, "skipped": True}
+            if reverse_kl:
+                self.last["reverse_kl"] = reverse_kl[0] if math.isfinite(reverse_kl[0]) else None
             if validation_loss is not None and row is self._rows[-1]:
                 finite_loss = validation_loss if math.isfinite(validation_loss) else None
                 self.last["validation_loss"] = finite_loss
@@ -180,6 +195,8 @@ class Meters:
         ]
         if "mfu" in timing:
             parts.append(f"MFU {timing['mfu']:.1%}")
+        if row.get("reverse_kl") is not None:
+            parts.insert(2, f"reverse KL {row['reverse_kl']:.4f}")
         if row.get("validation_loss") is not None:
             parts.insert(2, f"validation {row['validation_loss']:.4f}")
         whole = sum(timing["phase_s"].values()) or 1.0

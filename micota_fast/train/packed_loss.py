@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from micota_fast.config.train import SoftConfig, TrainSettings
 from micota_fast.data.batches import IGNORE_INDEX, PackedBatch
-from micota_fast.kernels import SoftTargets, linear_cross_entropy
+from micota_fast.kernels import ReverseTargets, SoftTargets, linear_cross_entropy
 from micota_fast.model.attention import Backend, PackedAttention
 from micota_fast.model.decoder import Decoder
 from micota_fast.train.world import World
 
-# Takes hidden states [T, H], the output projection [V, H] and targets [T] or `SoftTargets` of them, and by name
-# `normalizer`, `n_supervised` and `token_weights`, as `linear_cross_entropy` does; returns a float32 scalar.
+# Takes hidden states [T, H], the output projection [V, H] and targets [T], `SoftTargets` or `ReverseTargets`, and by
+# name `normalizer`, `n_supervised` and `token_weights`, as `linear_cross_entropy` does; returns a float32 scalar.
 Loss = Callable[..., Tensor]
 
 
@@ -45,28 +45,38 @@ class PackedLoss(nn.Module):
         normalizer: float,
         top_ids_TK: Tensor | None = None,
         top_logprobs_TK: Tensor | None = None,
+        token_logprobs_T: Tensor | None = None,
+        reverse_estimate: Tensor | None = None,
     ) -> Tensor:
         """Return the sum of these tokens' losses divided by `normalizer`, a float32 scalar.
 
         Args:
             input_ids_T, position_ids_T, targets_T, token_weights_T, cu_seqlens, lengths, n_supervised, top_ids_TK,
-                top_logprobs_TK: the fields of a `PackedBatch`, with tensors on the model's device.
+                top_logprobs_TK, token_logprobs_T: the fields of a `PackedBatch`, with tensors on the model's device.
             normalizer: divisor of the sum, the same on all ranks and in all micro-steps of a step.
+            reverse_estimate: what `ReverseTargets.estimate` is, added to where `token_logprobs_T` are given.
         """
         attend = PackedAttention(cu_seqlens, lengths, self.backend, input_ids_T.device)
         hidden_TH = self.decoder(input_ids_T, position_ids_T, attend)
         return self.loss(
             hidden_TH,
             self.decoder.lm_head_weight,
-            self._targets(targets_T, top_ids_TK, top_logprobs_TK),
+            self._targets(targets_T, top_ids_TK, top_logprobs_TK, token_logprobs_T, reverse_estimate),
             normalizer=normalizer,
             n_supervised=n_supervised,
             token_weights=token_weights_T,
         )
 
     def _targets(
-        self, targets_T: Tensor, top_ids_TK: Tensor | None, top_logprobs_TK: Tensor | None
-    ) -> Tensor | SoftTargets:
+        self,
+        targets_T: Tensor,
+        top_ids_TK: Tensor | None,
+        top_logprobs_TK: Tensor | None,
+        token_logprobs_T: Tensor | None,
+        reverse_estimate: Tensor | None,
+    ) -> Tensor | SoftTargets | ReverseTargets:
+        if self.soft is not None and token_logprobs_T is not None:
+            return ReverseTargets(targets_T, token_logprobs_T, self.soft.alpha, reverse_estimate)
         if self.soft is None or top_ids_TK is None or top_logprobs_TK is None:
             return targets_T
         alpha, temperature, tail = self.soft.alpha, self.soft.temperature, self.soft.tail
@@ -87,6 +97,7 @@ DUMMY_BATCH = PackedBatch(
     n_supervised=0,
     top_ids=None,
     top_logprobs=None,
+    token_logprobs=None,
     doc_ids=(),
 )
 
@@ -110,4 +121,5 @@ def on_device(pack: PackedBatch, world: World) -> dict[str, Any]:
         "n_supervised": pack.n_supervised,
         "top_ids_TK": copied(pack.top_ids),
         "top_logprobs_TK": copied(pack.top_logprobs),
+        "token_logprobs_T": copied(pack.token_logprobs),
     }

@@ -23,6 +23,7 @@ from micota_fast.config.train import TrainConfig
 from micota_fast.data import tokenise
 from micota_fast.data.batches import PackedSteps
 from micota_fast.data.load_balancing import attention_parity
+from micota_fast.data.scores import Scores
 from micota_fast.data.tokenise import Documents
 from micota_fast.errors import InputError
 from micota_fast.model import safetensors_io
@@ -71,10 +72,11 @@ def load_documents(config: TrainConfig, source: Path, out: Path, world: World) -
     chat = Chat.from_checkpoint(source, config.chat)
     limit = config.max_doc_tokens or config.pack_tokens
     options = (chat, limit, config.over_length, config.skip_bad_rows)
-    store = None
-    if config.top_logprobs is not None:
+    scores = None
+    if config.top_logprobs is not None and config.soft is not None:
         store = _verified_store(config.top_logprobs, world)
-    documents = tokenise.load_documents(config.data, *options, out / "bad_rows.jsonl", config.columns, store)
+        scores = Scores(store, chat.vocab_size, own_tokens=config.soft.divergence == "reverse")
+    documents = tokenise.load_documents(config.data, *options, out / "bad_rows.jsonl", config.columns, scores)
     if config.validation_data is None:
         return documents, None
     aside = out / "bad_validation_rows.jsonl"

@@ -1,5 +1,6 @@
 """Every target of a pack has the teacher's row for its own token, and rows that were scored otherwise are refused."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,14 @@ K, VOCABULARY = 2, 1000
     documents=st.lists(st.tuples(*(st.integers(0, 4) for _ in range(4))), min_size=1, max_size=8),
     cut=st.integers(2, 12),
     seed=st.integers(0, 2**31),
+    own_tokens=st.booleans(),
 )
 def test_each_target_has_the_row_of_its_own_token(
-    documents: list[tuple[int, int, int, int]], cut: int, seed: int, tmp_path_factory: pytest.TempPathFactory
+    documents: list[tuple[int, int, int, int]],
+    cut: int,
+    seed: int,
+    own_tokens: bool,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """A document: tokens of the prompt, of the template's text before the answer, that are scored, that follow."""
     numbers = np.random.default_rng(seed)
@@ -44,8 +50,8 @@ def test_each_target_has_the_row_of_its_own_token(
             masks.append((np.arange(n) >= prompt)[:cut])
             known = (top_ids >= 0) & (top_ids < VOCABULARY)
             rows = zip(np.where(known, top_ids, -100).tolist(), logprobs.tolist(), strict=True)
-            expected.append({start + t: row for t, row in enumerate(rows)})
-    scores = Scores(TopLogprobs(folder), VOCABULARY)
+            expected.append({start + t: (*row, float(own[t])) for t, row in enumerate(rows)})
+    scores = Scores(TopLogprobs(folder), VOCABULARY, own_tokens)
     for d, (prompt, before, scored, after) in enumerate(documents):
         n = prompt + before + scored + after + 2
         whole = np.arange(n, dtype=np.int32) + 100 * d
@@ -57,18 +63,21 @@ def test_each_target_has_the_row_of_its_own_token(
     steps = PackedSteps(made, 20, 2, seed=seed)
     for step in range(steps.steps_per_epoch):
         for batch in steps.step(step).batches:
-            assert batch.top_ids is not None
-            assert batch.top_logprobs is not None
+            assert (batch.top_ids is None) == (batch.top_logprobs is None) == own_tokens
+            assert (batch.token_logprobs is not None) == own_tokens
             at = 0
             for d in batch.doc_ids:
                 for position in range(lengths[d]):
-                    ids, logprobs = expected[d].get(position + 1, (None, None))
-                    if ids is None or position + 1 == lengths[d]:
-                        assert batch.top_ids[at].tolist() == [-100] * K
-                    else:
+                    ids, logprobs, own_logprob = expected[d].get(position + 1, ([-100] * K, None, math.nan))
+                    if position + 1 == lengths[d]:
+                        ids, logprobs, own_logprob = [-100] * K, None, math.nan
+                    elif logprobs is not None:
                         assert batch.targets[at] == texts[d][position + 1]
+                    if batch.top_ids is not None and batch.top_logprobs is not None:
                         assert batch.top_ids[at].tolist() == ids
-                        assert batch.top_logprobs[at].tolist() == logprobs
+                        assert logprobs is None or batch.top_logprobs[at].tolist() == logprobs
+                    if batch.token_logprobs is not None:
+                        assert batch.token_logprobs[at].item() == pytest.approx(own_logprob, abs=0, nan_ok=True)
                     at += 1
                 found += 1
     assert found == len(documents)

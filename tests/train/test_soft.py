@@ -56,7 +56,14 @@ def test_one_token_of_probability_1_trains_as_hard_targets_do_to_the_bit(
         assert torch.equal(tensor, weights_of(soft)[name])
 
 
-@pytest.mark.parametrize("how", [{"tail": "bucket"}, {"alpha": 0.6, "tail": "ignore", "temperature": 2.0}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"tail": "bucket"},
+        {"alpha": 0.6, "tail": "ignore", "temperature": 2.0},
+        {"alpha": 0.7, "divergence": "reverse"},
+    ],
+)
 def test_ten_steps_equal_a_plain_loop_on_the_whole_distribution(
     how: dict[str, Any], qwen2_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -73,7 +80,7 @@ def test_ten_steps_equal_a_plain_loop_on_the_whole_distribution(
     rows = metrics(config)
     assert len(rows) == 10
     for step, row in enumerate(rows):
-        total, count = torch.zeros(()), 0
+        total, count, estimates = torch.zeros(()), 0, []
         for d in [d for batch in steps.step(step).batches for d in batch.doc_ids]:
             span = slice(documents.offsets[d], documents.offsets[d + 1])
             tokens = torch.from_numpy(documents.input_ids[span]).long()
@@ -94,26 +101,37 @@ def test_ten_steps_equal_a_plain_loop_on_the_whole_distribution(
             teacher = (teacher / temperature).log_softmax(1)
             student = (answer[:n] / temperature).log_softmax(1)
             divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+            if config.soft.divergence == "reverse":  # this value, with the policy gradient's
+                estimate = (-nll[:n] - torch.from_numpy(scored.token_logprobs_T.copy())).detach()
+                divergence = estimate - estimate * (nll[:n] - nll[:n].detach())
+                estimates.append(estimate)
             total = total + (alpha * temperature**2 * divergence + (1 - alpha) * nll[:n]).sum() + nll[n:].sum()
             count += len(answer)
         loss = total / count
         loss.backward()
         norm = clipped_step(model, optimizer, config.max_grad_norm, row["lr"])
         assert row["loss"] == pytest.approx(loss.item(), abs=2e-5)
+        if estimates:
+            assert row["reverse_kl"] == pytest.approx(torch.cat(estimates).mean().item(), abs=2e-5)
+        else:
+            assert "reverse_kl" not in row
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
     for name, ours in weights_of(config).items():
         torch.testing.assert_close(ours, model.state_dict()[name], rtol=0, atol=3e-5)
 
 
 @pytest.mark.slow
-def test_two_killed_ranks_resume_to_the_same_bits(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_two_killed_ranks_resume_to_the_same_bits(divergence: str, qwen2_checkpoint: Path, tmp_path: Path) -> None:
     """With whole blocks computed again; and to those of one process, up to rounding."""
-    one = replace(soft_config(qwen2_checkpoint, tmp_path, 4), activation_checkpointing="full")
+    soft = soft_config(qwen2_checkpoint, tmp_path, 4, divergence=divergence)
+    one = replace(soft, activation_checkpointing="full")
     train(one)
     two, killed = (replace(one, out=str(tmp_path / name), checkpoint_every=2) for name in ("two", "killed"))
     finish(start_training(two, world=2), two)
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a.get("reverse_kl") == pytest.approx(b.get("reverse_kl"), abs=1e-5)
     processes = start_training(killed, world=2)
     wait_until(lambda: len(checkpoint_steps(killed)) > 0, processes)
     kill(processes)
@@ -168,6 +186,8 @@ def test_runs_without_distributions_keep_their_identity() -> None:
     assert {"soft", "top_logprobs"}.isdisjoint(identity(plain))
     soft = replace(plain, soft=SoftConfig(), top_logprobs="scores")
     assert identity(soft)["soft"] == {"alpha": 0.9, "temperature": 1.0, "tail": "bucket"}
+    reverse = replace(soft, soft=SoftConfig(divergence="reverse"))
+    assert identity(reverse)["soft"] == identity(soft)["soft"] | {"divergence": "reverse"}
 
 
 @pytest.mark.parametrize(
@@ -190,6 +210,8 @@ def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], me
         ({"alpha": math.nan}, "`alpha` must be above 0"),
         ({"temperature": 0.0}, "`temperature` must be above 0"),
         ({"temperature": 2.0}, "`temperature: 2.0` needs `tail: ignore`"),
+        ({"divergence": "reverse", "temperature": 2.0}, "`temperature: 2.0` with `divergence: reverse`"),
+        ({"divergence": "reverse", "tail": "ignore"}, "`tail: ignore` with `divergence: reverse`"),
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
