@@ -52,9 +52,9 @@ def train(config: TrainConfig, profile: bool = False) -> bool:
     """
     require_trackers(config)
     require_torchao(config)
-    require_upload(config.push_to_hub)
     out = Path(config.out)
     with StopSignals() as stop, join_world(config.device, config.mesh, config.offload) as world, ExitStack() as lock:
+        world.on_main(lambda: require_upload(config.push_to_hub))
         world.on_main(lambda: prepare.lock(out, lock))
         with ExitStack() as stack:
             finished = _train(config, out, world, stop, profile, stack)
@@ -62,6 +62,7 @@ def train(config: TrainConfig, profile: bool = False) -> bool:
             raise KeyboardInterrupt
         repository = config.push_to_hub
         if finished and repository is not None:
+            stop.release()  # there is no step to finish any more: a signal ends the upload, which a rerun repeats
             made = out / ("adapter" if config.lora is not None and not config.lora.merged else "model")
             world.on_main(lambda: upload(made, repository))
         return finished

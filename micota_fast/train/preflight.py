@@ -1,5 +1,6 @@
 """What a training would fail of later: found at once, before torch is imported, which can take many seconds."""
 
+import os
 from importlib.util import find_spec
 
 from micota_fast.config.train import TrainConfig
@@ -17,7 +18,8 @@ def check(config: TrainConfig) -> None:
     """
     require_trackers(config)
     require_torchao(config)
-    require_upload(config.push_to_hub)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the one that uploads, which alone needs a token
+        require_upload(config.push_to_hub)
     require_checkpoint(config.model)
     for source in filter(None, (config.data, config.validation_data)):
         require_readable(source)

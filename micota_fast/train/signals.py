@@ -26,6 +26,10 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the signals back to those who had them before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

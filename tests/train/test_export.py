@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,13 @@ def test_the_trained_model_opens_in_transformers_and_says_how_it_was_made(
         cards.append((tmp_path / name / "model" / "README.md").read_text())
     assert cards[0] == cards[1], "equal runs give equal cards"
     uploaded: list[tuple[Path, str]] = []
+
+    def upload(folder: Path, name: str) -> None:
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ctrl-C would not end the upload"
+        uploaded.append((folder, name))
+
     monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.setattr("micota_fast.train.loop.upload", lambda folder, name: uploaded.append((folder, name)))
+    monkeypatch.setattr("micota_fast.train.loop.upload", upload)
     assert train(dataclasses.replace(config, push_to_hub="org/name")), "the finished run is uploaded, not made again"
     assert uploaded == [(tmp_path / "two" / "model", "org/name")]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "model")

@@ -1,5 +1,6 @@
 """`micota train` and `python -m micota_fast.train` are one command: the same options, and the same exit status."""
 
+import dataclasses
 import os
 import runpy
 import signal
@@ -11,6 +12,8 @@ import pytest
 
 from helpers.training_runs import checkpoint_steps, fork, metrics, train_config
 from micota_fast.config.loader import dump
+from micota_fast.errors import InputError
+from micota_fast.train import preflight
 
 DOORS = (["micota_fast", "train"], ["micota_fast.train"])
 
@@ -54,3 +57,15 @@ def test_help_lists_every_option_and_profile(door: list[str], tmp_path: Path) ->
     assert told.startswith("usage: micota train ")
     assert "--profile" in told
     assert "pack_tokens = 16384" in told
+
+
+def test_the_process_that_uploads_alone_needs_a_token(
+    qwen2_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(train_config(qwen2_checkpoint, tmp_path), push_to_hub="org/name")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setenv("RANK", "1")
+    preflight.check(config)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InputError, match="`push_to_hub` needs a token"):
+        preflight.check(config)
