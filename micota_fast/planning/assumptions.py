@@ -60,6 +60,11 @@ class Assumptions:
     template_tokens: int = option(60, doc="tokens of a prompt besides the problem", source="assumed")
     pack_fill: float = option(0.98, doc="share of a pack that documents fill", source="a micro run's summary.json")
     text_bytes: float = option(4.0, doc="bytes on disk per token in a JSONL row", source="assumed")
+    host_link: float = option(
+        25e9,
+        doc="bytes per second between a GPU and its host, each way, which `offload` copies over",
+        source="PCIe 4.0 x16 has 31.5e9 on paper; four fifths of it assumed",
+    )
     disk_rate: float = option(1e9, doc="bytes per second that a merge reads and writes", source="assumed")
     startup_s: float = option(120.0, doc="seconds until a server is ready", source="assumed")
 
@@ -69,6 +74,6 @@ class Assumptions:
         for name in ("train_mfu", "prefill_mfu", "decode_bandwidth", "serve_memory", "accepted", "judged", "pack_fill"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"`{name}` must lie above 0 and at most at 1, not {getattr(self, name)}")
-        for name in ("chars_per_token", "disk_rate"):
+        for name in ("chars_per_token", "host_link", "disk_rate"):
             if not getattr(self, name) > 0:
                 raise InputError(f"`{name}` must be above 0, not {getattr(self, name)}")

@@ -31,7 +31,7 @@ from micota_fast.planning.planner import ON_CPU, Corpus, Cost, Model, Planner
 from micota_fast.planning.roofline import loss_seconds
 from micota_fast.planning.shapes import parameters, recomputed_flops, train_flops, training
 from micota_fast.serve import sglang
-from micota_fast.train.memory import estimate, host_memory, kept
+from micota_fast.train.memory import estimate, host_copies, host_memory, kept
 
 AT_A_SERVER = "at servers that already run"
 
@@ -153,7 +153,7 @@ def train(planner: Planner, stage: Stage) -> Cost:
     how = s.activation_checkpointing
     device, offload = "cuda" if on_gpu else "cpu", on_gpu and s.offload
     top_k = 0 if s.top_logprobs is None else planner.scores[s.top_logprobs]
-    need = estimate(model.config, pack_tokens, shards, how, dtype, device, s.lora, top_k, offload).total
+    need = estimate(model.config, pack_tokens, shards, how, dtype, device, s.lora, top_k, offload, s.freeze).total
     stored = bytes_per_element(s.save_dtype) if s.save_dtype else model.width
     made = training(model.config, s)
     whole = size * stored if s.lora is None or s.lora.merged else 0.0
@@ -171,13 +171,19 @@ def train(planner: Planner, stage: Stage) -> Cost:
         how=f"{_rows(corpus)}, {steps:,.0f} steps on {processes} process{'es' * (processes > 1)}",
     )
     if offload:
-        cost.host = processes * sum(host_memory(model.config, shards, dtype, s.lora))
+        cost.host = processes * sum(host_memory(model.config, shards, dtype, s.lora, s.freeze))
         cost.how += f", {two(cost.host / 1e9)} GB of the host's memory"
-        cost.left_out.append("the copies of `offload` and AdamW's steps on the host")
+        cost.left_out.append("AdamW's steps of `offload` on the host")
     if on_gpu and planner.gpu is not None:
         if s.dtype == "bfloat16":
             run = cost.flops + recomputed_flops(model.config, tokens, corpus.context, how, made.adapters)
             cost.hours = run / (processes * planner.gpu.flops * planner.assumed.train_mfu) / 3600
+            if offload:  # as if none of it ran while the GPU computes
+                packs = tokens / (s.pack_tokens * planner.assumed.pack_fill * processes)
+                moved = packs * host_copies(model.config, shards, dtype, s.lora, s.freeze)
+                copies = moved / planner.assumed.host_link / 3600
+                cost.hours += copies
+                cost.how += f", {two(copies)} hours of them for copies to and from it"
             shape = s.pack_tokens, model.config.hidden_size, model.config.vocab_size
             loss, products = loss_seconds(*shape, planner.gpu, frozen=made.frozen_head)
             besides = tokens / s.pack_tokens * (loss - products)  # the loss's share that is no FLOPs of the model

@@ -121,9 +121,11 @@ def draw_adapters(decoder: Decoder, seed: int) -> None:
 
 
 def flops_per_token(decoder: Decoder, seqlen: float) -> float:
-    """Count the FLOPs for one token, as `Decoder.flops_per_token`, with adapters: frozen weights have no gradient."""
-    if not adapted_modules(decoder):
-        return decoder.flops_per_token(seqlen)
-    frozen = sum(p.numel() for p in decoder.parameters() if not p.requires_grad)
-    looked_up = 0 if decoder.config.tie_word_embeddings else decoder.model.embed_tokens.weight.numel()
-    return decoder.flops_per_token(seqlen) - 2.0 * (frozen - looked_up)
+    """Count the FLOPs for one token, as `Decoder.flops_per_token`, without gradients of what is frozen.
+
+    Gradients of inputs are counted for all blocks, though those below all that is trained have none.
+    """
+    embedding = decoder.model.embed_tokens.weight
+    looked_up = None if decoder.config.tie_word_embeddings else embedding  # in no product
+    frozen = sum(p.numel() for p in decoder.parameters() if not p.requires_grad and p is not looked_up)
+    return decoder.flops_per_token(seqlen) - 2.0 * frozen

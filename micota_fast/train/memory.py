@@ -6,7 +6,10 @@ confirmed them.
 
 import math
 from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Literal
 
@@ -47,6 +50,7 @@ def estimate(
     lora: LoraConfig | None = None,
     top_k: int = 0,
     offload: bool = False,
+    freeze: Sequence[str] = (),
 ) -> Memory:
     """Estimate the memory for packs of `tokens` tokens, without the allocator's gaps and the driver's own memory.
 
@@ -60,11 +64,13 @@ def estimate(
         lora: adapters that are trained in place of the weights, which are then of the compute type.
         top_k: entries of a soft target; 0: targets are hard.
         offload: whether weights, gradients and moments are on the host (`host_memory`), and shards copied from there.
+        freeze: patterns of names that are not trained. That blocks below all that is trained keep no activations is not
+            counted.
 
     Returns:
         That of the moment that needs most.
     """
-    found = moments(model, tokens, shards, mode, dtype, device, lora, top_k, offload)
+    found = moments(model, tokens, shards, mode, dtype, device, lora, top_k, offload, freeze)
     return max(found, key=lambda memory: memory.total)
 
 
@@ -78,6 +84,7 @@ def moments(
     lora: LoraConfig | None = None,
     top_k: int = 0,
     offload: bool = False,
+    freeze: Sequence[str] = (),
 ) -> list[Memory]:
     """Return the memory at each moment of a step that can need most; see `estimate`.
 
@@ -87,15 +94,19 @@ def moments(
     root = total - block * model.num_hidden_layers  # embedding, last norm and output matrix: whole all the time
     head = model.vocab_size * model.hidden_size
     low, layers = dtype.itemsize, model.num_hidden_layers
+    stored = 4 if lora is None else low  # bytes of a value that has no adapter, before it is gathered
+    sizes = trained_sizes(model, lora, freeze)
+    trained, trained_block, trained_root = _by_place(sizes)
     if lora is None:
-        trained, trained_block, trained_root, frozen = total, block, root, 0
+        frozen = stored * (total - trained)
     else:
-        trained, modules = _adapters(model, lora)
-        trained_block, trained_root, frozen = trained // layers, 0, low * total
-        block, head = block + trained_block, 0  # no gradient of the output matrix
+        halves, modules = _adapters(model, lora)
+        block += halves // layers
+        frozen = stored * total + 4 * (halves - trained)
+    if ("model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight") not in sizes:
+        head = 0  # no gradient of the output matrix
     # Without gradients, and with all.
     before, after = (frozen + 12 * trained) // shards, (frozen + 16 * trained) // shards
-    stored = 4 if lora is None else low  # bytes of a value before it is gathered
     copied_block = 0  # from the host, before it is gathered; one rank, which gathers nothing, has a copy less of it
     if offload:
         before = after = 0
@@ -167,24 +178,62 @@ def moments(
     ]
 
 
-def host_memory(model: ModelConfig, shards: int, dtype: torch.dtype, lora: LoraConfig | None = None) -> tuple[int, int]:
+def host_memory(
+    model: ModelConfig, shards: int, dtype: torch.dtype, lora: LoraConfig | None = None, freeze: Sequence[str] = ()
+) -> tuple[int, int]:
     """Return the bytes that `offload` takes of the host for each rank: page-locked, and others.
 
     Weights and gradients are page-locked, which is what copies that do not wait need, and AdamW's moments are not.
     torch page-locks each tensor by itself, in powers of two (`CachingHostAllocator`).
     """
-    trained = locked = 0
+    shares = {name: -(-size // shards) for name, size in trained_sizes(model, lora, freeze).items()}
+    locked = sum(_power_of_two(width * -(-size // shards)) for size, width in _stored(model, dtype, lora))
+    return locked + sum(_power_of_two(4 * share) for share in shares.values()), 8 * sum(shares.values())
+
+
+def host_copies(
+    model: ModelConfig, shards: int, dtype: torch.dtype, lora: LoraConfig | None = None, freeze: Sequence[str] = ()
+) -> float:
+    """Return the bytes that `offload` copies between each rank and its host for each pack.
+
+    A block's shards are copied for the forward and for the backward pass, those of the embedding, the last norm and the
+    output matrix once; the gradients come back in float32.
+    """
+    total, block = _parameters(model)
+    twice = block * model.num_hidden_layers / total  # of the weights; adapters are all in blocks
+    whole = [size * width for size, width in _stored(model, dtype, lora)]
+    return (sum(whole) * (1 + twice) + 4 * sum(trained_sizes(model, lora, freeze).values())) / shards
+
+
+def _stored(model: ModelConfig, dtype: torch.dtype, lora: LoraConfig | None) -> Iterator[tuple[int, int]]:
+    """Yield the number of values of each parameter and the bytes of one where it is stored, adapters included."""
     for name, shape in parameter_shapes(model).items():
-        size = -(-shape.numel() // shards)
+        yield shape.numel(), 4 if lora is None else dtype.itemsize
+        if lora is not None:
+            yield from ((half, 4) for half in _halves(name, shape, lora))
+
+
+def trained_sizes(model: ModelConfig, lora: LoraConfig | None, freeze: Sequence[str]) -> dict[str, int]:
+    """Return the number of values of each parameter that is trained, by the names that `freeze` matches."""
+    sizes: dict[str, int] = {}
+    for name, shape in parameter_shapes(model).items():
         if lora is None:
-            trained += size
-            locked += 2 * _power_of_two(4 * size)
-        else:
-            locked += _power_of_two(dtype.itemsize * size)
-            for half in _halves(name, shape, lora):
-                trained += -(-half // shards)
-                locked += 2 * _power_of_two(4 * -(-half // shards))
-    return locked, 8 * trained
+            sizes[name] = shape.numel()
+            continue
+        module = name.removesuffix(".weight")
+        halves = (f"{module}.lora_A.weight", f"{module}.lora_B.weight")
+        sizes |= dict(zip(halves, reversed(_halves(name, shape, lora)), strict=False))
+    return {name: size for name, size in sizes.items() if not any(fnmatchcase(name, pattern) for pattern in freeze)}
+
+
+def _by_place(sizes: Mapping[str, int]) -> tuple[int, int, int]:
+    """Return how many values there are, how many of them in the block that has most, and how many in none."""
+    blocks: Counter[str] = Counter()
+    for name, size in sizes.items():
+        if name.startswith("model.layers."):
+            blocks[name.split(".")[2]] += size
+    in_all = sum(sizes.values())
+    return in_all, max(blocks.values(), default=0), in_all - blocks.total()
 
 
 def _power_of_two(size: int) -> int:
@@ -243,11 +292,12 @@ def longest_pack(
     lora: LoraConfig | None = None,
     top_k: int = 0,
     offload: bool = False,
+    freeze: Sequence[str] = (),
 ) -> int:
     """Return the most tokens in a pack, a multiple of 1024, that fit into `capacity` bytes of a GPU; 0: none fits."""
 
     def fits(thousands: int) -> bool:
-        need = estimate(model, 1024 * thousands, shards, mode, dtype, "cuda", lora, top_k, offload)
+        need = estimate(model, 1024 * thousands, shards, mode, dtype, "cuda", lora, top_k, offload, freeze)
         return need.total <= capacity
 
     most = 1

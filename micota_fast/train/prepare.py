@@ -308,8 +308,8 @@ def few_steps(config: TrainConfig, steps: int, packs: int) -> str | None:
 def _memory(config: TrainConfig, model: ModelConfig, pack_tokens: int, top_k: int, world: World) -> str:
     """Compare what this rank's GPU will hold, according to the model's shapes, with what it has."""
     dtype, shards = getattr(torch, config.dtype), world.size // world.replicas
-    how, lora = config.activation_checkpointing, config.lora
-    need = estimate(model, pack_tokens, shards, how, dtype, "cuda", lora, top_k, world.offload)
+    how, lora, freeze = config.activation_checkpointing, config.lora, config.freeze
+    need = estimate(model, pack_tokens, shards, how, dtype, "cuda", lora, top_k, world.offload, freeze)
     there = torch.cuda.get_device_properties(world.device).total_memory
     text = (
         f"memory: {need.total / 1e9:.1f} GB of {there / 1e9:.1f} by an estimate from shapes, most at {need.moment}: "
@@ -317,13 +317,13 @@ def _memory(config: TrainConfig, model: ModelConfig, pack_tokens: int, top_k: in
         f"{need.activations / 1e9:.1f}, loss {need.loss / 1e9:.1f}"
     )
     if world.offload:
-        locked, moments = (size / 1e9 for size in host_memory(model, shards, dtype, lora))
+        locked, moments = (size / 1e9 for size in host_memory(model, shards, dtype, lora, freeze))
         text += (
             f"; offload: {locked + moments:.1f} GB of the host for each process, {locked:.1f} of them page-locked, and "
             f"a copy while a checkpoint is written"
         )
     if need.total > 0.95 * there:
-        fits = longest_pack(model, 0.9 * there, shards, how, dtype, lora, top_k, world.offload)
+        fits = longest_pack(model, 0.9 * there, shards, how, dtype, lora, top_k, world.offload, freeze)
         remedies = [f"`pack_tokens` of {fits:,}"] if fits > 0 else []
         if how != "full":
             remedies.append("`activation_checkpointing: full`")

@@ -1,5 +1,6 @@
 """What a training is planned to compute and to write, against a run: all weights, adapters, some frozen."""
 
+import fnmatch
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from micota_fast.config.recipe import LaunchConfig
 from micota_fast.config.train import LoraConfig, TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.model.config import ModelConfig
+from micota_fast.model.decoder import parameter_shapes
 from micota_fast.pipeline.stage import Artefact, Stage
 from micota_fast.planning.assumptions import Assumptions
 from micota_fast.planning.costs import train as plan_training
@@ -73,6 +75,18 @@ def test_adapters_cost_no_product_for_what_is_frozen(qwen2_checkpoint: Path, tmp
     assert thin.flops == pytest.approx(thin.tokens * (4 * parameters(model) + 6 * ADAPTERS + attention))
 
 
+def test_frozen_weights_cost_no_product_for_their_gradients(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    model = ModelConfig.from_checkpoint(qwen2_checkpoint)
+    sizes = {name: shape.numel() for name, shape in parameter_shapes(model).items()}
+    full = planned(train_config(qwen2_checkpoint, tmp_path))
+    for pattern in ("model.layers.0.*", "model.embed_tokens.*"):
+        frozen = sum(size for name, size in sizes.items() if fnmatch.fnmatchcase(name, pattern))
+        if pattern == "model.embed_tokens.*" and not model.tie_word_embeddings:
+            frozen = 0  # it is only looked up
+        some = planned(train_config(qwen2_checkpoint, tmp_path, freeze=[pattern]))
+        assert full.flops - some.flops == pytest.approx(2 * frozen * full.tokens), pattern
+
+
 def test_an_output_matrix_that_is_frozen_has_no_gradient(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     model = ModelConfig.from_checkpoint(qwen2_checkpoint)
     for options, frozen in (({}, False), ({"lora": LORA}, True), ({"freeze": ["model.embed_tokens.*"]}, True)):
@@ -110,6 +124,11 @@ def test_offload_takes_the_hosts_memory_and_is_counted_there() -> None:
     assert 16 * 7_615_616_512 < away.host < 24 * 7_615_616_512
     assert "GB of the host's memory" in away.how
     assert "GB of the host's memory" not in there.how
-    assert "the copies of `offload` and AdamW's steps on the host" in away.left_out
+    assert "AdamW's steps of `offload` on the host" in away.left_out
+    # Blocks cross the host's link for both passes, the rest once; all gradients come back. Each rank has a quarter.
+    packs, weights, blocks = away.tokens / (8192 * 0.98 * 4), 7_615_616_512, 28 * 233_057_792
+    seconds = packs * 4 * (weights + blocks + weights) / 4 / 25e9
+    assert there.hours is not None
+    assert away.hours == pytest.approx(there.hours + seconds / 3600, rel=1e-4)
     thin = cost(replace(settings, offload=True, lora=LoraConfig()))
     assert 2 * 7_615_616_512 < thin.host < 5 * 7_615_616_512

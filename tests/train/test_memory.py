@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.checkpoints import make_checkpoint
-from micota_fast.config.train import LoraConfig
+from micota_fast.config.train import LoraConfig, TrainSettings
 from micota_fast.model.attention import PackedAttention
 from micota_fast.model.config import ModelConfig
 from micota_fast.model.pointwise import TORCH
 from micota_fast.model.safetensors_io import load_model
 from micota_fast.train.activation_checkpointing import checkpoint_activations
-from micota_fast.train.memory import Checkpointing, estimate, kept, longest_pack, moments
+from micota_fast.train.memory import Checkpointing, estimate, kept, longest_pack, moments, trained_sizes
+from micota_fast.train.trainable import trainable_decoder
 
 TOKENS = 512
 QWEN_7B = ModelConfig.from_dict(
@@ -126,6 +127,44 @@ def test_soft_targets_take_14_bytes_per_entry_of_a_token_while_there_is_a_loss()
     hard, soft = (moments(QWEN_7B, 16384, 8, "none", torch.bfloat16, "cuda", top_k=k) for k in (0, 32))
     assert [b.total - a.total for a, b in zip(hard, soft, strict=True)] == [0, 16384 * 32 * 14, 0, 0, 0, 0]
     assert estimate(QWEN_7B, 16384, 8, "none", torch.bfloat16, "cuda", top_k=32) == soft[1]
+
+
+LORA = LoraConfig(rank=2, targets=["q_proj", "up_proj"])
+
+
+@pytest.mark.parametrize(
+    ("lora", "patterns"),
+    [
+        (None, []),
+        (None, ["*.layers.0.*"]),
+        (None, ["model.embed_tokens.*", "*norm*"]),
+        (LORA, []),
+        (LORA, ["*.layers.0.*"]),
+        (LORA, ["*.lora_A.*"]),
+    ],
+)
+def test_what_is_frozen_has_no_gradients_and_no_moments(
+    qwen2_checkpoint: Path, lora: LoraConfig | None, patterns: list[str]
+) -> None:
+    """The names and numbers are those of the model that the trainer builds."""
+    model = ModelConfig.from_checkpoint(qwen2_checkpoint)
+    decoder, _ = trainable_decoder(TrainSettings(lora=lora, freeze=patterns), model)
+    sizes = {name: p.numel() for name, p in decoder.named_parameters() if p.requires_grad}
+    assert trained_sizes(model, lora, patterns) == sizes
+    trained, untrained = sum(sizes.values()), decoder.num_params() - sum(sizes.values())
+    first = moments(model, 1024, 1, "full", torch.bfloat16, "cuda", lora, freeze=patterns)[0]
+    frozen_adapters = sum(p.numel() for n, p in decoder.named_parameters() if "lora_" in n and not p.requires_grad)
+    stored = 4 if lora is None else 2
+    assert first.state == 12 * trained + stored * (untrained - frozen_adapters) + 4 * frozen_adapters
+
+
+def test_an_output_matrix_that_is_frozen_has_no_gradient_in_the_loss() -> None:
+    free, frozen = (
+        moments(QWEN_7B, 16384, 8, "full", torch.bfloat16, "cuda", freeze=freeze) for freeze in ([], ["lm_head.*"])
+    )
+    head = QWEN_7B.vocab_size * QWEN_7B.hidden_size
+    assert free[1].loss - frozen[1].loss >= 4 * head
+    assert longest_pack(QWEN_7B, 76e9, 8, "full", freeze=["lm_head.*"]) > longest_pack(QWEN_7B, 76e9, 8, "full")
 
 
 def test_adapters_alone_have_gradients_and_moments() -> None:
