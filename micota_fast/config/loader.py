@@ -344,7 +344,7 @@ def _build_union(args: tuple[Any, ...], node: yaml.Node | None, where: Where) ->
     if is_null and type(None) in args:
         return None
     options = [arg for arg in args if arg is not type(None)]
-    if isinstance(node, yaml.MappingNode):  # what is wrong in it is told by the one type that is a mapping
+    if isinstance(node, yaml.MappingNode):  # an error in it is that of the one type which is a mapping
         options = [arg for arg in options if dataclasses.is_dataclass(arg)] or options
     if len(options) == 1:
         return _build(options[0], node, where)
