@@ -25,16 +25,19 @@ find_python() {
     fail "no Python >= 3.11 found; install one, or name it: PYTHON=/path/to/python3.11"
 }
 
-# Whether pip has an index of its own, from its files or the environment: that place is used, and no other.
-pip_is_configured() {
+# Whether pip has a setting whose name matches $1, in its files or in the environment.
+pip_has() {
     local settings # all of them first: grep ends at the first match, and pipefail would take pip's broken pipe for a no
     settings="$("$VENV/bin/python" -m pip --disable-pip-version-check config list 2>/dev/null || true)"
-    grep -qE "[.](index-url|extra-index-url|find-links|no-index)=" <<< "$settings"
+    grep -qE "[.]($1)=" <<< "$settings"
 }
+
+# Whether pip is to look in a place of the user's choice and in no other. A mere extra index adds to whichever is asked.
+pip_has_an_index() { pip_has "index-url|find-links|no-index"; }
 
 # The fast installer where there is one, unless pip has settings of its own, which uv does not read.
 pip_install() {
-    if command -v uv >/dev/null 2>&1 && ! pip_is_configured; then
+    if command -v uv >/dev/null 2>&1 && ! pip_has "index-url|extra-index-url|find-links|no-index"; then
         uv pip install --quiet --python "$VENV/bin/python" "$@"
     else
         "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
@@ -43,16 +46,21 @@ pip_install() {
 
 install() { pip_install "$@" || fail "could not install $*; the installer's message is above"; }
 
-# torch for this machine. Without a GPU a build without CUDA, about 200 MB: from pip's own index where one is configured
-# (PIP_INDEX_URL=...), else from PyTorch's, and only if that does not answer at once from the default index.
+# torch for this machine.
 install_torch() {
     if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
         echo "Installing torch (an NVIDIA GPU is here): with CUDA's libraries a download of up to 3 GB"
         install "torch>=2.11,<2.16"
         return
     fi
-    echo "Installing torch 2.13.0 (no NVIDIA GPU here)"
-    if ! pip_is_configured; then
+    install_cpu_torch
+}
+
+# A torch without CUDA, about 200 MB: from pip's own index where one is configured (PIP_INDEX_URL=...), else from
+# PyTorch's, and only if that does not answer at once from the default index.
+install_cpu_torch() {
+    echo "Installing torch 2.13.0 for a CPU"
+    if ! pip_has_an_index; then
         UV_HTTP_TIMEOUT=10 UV_HTTP_RETRIES=0 PIP_TIMEOUT=10 PIP_RETRIES=0 \
             pip_install --index-url "$TORCH_CPU_INDEX" torch==2.13.0 && return
         echo "note: $TORCH_CPU_INDEX did not serve it; from the default index it may bring CUDA's libraries, a download" \

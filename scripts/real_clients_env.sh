@@ -11,8 +11,7 @@
 DIR="${1:-$ROOT/.real-clients}"
 echo "openai, lm-eval and guidellm: about 90 s, 1.9 GB"
 start_environment "${BASH_SOURCE[0]}" "$DIR"
-# torch, which guidellm requires, first and in this version: the newest one brings gigabytes of CUDA libraries.
-install torch==2.13.0
+install_cpu_torch # which guidellm requires
 install openai==3.57.0 "lm-eval[api]==0.4.13" guidellm==0.8.1 transformers==5.24.0 datasets==5.2.0
 install fastapi==0.165.0 uvicorn==0.54.0 accelerate==1.15.0 trl==1.16.0
 "$DIR/bin/python" -c 'import guidellm, lm_eval.models.openai_completions, openai, fastapi, uvicorn, accelerate, trl' ||

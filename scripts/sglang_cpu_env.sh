@@ -13,7 +13,7 @@
 DIR="${1:-$ROOT/.sglang-cpu}"
 PACKAGES=(
     # First with their dependencies ...
-    torch==2.13.0 transformers==5.19.0 tokenizers==0.23.2 fastapi "uvicorn>=0.51" uvloop orjson pyzmq msgspec aiohttp
+    transformers==5.19.0 tokenizers==0.23.2 fastapi "uvicorn>=0.51" uvloop orjson pyzmq msgspec aiohttp
     requests psutil setproctitle pybase64 pydantic python-multipart partial_json_parser pillow prometheus-client regex
     scipy einops interegular IPython xxhash zstandard watchfiles tqdm tiktoken openai==2.8.0 openai-harmony==0.0.4 gguf
     compressed-tensors==0.18.0 blobfile cloudpickle dill numba==0.65.1 jsonschema soundfile sentencepiece
@@ -25,7 +25,8 @@ WITHOUT_DEPENDENCIES=( # ... then what would bring CUDA, or pin another torch
 
 echo "SGLang 0.5.23 and sglang-router 0.3.2 for a CPU: about 70 s, 2.7 GB"
 start_environment "${BASH_SOURCE[0]}" "$DIR"
-install "${PACKAGES[@]}"
+install_cpu_torch
+install torch==2.13.0 "${PACKAGES[@]}" # named again, so that no package replaces it
 install --no-deps "${WITHOUT_DEPENDENCIES[@]}"
 
 site="$("$DIR/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
 from micota_fast.cli import main
 from micota_fast.common.importing import imported
 from micota_fast.config.loader import describe
@@ -14,6 +15,10 @@ from micota_fast.config.shipped import RECIPES
 from micota_fast.config.suggestions import OTHER_KEYS, OTHER_VERBS
 from micota_fast.pipeline.stages import VERBS
 
+STUDENT = ROOT / "micota_fast" / "micro" / "checkpoints" / "student"  # MODEL in the lines below
+ROW = '{"problem": "1 + 1?", "completion": "2"}\n'
+GPT2 = '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}'
+PAIR = '{"prompt": "x", "chosen": "a", "rejected": "b"}'
 TRAIN = "model: m\ndata: rows.jsonl\nout: out\n"
 RECIPE = """name: mine
 problems:
@@ -94,6 +99,23 @@ WRONG: list[tuple[str, dict[str, str], str]] = [
     ("run mine.yaml", {}, "mine.yaml: no such file, and no shipped recipe; shipped: "),
     ("train c.yaml", {"c.yaml": TRAIN}, "m: no such folder; name a checkpoint's folder, or a model of the hub as"),
     ("train c.yaml --set model=a/b", {"c.yaml": TRAIN}, "cannot read rows.jsonl: No such file"),
+    # What is there and is not what it should be
+    ("train c.yaml --set model=.", {"c.yaml": TRAIN, "rows.jsonl": ROW}, "config.json: no such file; a checkpoint"),
+    ("train c.yaml --set model=.", {"c.yaml": TRAIN, "rows.jsonl": ROW, "config.json": GPT2}, "GPT2LMHeadModel"),
+    ("serve .", {"config.json": GPT2}, "GPT2LMHeadModel"),
+    ("serve nowhere", {}, "nowhere: no such folder; name a checkpoint's folder"),
+    ("train --set model=a/b --set data=. --set out=o", {}, "cannot read .: Is a directory; name a file in it"),
+    ("train c.yaml --set model=MODEL", {"c.yaml": TRAIN, "rows.jsonl": ""}, "rows.jsonl: the file has no rows"),
+    ("train c.yaml --set model=MODEL", {"c.yaml": TRAIN, "rows.jsonl": '{"problem": "x'}, "rows.jsonl:1: not JSON"),
+    ("train c.yaml --set model=MODEL", {"c.yaml": TRAIN, "rows.jsonl": PAIR}, "rows.jsonl:1: a preference pair"),
+    ("train c.yaml --set model=MODEL --set out=c.yaml", {"c.yaml": TRAIN, "rows.jsonl": ROW}, "into c.yaml: it is not a folder"),
+    ("align --set model=a/b --set out=f/x --set corpora.a=f", {"f": ROW}, "into f/x: f is not a folder; choose another"),
+    ("train c.yaml --set model=MODEL --set chat.template=t", {"c.yaml": TRAIN, "rows.jsonl": ROW}, "t: no such Jinja"),
+    (
+        "train c.yaml --set model=MODEL --set chat.template=t",
+        {"c.yaml": TRAIN, "rows.jsonl": ROW, "t": "{% for m in messages %}"},
+        "t: line 1 of the chat template",
+    ),
     ("options srve", {}, "did you mean `serve`? `micota options` lists them"),
     ("options train.chta", {}, "`micota options` lists them"),
 ]
@@ -111,7 +133,7 @@ def test_the_answer_names_the_remedy(
     monkeypatch.chdir(tmp_path)
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert main(line.split()) == (2 if said else 0)
+    assert main(line.replace("MODEL", str(STUDENT)).split()) == (2 if said else 0)
     assert said in capsys.readouterr().err
 
 
@@ -126,7 +148,9 @@ def test_other_projects_names_stand_for_options_and_verbs_of_ours() -> None:
 
 def test_what_is_missing_is_found_before_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    (tmp_path / "torn.jsonl").write_text('{"problem": "1 +')
     cases = {
+        f"train --set model={STUDENT} --set data=torn.jsonl --set out=o": "torn.jsonl:1: not JSON",
         "train --set model=/nowhere --set data=rows.jsonl --set out=o": "/nowhere: no such folder",
         "train --set model=a/b --set data=rows.jsonl --set out=o": "cannot read rows.jsonl: No such file",
         "train --set model=a/b --set data=hf://datasets/a/b --set out=o --set validation_data=v": "cannot read v",

@@ -43,6 +43,14 @@ def writing(place: str | Path, needed: int | None = None) -> Iterator[None]:
         raise InputError(f"cannot write {place}: {error.strerror or error}{other}{room}") from None
 
 
+def require_folder(path: str | Path) -> None:
+    """Raise InputError if a folder that results go into can be none, because it, or one above it, is a file."""
+    for place in (Path(path), *Path(path).parents):
+        if os.path.lexists(place) and not place.is_dir():
+            named = "it" if place == Path(path) else place
+            raise InputError(f"cannot write into {path}: {named} is not a folder; choose another place")
+
+
 @contextlib.contextmanager
 def reading(place: str | Path) -> Iterator[None]:
     """Turn an OSError of the block into an InputError that names `place` and the reason.
@@ -53,7 +61,8 @@ def reading(place: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot read {place}: {error.strerror or error}") from None
+        instead = "; name a file in it" if isinstance(error, IsADirectoryError) else ""
+        raise InputError(f"cannot read {place}: {error.strerror or error}{instead}") from None
 
 
 @contextlib.contextmanager

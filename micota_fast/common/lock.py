@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from micota_fast.common.files import writing
+from micota_fast.common.files import require_folder, writing
 from micota_fast.errors import InputError
 
 RUN_ENDS_S = 30.0  # what a killed run has started has up to 3 * processes.GUARD_GRACE_S to end
@@ -53,6 +53,7 @@ def locked(
 
 
 def _open(path: Path) -> int:
+    require_folder(path.parent)
     with writing(path):
         while True:
             path.parent.mkdir(parents=True, exist_ok=True)

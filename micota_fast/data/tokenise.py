@@ -169,9 +169,7 @@ def load_documents(
     for source in read_rows(path):
         n_rows += 1
         try:
-            parsed = renamed(parse_json(source.line, ""), columns or {})
-            messages = to_messages(parsed, chat, columns or ())
-            segments = chat.segments(messages, _template_options(parsed), thoughts)
+            parsed, segments = _read(source, chat, columns or {}, thoughts)
             formats[format_name(parsed, columns or ())] += 1
             weight = _weight(parsed)
         except InputError as reason:
@@ -191,10 +189,13 @@ def load_documents(
         write_rows(aside, rejects)
     elif skip_bad_rows:
         aside.unlink(missing_ok=True)
+    if not n_rows:
+        raise InputError(f"{path}: the file has no rows")
     if not documents:
         raise InputError(
-            f"{path}: no usable row: {n_rows} rows, {dropped} dropped for being over {max_doc_tokens} tokens, "
-            f"{len(rejects)} rejected" + (f" (see {aside})" if rejects else "")
+            f"{path}: no usable row: {n_rows} rows, {dropped} dropped for being over {max_doc_tokens} tokens "
+            f"(`max_doc_tokens`, or else `pack_tokens`), {len(rejects)} rejected"
+            + (f" (see {aside})" if rejects else "")
         )
     return Documents(
         input_ids=np.concatenate([ids for ids, _ in documents]),
@@ -214,6 +215,29 @@ def load_documents(
         scores=scores,
         weights=None if all(weight == 1 for weight in weights) else np.array(weights, np.float32),
     )
+
+
+def check_first_row(path: str | Path, chat: Chat, columns: Mapping[str, str]) -> None:
+    """Read the first row as `load_documents` does, without tokenising it: often its fault is that of all rows.
+
+    Raises:
+        InputError: the file cannot be read, has no rows, or (with file:line) the first one is refused.
+    """
+    source = next(read_rows(path), None)
+    if source is None:
+        raise InputError(f"{path}: the file has no rows")
+    try:
+        _read(source, chat, columns, ThoughtCounts())
+    except InputError as reason:
+        raise InputError(f"{source.where}: {reason}") from None
+
+
+def _read(
+    source: SourceRow, chat: Chat, columns: Mapping[str, str], thoughts: ThoughtCounts
+) -> tuple[dict[str, Any], list[Segment]]:
+    """A row with our keys, and its text in what is learned and what is not."""
+    parsed = renamed(parse_json(source.line, ""), columns)
+    return parsed, chat.segments(to_messages(parsed, chat, columns), _template_options(parsed), thoughts)
 
 
 def _example(document: Encoded, chat: Chat) -> list[str]:

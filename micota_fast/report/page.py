@@ -83,7 +83,8 @@ dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; font-varian
   th:first-child { position: static; background: none; }
   th, td { padding-left: .5rem; } thead th { min-width: 0; }
   h2, h3, .title, .caption { break-after: avoid; }
-  figure, .table, .plot, tr { break-inside: avoid; }
+  figure, .table, .plot, tr, dl { break-inside: avoid; }
+  small { font-size: .65rem; letter-spacing: -.01em; }
   .grid { grid-template-columns: repeat(var(--columns), 1fr); } .pair { grid-template-columns: 1fr 1fr; }
 }
 """

@@ -18,7 +18,8 @@ from pathlib import Path
 from micota_fast.common import processes
 from micota_fast.config.generation import ServeConfig
 from micota_fast.errors import InputError
-from micota_fast.model.folder import names_adapter
+from micota_fast.model.checks import checked_config
+from micota_fast.model.folder import names_adapter, require_checkpoint
 from micota_fast.serve import gpus, sglang
 
 LOG_TAIL_LINES = 30
@@ -121,6 +122,10 @@ def _started(model: str, config: ServeConfig, log_path: Path | None) -> Iterator
         with merged_for_a_while(model) as folder, _started(str(folder), config, log_path) as of_merged:
             yield of_merged
         return
+    if config.engine == "embedded":  # SGLang knows further families
+        require_checkpoint(model)
+        if Path(model).is_dir():
+            checked_config(model)
     environments = gpus.environments(config)
     # Our own engine finds a free port best itself, as it listens at once; but only a log that we read tells which.
     chooses = config.engine == "embedded" and config.port == 0 and log_path is not None

@@ -2,27 +2,49 @@
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
+from micota_fast.chat.encoding import Chat
+from micota_fast.common.files import require_folder
 from micota_fast.config.train import TrainConfig
+from micota_fast.data.tokenise import check_first_row
 from micota_fast.errors import InputError
+from micota_fast.model.checks import checked_config
+from micota_fast.model.config import ModelConfig
 from micota_fast.model.folder import require_checkpoint
 from micota_fast.model.hub_upload import require_upload
+from micota_fast.sources import hub
 from micota_fast.sources.rows import require_readable
 
 
 def check(config: TrainConfig) -> None:
-    """Check that the model, the rows and the packages that a training needs are there.
+    """Check that the model, the rows and the packages that a training needs are there; of what is here also its form.
 
     Raises:
-        InputError: one is not.
+        InputError: one is not; or a checkpoint's folder, the chat template, or the first row of a file is refused.
     """
     require_trackers(config)
     require_torchao(config)
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the one that uploads, which alone needs a token
-        require_upload(config.push_to_hub)
+    require_folder(config.out)
     require_checkpoint(config.model)
     for source in filter(None, (config.data, config.validation_data)):
         require_readable(source)
+    if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes is enough, and only this one needs a token
+        require_upload(config.push_to_hub)
+        _check_form(config)
+
+
+def _check_form(config: TrainConfig) -> None:
+    """Check a checkpoint and rows that are files here as far as that takes no torch."""
+    folder = Path(config.model)
+    if not folder.is_dir():  # it is on the hub
+        return
+    (ModelConfig.from_checkpoint if config.init == "random" else checked_config)(folder)
+    chat = Chat.from_checkpoint(folder, config.chat)
+    for source in filter(None, (config.data, config.validation_data)):
+        if not config.skip_bad_rows and not hub.is_hub(source):
+            check_first_row(source, chat, config.columns)
+
 
 
 def require_trackers(config: TrainConfig) -> None:

@@ -271,7 +271,7 @@ def test_blank_lines_byte_order_mark_and_line_ends(chat: Chat, tmp_path: Path) -
 
 
 def test_files_without_rows_or_missing(chat: Chat, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no usable row: 0 rows"):
+    with pytest.raises(InputError, match="the file has no rows"):
         load_documents(write(tmp_path / "empty.jsonl"), chat, 512)
     with pytest.raises(InputError, match=r"cannot read .*nowhere\.jsonl"):
         load_documents(tmp_path / "nowhere.jsonl", chat, 512)

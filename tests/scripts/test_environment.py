@@ -83,6 +83,20 @@ def test_an_index_of_pips_own_settings_wins_and_uv_which_does_not_read_them_is_n
     assert "uv " not in said
 
 
+def test_an_extra_index_adds_to_pytorchs_and_does_not_replace_it(tmp_path: Path) -> None:
+    said = asked(tmp_path, configured="global.extra-index-url='https://x'\n", uv=True)
+    assert said.splitlines()[0] == f"pip -m pip install --index-url {CPU} torch==2.13.0", (
+        "uv would not read the setting"
+    )
+
+
+@pytest.mark.parametrize("name", ["sglang_cpu_env.sh", "real_clients_env.sh"])
+def test_the_other_environments_get_torch_from_the_same_place(name: str) -> None:
+    lines = (ROOT / "scripts" / name).read_text().splitlines()
+    first = next(line for line in lines if line.startswith("install"))
+    assert first.split()[0] == "install_cpu_torch"
+
+
 def test_settings_that_name_no_index_are_none(tmp_path: Path) -> None:
     assert CPU in asked(tmp_path, configured="global.cert='/etc/ssl/x'\n:env:.default-timeout='180'\n")
 
