@@ -108,8 +108,8 @@ WRONG: list[tuple[str, dict[str, str], str]] = [
     ("train c.yaml --set model=MODEL", {"c.yaml": TRAIN, "rows.jsonl": ""}, "rows.jsonl: the file has no rows"),
     ("train c.yaml --set model=MODEL", {"c.yaml": TRAIN, "rows.jsonl": '{"problem": "x'}, "rows.jsonl:1: not JSON"),
     ("train c.yaml --set model=MODEL", {"c.yaml": TRAIN, "rows.jsonl": PAIR}, "rows.jsonl:1: a preference pair"),
-    ("train c.yaml --set model=MODEL --set out=c.yaml", {"c.yaml": TRAIN, "rows.jsonl": ROW}, "into c.yaml: it is not a folder"),
-    ("align --set model=a/b --set out=f/x --set corpora.a=f", {"f": ROW}, "into f/x: f is not a folder; choose another"),
+    ("train c.yaml --set model=MODEL --set out=c.yaml", {"c.yaml": TRAIN, "rows.jsonl": ROW}, "into c.yaml: it is"),
+    ("align --set model=a/b --set out=f/x --set corpora.a=f", {"f": ROW}, "into f/x: f is not a folder; choose"),
     ("train c.yaml --set model=MODEL --set chat.template=t", {"c.yaml": TRAIN, "rows.jsonl": ROW}, "t: no such Jinja"),
     (
         "train c.yaml --set model=MODEL --set chat.template=t",
