@@ -46,7 +46,6 @@ def _check_form(config: TrainConfig) -> None:
             check_first_row(source, chat, config.columns)
 
 
-
 def require_trackers(config: TrainConfig) -> None:
     """Raise InputError if TensorBoard or wandb is requested and not installed."""
     for wanted, package in ((config.tensorboard, "tensorboard"), (config.wandb is not None, "wandb")):
