@@ -201,8 +201,13 @@ def _key(recipe: Recipe, stage: Stage, option: str) -> str:
         return option
     if (corpus := corpora_of_rounds(recipe).get(name)) is not None:
         name = name.rpartition("-round")[0]
+    if stage.verb == "train" and kind == "student":
+        arm = recipe.students.get(name.rpartition("-seed")[0])
+        if arm is not None and option.partition(".")[0] in arm.overrides:  # which go before the recipe's `train`
+            return f"arms.{name.rpartition('-seed')[0]}.overrides.{option}"
+        return f"train.{option}"
     if stage.verb == "train":
-        return f"train.{option}" if kind == "student" else f"models.{name}.train.overrides.{option}"
+        return f"models.{name}.train.overrides.{option}"
     if stage.verb == "align":
         return f"alignment.{option}"
     if stage.verb == "length-sweep":

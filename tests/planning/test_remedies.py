@@ -88,6 +88,16 @@ def too_big(made: Plan) -> dict[str, Cost]:
             {"gpu": "l40s", "gpus": 8},
             ["models.teacher.serve.tp=2", "models.teacher.serve.replicas=4", "evaluate.judge.serve.tp=2"],
         ),
+        (  # So has an arm that overrides an option of training.
+            (
+                "arms={long: {corpus: long, overrides: {activation_checkpointing: none, pack_tokens: 65536}}}",
+                "align=[]",
+                "launch.nproc=8",
+                "models.teacher.serve.tp=2",
+            ),
+            {"gpu": "h100", "gpus": 8},
+            ["arms.long.overrides.activation_checkpointing=full"],
+        ),
         (  # A corpus that overrides its server has its own key.
             ("corpora.long.generate.overrides={serve: {tp: 1}}",),
             {"gpu": "h100"},
