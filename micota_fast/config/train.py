@@ -148,7 +148,9 @@ class TrainSettings:
     mesh: MeshConfig = option(MeshConfig(), doc="how processes share the model", operational=True)
     compile: bool = option(False, doc="torch.compile each block")
     row_filter: float = option(
-        0.0, doc="leave tokens of at least 1 - this probability out of the loss's gradients; 0: exact", source="ours"
+        0.0,
+        doc="leave tokens with a probability of 1 - row_filter or more out of gradients; 0: exact",
+        source="ours",
     )
     activation_checkpointing: Literal["none", "selective", "full"] = option(
         "none",
