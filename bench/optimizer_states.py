@@ -11,8 +11,9 @@ fresh weights on its worked solutions at its learning rate; held out are 200 oth
 and the order of the documents.
 
 smollm: fine-tuning. SmolLM2-135M-Instruct (DIR of scripts/smollm_checkpoint.py) on GSM8K solutions (DIR of
-`scripts/smollm_gsm8k.py rows`), as in the recipe smollm-gsm8k but for what a row says: one epoch of packs of 2,048 tokens
-is the whole of it. The step is compiled, as it is slow otherwise. The seed gives the order of the documents.
+`scripts/smollm_gsm8k.py rows`), as in the recipe smollm-gsm8k but for what a row says: the whole of it is one epoch
+of packs of 2,048 tokens in bfloat16. The step is compiled, as it is slow otherwise. The seed gives the order of the
+documents.
 
 The held-out loss is the mean over supervised tokens after the last step. Seconds per step leave out the first two, in
 which torch compiles; other programs may run beside it, so they are no measure of speed.
