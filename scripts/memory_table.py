@@ -26,6 +26,7 @@ def cell(model: str, gigabytes: int, gpus: int) -> str:
     levers: dict[str, dict[str, Any]] = {
         "selective": {"mode": "selective"},
         "full": {"mode": "full"},
+        "8-bit": {"mode": "full", "optimizer_states": "8bit"},
         "offload": {"mode": "full", "offload": True},
         "LoRA": {"mode": "full", "lora": LoraConfig()},
     }

@@ -31,7 +31,7 @@ from micota_fast.planning.planner import ON_CPU, Corpus, Cost, Model, Planner
 from micota_fast.planning.roofline import loss_seconds
 from micota_fast.planning.shapes import parameters, recomputed_flops, train_flops, training
 from micota_fast.serve import sglang
-from micota_fast.train.memory import estimate, host_copies, host_memory, kept
+from micota_fast.train.memory import estimate, host_copies, host_memory, kept, moment_bytes
 
 AT_A_SERVER = "at servers that already run"
 
@@ -153,10 +153,14 @@ def train(planner: Planner, stage: Stage) -> Cost:
     how = s.activation_checkpointing
     device, offload = "cuda" if on_gpu else "cpu", on_gpu and s.offload
     top_k = 0 if s.top_logprobs is None else planner.scores[s.top_logprobs]
-    need = estimate(model.config, pack_tokens, shards, how, dtype, device, s.lora, top_k, offload, s.freeze).total
+    lever, states = (s.lora, top_k, offload, s.freeze), s.optimizer_states
+    need = estimate(model.config, pack_tokens, shards, how, dtype, device, *lever, states).total
     stored = bytes_per_element(s.save_dtype) if s.save_dtype else model.width
     made = training(model.config, s)
     whole = size * stored if s.lora is None or s.lora.merged else 0.0
+    moments = 8 * made.trained
+    if states != "float32":
+        moments = shards * moment_bytes(model.config, shards, s.lora, states, s.freeze)
     cost = Cost(
         stage.name,
         stage.verb,
@@ -165,9 +169,9 @@ def train(planner: Planner, stage: Stage) -> Cost:
         gpus=processes if on_gpu else 0,
         memory=need,
         disk=whole + 4 * made.adapters,
-        # What is trained and its moments in float32; the newest is whole before the oldest goes, and the best one
+        # What is trained, in float32, and its moments; the newest is whole before the oldest goes, and the best one
         # stays.
-        passing=12 * made.trained * (s.keep_checkpoints + 1 + (s.validation_data is not None)),
+        passing=(4 * made.trained + moments) * (s.keep_checkpoints + 1 + (s.validation_data is not None)),
         how=f"{_rows(corpus)}, {steps:,.0f} steps on {processes} process{'es' * (processes > 1)}",
     )
     if offload:

@@ -1,7 +1,7 @@
 """The ways to make a stage fit into a GPU's memory: a table of which `remedies` tries one row after another.
 
-A further lever (8-bit optimizer states) is a function that yields its steps and a row of `LEVERS`; what
-it saves must be counted by `train.memory.estimate`, or wherever `costs` takes the stage's memory from.
+A further lever is a function that yields its steps and a row of `LEVERS`; what it saves must be counted by
+`train.memory.estimate`, or wherever `costs` takes the stage's memory from.
 """
 
 import dataclasses
@@ -79,10 +79,19 @@ def _shorter_packs(planner: Planner, stage: Stage, machine: Machine) -> Iterator
             yield {"pack_tokens": tokens, **steps}
 
 
+def _low_bit_moments(planner: Planner, stage: Stage, machine: Machine) -> Iterator[Changes]:
+    """Keep AdamW's moments in 8 bits; 4 bits save little more and are not proposed."""
+    if stage.verb == "train" and stage.settings.optimizer_states == "float32" and not stage.settings.offload:
+        # A model's own training takes over the options of `train`, where another remedy may put what this excludes.
+        own = {} if stage.name.startswith("student/") else {"offload": False}
+        yield {"optimizer_states": "8bit", **own}
+
+
 def _offload(planner: Planner, stage: Stage, machine: Machine) -> Iterator[Changes]:
     """Keep weights, gradients and moments on the host; `doctor` checks its memory."""
     if stage.verb == "train" and not stage.settings.offload and stage.settings.mesh.replicate == 1:
-        yield {"offload": True}
+        own = {} if stage.name.startswith("student/") else {"optimizer_states": "float32"}
+        yield {"offload": True, **own}
 
 
 def _adapters(planner: Planner, stage: Stage, machine: Machine) -> Iterator[Changes]:
@@ -129,6 +138,7 @@ LEVERS = (
     Lever("launch.nproc", _processes),
     Lever("activation_checkpointing", _checkpointing),
     Lever("pack_tokens", _shorter_packs, "documents longer than a pack are left out or cut"),
+    Lever("optimizer_states", _low_bit_moments, "AdamW's moments are rounded to 8 bits; needs the extra `lowbit`"),
     Lever("offload", _offload, "slower: weights and gradients cross PCIe in every pass, and AdamW runs on the host"),
     Lever("lora", _adapters, "adapters are trained, not all weights"),
     Lever("serve.tp", _split_model),

@@ -21,6 +21,14 @@ from micota_fast.model.config import ModelConfig
 from micota_fast.model.decoder import parameter_shapes
 
 Checkpointing = Literal["none", "selective", "full"]
+OptimizerStates = Literal["float32", "8bit", "4bit"]
+
+# torchao's: bits of a value, and values that share a float32 scale. Fewer than LEAST_QUANTISED stay float32.
+BITS_AND_BLOCK = {"8bit": (8, 256), "4bit": (4, 128)}
+LEAST_QUANTISED = 4096
+# Bytes per value that the compiled step of a parameter holds: both moments in float32, and for 4 bits their codes in
+# int64 before they are packed. Counted in the code that torch 2.13 makes for a CPU.
+STEP_BYTES = {"8bit": 8, "4bit": 26}
 
 SMALL = 0.01  # of the activations: token ids, statistics of norms, what the allocator rounds up
 
@@ -30,7 +38,9 @@ class Memory:
     """Bytes on one rank at one moment of a step."""
 
     moment: str
-    state: int  # this rank's share of weights, AdamW's moments and the gradients there are by now: float32 if trained
+    # This rank's share of weights, AdamW's moments and the gradients there are by now, float32 but for quantised
+    # moments; and what the step holds besides.
+    state: int
     gathered: int  # what FSDP holds whole: parameters, and gradients on their way to the shards
     activations: int  # kept from the forward pass, and those of the block that is being computed
     loss: int  # logits of a chunk, the output matrix's gradient, the hidden states and their gradient
@@ -51,6 +61,7 @@ def estimate(
     top_k: int = 0,
     offload: bool = False,
     freeze: Sequence[str] = (),
+    optimizer_states: OptimizerStates = "float32",
 ) -> Memory:
     """Estimate the memory for packs of `tokens` tokens, without the allocator's gaps and the driver's own memory.
 
@@ -66,11 +77,12 @@ def estimate(
         offload: whether weights, gradients and moments are on the host (`host_memory`), and shards copied from there.
         freeze: patterns of names that are not trained. That blocks below all that is trained keep no activations is not
             counted.
+        optimizer_states: type of AdamW's moments; only float32 goes with offload.
 
     Returns:
         That of the moment that needs most.
     """
-    found = moments(model, tokens, shards, mode, dtype, device, lora, top_k, offload, freeze)
+    found = moments(model, tokens, shards, mode, dtype, device, lora, top_k, offload, freeze, optimizer_states)
     return max(found, key=lambda memory: memory.total)
 
 
@@ -85,6 +97,7 @@ def moments(
     top_k: int = 0,
     offload: bool = False,
     freeze: Sequence[str] = (),
+    optimizer_states: OptimizerStates = "float32",
 ) -> list[Memory]:
     """Return the memory at each moment of a step that can need most; see `estimate`.
 
@@ -106,7 +119,8 @@ def moments(
     if ("model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight") not in sizes:
         head = 0  # no gradient of the output matrix
     # Without gradients, and with all.
-    before, after = (frozen + 12 * trained) // shards, (frozen + 16 * trained) // shards
+    moments = moment_bytes(model, shards, lora, optimizer_states, freeze)
+    before, after = (frozen + 4 * trained) // shards + moments, (frozen + 8 * trained) // shards + moments
     copied_block = 0  # from the host, before it is gathered; one rank, which gathers nothing, has a copy less of it
     if offload:
         before = after = 0
@@ -148,7 +162,12 @@ def moments(
         last = gathered(root, trained_root) + summed_block
     else:  # what was gathered is free by then
         last = max((low + 4) * trained_root, 4 * trained_root + 4 * trained_root // shards) + summed_block
+    steps = []
+    if optimizer_states != "float32":  # one parameter after the other
+        held = STEP_BYTES[optimizer_states] * max(_trained_shards(model, shards, lora, freeze))
+        steps.append(Memory("AdamW's step", after + held, 0, 0, 0))
     return [
+        *steps,
         Memory("gathering the embedding", before, entering + copied_block, 0, 0),
         Memory(
             "the loss", before, gathered(root + block), layers * kept_T + hidden_TH, summed + 2 * hidden_TH + soft_TK
@@ -176,6 +195,37 @@ def moments(
         ),
         Memory("the embedding's gradient", after, last, hidden_TH, 0),
     ]
+
+
+def moment_bytes(
+    model: ModelConfig,
+    shards: int,
+    lora: LoraConfig | None = None,
+    optimizer_states: OptimizerStates = "float32",
+    freeze: Sequence[str] = (),
+) -> int:
+    """Return the bytes of AdamW's two moments on the rank that holds most."""
+    if optimizer_states == "float32":
+        return 8 * sum(trained_sizes(model, lora, freeze).values()) // shards
+    bits, block = BITS_AND_BLOCK[optimizer_states]
+    total = 0
+    for size in _trained_shards(model, shards, lora, freeze):
+        quantised = size >= LEAST_QUANTISED and size % block == 0
+        total += 2 * (size * bits // 8 + 4 * (size // block) if quantised else 4 * size)
+    return total
+
+
+def _trained_shards(model: ModelConfig, shards: int, lora: LoraConfig | None, freeze: Sequence[str]) -> list[int]:
+    """Return the number of values in the first shard of each parameter that is trained; FSDP shards by rows."""
+    shapes = parameter_shapes(model)
+    found = []
+    for name, size in trained_sizes(model, lora, freeze).items():
+        if lora is not None and ".lora_A." in name:
+            rows = lora.rank
+        else:
+            rows = size // lora.rank if lora is not None and ".lora_B." in name else shapes[name][0]
+        found.append(-(-rows // shards) * (size // rows))
+    return found
 
 
 def host_memory(
@@ -293,11 +343,14 @@ def longest_pack(
     top_k: int = 0,
     offload: bool = False,
     freeze: Sequence[str] = (),
+    optimizer_states: OptimizerStates = "float32",
 ) -> int:
     """Return the most tokens in a pack, a multiple of 1024, that fit into `capacity` bytes of a GPU; 0: none fits."""
 
     def fits(thousands: int) -> bool:
-        need = estimate(model, 1024 * thousands, shards, mode, dtype, "cuda", lora, top_k, offload, freeze)
+        need = estimate(
+            model, 1024 * thousands, shards, mode, dtype, "cuda", lora, top_k, offload, freeze, optimizer_states
+        )
         return need.total <= capacity
 
     most = 1

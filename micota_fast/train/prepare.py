@@ -308,8 +308,13 @@ def few_steps(config: TrainConfig, steps: int, packs: int) -> str | None:
 def _memory(config: TrainConfig, model: ModelConfig, pack_tokens: int, top_k: int, world: World) -> str:
     """Compare what this rank's GPU will hold, according to the model's shapes, with what it has."""
     dtype, shards = getattr(torch, config.dtype), world.size // world.replicas
-    how, lora, freeze = config.activation_checkpointing, config.lora, config.freeze
-    need = estimate(model, pack_tokens, shards, how, dtype, "cuda", lora, top_k, world.offload, freeze)
+    how, lora, freeze, states = (
+        config.activation_checkpointing,
+        config.lora,
+        config.freeze,
+        config.optimizer_states,
+    )
+    need = estimate(model, pack_tokens, shards, how, dtype, "cuda", lora, top_k, world.offload, freeze, states)
     there = torch.cuda.get_device_properties(world.device).total_memory
     text = (
         f"memory: {need.total / 1e9:.1f} GB of {there / 1e9:.1f} by an estimate from shapes, most at {need.moment}: "
@@ -323,11 +328,13 @@ def _memory(config: TrainConfig, model: ModelConfig, pack_tokens: int, top_k: in
             f"a copy while a checkpoint is written"
         )
     if need.total > 0.95 * there:
-        fits = longest_pack(model, 0.9 * there, shards, how, dtype, lora, top_k, world.offload, freeze)
+        fits = longest_pack(model, 0.9 * there, shards, how, dtype, lora, top_k, world.offload, freeze, states)
         remedies = [f"`pack_tokens` of {fits:,}"] if fits > 0 else []
         if how != "full":
             remedies.append("`activation_checkpointing: full`")
-        if not world.offload and world.replicas == 1:
+        if not world.offload and states == "float32":
+            remedies.append("`optimizer_states: 8bit`")
+        if not world.offload and states == "float32" and world.replicas == 1:
             remedies.append("`offload: true`")
         text += f"\nWARNING: that may not fit. What takes less: {', '.join([*remedies, 'more processes'])}"
     return text

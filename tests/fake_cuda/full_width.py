@@ -48,6 +48,7 @@ def train_step(
     from micota_fast.model.folder import COPIED_FILES
     from micota_fast.planning.shapes import known_shapes
     from micota_fast.train import loop, prepare
+    from micota_fast.train.low_bit_adamw import LowBitAdamW
     from micota_fast.train.stopwatch import Stopwatch
 
     shape = known_shapes(model)
@@ -73,8 +74,12 @@ def train_step(
         if phase == "report":
             raise _StepDone
 
-    def with_moments(*args: Any) -> torch.optim.AdamW:
+    def with_moments(*args: Any) -> torch.optim.Optimizer:
         optimizer = make_optimizer(*args)
+        if isinstance(optimizer, LowBitAdamW):
+            torch.compile = lambda step, **_: step  # it compiles nothing under a dispatch mode of others
+            optimizer.make_states()
+            return optimizer
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}

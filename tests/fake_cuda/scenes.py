@@ -179,7 +179,7 @@ def peaks(world: int, tokenizer: str, folder: str, cells: list[list[Any]]) -> li
         tokenizer: a checkpoint that has one.
         folder: for files.
         cells: lists of a model's name, tokens of a pack, activation checkpointing, layers (None: all), and what else
-            is to be set: nothing, "offload", "lora" or "lora, offload".
+            is to be set: nothing, "offload", "lora", "lora, offload" or "8bit".
     """
     session = Session(world)
     import gc
@@ -191,7 +191,8 @@ def peaks(world: int, tokenizer: str, folder: str, cells: list[list[Any]]) -> li
     for model, pack_tokens, mode, layers, *rest in cells:
         levers = ", ".join(rest)
         lora = LoraConfig() if "lora" in levers else None
-        options = {"activation_checkpointing": mode, "offload": "offload" in levers}
+        options: dict[str, Any] = {"activation_checkpointing": mode, "offload": "offload" in levers}
+        options["optimizer_states"] = "8bit" if "8bit" in levers else "float32"
         run = train_step(session, model, tokenizer, folder, pack_tokens, layers, lora, **options)
         found.append(run)
         gc.collect()

@@ -72,7 +72,12 @@ def too_big(made: Plan) -> dict[str, Cost]:
         (  # 14 billion weights on eight GPUs of 40 GB: no shorter pack makes room for their moments.
             ("models.teacher.serve.tp=4", "models.short-teacher.serve.tp=4"),
             {"gpu": "a100-40gb"},
-            ["train.activation_checkpointing=full", "models.assistant-long.train.overrides.offload=true"],
+            ["train.activation_checkpointing=full", "models.assistant-long.train.overrides.optimizer_states=8bit"],
+        ),
+        (  # Nor are 8 bits few enough on four.
+            ("models.teacher.serve.tp=4", "models.short-teacher.serve.tp=4", "launch.nproc=4"),
+            {"gpu": "a100-40gb", "gpus": 4},
+            ["train.optimizer_states=8bit", "models.assistant-long.train.overrides.offload=true"],
         ),
         (  # Nor does offload, if copies of the model are asked for.
             ("arms={long: long}", "align=[]", "train.mesh={replicate: 8}", "train.activation_checkpointing=full"),

@@ -1,6 +1,7 @@
 """The estimate of a rank's memory against the allocator's own record."""
 
 import gc
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from helpers.checkpoints import make_checkpoint
 from micota_fast.config.train import LoraConfig, TrainSettings
 from micota_fast.model.attention import PackedAttention
 from micota_fast.model.config import ModelConfig
+from micota_fast.model.decoder import parameter_shapes
 from micota_fast.model.pointwise import TORCH
 from micota_fast.model.safetensors_io import load_model
 from micota_fast.train.activation_checkpointing import checkpoint_activations
-from micota_fast.train.memory import Checkpointing, estimate, kept, longest_pack, moments, trained_sizes
+from micota_fast.train.memory import Checkpointing, estimate, kept, longest_pack, moment_bytes, moments, trained_sizes
 from micota_fast.train.trainable import trainable_decoder
 
 TOKENS = 512
@@ -177,3 +179,24 @@ def test_adapters_alone_have_gradients_and_moments() -> None:
     assert four < 0.4 * full
     assert all(memory.loss < 3 << 30 for memory in one), "no gradient of the output matrix"
     assert longest_pack(QWEN_7B, 36e9, 4, "full", lora=lora) > 16384 > longest_pack(QWEN_7B, 36e9, 4, "full")
+
+
+def test_moments_of_few_bits_are_counted_by_parameter() -> None:
+    """As torchao keeps them: small shards, and those that are not of whole blocks, in float32."""
+    shapes = [tuple(shape) for shape in parameter_shapes(QWEN_7B).values()]
+    for states, bytes_each, block in (("8bit", 1 + 4 / 256, 256), ("4bit", 0.5 + 4 / 128, 128)):
+        for shards in (1, 8, 3):
+            sizes = [math.ceil(rows / shards) * math.prod(rest) for rows, *rest in shapes]
+            whole = [size for size in sizes if size >= 4096 and size % block == 0]
+            expected = 2 * bytes_each * sum(whole) + 8 * (sum(sizes) - sum(whole))
+            assert moment_bytes(QWEN_7B, shards, None, states) == expected  # type: ignore[arg-type]
+    assert moment_bytes(QWEN_7B, 1, LoraConfig(rank=1, targets=["k_proj"]), "8bit") == 28 * 8 * (3584 + 512)
+
+
+def test_few_bits_save_what_the_moments_were_and_hold_more_in_the_step() -> None:
+    shape = QWEN_7B, 1024, 1, "full", torch.bfloat16, "cuda"
+    full, few = moments(*shape), moments(*shape, optimizer_states="8bit")  # type: ignore[arg-type]
+    saved = moment_bytes(QWEN_7B, 1) - moment_bytes(QWEN_7B, 1, None, "8bit")
+    step, *rest = few
+    assert [a.total - b.total for a, b in zip(full, rest, strict=True)] == [saved] * len(full)
+    assert step.total == rest[-1].state + 8 * QWEN_7B.vocab_size * QWEN_7B.hidden_size
