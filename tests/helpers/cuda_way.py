@@ -70,3 +70,11 @@ def chunks_of(rows: int, v: int, dtype: torch.dtype) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(chunks.LOGITS_BYTES, DEVICE, rows * math.ceil(v / aligned) * aligned * dtype.itemsize)
         yield
+
+
+def inputs(n: int, h: int, v: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Hidden states [n, h] and a weight [v, h], on the device the kernels run on."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(m, h, generator=generator) for m in (n, v))
+    hidden[::3] *= 3  # some rows are sure
+    return hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype)

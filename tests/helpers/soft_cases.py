@@ -58,3 +58,10 @@ def reverse_targets(
     logprobs = logprobs.masked_fill(torch.rand(n, generator=generator) < absent, torch.nan)
     tokens = tokens.masked_fill(torch.rand(n, generator=generator) < ignored, -100)
     return ReverseTargets(tokens, logprobs, **options)
+
+
+def inputs(n: int, h: int = 5, v: int = 23, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Hidden states [n, h] and a weight [v, h]."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(m, h, generator=generator, dtype=torch.float64) for m in (n, v))
+    return hidden.to(dtype), weight.to(dtype)

@@ -12,18 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from helpers.soft_cases import reverse_targets
+from helpers.soft_cases import inputs, reverse_targets
 from helpers.tensors import assert_same, assert_same_bits, with_gradients
 from micota_fast.kernels import ReverseTargets, chunks, linear_cross_entropy
 from micota_fast.kernels.reference import dense_linear_cross_entropy
 
 implementation = sys.modules[linear_cross_entropy.__module__]
-
-
-def inputs(n: int, h: int = 5, v: int = 23, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    hidden, weight = (torch.randn(m, h, generator=generator, dtype=torch.float64) for m in (n, v))
-    return hidden.to(dtype), weight.to(dtype)
 
 
 @settings(deadline=None, max_examples=80)

@@ -9,9 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from helpers.cuda_way import DEVICE, HAS_GPU, as_on_cuda, chunks_of
+from helpers.cuda_way import DEVICE, HAS_GPU, as_on_cuda, chunks_of, inputs
 from helpers.soft_cases import reverse_targets
 from helpers.tensors import with_gradients
 from micota_fast.kernels import ReverseTargets, linear_cross_entropy
@@ -25,13 +24,6 @@ FEW = settings(deadline=None, max_examples=200 if HAS_GPU else 20)
 def the_way_of_cuda() -> Iterator[None]:
     with as_on_cuda():
         yield
-
-
-def inputs(n: int, h: int, v: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    hidden, weight = (torch.randn(m, h, generator=generator) for m in (n, v))
-    hidden[::3] *= 3  # some rows are sure
-    return hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype)
 
 
 def on_device(reverse: ReverseTargets) -> ReverseTargets:

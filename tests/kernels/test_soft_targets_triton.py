@@ -9,9 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from helpers.cuda_way import DEVICE, HAS_GPU, as_on_cuda, chunks_of
+from helpers.cuda_way import DEVICE, HAS_GPU, as_on_cuda, chunks_of, inputs
 from helpers.soft_cases import soft_targets
 from helpers.tensors import assert_same, with_gradients
 from micota_fast.kernels import SoftTargets, linear_cross_entropy
@@ -26,13 +25,6 @@ TAILS = ("ignore", "bucket")
 def the_way_of_cuda() -> Iterator[None]:
     with as_on_cuda():
         yield
-
-
-def inputs(n: int, h: int, v: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    hidden, weight = (torch.randn(m, h, generator=generator) for m in (n, v))
-    hidden[::3] *= 3  # some rows are sure
-    return hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype)
 
 
 def on_device(soft: SoftTargets) -> SoftTargets:
