@@ -1,5 +1,7 @@
 """`micota generate` with real SGLang servers on a CPU: its maker is killed, then a server under it; nothing is lost.
 
+The model is MODEL+ADAPTER, so SGLang loads what LoRA has merged.
+
 The server's contract is tested in test_server_contract.py.
 """
 
@@ -10,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import psutil
 import pytest
 import yaml
 
+from helpers.adapters import write_adapter
 from helpers.servers import Server, sglang_config
 from helpers.waiting import wait_for
 from micota_fast.common.records import Problem, write_rows
@@ -36,14 +40,23 @@ def serve() -> ServeConfig:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, qwen2_checkpoint: Path, serve: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> Path:
+def model(tmp_path: Path, qwen2_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A checkpoint with an adapter, which servers get merged, from a folder of TMPDIR."""
+    (tmp_path / "merged").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "merged"))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # it is read anew
+    return f"{qwen2_checkpoint}+{write_adapter(tmp_path / 'adapter')}"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, model: str, serve: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Of a corpus of PROBLEMS × SAMPLES answers by a server that is started for it."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)  # by which we know what we have started
     problems = tmp_path / "problems.jsonl"
     write_rows(problems, [Problem(f"p{i}", f"{i} + 1 = ", str(i + 1)) for i in range(PROBLEMS)])
     options = {
-        "model": str(qwen2_checkpoint),
+        "model": model,
         "problems": str(problems),
         "out": str(tmp_path / "out.jsonl"),
         "samples": SAMPLES,
@@ -80,7 +93,7 @@ def living_in(folder: Path) -> list[psutil.Process]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_corpus_outlives_its_maker_and_its_server(
-    tmp_path: Path, settings: Path, serve: ServeConfig, qwen2_checkpoint: Path
+    tmp_path: Path, settings: Path, serve: ServeConfig, model: str
 ) -> None:
     told = settings.parent / "generate.log"
 
@@ -102,7 +115,7 @@ def test_a_corpus_outlives_its_maker_and_its_server(
     fixed = replace(serve, port=port)
     log = tmp_path / "server.log"
     with contextlib.ExitStack() as servers:
-        [url] = servers.enter_context(serving(qwen2_checkpoint, fixed, log))
+        [url] = servers.enter_context(serving(model, fixed, log))
         start = answered(log)
         maker = generate(settings, "--set", f"url={url}")
         wait_for(lambda: maker.poll() is not None or answered(log) > start + 2, 120)
@@ -114,7 +127,7 @@ def test_a_corpus_outlives_its_maker_and_its_server(
         wait_for(Server(url).gone)
         before = answered(log)
         maker.send_signal(signal.SIGCONT)
-        [again] = servers.enter_context(serving(qwen2_checkpoint, fixed, log))
+        [again] = servers.enter_context(serving(model, fixed, log))
         assert again == url
         assert maker.wait(240) == 0, told.read_text()
         assert answered(log) > before
