@@ -1,7 +1,5 @@
 """AdamW: which parameters it trains, its learning rate, and steps that never wait and that survive a bad gradient."""
 
-import difflib
-import fnmatch
 import math
 
 import torch
@@ -9,29 +7,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from micota_fast.config.train import TrainSettings
-from micota_fast.errors import InputError
 from micota_fast.train.low_bit_adamw import LowBitAdamW
 
 AdamW = torch.optim.AdamW | LowBitAdamW
-
-
-def freeze(model: nn.Module, patterns: list[str]) -> int:
-    """Freeze the parameters whose names match a shell pattern (* ? [seq]); return the number of frozen values.
-
-    Raises:
-        InputError: a pattern matches no parameter, or nothing is left to train.
-    """
-    named = dict(model.named_parameters())
-    for pattern in patterns:
-        matching = fnmatch.filter(named, pattern)
-        if not matching:
-            near = ", ".join(difflib.get_close_matches(pattern, named, cutoff=0))
-            raise InputError(f"`freeze`: {pattern!r} matches no parameter; the nearest names are {near}")
-        for name in matching:
-            named[name].requires_grad_(False)
-    if not any(p.requires_grad for p in named.values()):
-        raise InputError("`freeze` leaves no parameter to train")
-    return sum(p.numel() for p in named.values() if not p.requires_grad)
 
 
 def make_optimizer(model: nn.Module, config: TrainSettings) -> AdamW:

@@ -17,9 +17,10 @@ from micota_fast.config.train import TrainConfig
 from micota_fast.errors import InputError
 from micota_fast.model.safetensors_io import load_model
 from micota_fast.train.loop import train
-from micota_fast.train.optim import clip_gradients, freeze, learning_rate, make_optimizer, step_if_finite
+from micota_fast.train.optim import clip_gradients, learning_rate, make_optimizer, step_if_finite
 from micota_fast.train.packed_loss import PackedLoss
 from micota_fast.train.parallel import local_part, parallelize
+from micota_fast.train.trainable import freeze
 from micota_fast.train.world import World
 
 NAN, INF = math.nan, math.inf
