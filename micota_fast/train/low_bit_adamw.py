@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from micota_fast.config.train import TrainSettings
+from micota_fast.train.compiled_graphs import counted_as_the_optimizers
 from micota_fast.train.parallel import local_part
 
 
@@ -50,7 +51,7 @@ class LowBitAdamW(torch.optim.Optimizer):
         for p, shard in self._shards.items():
             shard.data = _shard(p)  # FSDP moves it in the first pass
             shard.grad = None if p.grad is None or not shard.numel() else local_part(p.grad).reshape(-1)
-        with torch.compiler.set_stance(self._stance):
+        with torch.compiler.set_stance(self._stance), counted_as_the_optimizers():
             self._adamw.step()
         for shard in self._shards.values():
             shard.grad = None  # else `zero_grad` would free nothing

@@ -16,7 +16,7 @@ from micota_fast.common.json_io import encode_json, parse_json
 from micota_fast.config.train import TrainConfig
 from micota_fast.data.batches import PackedSteps
 from micota_fast.errors import InputError
-from micota_fast.train.parallel import compiled_graphs
+from micota_fast.train.compiled_graphs import compiled_graphs
 from micota_fast.train.stopwatch import Stopwatch
 from micota_fast.train.trackers import Trackers
 from micota_fast.train.world import World

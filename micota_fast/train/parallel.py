@@ -55,15 +55,6 @@ def parallelize(model: PackedLoss, config: TrainSettings, world: World) -> None:
         module.set_modules_to_forward_prefetch([following])
 
 
-def compiled_graphs() -> str:
-    """Report what torch.compile has made of the blocks so far: one graph without a break is as it should be."""
-    from torch._dynamo.utils import counters  # takes a second to import, and has been where something was compiled
-
-    made, breaks = counters["stats"]["unique_graphs"], counters["graph_break"]
-    text = f"torch.compile: graphs {made}, breaks {sum(breaks.values())}"
-    return text + "".join(f"\nWARNING: graph break: {reason.splitlines()[0]}" for reason in breaks)
-
-
 def last_micro_step(model: PackedLoss, last: bool) -> None:
     """Set whether the next backward pass is the last of a step: copies of the model exchange gradients only then."""
     if isinstance(model, FSDPModule):

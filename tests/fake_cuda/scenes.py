@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fake_cuda.session import Session
+from fake_cuda.session import Session, compile_nothing
 
 
 def controls() -> dict[str, list[str]]:
@@ -30,6 +30,8 @@ def controls() -> dict[str, list[str]]:
 
 ON_GPU: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "pack_tokens": 256}
 
+LOW_BITS = "8-bit moments"
+
 # What a step may be made of besides documents that every rank has; see `steps`.
 FEATURES: dict[str, dict[str, Any]] = {
     "row filter": {"row_filter": 0.1},
@@ -37,6 +39,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "dummy batch": {"packs_per_step": 9},  # of eight ranks one has a second pack
     "freeze": {"freeze": ["model.embed_tokens.*", "*.layers.0.*"]},
     "two micro-steps": {"packs_per_step": 16},
+    LOW_BITS: {"optimizer_states": "8bit", "mesh": {"replicate": 8}},  # thinner shards are not quantised here
     "offload": {"offload": True},
     "offload, two micro-steps": {"offload": True, "packs_per_step": 16},
 }
@@ -57,6 +60,7 @@ def steps(checkpoint: str, folder: str, attention: str, cells: list[list[str]]) 
     from micota_fast.config.train import MeshConfig
 
     batches = _note_batches()
+    compile_nothing()  # of torchao's step
     found = {}
     write_corpus(Path(folder) / "corpus.jsonl", rows=160)
     for mode, feature in cells:
@@ -88,7 +92,7 @@ def steps(checkpoint: str, folder: str, attention: str, cells: list[list[str]]) 
             "dummies": batches.count("dummy"),
             "launches": dict(session.launches.counts),
             "frozen": said.getvalue().count("frozen: "),
-            "replicas": 2 if "2 copies of the model" in said.getvalue() else 1,
+            "replicas": _replicas(said.getvalue()),
             "attention": _attention(said.getvalue()),
         }
     return found
@@ -99,6 +103,12 @@ def _attention(said: str) -> str:
     line = next(line for line in said.splitlines() if line.startswith("attention: "))
     version = re.search(r"flash \(FlashAttention (\d)", line)
     return f"flash {version[1]}" if version else line.split()[1]
+
+
+def _replicas(said: str) -> int:
+    """Return of how many copies of the model the log speaks."""
+    copies = re.search(r"(\d+) copies of the model", said)
+    return int(copies[1]) if copies else 1
 
 
 def whole_run(checkpoint: str, folder: str) -> dict[str, Any]:

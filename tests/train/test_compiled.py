@@ -5,6 +5,7 @@ torch's own counters count the graphs. It keeps what it has compiled, so these t
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +17,10 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from helpers.ranks import run_ranks
+from helpers.training_runs import metrics, train_config
 from micota_fast.config.train import LoraConfig, TrainConfig
 from micota_fast.model.safetensors_io import load_model
+from micota_fast.train.loop import train
 from micota_fast.train.lora import add_adapters, draw_adapters
 from micota_fast.train.optim import clip_gradients, make_optimizer, step_if_finite
 from micota_fast.train.packed_loss import DUMMY_BATCH, PackedLoss, on_device
@@ -111,6 +114,36 @@ def test_one_graph_for_all_layers_with_adapters(qwen2_checkpoint: Path) -> None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert counters["stats"]["unique_graphs"] == 1, "though the first layer's input is an embedding that is frozen"
     assert not counters["graph_break"]
+
+
+def test_one_graph_with_moments_of_8_bits_whose_own_graphs_are_counted_apart(
+    qwen2_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch makes the graphs and runs them as they are: inductor would take ten times as long."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled, plain = (
+        train_config(
+            qwen2_checkpoint,
+            tmp_path,
+            out=str(tmp_path / name),
+            max_steps=3,
+            log_every=2,
+            weight_decay=0.1,
+            optimizer_states="8bit",
+            compile=name == "compiled",
+        )
+        for name in ("compiled", "plain")
+    )
+    train(compiled)
+    sizes = {(p.numel(), p.ndim > 1) for p in load_model(qwen2_checkpoint, torch.float32).parameters()}
+    assert len(sizes) > 1
+    expected = f"torch.compile: graphs 1, breaks 0; graphs of the optimizer's step {len(sizes)}"
+    assert [line for line in capsys.readouterr().out.splitlines() if "torch.compile" in line] == [expected]
+    made = counters["stats"]["unique_graphs"]
+    assert made == 1 + len(sizes)
+    train(plain)
+    assert counters["stats"]["unique_graphs"] == made, "without `compile` the step on a CPU is not compiled, either"
+    assert metrics(compiled) == metrics(plain)
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from torch import nn
 from helpers import moments
 from helpers.training_runs import finish, kill, metrics, result, start_training, train_config
 from micota_fast.config.loader import build, identity
-from micota_fast.config.train import TrainConfig, TrainSettings
+from micota_fast.config.train import LoraConfig, TrainConfig, TrainSettings
 from micota_fast.errors import InputError
-from micota_fast.train import preflight
+from micota_fast.train import loop, preflight
 from micota_fast.train.loop import train
 from micota_fast.train.low_bit_adamw import LowBitAdamW
 from micota_fast.train.optim import step_if_finite
@@ -99,6 +99,26 @@ def test_two_ranks_that_are_killed_resume_bit_for_bit(
     assert "bit for bit" not in log
     assert result(killed) == result(whole)
     assert metrics(whole)[-1]["loss"] < metrics(whole)[0]["loss"]
+
+
+def test_adapters_with_moments_of_8_bits_resume_bit_for_bit(
+    qwen2_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = LoraConfig(rank=64, targets=["q_proj", "down_proj"], merged=True)  # thinner ones are not quantised here
+    whole, stopped = (
+        run_config(qwen2_checkpoint, tmp_path, name, optimizer_states="8bit", lora=lora, max_steps=2)
+        for name in ("whole", "stopped")
+    )
+    assert train(whole)
+    monkeypatch.setattr(loop, "clip_gradients", loop.clip_gradients)  # to be as it was after the test
+    moments.at_call(0, STEP, moments.terminate, my_rank=0)
+    assert not train(stopped)
+    saved = load_file(next((Path(stopped.out) / "checkpoints" / "step-00000001").glob("rank-*.safetensors")))
+    quantised = [name for name in saved if name.startswith("optimizer.exp_avg-codes-")]
+    assert len(quantised) == 2 * 2 * 2, "both halves of two adapters in each of two layers"
+    assert train(stopped)
+    assert result(stopped) == result(whole)
+    assert metrics(whole)[1]["loss"] != metrics(whole)[0]["loss"]
 
 
 def test_another_number_of_shards_is_refused_by_name(qwen2_checkpoint: Path, tmp_path: Path) -> None:
