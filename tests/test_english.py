@@ -11,6 +11,14 @@ INSTEAD = {
     "goes on": "continues, or resumes",
     "hangs on": "depends on",
     "is told": "is given, or is called with",
+    "bears the": "has the",
+    "cannot be had": "is not available",
+    "counted round": "continuing with the first after the last",
+    "is found out": "is detected",
+    "put to the model": "the model's prompt",
+    "swapped for": "replaced by",
+    "takes the place of": "replaces",
+    "what becomes of": "what happens to, or the treatment of",
 }
 READ = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "examples/*", "bench/*.md", "tests/*.md")
 READ += ("micota_fast/**/*.py", "micota_fast/**/*.yaml", "micota_fast/**/*.md", "kernels/*.py", "scripts/*")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from micota_fast.common.schema import ABSENT, Absent, Bounds, Count, NonNegative, Share
 
 STEPS = 30
-"""Lines of an answer that are told apart; the last entry of `by_step` is of all lines from this one on."""
+"""Lines of an answer that are distinguished; the last entry of `by_step` is of all lines from this one on."""
 
 
 @dataclass(frozen=True, kw_only=True)

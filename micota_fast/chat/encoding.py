@@ -41,7 +41,7 @@ class Encoded(NamedTuple):
 
 
 class Chat:
-    """A tokenizer, a chat template and the way a problem is put to the model.
+    """A tokenizer, a chat template and the prompt that a problem becomes.
 
     Attributes:
         tokenizer: the checkpoint's.
@@ -212,7 +212,7 @@ class Chat:
         Args:
             messages: the conversation.
             options: further names for the template, as a row's `chat_template_kwargs` has them.
-            counts: takes up what becomes of thoughts (`chat.thinking`) and what the template inserts.
+            counts: counts what happens to thoughts (`chat.thinking`) and what the template inserts.
 
         Raises:
             InputError: the conversation does not end with the assistant, a message holds the text of a control token

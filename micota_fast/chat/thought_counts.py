@@ -1,4 +1,4 @@
-"""What becomes of thoughts in the rows of a training, counted for its log."""
+"""What happens to thoughts in the rows of a training, counted for its log."""
 
 from collections import Counter
 

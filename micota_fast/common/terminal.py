@@ -39,7 +39,7 @@ class _Escaping:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        # A carriage return alone is ours: a progress line takes the place of the one before.
+        # A carriage return alone is ours: a progress line replaces the one before.
         return self._stream.write(text if text == "\r" else escaped(text))
 
     def writelines(self, lines: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from micota_fast.config.suggestions import did_you_mean
 from micota_fast.config.train import TrainSettings
 from micota_fast.errors import InputError
 
-MOST_ROUNDS = 999  # seeds of rounds are told apart by thousands
+MOST_ROUNDS = 999  # seeds of rounds differ by thousands
 _ROUND = re.compile(r".*-round\d+")
 
 

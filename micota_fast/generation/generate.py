@@ -255,7 +255,7 @@ class Generation:
 
 
 def _prompt_identity(chat: ChatConfig) -> dict[str, Any]:
-    """What prompts depend on; what becomes of thoughts in training text is not part of it."""
+    """What prompts depend on; the treatment of thoughts in training text is not part of it."""
     return {key: value for key, value in chat_identity(chat).items() if not key.startswith("thinking")}
 
 

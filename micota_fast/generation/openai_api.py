@@ -1,6 +1,6 @@
 """OpenAI's chat completions, as vLLM, SGLang, TGI, llama.cpp and paid APIs have them.
 
-The server renders the prompt, counts the tokens and knows what ends an answer; what cannot be had from it is refused
+The server renders the prompt, counts the tokens and knows what ends an answer; what it does not support is refused
 before a run begins (`config.generation.check_api`). Each sample is a request of its own, so that it has its own seed
 and is kept as soon as it is there.
 """

@@ -64,7 +64,7 @@ def bend(points: Sequence[Point], side: Literal["knee", "elbow"]) -> Point | Non
     At the knee the length has risen early and more weight adds little; from the elbow on it rises steeply. An S-shaped
     curve has both. This is Kneedle (Satopaa et al. 2011, "Finding a 'Kneedle' in a Haystack", section III) for a
     concave and a convex curve, without its smoothing: the largest distance to the chord after both axes are scaled to
-    [0, 1]. What takes the place of its sensitivity is the interval: a point counts only if the chord passes outside.
+    [0, 1]. The interval replaces its sensitivity: a point counts only if the chord passes outside.
 
     Args:
         points: in the order of their weights.

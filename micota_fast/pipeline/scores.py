@@ -24,8 +24,8 @@ def score_stage(
 ) -> Artefact:
     """Enter the stage that scores a corpus, unless it is there; returns the scores.
 
-    Problems are put to the scoring model as in `generate`; what becomes of thoughts is as in the student's training,
-    which learns that text.
+    The scoring model's prompt is as in `generate`; thoughts are treated as in the student's training, which learns that
+    text.
 
     Args:
         builder: of the graph.

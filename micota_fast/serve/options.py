@@ -42,7 +42,7 @@ Check = Callable[[str, Any, Limits], Any]  # (key, value, limits) -> the value a
 
 @dataclass(frozen=True)
 class Option:
-    """What becomes of one key.
+    """What a request's key does.
 
     Attributes:
         check: for a key that the engine acts on; None: it cannot.

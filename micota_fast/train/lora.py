@@ -20,7 +20,7 @@ class LoraLinear(nn.Module):
     """A linear module whose weight W is frozen, with an adapter: x -> x W^T + bias + alpha / rank * (x A^T) B^T.
 
     Args:
-        base: what it takes the place of, and whose parameters it takes over. Its type may be narrower than float32, in
+        base: the module that it replaces and whose parameters it takes over. Its type may be narrower than float32, in
             which the adapter always is.
         config: of all adapters.
     """
