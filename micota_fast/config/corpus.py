@@ -15,7 +15,7 @@ from micota_fast.errors import InputError
 class FilterSettings:
     """Rules that decide which completions enter a corpus."""
 
-    max_tokens: int = option(16000, doc="an answer must be shorter than this, tokens", source="MiCoTA")
+    max_tokens: int = option(16000, doc="an answer must have fewer tokens than this", source="MiCoTA")
     require_correct: bool = option(True, doc="the final answer must equal the problem's", source="MiCoTA")
     require_boxed: bool = option(True, doc="the answer must contain a final \\boxed{}", source="MiCoTA")
     max_foreign: float | None = option(
@@ -28,7 +28,7 @@ class FilterSettings:
         doc="largest share of an answer's words in runs of 16 words that occurred in it before; null: any",
         source="ours, after Gopher's repetition filters (arXiv 2112.11446, table A1); MiCoTA has no such rule",
     )
-    timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
+    timeout_s: float = option(10.0, doc="time limit for comparing one pair of answers, in seconds", source="ours")
     workers: int = option(2, doc="grading processes", operational=True)
 
     def __post_init__(self) -> None:
@@ -52,8 +52,8 @@ class FilterConfig(FilterSettings):
 
 @dataclass(kw_only=True)
 class MixConfig:
-    """`micota mix`: one corpus of several, in a stated ratio, at most one row per problem."""
+    """`micota mix`: several corpora combined in a stated ratio, with at most one row per problem."""
 
     parts: dict[str, int] = option(doc="corpus file -> its share, e.g. {long.jsonl: 1, short.jsonl: 4}")
     out: str = option(doc="JSONL of the mixed corpus")
-    seed: int = option(0, doc="which problem is taken from which part")
+    seed: int = option(0, doc="seed of the choice of a part for each problem")

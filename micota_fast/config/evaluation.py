@@ -51,9 +51,9 @@ class OwnSampling:
 
     samples: int | None = option(None, doc="answers per problem")
     temperature: float | None = option(None, doc="0: greedy")
-    top_p: float | None = option(None, doc="nucleus; used when temperature > 0")
-    top_k: int | None = option(None, doc="-1: all tokens; used when temperature > 0")
-    max_new_tokens: int | None = option(None, doc="longest answer, tokens")
+    top_p: float | None = option(None, doc="nucleus sampling; used if temperature > 0")
+    top_k: int | None = option(None, doc="sample from the K likeliest tokens; -1: from all; used if temperature > 0")
+    max_new_tokens: int | None = option(None, doc="longest answer, in tokens")
 
 
 @dataclass(kw_only=True)
@@ -62,8 +62,8 @@ class BenchmarkConfig:
 
     preset: str | None = option(
         None,
-        doc="a shipped definition (aime2024, amc2023, olympiad, math500, gsm8k; aime2025, hmmt_feb_2025, minerva_math, "
-        "gpqa_diamond) of every option that is not given here",
+        doc="name of a shipped benchmark (aime2024, amc2023, olympiad, math500, gsm8k; aime2025, hmmt_feb_2025, "
+        "minerva_math, gpqa_diamond), whose definition supplies every option that is not given here",
         alias="like",
     )
     name: str = option("", doc="its name in the table; required without `preset`")
@@ -75,7 +75,7 @@ class BenchmarkConfig:
         None,
         doc="how the `paper` protocol reads and compares the final answer (choice: the letter of an option); null: box",
     )
-    problems: list[int] = option([], doc="numbers of problems that the file may have; []: any")
+    problems: list[int] = option([], doc="allowed numbers of problems in the file; []: any")
     chance: float | None = option(
         None,
         doc="accuracy of a guess, % (10 for one digit, 25 for four choices); shown in the report's tables and plots; "
@@ -117,10 +117,10 @@ class JudgeConfig:
     )
     api: Literal["sglang", "openai"] = option(
         "sglang",
-        doc="what the servers at `url` speak; with openai, `model` is only the name by which they know it",
+        doc="API of the servers at `url`; with openai, `model` is only their name for the model",
         newer=True,
     )
-    openai: OpenAIConfig = option(OpenAIConfig(), doc="the servers, if `api` is openai", operational=True)
+    openai: OpenAIConfig = option(OpenAIConfig(), doc="settings of the servers if `api` is openai", operational=True)
     serve: ServeConfig = option(ServeConfig(), doc="the server that is started for it")
 
     def __post_init__(self) -> None:
@@ -133,14 +133,16 @@ class EvaluateSettings(SamplingSettings):
 
     protocol: Literal["strict", "paper"] = option(
         "strict",
-        doc="whose verdicts the table shows: math-verify's, or the string rules of the paper's evaluation; "
-        "results.json has both",
+        doc="verdicts that the table shows: math-verify's (strict), or those of the string rules of the paper's "
+        "evaluation (paper); results.json has both",
     )
     judge: JudgeConfig | None = option(
-        None, doc="judges what the `paper` rule rejects, for a third accuracy in the results; null: no judge"
+        None,
+        doc="model that judges the answers that the `paper` rule rejects, which gives a third accuracy in the "
+        "results; null: no judge",
     )
-    max_new_tokens: int = option(16000, doc="longest answer, tokens", source="MiCoTA")
-    timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
+    max_new_tokens: int = option(16000, doc="longest answer, in tokens", source="MiCoTA")
+    timeout_s: float = option(10.0, doc="time limit for comparing one pair of answers, in seconds", source="ours")
     workers: int = option(2, doc="grading processes", operational=True)
     benchmarks: list[BenchmarkConfig] = option([], doc="the sets, in the table's order")
 
@@ -184,7 +186,7 @@ class AlignSettings:
     dtype: Literal["bfloat16", "float32"] = option("bfloat16", doc="compute type")
     device: Literal["auto", "cpu", "cuda"] = option("auto", doc="auto: CUDA if there is a device")
     attention: Literal["auto", "flash", "varlen", "sdpa"] = option("auto", doc="as in training")
-    chat: ChatConfig = option(ChatConfig(), doc="how problems are put to the model")
+    chat: ChatConfig = option(ChatConfig(), doc="the model's prompt")
 
 
 @dataclass(kw_only=True)
@@ -194,7 +196,7 @@ class AlignConfig(AlignSettings):
     model: str = option(doc="the untrained student (folder or hub name)")
     corpora: dict[str, str] = option(doc="name -> corpus, in any form that `micota train` reads")
     columns: dict[str, dict[str, str]] = option(
-        {}, doc="name of a corpus -> {our key: the file's}, as `columns` of `micota train`", newer=True
+        {}, doc="name of a corpus -> {our key: the file's key}, as `columns` of `micota train`", newer=True
     )
     student_answers: str | None = option(
         None, doc="JSONL of the model's own completions of these problems; null: there are none", alias="own"

@@ -18,9 +18,9 @@ VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")  # of the environment; lower case is 
 MOST_SAMPLES = (1 << 16) - 1  # a sample's number takes 16 bits in the journal of a run
 PROBLEMS = (
     "problems: JSONL, a JSON list (both also .gz or .zst), Parquet or hf://datasets/ORG/NAME[:SPLIT], with keys "
-    "problem, answer (only if something grades) and id (made from the problem's text where absent)"
+    "problem, answer (only needed for grading) and id (derived from the problem's text if absent)"
 )
-COLUMNS = "our key -> the file's, e.g. {problem: question, answer: expected_answer}"
+COLUMNS = "our key -> the file's key, e.g. {problem: question, answer: expected_answer}"
 TEACHER_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -42,15 +42,16 @@ class ChatConfig:
     )
     template_kwargs: dict[str, Any] = option(
         {},
-        doc="further names that the template looks at, e.g. {enable_thinking: false} for Qwen3; a row's own "
-        "`chat_template_kwargs` come first",
+        doc="further variables of the template, e.g. {enable_thinking: false} for Qwen3; a row's own "
+        "`chat_template_kwargs` take precedence",
         source="ours",
         newer=True,
     )
     thinking: Literal["keep", "strip", "wrap"] = option(
         "keep",
-        doc="what becomes of a reasoning model's thought in training text: keep (in one pair of <think> tags, the "
-        "opening one restored where the prompt had it), strip (the answer alone), wrap (in `thinking_tags`)",
+        doc="treatment of a reasoning model's thought in training text: keep (in one pair of <think> tags; the "
+        "opening tag is restored if the prompt contained it), strip (keep only the answer), wrap (in "
+        "`thinking_tags`)",
         source="ours",
         newer=True,
     )
@@ -62,14 +63,14 @@ class ChatConfig:
         if not all(tag.strip() for tag in self.thinking_tags):
             raise InputError("`thinking_tags` must be two texts that are not blank")
         if self.thinking_tags[0].strip() == self.thinking_tags[1].strip():
-            raise InputError("`thinking_tags` must differ: nothing could tell where a thought ends")
+            raise InputError("`thinking_tags` must differ, or the end of a thought could not be found")
         try:
             encode_json(self.template_kwargs)
         except InputError as error:
             raise InputError(f"`template_kwargs` {error}") from None
         if ours := {"messages", "add_generation_prompt"} & self.template_kwargs.keys():
             raise InputError(
-                f"`template_kwargs`: {', '.join(sorted(ours))} cannot be set: conversations have their own"
+                f"`template_kwargs`: {', '.join(sorted(ours))} cannot be set: each conversation supplies its own"
             )
         if not self.use_template and (self.template is not None or self.template_kwargs):
             raise InputError("`template` and `template_kwargs` need `use_template: true`")
@@ -92,7 +93,7 @@ class ServeConfig:
         operational=True,
     )
     served_model_name: str | None = option(
-        None, doc="what clients call the model; null: as it is given", operational=True
+        None, doc="name that clients use for the model; null: `model` as it is given", operational=True
     )
     port: int = option(0, doc="TCP port; further servers take the next ones; 0: free ports", operational=True)
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = option(
@@ -116,7 +117,9 @@ class ServeConfig:
         operational=True,
     )
     args: list[str] = option([], doc="further arguments for sglang.launch_server, e.g. [--mem-fraction-static, '0.85']")
-    startup_timeout_s: float = option(600.0, doc="seconds until /health_generate must answer", operational=True)
+    startup_timeout_s: float = option(
+        600.0, doc="seconds after the start within which /health_generate must answer", operational=True
+    )
 
     def __post_init__(self) -> None:
         at_least(self, max_running=1, startup_timeout_s=0, replicas=1, tp=1, dp=1)
@@ -128,23 +131,27 @@ class ServeConfig:
 
 @dataclass(kw_only=True)
 class OpenAIConfig:
-    """How servers are used that speak OpenAI's API; nothing of it changes what is asked."""
+    """How servers with OpenAI's API are used; no option here changes the prompts or the sampling."""
 
     key_env: str | None = option(
         None,
-        doc="name of the environment variable with the key, which is sent to `url` as a bearer token and is written "
-        "nowhere; null: no key",
+        doc="name of the environment variable that holds the API key; the key is sent to `url` as a bearer token and "
+        "is never written anywhere; null: no key",
     )
     stream: bool = option(
         True,
-        doc="receive answers as they are written, so that no proxy takes a long one for a dead connection; false: for "
-        "servers whose streams do not say how many tokens they had",
+        doc="receive answers as they are generated, so that proxies do not cut the connection during a long answer; "
+        "false: for servers whose streams do not report their token counts",
         source="ours",
     )
-    requests_per_minute: float | None = option(None, doc="most requests that are sent; null: any number")
-    tokens_per_minute: float | None = option(None, doc="most tokens of prompts and answers; null: any number")
-    dollars_per_million_prompt_tokens: float | None = option(None, doc="price, to report the cost; null: not known")
-    dollars_per_million_completion_tokens: float | None = option(None, doc="price; goes with the other one")
+    requests_per_minute: float | None = option(None, doc="largest number of requests per minute; null: no limit")
+    tokens_per_minute: float | None = option(
+        None, doc="largest number of prompt and answer tokens per minute; null: no limit"
+    )
+    dollars_per_million_prompt_tokens: float | None = option(None, doc="price for the reported cost; null: unknown")
+    dollars_per_million_completion_tokens: float | None = option(
+        None, doc="price for the reported cost; set both prices or neither"
+    )
 
     def __post_init__(self) -> None:
         if self.key_env is not None and not VARIABLE.fullmatch(self.key_env):
@@ -194,14 +201,14 @@ def check_scores(options: "SamplingSettings") -> None:
     """
     if options.temperature not in (0, 1):
         raise InputError(
-            f"`top_logprobs` with `temperature` {options.temperature}: servers give the log-probabilities at the "
-            f"temperature of sampling, and training takes those of temperature 1; set it to 0 or 1, or leave "
-            f"`top_logprobs` out and `micota score` the answers"
+            f"`top_logprobs` with `temperature` {options.temperature}: servers return log-probabilities at the "
+            "sampling temperature, but training needs those at temperature 1; set it to 0 or 1, or leave "
+            "`top_logprobs` out and `micota score` the answers"
         )
     if options.stop:
         raise InputError(
-            "`top_logprobs` with `stop`: servers cut the text before the string, and give the tokens with it; leave "
-            "`top_logprobs` out and `micota score` the answers"
+            "`top_logprobs` with `stop`: servers return the text without the stop string, but the tokens with it; "
+            "leave `top_logprobs` out and `micota score` the answers"
         )
 
 
@@ -223,9 +230,9 @@ class SamplingSettings:
 
     samples: int = option(1, doc="answers per problem", source="MiCoTA: one, greedy")
     temperature: float = option(0.0, doc="0: greedy", source="MiCoTA")
-    top_p: float = option(1.0, doc="nucleus; used when temperature > 0")
-    top_k: int = option(-1, doc="-1: all tokens; used when temperature > 0")
-    max_new_tokens: int = option(16384, doc="longest answer, tokens", source="MiCoTA")
+    top_p: float = option(1.0, doc="nucleus sampling; used if temperature > 0")
+    top_k: int = option(-1, doc="sample from the K likeliest tokens; -1: from all; used if temperature > 0")
+    max_new_tokens: int = option(16384, doc="longest answer, in tokens", source="MiCoTA")
     stop: list[str] = option([], doc="strings that end an answer")
     seed: int = option(0, doc="seed of sampled answers; each (problem, sample) derives its own")
     thinking_budget: int | None = option(
@@ -234,15 +241,15 @@ class SamplingSettings:
         "from there; null: no budget",
         source="budget forcing: s1, arXiv 2501.19393, section 3.1",
     )
-    thinking_end: str = option("\n</think>\n\n", doc="what ends a thought; it is recognised without its white space")
+    thinking_end: str = option("\n</think>\n\n", doc="text that ends a thought; white space around it need not match")
     top_logprobs: int = option(
         0,
-        doc="write OUT.top_logprobs, the N likeliest tokens at each position of the answers with their "
-        "log-probabilities, on which `micota train` can train; needs `temperature` 0 or 1; 0: none",
+        doc="write OUT.top_logprobs, from which `micota train` can train: the N likeliest tokens at each position of "
+        "the answers, with their log-probabilities; needs `temperature` 0 or 1; 0: none",
     )
     concurrency: int = option(
         1024,
-        doc="most requests in flight per server; fewer while they only queue there",
+        doc="largest number of requests in flight per server; fewer are sent while they would only wait in its queue",
         source="ours",
         operational=True,
     )
@@ -256,21 +263,22 @@ class SamplingSettings:
     )
     api: Literal["sglang", "openai"] = option(
         "sglang",
-        doc="what the servers at `url` speak: SGLang's native /generate, or OpenAI's chat completions (vLLM, TGI, "
-        "llama.cpp, SGLang's /v1, paid APIs), by which `model` is only a name, `url` ends in /v1 or the like, and "
-        "`thinking_budget`, `top_logprobs` and `chat.use_template: false` cannot be had",
+        doc="API of the servers at `url`: SGLang's native /generate, or OpenAI's chat completions (vLLM, TGI, "
+        "llama.cpp, SGLang's /v1, paid APIs). With openai, `model` is only a name, `url` ends in /v1 or similar, and "
+        "`thinking_budget`, `top_logprobs` and `chat.use_template: false` are not available",
         newer=True,
     )
-    openai: OpenAIConfig = option(OpenAIConfig(), doc="the servers, if `api` is openai", operational=True)
+    openai: OpenAIConfig = option(OpenAIConfig(), doc="settings of the servers if `api` is openai", operational=True)
     wait_for_server_s: float = option(
         30.0,
-        doc="seconds in which the first server that `url` names must reply; once one has, they may be gone for longer",
+        doc="seconds within which at least one server of `url` must reply; after that reply, servers may be "
+        "unreachable for longer",
         source="ours",
         operational=True,
     )
     chat: ChatConfig = option(ChatConfig(), doc="the prompt")
     serve: ServeConfig = option(
-        ServeConfig(), doc="the server: started if url is null, else a description of the one that runs"
+        ServeConfig(), doc="the server to start if url is null; else a description of the one that already runs"
     )
 
     def __post_init__(self) -> None:
@@ -291,7 +299,7 @@ class SamplingSettings:
         if self.samples > 1 and self.temperature == 0:
             raise InputError("`samples` > 1 needs `temperature` > 0: greedy answers would all be the same")
         if self.url == []:
-            raise InputError("`url` is an empty list; null: a server is started for the model")
+            raise InputError("`url` is an empty list; set it to null to start a server for the model")
         if self.api == "openai":
             check_api(self)
         if self.top_logprobs:
@@ -304,8 +312,8 @@ class GenerateSettings(SamplingSettings):
 
     stop_after_accepted: int | None = option(
         None,
-        doc="ask for no further answers to a problem once this many are accepted; `samples` is then the most that are "
-        "tried; null: always `samples`",
+        doc="stop sampling a problem when N answers to it are accepted; `samples` is then the largest number of "
+        "tries; null: always `samples`",
         alias="enough",
     )
 
@@ -315,8 +323,8 @@ class GenerateSettings(SamplingSettings):
             at_least(self, stop_after_accepted=1)
             if self.stop_after_accepted > self.samples:
                 raise InputError(
-                    f"`stop_after_accepted` {self.stop_after_accepted} exceeds `samples` {self.samples}, the most that "
-                    f"are tried"
+                    f"`stop_after_accepted` {self.stop_after_accepted} exceeds `samples` {self.samples}, the largest "
+                    "number of tries"
                 )
 
 
@@ -325,8 +333,8 @@ class GenerateConfig(GenerateSettings):
     """`micota generate`: problems in, completions out."""
 
     model: str = option(
-        doc="checkpoint (folder or hub name, or CHECKPOINT+ADAPTER of LoRA): its tokenizer and template, and what is "
-        "served; with `api: openai` only the name by which the server knows it"
+        doc="checkpoint (folder or hub name, or CHECKPOINT+ADAPTER of LoRA) that is served, with its tokenizer and "
+        "template; with `api: openai`, only the server's name for the model"
     )
     problems: str = option(doc=PROBLEMS)
     columns: dict[str, str] = option({}, doc=COLUMNS, source="ours", newer=True)
@@ -334,13 +342,14 @@ class GenerateConfig(GenerateSettings):
     limit: int | None = option(None, doc="only the first N problems; null: all")
     slice: tuple[int, int] | None = option(
         None,
-        doc="[START, COUNT]: only COUNT of these problems, from number START (0: the first) on, counted round the end; "
-        "each at most once; null: all",
+        doc="[START, COUNT]: only COUNT of these problems, starting at number START (0: the first); the first "
+        "problem follows the last; each at most once; null: all",
         newer=True,
     )
     accept: FilterSettings | None = option(
         None,
-        doc="rules that judge answers as they come, for the share of accepted ones and for `stop_after_accepted`",
+        doc="rules that judge answers as they arrive; the reported share of accepted answers and "
+        "`stop_after_accepted` use them",
     )
 
     def __post_init__(self) -> None:
@@ -348,7 +357,10 @@ class GenerateConfig(GenerateSettings):
         if self.limit is not None:
             at_least(self, limit=1)
         if self.slice is not None and not (self.slice[0] >= 0 and self.slice[1] >= 1):
-            raise InputError(f"`slice` must be [START, COUNT] of at least 0 and 1, not {list(self.slice)}")
+            raise InputError(
+                "`slice` must be [START, COUNT] with START of at least 0 and COUNT of at least 1, not "
+                f"{list(self.slice)}"
+            )
         check_url(self)
         if self.stop_after_accepted is not None and self.accept is None:
             raise InputError("`stop_after_accepted` needs `accept`, the rules that say which answers count")

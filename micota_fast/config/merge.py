@@ -19,17 +19,20 @@ class MergeConfig:
     seed: int = option(0, doc="seed of DARE's mask")
     weights: list[float] = option(
         [],
-        doc="merge once for each of these weights (slerp: t) of the one model, into OUT/weight-W; []: as in the file",
+        doc="merge once per weight (slerp: t) of the one merged model, into OUT/weight-W; []: the weight in the file",
     )
     push_to_hub: str | None = option(
         None,
-        doc="hub repository ORG/NAME that the finished model is uploaded to, private if it is new; null: none",
+        doc="upload the finished model to this hub repository (ORG/NAME), which is private if it is new; null: no "
+        "upload",
         operational=True,
     )
 
     def __post_init__(self) -> None:
         if self.push_to_hub is not None and self.weights:
-            raise InputError("`push_to_hub` uploads one model: give it with no `weights`, after choosing one")
+            raise InputError(
+                "`push_to_hub` uploads one model, but `weights` makes several: choose one, and leave `weights` out"
+            )
 
 
 @dataclass(kw_only=True)
@@ -38,7 +41,7 @@ class LengthSweepSettings:
 
     weights: list[float] = option(
         [0.2, 0.4, 0.6, 0.8, 1.0],
-        doc="of the one model that is merged into its base (slerp: t); each takes the place of the file's own",
+        doc="weights of the one model that is merged into its base (slerp: t); each replaces the weight in the file",
         source="ours",
     )
     limit: int | None = option(
@@ -47,10 +50,10 @@ class LengthSweepSettings:
         source="ours: the median's 95% interval then reaches from the 43rd to the 58th percentile",
     )
     generate: SamplingSettings = option(SamplingSettings(), doc="how answers are sampled and served")
-    timeout_s: float = option(10.0, doc="limit on comparing one pair of answers, seconds", source="ours")
+    timeout_s: float = option(10.0, doc="time limit for comparing one pair of answers, in seconds", source="ours")
     workers: int = option(2, doc="grading processes", operational=True)
     keep_models: bool = option(
-        False, doc="keep each weight's model; else it is deleted once its answers exist", operational=True
+        False, doc="keep the model of each weight; otherwise it is deleted when its answers exist", operational=True
     )
 
     def __post_init__(self) -> None:
@@ -60,14 +63,14 @@ class LengthSweepSettings:
         if len(self.weights) < 2 or len(set(self.weights)) < len(self.weights):
             raise InputError("`weights` must list at least two, all different")
         if self.generate.url is not None:
-            raise InputError("`generate.url`: a server that already runs serves one model, and a sweep makes many")
+            raise InputError("`generate.url`: a server that already runs serves one model, but a sweep makes several")
         if self.generate.api != "sglang":
             raise InputError("`generate.api`: the servers that a sweep starts have SGLang's native API")
 
 
 @dataclass(kw_only=True)
 class LengthSweepConfig(LengthSweepSettings):
-    """`micota length-sweep`: a merge at several weights, how long and how right its answers are at each."""
+    """`micota length-sweep`: merges at several weights, with length and accuracy of the answers at each."""
 
     config: str = option(doc="mergekit YAML file of one model that is merged into its base")
     problems: str = option(doc=PROBLEMS)
@@ -75,7 +78,7 @@ class LengthSweepConfig(LengthSweepSettings):
     out: str = option(doc="folder: sweep.json, sweep.md, sweep.svg, sweep.png, one folder per weight")
     seed: int = option(0, doc="seed of DARE's mask")
     target_median_tokens: int | None = option(
-        None, doc="make the merge whose answers have this median length, as OUT/model; null: no merge"
+        None, doc="also write OUT/model, the merge whose answers have this median length; null: no such merge"
     )
 
     def __post_init__(self) -> None:

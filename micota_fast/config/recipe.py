@@ -55,9 +55,7 @@ class MergedModel:
         "interpolate (see `micota length-sweep`); null: use the configuration's weight",
     )
     problems: str = option("train", doc="name under `problems` of the set that is answered for `median_tokens`")
-    sweep: dict[str, Any] = option(
-        {}, doc="options of the length sweep; the default of sampling and grading is the recipe's"
-    )
+    sweep: dict[str, Any] = option({}, doc="options of the length sweep; sampling and grading default to the recipe's")
 
     def __post_init__(self) -> None:
         if self.median_tokens is not None:
@@ -73,7 +71,7 @@ class ModelSpec:
     checkpoint: str | None = option(None, doc="folder (relative to the recipe) or hub name")
     served: str | None = option(
         None,
-        doc="instead of a checkpoint: the name by which the API at `url` knows a model that only writes corpora there "
+        doc="instead of a checkpoint: the name that the API at `url` uses for a model that only writes corpora "
         "(`generate.api: openai`)",
         operational=True,
     )
@@ -92,7 +90,7 @@ class ModelSpec:
         if self.served is not None and self.url is None:
             raise InputError("`served` needs `url`, the address of the API that serves it, up to /v1")
         if self.url is not None and (self.train is not None or self.merge is not None):
-            raise InputError("`url` goes with `checkpoint`: a model made in the run is served in the run")
+            raise InputError("`url` cannot be set for a model that is made in the run: the run serves it")
 
 
 @dataclass(kw_only=True)
@@ -121,24 +119,26 @@ class ScoredCorpus:
 
 @dataclass(kw_only=True)
 class OnPolicyCorpus:
-    """The student's own answers, written, scored and learned in rounds; made anew for each training that uses it.
+    """The student's own answers, written, scored and learned in rounds, anew in each training that uses them.
 
-    In each round the student as it is by then answers the next problems, another model gives its distribution at each
-    position of these answers, and the student is trained on that. Each round is a training of its own: a new optimizer
-    and the whole schedule of `train`, with the overrides of the arm or model. An answer that is cut off or too long is
-    left out (`filter`): a training text ends with an end of turn, and the student wrote none there.
+    In each round the current student answers the next problems, another model gives its distribution at each position
+    of these answers, and the student is trained on that. Each round is a training of its own: a new optimizer and the
+    whole schedule of `train`, with the overrides of the arm or model. An answer that is cut off or too long is left out
+    (`filter`): a training text ends with an end of turn, and such an answer has none.
     """
 
     by: str = option(doc="name under `models`: the model that scores the student's answers")
-    rounds: int = option(doc=f"how often the student answers and is trained, at most {MOST_ROUNDS}")
+    rounds: int = option(doc=f"number of rounds in which the student answers and is trained, at most {MOST_ROUNDS}")
     problems: str = option("train", doc="name under `problems`")
     problems_per_round: int = option(
-        doc="problems answered in a round, in the file's order; each round takes the next ones, counted round the end"
+        doc="problems answered in a round, in the file's order; each round takes the next ones, and the first "
+        "problem follows the last"
     )
     top: int = option(TOP_K, doc=TOP_K_DOC, source="ours")
     keep: Literal["all", "right"] = option(
         "all",
-        doc="answers that are scored and learned: all that have ended, or those that `filter` takes for right",
+        doc="answers that are scored and learned: all that are complete, or only those that `filter` accepts as "
+        "correct",
         source="all: Agarwal et al., arXiv 2306.13649",
     )
     overrides: dict[str, Any] = option(
@@ -155,8 +155,8 @@ class OnPolicyCorpus:
         for key in ("url", "api", "slice"):
             if key in self.overrides:
                 raise InputError(
-                    f"`overrides` sets `{key}`: servers are started for the student as each round has made it, and its "
-                    f"problems are those of `problems_per_round`; leave it out"
+                    f"`overrides` sets `{key}`: the run starts servers for the student of each round and chooses its "
+                    "problems by `problems_per_round`; leave it out"
                 )
 
 
@@ -165,7 +165,7 @@ class CorpusSpec:
     """Rows to train on, and where they come from."""
 
     file: str | None = option(None, doc="an existing corpus, in any form that `micota train` reads")
-    columns: dict[str, str] = option({}, doc="our key -> the file's, as `columns` of `micota train`", newer=True)
+    columns: dict[str, str] = option({}, doc="our key -> the file's key, as `columns` of `micota train`", newer=True)
     generate: GeneratedCorpus | None = option(None, doc="answers of a model, filtered")
     mix: dict[str, int] | None = option(None, doc="names under `corpora` -> shares")
     score: ScoredCorpus | None = option(None, doc="another corpus, with a model's distributions to learn", newer=True)
@@ -214,11 +214,11 @@ class LaunchConfig:
 class Recipe:
     """A whole run: named models and corpora, each made of others, and the arms that are compared."""
 
-    name: str = option(doc="names the run's folder under runs/")
+    name: str = option(doc="name of the run's folder under runs/")
     title: str = option("", doc="heading of the report; empty: the name")
     seeds: list[int] = option([0], doc="each arm is trained once per seed")
     data_dir: str | None = option(
-        None, doc="folder that relative problem and corpus files start from; null: the recipe's"
+        None, doc="folder to which the paths of problem and corpus files are relative; null: the recipe's folder"
     )
     problems: dict[str, ProblemsSpec] = option({}, doc="name -> training problems")
     models: dict[str, ModelSpec] = option(doc="name -> model")
@@ -230,7 +230,7 @@ class Recipe:
     align: list[str] = option([], doc="corpora measured under the untrained student, in the plot's order")
     student_answers: str | None = option(
         None,
-        doc="corpus generated by the student, whose answers the corpora in `align` are compared with (overlap)",
+        doc="corpus generated by the student; the corpora in `align` are compared with its answers (overlap)",
         alias="own",
     )
     generate: GenerateSettings = option(GenerateSettings(), doc="defaults of every generated corpus")
@@ -256,8 +256,8 @@ class Recipe:
         def exists_before(name: str, where: str) -> None:
             if self.corpora[name].on_policy is not None:
                 raise InputError(
-                    f"`{where}` names {name!r}, whose rows are made anew in each training (`on_policy`); name a corpus "
-                    f"that exists before"
+                    f"`{where}` names {name!r}, whose rows are generated during each training (`on_policy`); name a "
+                    "corpus that exists before the training"
                 )
 
         check_names("name", [self.name])
@@ -265,7 +265,7 @@ class Recipe:
             check_names(table, getattr(self, table))
         for part in ("generate", "evaluate"):
             if getattr(self, part).url is not None:
-                raise InputError(f"`{part}.url` would serve every model; give it to one: models.NAME.url")
+                raise InputError(f"`{part}.url` would apply to every model; set it for one: models.NAME.url")
         known(self.student, self.models, "student", "model")
         for name, model in self.models.items():
             if model.train is not None:
@@ -274,8 +274,8 @@ class Recipe:
                 corpus = self.corpora[model.train.corpus]
                 if (corpus.score or corpus.on_policy) is not None and model.train.base != self.student:
                     raise InputError(
-                        f"`models.{name}.train.corpus` names {model.train.corpus!r}, whose scores have the ids of "
-                        f"`student`, {self.student!r}; only that model can be trained on them"
+                        f"`models.{name}.train.corpus` names {model.train.corpus!r}, whose scores use the token ids "
+                        f"of `student`, {self.student!r}; only that model can be trained on them"
                     )
             if model.merge is not None and model.merge.median_tokens is not None:
                 known(model.merge.problems, self.problems, f"models.{name}.merge.problems", "problem set")
@@ -319,7 +319,8 @@ class Recipe:
         scored = (self.corpora[corpus].score or self.corpora[corpus].on_policy for corpus in trained_on)
         if self.train.soft is not None and not any(scored):
             raise InputError(
-                "`train.soft` needs a corpus with `score` or `on_policy`: nothing that is trained on has distributions"
+                "`train.soft` needs a corpus with `score` or `on_policy`: no corpus that is trained on has "
+                "distributions"
             )
         for name in self.claims.deltas if self.claims is not None else ():
             known(name, self.arms, "claims.deltas", "arm")

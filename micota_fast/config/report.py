@@ -30,10 +30,10 @@ class TrainingAnswersConfig:
     """Models' answers to the training problems: what the method's preconditions are measured on."""
 
     answers: dict[str, str] = option(
-        doc="long, mid, short (each by the model that wrote this corpus) and student (untrained) -> JSONL of the "
+        doc="long, mid, short (answers of the model that wrote this corpus) and student (untrained) -> JSONL of the "
         "answers that the filter accepted; FILE.rejects.jsonl holds the others"
     )
-    problems: str | None = option(None, doc="the training problems, for their `level`; null: levels are not used")
+    problems: str | None = option(None, doc="the training problems, whose `level` is used; null: levels are not used")
     columns: dict[str, str] = option({}, doc=COLUMNS)
 
     def __post_init__(self) -> None:
@@ -54,15 +54,17 @@ class ReportConfig:
     base: str = option(doc="results.json of the untouched student")
     arms: dict[str, list[str]] = option(doc="arm -> results.json of each seed, in the table's order")
     corpora: dict[str, dict[str, str]] = option({}, doc="corpus -> {counts: FILE, alignment: FILE}")
-    trained_on: dict[str, str] = option({}, doc="arm -> its corpus, if that has another name")
+    trained_on: dict[str, str] = option({}, doc="arm -> its corpus, if the corpus has another name")
     training: dict[str, list[str]] = option({}, doc="arm -> metrics.jsonl of each seed")
     earlier_rounds: dict[str, list[list[str]]] = option(
-        {}, doc="arm trained in rounds -> metrics.jsonl of each seed's rounds before the one in `training`", newer=True
+        {},
+        doc="arm trained in rounds -> for each seed, metrics.jsonl of the rounds before the one in `training`",
+        newer=True,
     )
     contamination: str | None = option(None, doc="contamination.json of the training corpora; null: not reported")
     claims: ClaimsConfig | None = option(None, doc="published differences, printed next to the measured ones")
     chance: dict[str, float] = option(
-        {}, doc="benchmark -> accuracy of a guess, %, of those where it is known; shown in tables and plots", newer=True
+        {}, doc="benchmark -> accuracy of a guess, in %, if it is known; shown in tables and plots", newer=True
     )
     training_answers: TrainingAnswersConfig | None = option(
         None, doc="answers to the training problems, for the method's preconditions; null: there are none", newer=True

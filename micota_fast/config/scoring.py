@@ -10,7 +10,7 @@ from micota_fast.errors import InputError
 
 TOP_K = 32
 MOST_TOP_K = 128  # up to which the loss's kernels are known to spill no registers
-TOP_K_DOC = f"likeliest tokens that are kept at each position, at most {MOST_TOP_K}; each takes six bytes"
+TOP_K_DOC = f"number of likeliest tokens that are kept at each position, at most {MOST_TOP_K}; each takes six bytes"
 
 
 def check_top_k(options: object, name: str) -> None:
@@ -32,7 +32,7 @@ class ScoreSettings:
     top_k: int = option(TOP_K, doc=TOP_K_DOC, source="ours")
     concurrency: int = option(
         64,
-        doc="most requests in flight per server; fewer while they only queue there",
+        doc="largest number of requests in flight per server; fewer are sent while they would only wait in its queue",
         source="ours",
         operational=True,
     )
@@ -46,22 +46,21 @@ class ScoreSettings:
     )
     wait_for_server_s: float = option(
         30.0,
-        doc="seconds in which the first server that `url` names must reply; once one has, they may be gone for longer",
+        doc="seconds within which at least one server of `url` must reply; after that reply, servers may be "
+        "unreachable for longer",
         source="ours",
         operational=True,
     )
-    chat: ChatConfig = option(
-        ChatConfig(), doc="how problems are put to the scoring model; what becomes of thoughts must be as in training"
-    )
+    chat: ChatConfig = option(ChatConfig(), doc="the scoring model's prompt; thoughts must be treated as in training")
     serve: ServeConfig = option(
-        ServeConfig(), doc="the server: started if url is null, else a description of the one that runs"
+        ServeConfig(), doc="the server to start if url is null; else a description of the one that already runs"
     )
 
     def __post_init__(self) -> None:
         at_least(self, concurrency=1, request_timeout_s=0.1, wait_for_server_s=0.1)
         check_top_k(self, "top_k")
         if self.url == []:
-            raise InputError("`url` is an empty list; null: a server is started for the model")
+            raise InputError("`url` is an empty list; set it to null to start a server for the model")
 
 
 @dataclass(kw_only=True)
@@ -73,13 +72,13 @@ class ScoreConfig(ScoreSettings):
         ".zst), Parquet or hf://datasets/ORG/NAME[:SPLIT]"
     )
     model: str = option(
-        doc="checkpoint (folder or hub name, or CHECKPOINT+ADAPTER of LoRA) that scores: its tokenizer and template, "
-        "and what is served"
+        doc="checkpoint (folder or hub name, or CHECKPOINT+ADAPTER of LoRA) that is served and scores the answers, "
+        "with its tokenizer and template"
     )
     student: str | None = option(
         None,
-        doc="checkpoint that will be trained on the scores: they get the ids of its tokenizer, which must cut the "
-        "answers into the same tokens; null: it has the scoring model's own",
+        doc="checkpoint that will be trained on the scores, which are stored with the ids of its tokenizer; that "
+        "tokenizer must split the answers into the same tokens; null: it is the scoring model's",
     )
     student_chat: ChatConfig = option(
         ChatConfig(), doc="how the rows become the student's training text, as `chat` of `micota train`"

@@ -18,7 +18,9 @@ from micota_fast.errors import InputError
 class MeshConfig:
     """How the processes of a training share the model: `replicate` copies, each sharded over `shard` processes."""
 
-    replicate: int = option(1, doc="copies; usually 1 or the number of nodes (hybrid sharding)", source="ours")
+    replicate: int = option(
+        1, doc="copies of the model; usually 1 or the number of nodes (hybrid sharding)", source="ours"
+    )
     shard: int | None = option(None, doc="processes that share a copy; null: all processes / replicate")
 
     def __post_init__(self) -> None:
@@ -36,15 +38,15 @@ class LoraConfig:
     """Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685), which are trained in place of the model's weights."""
 
     rank: int = option(
-        16, doc="rank of an adapter: the product of two thin matrices, added to the weight", source="ours"
+        16, doc="rank of an adapter, which adds the product of two thin matrices to a weight", source="ours"
     )
     alpha: float = option(32.0, doc="an adapter's product is multiplied by alpha / rank", source="Schulman et al. 2025")
     targets: list[str] = option(
         PROJECTIONS,
-        doc="modules that get an adapter, by name or its last parts: [q_proj, layers.0.mlp.up_proj]",
+        doc="modules that get an adapter, by full name or by its last parts: [q_proj, layers.0.mlp.up_proj]",
         source="QLoRA, arXiv 2305.14314: all matrices of a block",
     )
-    dropout: float = option(0.0, doc="share of an adapter's inputs that is zeroed in training", source="peft")
+    dropout: float = option(0.0, doc="share of an adapter's inputs that is set to zero in training", source="peft")
     merged: bool = option(False, doc="besides adapter/, write model/: the weights with the adapters added to them")
 
     def __post_init__(self) -> None:
@@ -68,16 +70,19 @@ class SoftConfig:
     """
 
     alpha: float = option(
-        0.9, doc="share of the KL divergence; the rest is that of the text's own tokens", source="ours"
+        0.9,
+        doc="weight of the KL divergence in the loss; the cross entropy of the text's own tokens has weight 1 - alpha",
+        source="ours",
     )
     temperature: float = option(
         1.0,
-        doc="T of both distributions in the KL divergence; other than 1 only with `tail: ignore`",
+        doc="temperature T of both distributions in the KL divergence; values other than 1 need `tail: ignore`",
         source="TRL's DistillationConfig",
     )
     tail: Literal["bucket", "ignore"] = option(
         "bucket",
-        doc="what the teacher's K tokens leave: one event, any other token (bucket), or nothing (ignore: renormalised)",
+        doc="treatment of the probability outside the teacher's K tokens. bucket: it counts as one event, `any other "
+        "token`; ignore: it is dropped and the K tokens are renormalised",
         source="ours",
     )
     divergence: Literal["forward", "reverse"] = option(
@@ -91,14 +96,15 @@ class SoftConfig:
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
             raise InputError(
-                f"`alpha` must be above 0 and at most 1, not {self.alpha}; without `soft` targets are hard"
+                f"`alpha` must be above 0 and at most 1, not {self.alpha}; to train on the text's own tokens alone, "
+                "leave `soft` out"
             )
         if not 0 < self.temperature < math.inf:
             raise InputError(f"`temperature` must be above 0 and finite, not {self.temperature}")
         if self.divergence == "reverse" and self.temperature != 1:
             raise InputError(
-                f"`temperature: {self.temperature}` with `divergence: reverse`: its estimate is of the distribution "
-                "that the student's samples came from, at temperature 1; leave `temperature` out"
+                f"`temperature: {self.temperature}` with `divergence: reverse`: the divergence is estimated from "
+                "samples that the student wrote at temperature 1; leave `temperature` out"
             )
         if self.divergence == "reverse" and self.tail != "bucket":
             raise InputError(
@@ -107,8 +113,9 @@ class SoftConfig:
             )
         if self.temperature != 1 and self.tail == "bucket":
             raise InputError(
-                f"`temperature: {self.temperature}` needs `tail: ignore`: the teacher's K log-probabilities, which are "
-                "of temperature 1, do not say how much another one would leave to all other tokens"
+                f"`temperature: {self.temperature}` needs `tail: ignore`: the teacher's K log-probabilities are "
+                "taken at temperature 1 and do not determine the probability of all other tokens at another "
+                "temperature"
             )
 
 
@@ -116,28 +123,37 @@ class SoftConfig:
 class TrainSettings:
     """How a model is trained."""
 
-    seed: int = option(0, doc="order of the documents, and the weights if init is random")
+    seed: int = option(0, doc="seed of the order of the documents, and of the weights if init is random")
     epochs: float = option(2.0, doc="passes over the documents", source="MiCoTA")
     max_steps: int | None = option(None, doc="stop after N optimizer steps; null: after `epochs`")
     lr: float = option(1e-5, doc="peak learning rate", source="MiCoTA")
     min_lr_ratio: float = option(0.0, doc="final learning rate as a share of the peak", source="MiCoTA: cosine to 0")
     warmup_ratio: float = option(0.1, doc="share of the steps with a rising learning rate", source="ours")
     weight_decay: float = option(0.0, doc="AdamW's decoupled decay; never on norms and biases", source="ours")
-    betas: tuple[float, float] = option((0.9, 0.95), doc="AdamW's averaging", source="ours")
+    betas: tuple[float, float] = option(
+        (0.9, 0.95), doc="AdamW's decay rates of the first and second moment", source="ours"
+    )
     eps: float = option(1e-8, doc="AdamW's epsilon", source="Loshchilov & Hutter 2019")
     optimizer_states: Literal["float32", "8bit", "4bit"] = option(
         "float32",
-        doc="AdamW's moments; 8bit and 4bit: quantised in blocks by torchao (extra `lowbit`)",
+        doc="type of AdamW's moments; 8bit and 4bit: quantised in blocks by torchao (extra `lowbit`)",
         source="Dettmers et al. 2022, arXiv 2110.02861; Li et al. 2023, arXiv 2309.01507",
         newer=True,
     )
-    max_grad_norm: float = option(1.0, doc="gradients are scaled down to this L2 norm", source="ours", infinite=True)
+    max_grad_norm: float = option(
+        1.0,
+        doc="largest L2 norm of the gradients; larger gradients are scaled down to it",
+        source="ours",
+        infinite=True,
+    )
     pack_tokens: int = option(16384, doc="tokens in a pack: the length of one forward pass", source="ours")
     packs_per_step: int = option(8, doc="packs in an optimizer step, over all ranks: the global batch", source="ours")
-    max_doc_tokens: int | None = option(None, doc="longest document, tokens; null: pack_tokens")
-    over_length: Literal["drop", "truncate"] = option("drop", doc="what happens to a longer document", source="ours")
+    max_doc_tokens: int | None = option(None, doc="longest document, in tokens; null: pack_tokens")
+    over_length: Literal["drop", "truncate"] = option(
+        "drop", doc="what happens to a document longer than `max_doc_tokens`", source="ours"
+    )
     skip_bad_rows: bool = option(False, doc="set bad rows aside in a rejects file instead of stopping")
-    chat: ChatConfig = option(ChatConfig(), doc="how problems are put to the model")
+    chat: ChatConfig = option(ChatConfig(), doc="the model's prompt")
     dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", doc="compute type; weights, optimizer and gradient sums stay float32", source="MiCoTA"
     )
@@ -149,25 +165,26 @@ class TrainSettings:
     compile: bool = option(False, doc="torch.compile each block")
     row_filter: float = option(
         0.0,
-        doc="leave tokens with a probability of 1 - row_filter or more out of gradients; 0: exact",
+        doc="leave tokens whose probability is at least 1 - row_filter out of the gradients; 0: exact gradients",
         source="ours",
     )
     activation_checkpointing: Literal["none", "selective", "full"] = option(
         "none",
-        doc="what the backward pass computes again: gate and cheap operations (selective), or whole blocks (full)",
+        doc="what the backward pass recomputes: gate and cheap operations (selective), or whole blocks (full)",
         operational=True,
     )
     offload: bool = option(
         False,
-        doc="keep weights, gradients and AdamW's moments in the host's memory and step there; no effect on a CPU",
+        doc="keep weights, gradients and AdamW's moments in the host's memory and run the optimizer step there; no "
+        "effect on a CPU",
         source="FSDP2's CPUOffloadPolicy",
         operational=True,
     )
     freeze: list[str] = option(
-        [], doc="parameters that stay as they are, by pattern of their names: [model.embed_tokens.*, '*.layers.0.*']"
+        [], doc="parameters that are not trained, by patterns of their names: [model.embed_tokens.*, '*.layers.0.*']"
     )
     lora: LoraConfig | None = option(
-        None, doc="train low-rank adapters and leave the weights as they are; null: train the weights", newer=True
+        None, doc="train low-rank adapters and leave the weights unchanged; null: train the weights", newer=True
     )
     soft: SoftConfig | None = option(
         None, doc="train on the distributions of `top_logprobs`; null: on the text's own tokens", newer=True
@@ -177,20 +194,24 @@ class TrainSettings:
     )
     validate_every: int | None = option(None, doc="steps between validations; null: ten per run")
     early_stop: int | None = option(
-        None, doc="end after N validations without a new lowest loss, and keep the weights of the lowest; null: never"
+        None,
+        doc="stop after N validations without a new lowest loss, and keep the weights that had the lowest loss; "
+        "null: never",
     )
     max_skipped_steps: int = option(
         5,
-        doc="stop after N steps in a row with a loss or gradient that is not finite (they change nothing)",
+        doc="stop after N steps in a row whose loss or gradient is not finite; such steps do not change the weights",
         operational=True,
     )
     checkpoint_every: int | None = option(
         None, doc="steps between resume checkpoints; null: ten per run", operational=True
     )
     keep_checkpoints: int = option(
-        2, doc="newest resume checkpoints that stay, besides the best", source="ours", operational=True
+        2, doc="number of newest resume checkpoints that are kept, besides the best", source="ours", operational=True
     )
-    log_every: int = option(10, doc="steps between progress lines, at which the host waits", operational=True)
+    log_every: int = option(
+        10, doc="steps between progress lines; the host waits for the device at each line", operational=True
+    )
     tensorboard: bool = option(False, doc="write TensorBoard events to OUT/tensorboard", operational=True)
     wandb: str | None = option(None, doc="Weights & Biases project to report to", operational=True)
     init: Literal["pretrained", "random"] = option("pretrained", doc="random: fresh weights of the model's shape")
@@ -233,7 +254,10 @@ class TrainSettings:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"`{name}` must lie between 0 and 1, not {getattr(self, name)}")
         if self.lora is not None and self.init == "random":
-            raise InputError("`lora` adapts the weights of a checkpoint, and `init: random` takes none from it")
+            raise InputError(
+                "`lora` adapts the weights of a checkpoint, but `init: random` does not load them; leave one of them "
+                "out"
+            )
         if self.offload and self.mesh.replicate > 1:
             raise InputError(
                 "`offload` shards one copy of the model, and `mesh.replicate` makes "
@@ -257,27 +281,31 @@ class TrainConfig(TrainSettings):
     model: str = option(doc="checkpoint to start from (folder or hub name)")
     data: str = option(
         doc="corpus: JSONL, a JSON list (both also .gz or .zst), Parquet or hf://datasets/ORG/NAME[:SPLIT], with our "
-        "rows, messages, prompt + completion, ShareGPT, Alpaca, problem + solution or + generations (docs/rows.md)"
+        "rows, messages, prompt + completion, ShareGPT, Alpaca, problem + solution or problem + generations "
+        "(docs/rows.md)"
     )
     columns: dict[str, str] = option(
         {},
-        doc="our key -> the file's, of `data` and `validation_data`: {problem: question, completion: output}",
+        doc="our key -> the file's key, in `data` and `validation_data`: {problem: question, completion: output}",
         newer=True,
     )
     top_logprobs: str | None = option(
         None,
-        doc="folder with a teacher's log-probabilities of every row of `data`, found by its `id` and `sample`: what "
-        "`soft` trains on",
+        doc="folder with a teacher's log-probabilities of every row of `data`, on which `soft` trains; a row is "
+        "found by its `id` and `sample`",
         newer=True,
     )
     out: str = option(doc="folder: model/ (Hugging Face layout), metrics.jsonl, summary.json, resume checkpoints")
     push_to_hub: str | None = option(
         None,
-        doc="hub repository ORG/NAME that the finished model is uploaded to, private if it is new; null: none",
+        doc="upload the finished model to this hub repository (ORG/NAME), which is private if it is new; null: no "
+        "upload",
         operational=True,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.soft is None) != (self.top_logprobs is None):
-            raise InputError("`soft` and `top_logprobs` go together: how to train on distributions, and on which")
+            raise InputError(
+                "set both `soft` (how to train on distributions) and `top_logprobs` (the distributions), or neither"
+            )

@@ -30,7 +30,7 @@ def _argument(*names: str, **keywords: Any) -> Argument:
 
 
 _CONFIG = _argument(
-    "config", metavar="CONFIG", nargs="?", help="YAML file of the options below; every one can be --set instead"
+    "config", metavar="CONFIG", nargs="?", help="YAML file of the options below; each can also be set with --set"
 )
 SET = _argument(
     "--set",
@@ -38,7 +38,7 @@ SET = _argument(
     metavar="KEY=VALUE",
     action="append",
     default=[],
-    help="set an option, nested ones as a.b=value; wins over the file; can be repeated",
+    help="set an option (a nested one as a.b=value); overrides the file; can be repeated",
 )
 _RECIPE = _argument(
     "recipe", metavar="RECIPE", help=f"YAML file, or the name of a shipped recipe: {', '.join(recipe_names())}"
@@ -120,15 +120,20 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
                 _SET_OF_RECIPE,
                 _FOLDER,
                 _argument("--gpu", metavar="NAME", help="h100 (default), h200, a100 ...; cpu: none"),
-                _argument("--gpus", type=int, metavar="N", help="GPUs in the machine; default: as many as are used"),
+                _argument(
+                    "--gpus",
+                    type=int,
+                    metavar="N",
+                    help="GPUs in the machine; default: the number that the recipe uses",
+                ),
                 _argument("--dollars-per-gpu-hour", type=float, metavar="X", help="price of one GPU"),
                 _argument(
                     "--answer-tokens",
                     metavar="NAME=TOKENS",
                     action="append",
                     default=[],
-                    help="mean length of the answers in a corpus, or of the untouched student's (base); "
-                    "can be repeated",
+                    help="mean length, in tokens, of the answers in a corpus or of the untouched student (base); can "
+                    "be repeated",
                 ),
                 _argument(
                     "--assume",
@@ -138,7 +143,10 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
                     help="change an assumption that the table names; can be repeated",
                 ),
                 _argument(
-                    "--json", dest="json_file", metavar="FILE", help="also write the plan there, with all digits"
+                    "--json",
+                    dest="json_file",
+                    metavar="FILE",
+                    help="also write the plan to FILE, with unrounded numbers",
                 ),
             ),
         ),
@@ -157,7 +165,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
                     "--older-than",
                     type=float,
                     metavar="DAYS",
-                    help="only what was finished more than DAYS ago; default: all",
+                    help="only results that were finished more than DAYS ago; default: all",
                 ),
                 _argument("--yes", action="store_true", help="remove without asking"),
             ),
@@ -168,7 +176,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
             arguments=(
                 _argument("first", metavar="RUN", help="a run's folder"),
                 _argument("second", metavar="RUN", help="another run's folder"),
-                _argument("--out", metavar="FILE", help="also write an HTML page there, which draws the losses"),
+                _argument("--out", metavar="FILE", help="also write an HTML page to FILE, with plots of the losses"),
             ),
         ),
         "generate": Verb(
@@ -178,7 +186,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
             cost="micota_fast.planning.costs:generate",
         ),
         "score": Verb(
-            summary="score answers by a model: completions in, its likeliest tokens at each position out",
+            summary="score answers with a model: completions in, the model's likeliest tokens at each position out",
             function="micota_fast.scoring.score:run",
             options="micota_fast.config.scoring:ScoreConfig",
             cost="micota_fast.planning.costs:score",
@@ -190,7 +198,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
             cost="micota_fast.planning.costs:filter_",
         ),
         "mix": Verb(
-            summary="make one corpus of several in a stated ratio, at most one row per problem",
+            summary="combine several corpora in a stated ratio, with at most one row per problem",
             function="micota_fast.corpus.mix:run",
             options="micota_fast.config.corpus:MixConfig",
             cost="micota_fast.planning.costs:mix",
@@ -202,7 +210,9 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
             arguments=(
                 _CONFIG,
                 SET,
-                _argument("--profile", action="store_true", help="also trace two steps, into OUT/profile"),
+                _argument(
+                    "--profile", action="store_true", help="also profile two steps and write the traces to OUT/profile"
+                ),
             ),
             command=_train_command,
             preflight="micota_fast.train.preflight:check",
@@ -222,8 +232,8 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
                     nargs="+",
                     default=[],
                     metavar="W",
-                    help="merge once for each of these weights (slerp: t) of the one model, reading the inputs once, "
-                    "into OUT/weight-W",
+                    help="merge once per weight (slerp: t) of the one merged model, into OUT/weight-W; the inputs "
+                    "are read once",
                 ),
                 _argument(
                     "--push-to-hub",
@@ -295,7 +305,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
             ),
         ),
         "benchmarks": Verb(
-            summary="download the shipped benchmarks' problems from the Hugging Face Hub; existing files stay",
+            summary="download the shipped benchmarks' problems from the Hugging Face Hub; existing files are kept",
             function="micota_fast.evaluation.benchmarks:fetch",
             arguments=(_argument("folder", metavar="DIR", help="where the files go: the `data_dir` of a recipe"),),
         ),

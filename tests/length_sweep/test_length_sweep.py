@@ -181,7 +181,7 @@ class TestErrors:
             ({"weights": [0.5, 0.5]}, "`weights` must list at least two, all different"),
             ({"weights": [0.5, float("nan")]}, "must be a finite number"),
             ({"target_median_tokens": 0}, "`target_median_tokens` must be at least 1"),
-            ({"generate": {"url": "http://127.0.0.1:1"}}, "a sweep makes many"),
+            ({"generate": {"url": "http://127.0.0.1:1"}}, "a sweep makes several"),
             ({"generate": {"url": "http://127.0.0.1:1"}, "limit": 0}, "line"),
             ({"limit": 0}, "`limit` must be at least 1"),
             ({"problems": "nowhere.jsonl"}, "cannot read nowhere.jsonl"),

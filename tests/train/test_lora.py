@@ -395,7 +395,7 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_loaded(
         ({"lora": {"dropout": 1}}, r"`dropout` must be at least 0 and below 1"),
         ({"lora": {"targets": []}}, r"`targets` is empty"),
         ({"lora": {"r": 8}}, r"`lora\.r`: unknown key; known here: rank, alpha"),
-        ({"lora": {}, "init": "random"}, r"`lora` adapts the weights of a checkpoint, and `init: random`"),
+        ({"lora": {}, "init": "random"}, r"`lora` adapts the weights of a checkpoint, but `init: random`"),
     ],
     ids=str,
 )

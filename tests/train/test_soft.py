@@ -193,8 +193,8 @@ def test_runs_without_distributions_keep_their_identity() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"soft": SoftConfig()}, "`soft` and `top_logprobs` go together"),
-        ({"top_logprobs": "scores"}, "`soft` and `top_logprobs` go together"),
+        ({"soft": SoftConfig()}, "set both `soft` .how to train on distributions. and `top_logprobs`"),
+        ({"top_logprobs": "scores"}, "set both `soft` .how to train on distributions. and `top_logprobs`"),
         ({"soft": SoftConfig(), "top_logprobs": "s", "row_filter": 0.1}, "`row_filter` with `soft`"),
     ],
 )
