@@ -81,8 +81,8 @@ class SoftConfig:
     )
     tail: Literal["bucket", "ignore"] = option(
         "bucket",
-        doc="treatment of the probability outside the teacher's K tokens. bucket: it counts as one event, `any other "
-        "token`; ignore: it is dropped and the K tokens are renormalised",
+        doc="treatment of the probability outside the teacher's K tokens. bucket: it counts as one event, any other "
+        "token; ignore: it is dropped and the K tokens are renormalised",
         source="ours",
     )
     divergence: Literal["forward", "reverse"] = option(

@@ -137,7 +137,10 @@ def test_other_stages_do_not_know_of_rounds() -> None:
         (["arms.mine.overrides={lrr: 1}"], r"`arms\.mine\.overrides`: `lrr`: unknown"),
         (["corpora.own.on_policy.overrides={temprature: 1}"], r"on_policy\.overrides`: `temprature`: unknown key"),
         *(
-            ([f"corpora.own.on_policy.overrides.{key}={value}"], f"`overrides` sets `{key}`: servers are started for")
+            (
+                [f"corpora.own.on_policy.overrides.{key}={value}"],
+                f"`overrides` sets `{key}`: the run starts servers for",
+            )
             for key, value in (("url", "http://h"), ("api", "openai"), ("slice", "[0, 1]"))
         ),
         (
