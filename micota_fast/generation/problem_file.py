@@ -44,7 +44,7 @@ class ProblemFile:
         cache: a file, made if missing, in which the outcome of the check is kept. While the problems' bytes are the
             same (their sha256 is taken at every opening), they are not checked again. A copy is made next to it.
         columns: our key -> the file's, as in `sources.columns.renamed`.
-        part: (START, COUNT): of these, only COUNT problems from number START on; the first follows the last; at most all.
+        part: (START, COUNT): only COUNT problems from number START on; the first follows the last; at most all.
         need_answers: whether a row must have `answer`; else a missing one is "".
 
     Attributes:
