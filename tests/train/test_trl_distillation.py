@@ -20,6 +20,7 @@ from micota_fast.data.batches import PackedSteps
 from micota_fast.sources.top_logprobs import TopLogprobsWriter
 from micota_fast.train.loop import train
 from micota_fast.train.prepare import load_documents
+from micota_fast.train.world import World
 
 STEPS, PACKS_PER_STEP, DOCUMENTS_PER_PACK, PACK_TOKENS = 10, 2, 2, 160
 
@@ -39,15 +40,16 @@ def test_ten_steps_equal_those_of_trls_distillation_trainer(llama_checkpoint: Pa
     plain = train_config(llama_checkpoint, tmp_path, warmup_ratio=0.0, min_lr_ratio=1.0, **options)
     soft = SoftConfig(alpha=1.0, tail="ignore")
     config = replace(plain, soft=soft, top_logprobs=str(tmp_path / "scores"))
+    world = World(0, 1, torch.device("cpu"))
     # TRL's steps have equal numbers of documents. So have ours if two fit into each pack, and three do not.
     write_corpus(Path(config.data), rows=300)
-    documents, _ = load_documents(plain, llama_checkpoint, tmp_path)
+    documents, _ = load_documents(plain, llama_checkpoint, tmp_path, world)
     fitting = (documents.lengths > PACK_TOKENS // 3) & (documents.lengths <= PACK_TOKENS // 2)
     lines = Path(config.data).read_text().splitlines()
     chosen = [line for line, fits in zip(lines, fitting, strict=True) if fits]
     chosen = chosen[: STEPS * PACKS_PER_STEP * DOCUMENTS_PER_PACK]
     Path(config.data).write_text("\n".join(chosen) + "\n")
-    documents, _ = load_documents(plain, llama_checkpoint, tmp_path)
+    documents, _ = load_documents(plain, llama_checkpoint, tmp_path, world)
 
     teacher = make_checkpoint(tmp_path / "teacher", "llama", seed=1)
     rows = []
@@ -60,7 +62,8 @@ def test_ten_steps_equal_those_of_trls_distillation_trainer(llama_checkpoint: Pa
             rows.append((ids[:prompt].tolist(), ids[prompt:].tolist()))
             logprobs = model(torch.from_numpy(ids[None]).long()).logits[0, prompt - 1 : -1].log_softmax(1).numpy()
             top_ids = np.argsort(-logprobs, axis=1)
-            writer.append((json.loads(line)["id"], 0), ids[prompt:], top_ids, np.take_along_axis(logprobs, top_ids, 1))
+            key, answer, top_logprobs = (json.loads(line)["id"], 0), ids[prompt:], np.take_along_axis(logprobs, top_ids, 1)
+            writer.append(key, answer, logprobs[np.arange(len(answer)), answer], top_ids, top_logprobs)
 
     train(config)
     steps = PackedSteps(documents, config.pack_tokens, config.packs_per_step, seed=config.seed)
