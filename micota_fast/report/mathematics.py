@@ -30,7 +30,7 @@ Node = str | list[Any]
 _LONGEST = 500  # characters of a formula
 _DEEPEST = 40  # elements within each other
 _MOST_NODES = 1000
-_SOURCE_ROOM = 2_000_000  # characters that are converted for a page: up to 6 microseconds each
+_SOURCE_ROOM = 320_000  # characters that are converted for a page: up to 60 microseconds each (of "a+a+a+...")
 TREE_ROOM = 3_000_000
 """Bytes for the formulas of a page."""
 
@@ -40,7 +40,7 @@ _ROWS = frozenset(
     ("mrow", "mstyle", "mpadded", "menclose", "mspace", "mtable", "mtr", "mtd", "mfrac", "msqrt", "mroot")
 )
 _SCRIPTS = frozenset(("msub", "msup", "msubsup", "munder", "mover", "munderover", "mmultiscripts", "mprescripts"))
-_LENGTH = r"[0-9]{0,2}(\.[0-9]{1,4})?em"
+_LENGTH = r"0|[0-9]{0,2}(\.[0-9]{1,4})?em"
 _ATTRIBUTES = {
     name: re.compile(values)
     for name, values in {
@@ -57,6 +57,8 @@ _ATTRIBUTES = {
 _MACROS = re.compile(r"\\(?:re)?(?:newcommand|def|gdef|edef|let|newenvironment)\b")
 _ALIGNED = re.compile(r"\\(begin|end)\{(?:aligned|align\*?|split|gathered|gather\*?|eqnarray\*?)\}")
 _PROSE = re.compile(r"(?<![\\\w])[A-Za-z]{3,} [A-Za-z]{2,}\b")  # outside braces: "$9 a day, of US$"
+_PERCENT = re.compile(r"\\.|%", re.DOTALL)  # or a command's first two characters, so that \\ does not escape the sign
+_ESCAPED = re.compile(r"\\([%$#&_{}])")
 _BREAK_BEFORE = frozenset("=<>≤≥≠≈≡∼→⇒⟹⇔⟺+−")
 
 
@@ -108,6 +110,8 @@ def convert(source: str) -> list[Node] | None:
             break
     if _PROSE.search(re.sub(r"\{[^{}]*\}", "{}", latex)):
         return None
+    # A percent sign begins a comment in LaTeX, up to the end of the line; whoever wrote "50%" has not meant one.
+    latex = _PERCENT.sub(lambda found: r"\%" if found[0] == "%" else found[0], latex)
     latex = _ALIGNED.sub(lambda found: rf"\{found[1]}{{array}}" + "{rl}" * (found[1] == "begin"), latex)
     try:
         (row,) = convert_to_element(latex)
@@ -132,6 +136,8 @@ def _nodes(parent: Element, depth: int, left: list[int]) -> list[Node]:
 def _node(element: Element, depth: int, left: list[int]) -> Node:
     tag = element.tag
     text = html.unescape(element.text or "")
+    if tag == "mtext":  # words come as they were written
+        text = _ESCAPED.sub(r"\1", text)
     attributes = {
         name: value
         for name, value in element.attrib.items()

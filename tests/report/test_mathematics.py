@@ -43,10 +43,42 @@ def test_formulas_are_found_by_their_delimiters(text: str, expected: list[str]) 
         ),
         (r"$f(x)$", [["mrow", "if", "p(", "ix", "p)"]]),
         (r"$\text{<b>}$", ["t<b>"]),
+        (
+            r"a\not=b",
+            [
+                ["mrow", "ia", ["mpadded", {"width": "0"}, "t⧸"]],
+                ["mrow", ["mo", {"form": "infix"}, "="], "ib"],
+            ],
+        ),
     ],
 )
 def test_a_formula_becomes_pieces_between_which_a_line_may_end(source: str, expected: list[Any]) -> None:
     assert convert(source) == expected
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        r"\boxed{50%}",
+        "$10%+5$",
+        r"$10\%+5$",
+        r"\(x = 20% = \frac{1}{5}\)",
+        "$$7% \n + 8%$$",
+        r"$\begin{array}{c}1\\%2\end{array}$",
+        r"\frac{3%}{4}",
+        r"$\text{50% of }8$",
+        r"$\text{50\% of }8\textbf{ \& 1%}$",
+        r"5\not=6%",
+    ],
+)
+def test_each_digit_and_percent_sign_of_a_formula_is_in_what_is_shown(source: str) -> None:
+    shown = json.dumps([_without_attributes(piece) for piece in convert(source) or []], ensure_ascii=False)
+    assert "\\" not in shown
+    assert re.findall(r"[0-9%]", shown) == re.findall(r"[0-9%]", source)
+
+
+def _without_attributes(node: Any) -> Any:
+    return [_without_attributes(each) for each in node if not isinstance(each, dict)] if isinstance(node, list) else node
 
 
 def test_aligned_lines_become_a_table() -> None:
