@@ -78,7 +78,9 @@ def test_each_digit_and_percent_sign_of_a_formula_is_in_what_is_shown(source: st
 
 
 def _without_attributes(node: Any) -> Any:
-    return [_without_attributes(each) for each in node if not isinstance(each, dict)] if isinstance(node, list) else node
+    return (
+        [_without_attributes(each) for each in node if not isinstance(each, dict)] if isinstance(node, list) else node
+    )
 
 
 def test_aligned_lines_become_a_table() -> None:

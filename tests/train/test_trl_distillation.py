@@ -62,7 +62,11 @@ def test_ten_steps_equal_those_of_trls_distillation_trainer(llama_checkpoint: Pa
             rows.append((ids[:prompt].tolist(), ids[prompt:].tolist()))
             logprobs = model(torch.from_numpy(ids[None]).long()).logits[0, prompt - 1 : -1].log_softmax(1).numpy()
             top_ids = np.argsort(-logprobs, axis=1)
-            key, answer, top_logprobs = (json.loads(line)["id"], 0), ids[prompt:], np.take_along_axis(logprobs, top_ids, 1)
+            key, answer, top_logprobs = (
+                (json.loads(line)["id"], 0),
+                ids[prompt:],
+                np.take_along_axis(logprobs, top_ids, 1),
+            )
             writer.append(key, answer, logprobs[np.arange(len(answer)), answer], top_ids, top_logprobs)
 
     train(config)
