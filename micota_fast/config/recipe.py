@@ -15,7 +15,8 @@ from micota_fast.config.suggestions import did_you_mean
 from micota_fast.config.train import TrainSettings
 from micota_fast.errors import InputError
 
-MOST_ROUNDS = 999  # seeds of rounds differ by thousands
+SEEDS_APART = 1000  # of sampling in rounds, from one seed of training to the next
+MOST_ROUNDS = SEEDS_APART - 1
 _ROUND = re.compile(r".*-round\d+")
 
 
@@ -144,7 +145,7 @@ class OnPolicyCorpus:
     overrides: dict[str, Any] = option(
         {},
         doc="options of the recipe's `generate` that are different for these answers, e.g. {temperature: 1.0}; the "
-        "seed of sampling is `seed` + 1000 * the training's seed + the round's number",
+        f"seed of sampling is `seed` + {SEEDS_APART} * the training's seed + the round's number",
     )
 
     def __post_init__(self) -> None:
@@ -307,11 +308,12 @@ class Recipe:
                 known(corpus.on_policy.by, self.models, f"corpora.{name}.on_policy.by", "model")
                 known(corpus.on_policy.problems, self.problems, f"corpora.{name}.on_policy.problems", "problem set")
         if any(corpus.on_policy is not None for corpus in self.corpora.values()):
-            for name in self.corpora:
-                if _ROUND.fullmatch(name):
-                    raise InputError(
-                        f"`corpora.{name}`: names ending in -round and a number belong to rounds; rename it"
-                    )
+            for table in ("models", "corpora"):
+                for name in getattr(self, table):
+                    if _ROUND.fullmatch(name):
+                        raise InputError(
+                            f"`{table}.{name}`: names ending in -round and a number belong to rounds; rename it"
+                        )
         for name, arm in self.students.items():
             known(arm.corpus, self.corpora, f"arms.{name}", "corpus")
         trained_on = [arm.corpus for arm in self.students.values()]

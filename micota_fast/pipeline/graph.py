@@ -70,10 +70,16 @@ class _Graph(Builder):
         if spec.train is not None:
             trained = spec.train
             where = f"models.{name}.train.overrides"
-            self.once(stage, lambda: self._train(stage, trained.base, trained.corpus, trained.overrides, where))
-        else:
-            self.once(stage, lambda: self._merge_stage(stage, name))
+            result = self._result(stage, trained.corpus)
+            self.once(result, lambda: self._train(stage, trained.base, trained.corpus, trained.overrides, where))
+            return self.artefact(result, "model")
+        self.once(stage, lambda: self._merge_stage(stage, name))
         return self.artefact(stage, "model")
+
+    def _result(self, stage: str, corpus: str) -> str:
+        """Return the stage whose model is the result of a training: of one in rounds the last round's."""
+        rounds = self.recipe.corpora[corpus].on_policy
+        return stage if rounds is None else rounds_of(stage, rounds)[-1].stage
 
     def _train(self, stage: str, base: str, corpus: str, overrides: dict[str, Any], where: str) -> None:
         model = self.model(base)
@@ -246,9 +252,10 @@ class _Graph(Builder):
             for seed in recipe.seeds:
                 run = f"{name}-seed{seed}"
                 self._train(f"student/{run}", recipe.student, arm.corpus, {**arm.overrides, "seed": seed}, where)
-                self._evaluate(f"evaluate/{run}", self.artefact(f"student/{run}", "model"), recipe.student)
+                result = self._result(f"student/{run}", arm.corpus)
+                self._evaluate(f"evaluate/{run}", self.artefact(result, "model"), recipe.student)
                 results[name].append(self.artefact(f"evaluate/{run}", "results.json"))
-                metrics[name].append(self.artefact(f"student/{run}", "metrics.jsonl"))
+                metrics[name].append(self.artefact(result, "metrics.jsonl"))
                 if (rounds := recipe.corpora[arm.corpus].on_policy) is not None:
                     before = [each.stage for each in rounds_of(f"student/{run}", rounds)[:-1]]
                     earlier.setdefault(name, []).append([self.artefact(stage, "metrics.jsonl") for stage in before])
@@ -306,7 +313,9 @@ class _Graph(Builder):
     def _contamination(self) -> Artefact | None:
         """Add the search for benchmark problems in what is trained on; None if nothing is trained."""
         names = [arm.corpus for arm in self.recipe.students.values()]
-        names += [m.train.corpus for name, m in self.recipe.models.items() if m.train and f"model/{name}" in self.made]
+        for name, model in self.recipe.models.items():
+            if model.train is not None and self._result(f"model/{name}", model.train.corpus) in self.made:
+                names.append(model.train.corpus)
         if not names:
             return None
         scored = {name: spec.score.of for name, spec in self.recipe.corpora.items() if spec.score is not None}

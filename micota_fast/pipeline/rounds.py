@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from micota_fast.config.recipe import OnPolicyCorpus, Recipe
+from micota_fast.config.recipe import SEEDS_APART, OnPolicyCorpus, Recipe
 from micota_fast.config.train import TrainSettings
 from micota_fast.errors import InputError
 from micota_fast.pipeline.answers import answer_options, answer_stage, filter_options, filter_stage
@@ -15,8 +15,6 @@ from micota_fast.pipeline.stage import Artefact
 from micota_fast.pipeline.training import train_stage
 from micota_fast.sources.hub import is_hub
 from micota_fast.sources.problems import read_problems
-
-SEEDS_APART = 1000  # of sampling, from one seed of training to the next: more than `rounds` may be
 
 
 class Round(NamedTuple):
@@ -32,10 +30,13 @@ class Round(NamedTuple):
 
 
 def rounds_of(stage: str, spec: OnPolicyCorpus) -> list[Round]:
-    """Return the rounds of a training; the last one's stage has the name of the training itself."""
+    """Return the rounds of a training; the last one's stage is the training's result.
+
+    A round's name does not depend on how many follow it: with more `rounds` those that are done stay done.
+    """
     kind, _, run = stage.partition("/")
     names = [f"{run}-round{number}" for number in range(1, spec.rounds + 1)]
-    return [*(Round(name, f"{kind}/{name}") for name in names[:-1]), Round(names[-1], stage)]
+    return [Round(name, f"{kind}/{name}") for name in names]
 
 
 def trainings_in_rounds(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -82,12 +83,19 @@ def round_stages(
         where: the recipe's part that has them.
 
     Raises:
-        InputError: an option is bad.
+        InputError: an option is bad, or each round would start from fresh weights.
     """
     recipe, spec = builder.recipe, builder.recipe.corpora[corpus].on_policy
     assert spec is not None
     part = f"corpora.{corpus}.on_policy"
     learning = builder.settings(TrainSettings, recipe.train, overrides, where)
+    if learning.init == "random":
+        key = f"{where}.init" if "init" in overrides else "train.init"
+        raise InputError(
+            f"{builder.path}, `{key}: random`: each round of {stage} would start from fresh weights instead of those "
+            f"of the round before; train them as a model of their own first (models.NAME.train), and name it as "
+            f"`student`"
+        )
     served = dataclasses.replace(builder.served(recipe.generate, recipe.student), url=None, api="sglang")
     right = spec.keep == "right"
     rules = {"require_correct": True} if right else {"require_correct": False, "require_boxed": False}

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from micota_fast.config.train import SoftConfig, TrainConfig
+from micota_fast.config.train import SoftConfig, TrainConfig, TrainSettings
 from micota_fast.errors import InputError
 from micota_fast.pipeline.builder import Builder
 from micota_fast.pipeline.stage import Artefact, Stage
@@ -34,10 +34,23 @@ def train_stage(
     Raises:
         InputError: an option is bad, or the stage would leave no whole model.
     """
-    soft = None if scores is None else builder.recipe.train.soft or SoftConfig()
+    defaults = dataclasses.replace(
+        builder.recipe.train, soft=None if scores is None else builder.recipe.train.soft or SoftConfig()
+    )
+    soft = builder.settings(TrainSettings, defaults, overrides, where).soft
+    if soft is None and scores is not None:
+        raise InputError(
+            f"{builder.path}, `{where}.soft: null`: this corpus has distributions to learn; leave `soft` out, or name "
+            f"a corpus without `score` and `on_policy` to train on texts"
+        )
+    if soft is not None and scores is None:
+        raise InputError(
+            f"{builder.path}, `{where}.soft`: this corpus has texts alone; leave `soft` out, or name a corpus with "
+            f"`score` or `on_policy`"
+        )
     settings = builder.settings(
         TrainConfig,
-        dataclasses.replace(builder.recipe.train, soft=soft),
+        defaults,
         overrides,
         where,
         model=model.location,

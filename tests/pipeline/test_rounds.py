@@ -42,7 +42,7 @@ def test_each_round_starts_from_the_weights_of_the_one_before() -> None:
     student = str((RECIPES.parent / "micro/checkpoints/student").resolve())
     for seed in (1, 2):
         run = f"mine-seed{seed}"
-        trainings = [f"student/{run}-round1", f"student/{run}-round2", f"student/{run}"]
+        trainings = [f"student/{run}-round1", f"student/{run}-round2", f"student/{run}-round3"]
         model = student
         for number, training in enumerate(trainings, start=1):
             name = f"{run}-round{number}"
@@ -57,7 +57,7 @@ def test_each_round_starts_from_the_weights_of_the_one_before() -> None:
             assert scores.settings.completions == learning.settings.data == stages[f"corpus/{name}"].settings.out
             assert learning.settings.top_logprobs == scores.settings.out
             model = f"{learning.settings.out}/model"
-        assert f"student/{run}-round3" not in stages
+        assert f"student/{run}" not in stages
         assert stages[f"evaluate/{run}"].needs == (trainings[-1],)
 
 
@@ -68,13 +68,13 @@ def test_rounds_take_the_next_problems_and_sample_by_seeds_of_their_own() -> Non
     assert [settings.slice for settings in asked.values()] == 2 * slices
     assert [settings.seed for settings in asked.values()] == [1008, 1009, 1010, 2008, 2009, 2010]
     assert {settings.temperature for settings in asked.values()} == {1.0}
-    assert {stages[f"student/mine-seed{seed}"].settings.seed for seed in (1, 2)} == {1, 2}
+    assert {stages[f"student/mine-seed{seed}-round3"].settings.seed for seed in (1, 2)} == {1, 2}
     assert stages["answers/mid"].settings.slice is None
 
 
 def test_every_round_has_the_training_options_of_its_arm() -> None:
     stages = planned()
-    for name in ("student/mine-seed1-round1", "student/mine-seed1"):
+    for name in ("student/mine-seed1-round1", "student/mine-seed1-round3"):
         ours = stages[name].settings
         assert (ours.lr, ours.soft.alpha, ours.soft.tail) == (0.5, 1.0, "bucket")  # of the recipe's `soft` the rest
     texts = stages["student/mid-seed1"].settings
@@ -98,15 +98,27 @@ def test_a_model_of_the_recipe_can_be_trained_in_rounds() -> None:
     stages = planned(trained, better, "arms={taught: of-better}", "train.soft=null")
     assert stages["answers/better-round2"].needs == ("model/better-round1",)
     assert stages["answers/better-round2"].settings.seed == 5009
-    assert stages["model/better"].settings.lr == 0.25
-    assert stages["answers/of-better"].needs == ("model/better",)
+    assert stages["model/better-round3"].settings.lr == 0.25
+    assert stages["answers/of-better"].needs == ("model/better-round3",)
+    again = "corpora.of-better-too={generate: {model: better}}"
+    stages = planned(trained, better, again, "arms={taught: of-better, too: of-better-too}", "train.soft=null")
+    assert stages["answers/of-better-too"].needs == ("model/better-round3",)
+
+
+def test_more_rounds_leave_those_that_are_done() -> None:
+    three, four = planned(), planned("corpora.own.on_policy.rounds=4")
+    for number in (1, 2, 3):
+        for kind in ("answers", "corpus", "scores", "student"):
+            name = f"{kind}/mine-seed1-round{number}"
+            assert (four[name].settings, four[name].inputs) == (three[name].settings, three[name].inputs)
+    assert four["evaluate/mine-seed1"].needs == ("student/mine-seed1-round4",)
 
 
 def test_the_report_knows_every_round() -> None:
     stages = planned()
     settings = stages["report"].settings
     folder = Path("/nowhere/run/student")
-    assert settings.training["mine"] == [str(folder / f"mine-seed{seed}/metrics.jsonl") for seed in (1, 2)]
+    assert settings.training["mine"] == [str(folder / f"mine-seed{seed}-round3/metrics.jsonl") for seed in (1, 2)]
     rounds = [[str(folder / f"mine-seed{s}-round{r}/metrics.jsonl") for r in (1, 2)] for s in (1, 2)]
     assert settings.earlier_rounds == {"mine": rounds}
     assert settings.trained_on == {"mine": "own"}
@@ -151,7 +163,23 @@ def test_other_stages_do_not_know_of_rounds() -> None:
             ],
             "two parts of the recipe make the stage answers/mine-seed1-round1; rename one of them",
         ),
-        (["arms.mine.overrides={soft: null}"], "set both `soft` .how to train on distributions. and `top_logprobs`"),
+        (
+            ["arms.mine.overrides={soft: null}"],
+            r"`arms\.mine\.overrides\.soft: null`: this corpus has distributions to learn; leave `soft` out",
+        ),
+        (
+            ["arms.mid={corpus: mid, overrides: {soft: {alpha: 0.5}}}"],
+            r"`arms\.mid\.overrides\.soft`: this corpus has texts alone; leave `soft` out",
+        ),
+        (["arms.mine.overrides.init=random"], r"`arms\.mine\.overrides\.init: random`: each round of student/mine-s"),
+        (["train.init=random"], r"`train\.init: random`: each round of student/mine-seed1 would start from fresh"),
+        (
+            [
+                "models.better={train: {base: student, corpus: own}}",
+                "models.better-round1={train: {base: student, corpus: mid}}",
+            ],
+            r"`models\.better-round1`: names ending in -round and a number belong to rounds",
+        ),
         (["corpora.own.mix={mid: 1}"], "exactly one of `file`, `generate`, `mix`, `score`, `on_policy`"),
         (["align=[mid, own]"], r"`align` names 'own', whose rows are generated during each training"),
         (
@@ -175,7 +203,7 @@ def test_other_stages_do_not_know_of_rounds() -> None:
         ),
         (
             ["models.mine-seed1={train: {base: student, corpus: own}}", "corpora.own.on_policy.by=mine-seed1"],
-            "these are made from each other: model/mine-seed1 -> model/mine-seed1",
+            "these are made from each other: model/mine-seed1-round3 -> model/mine-seed1-round3",
         ),
         (["arms={mid: mid}"], "`train.soft` needs a corpus with `score` or `on_policy`"),
     ],
@@ -209,7 +237,7 @@ KILLED = (
     "seeds=[1]",
     "launch.jobs=1",
 )
-LAST, WEIGHTS = "student/mine-seed1", "model/model.safetensors"
+FIRST, LAST, WEIGHTS = "student/mine-seed1-round1", "student/mine-seed1-round2", "model/model.safetensors"
 
 
 @pytest.mark.slow
@@ -229,12 +257,12 @@ def test_killed_in_the_second_rounds_training_it_ends_with_the_same_weights(tmp_
             run.wait()
 
     until(calm, (calm / LAST / "done.json").exists, signal.SIGINT)
-    shutil.copytree(calm, killed, ignore=lambda folder, names: ["mine-seed1"] if Path(folder).name == "student" else [])
+    shutil.copytree(calm, killed, ignore=lambda folder, names: ["mine-seed1-round2"] if Path(folder).name == "student" else [])
     rows = killed / LAST / "metrics.jsonl"
     until(killed, lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 6, signal.SIGKILL)
     assert not (killed / LAST / "done.json").exists()
     until(killed, (killed / LAST / "done.json").exists, signal.SIGINT)
-    for stage in (f"{LAST}-round1", LAST):
+    for stage in (FIRST, LAST):
         assert (killed / stage / WEIGHTS).read_bytes() == (calm / stage / WEIGHTS).read_bytes()
     logs = [(folder / LAST / "log.txt").read_text() for folder in (calm, killed)]
     assert ["resuming after step" in log for log in logs] == [False, True]

@@ -352,11 +352,8 @@ def test_each_round_answers_scores_and_learns_its_own_problems() -> None:
     made = of_recipe("micota-qwen2.5-7b", mine, arm, "claims=null", answer_tokens=["mine=500"])
     costs = {cost.stage: cost for cost in made.costs}
     qwen7 = of_hub("Qwen/Qwen2.5-7B-Instruct")
-    for name, training in (
-        ("mine-seed0-round1", "student/mine-seed0-round1"),
-        ("mine-seed0-round2", "student/mine-seed0"),
-    ):
-        answers, score, train = costs[f"answers/{name}"], costs[f"scores/{name}"], costs[training]
+    for name in ("mine-seed0-round1", "mine-seed0-round2"):
+        answers, score, train = (costs[f"{kind}/{name}"] for kind in ("answers", "scores", "student"))
         tokens = 2000 * (500 + 200 / 3 + 60)
         assert answers.tokens == pytest.approx(tokens)
         assert score.tokens == pytest.approx(tokens)
@@ -364,7 +361,7 @@ def test_each_round_answers_scores_and_learns_its_own_problems() -> None:
         assert score.disk == pytest.approx(2000 * 501 * (8 + 6 * 32))
         assert train.flops > 6 * (parameters(qwen7) - 152064 * 3584) * 3 * tokens
         assert all(cost.hours is not None and cost.hours > 0 for cost in (answers, score, train))
-    assert costs["student/mine-seed0-round1"].disk == costs["student/mine-seed0"].disk == 2 * parameters(qwen7)
+    assert costs["student/mine-seed0-round1"].disk == costs["student/mine-seed0-round2"].disk == 2 * parameters(qwen7)
     with pytest.raises(InputError, match="expected NAME=TOKENS with a NAME of base, "):
         of_recipe("micota-qwen2.5-7b", mine, arm, "claims=null", answer_tokens=["mine-seed0-round1=500"])
 
