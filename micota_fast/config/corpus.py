@@ -48,6 +48,12 @@ class FilterConfig(FilterSettings):
         "hf://datasets/ORG/NAME[:SPLIT]"
     )
     out: str = option(doc="JSONL of accepted rows; OUT.rejects.jsonl and OUT.counts.json are written next to it")
+    allow_empty: bool = option(
+        True,
+        doc="false, as in the rounds of a recipe (`on_policy`): that no completion is accepted is an error, and OUT is "
+        "not written",
+        operational=True,
+    )
 
 
 @dataclass(kw_only=True)

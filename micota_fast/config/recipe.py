@@ -124,8 +124,9 @@ class OnPolicyCorpus:
 
     In each round the current student answers the next problems, another model gives its distribution at each position
     of these answers, and the student is trained on that. Each round is a training of its own: a new optimizer and the
-    whole schedule of `train`, with the overrides of the arm or model. An answer that is cut off or too long is left out
-    (`filter`): a training text ends with an end of turn, and such an answer has none.
+    whole schedule of `train`, with the overrides of the arm or model. An answer that is cut off is left out: a training
+    text ends with an end of turn, and such an answer has none. So is one that `filter` rejects by `max_tokens`,
+    `max_foreign` or `max_repeated`.
     """
 
     by: str = option(doc="name under `models`: the model that scores the student's answers")
@@ -138,8 +139,9 @@ class OnPolicyCorpus:
     top: int = option(TOP_K, doc=TOP_K_DOC, source="ours")
     keep: Literal["all", "right"] = option(
         "all",
-        doc="answers that are scored and learned: all that are complete, or only those that `filter` accepts as "
-        "correct",
+        doc="answers that are scored and learned. right: those that `filter` accepts; all: also wrong ones and ones "
+        "without a box, but none that is cut off or that `filter` rejects by `max_tokens`, `max_foreign` or "
+        "`max_repeated`",
         source="all: Agarwal et al., arXiv 2306.13649",
     )
     overrides: dict[str, Any] = option(

@@ -38,8 +38,8 @@ def run(config: FilterConfig) -> None:
     ROWS_AT_ONCE rows, and 24 bytes per row of the file; at the end also the text of the counts, with all lengths.
 
     Raises:
-        InputError: the completions cannot be read, none of their gold answers can (see `GoldCheck`), or a file cannot
-            be written.
+        InputError: the completions cannot be read, none of their gold answers can (see `GoldCheck`), a file cannot be
+            written, or none is accepted and `allow_empty` is false.
     """
     out, tally = Path(config.out), _Tally()
     golds = GoldCheck(config.completions)
@@ -61,7 +61,14 @@ def run(config: FilterConfig) -> None:
         if not counts.total:
             raise InputError(f"{config.completions}: no completions")
         write_json(out.with_name(f"{out.name}.counts.json"), to_json(counts))
-    why = ", ".join(f"{number} {reason}" for reason, number in counts.rejected.items() if number)
+        why = ", ".join(f"{number} {reason}" for reason, number in counts.rejected.items() if number)
+        if not counts.accepted and not config.allow_empty:
+            raise InputError(
+                f"{config.completions}: none of {counts.total} answers is accepted ({why}; each with its reason in "
+                f"{out}.rejects.jsonl), so the round has nothing to learn; ask more problems (`problems_per_round`), "
+                f"allow longer answers (`generate.max_new_tokens`, `filter.max_tokens`), or keep wrong ones "
+                f"(`keep: all`)"
+            )
     print(f"{config.out}: {counts.accepted} of {counts.total} accepted" + (f"; rejected: {why}" if why else ""))
 
 

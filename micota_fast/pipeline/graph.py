@@ -20,8 +20,9 @@ from micota_fast.errors import InputError
 from micota_fast.merge.mergekit import parse_mergekit
 from micota_fast.pipeline.answers import COMPLETIONS, CORPUS, answer_options, answer_stage, filter_options, filter_stage
 from micota_fast.pipeline.builder import Builder
+from micota_fast.pipeline.own_samples import check_own_samples
 from micota_fast.pipeline.provenance import provenance
-from micota_fast.pipeline.rounds import check_answers, corpora_of_rounds, round_stages, rounds_of
+from micota_fast.pipeline.rounds import check_problems, corpora_of_rounds, round_stages, rounds_of
 from micota_fast.pipeline.scores import score_stage
 from micota_fast.pipeline.stage import Artefact, Lasting, Stage
 from micota_fast.pipeline.training import train_stage
@@ -52,9 +53,12 @@ def build_stages(recipe: Recipe, recipe_path: Path, run_dir: Path, absent: list[
 class _Graph(Builder):
     def stages(self) -> list[Stage]:
         self._report()
-        in_rounds = corpora_of_rounds(self.recipe)
-        for corpus in dict.fromkeys(of for name, of in in_rounds.items() if f"answers/{name}" in self.made):
-            check_answers(self, corpus)
+        rounds: dict[str, list[str]] = {}
+        for name, corpus in corpora_of_rounds(self.recipe).items():
+            if f"answers/{name}" in self.made:
+                rounds.setdefault(corpus, []).append(name)
+        for corpus, names in rounds.items():
+            check_problems(self, corpus, names)
         return list(self.made.values())
 
     def model(self, name: str) -> Artefact:
@@ -88,8 +92,11 @@ class _Graph(Builder):
             round_stages(self, stage, corpus, model, self.model(rounds.by), overrides, where)
             return
         data, scores = self.corpus(corpus), self._scores(corpus)
-        columns = self.recipe.corpora[corpus].columns
-        train_stage(self, stage, model, data, columns, scores, overrides, where)
+        spec = self.recipe.corpora[corpus]
+        train_stage(self, stage, model, data, spec.columns, scores, overrides, where)
+        soft = self.made[stage].settings.soft
+        if spec.score is not None and soft.divergence == "reverse":
+            check_own_samples(self, spec.score.of, f"corpora.{corpus}.score.of")
 
     def _merge_stage(self, stage: str, name: str) -> None:
         spec = self.recipe.models[name].merge

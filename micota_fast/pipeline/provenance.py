@@ -1,6 +1,7 @@
 """What the report's "How it was made" says of a run: its models, its training options, and the code and machine."""
 
-from micota_fast.config.recipe import ModelSpec, Recipe
+from micota_fast.config.corpus import FilterSettings
+from micota_fast.config.recipe import ModelSpec, OnPolicyCorpus, Recipe
 from micota_fast.pipeline.versions import commit, versions
 
 
@@ -28,10 +29,22 @@ def provenance(recipe: Recipe) -> dict[str, str]:
         if (own := corpus.on_policy) is not None:
             lines[f"corpus {name}"] = (
                 f"{own.rounds} rounds: {recipe.student} answers {own.problems_per_round} problems, {own.by} scores "
-                f"{'its right answers' if own.keep == 'right' else 'all its answers'} ({own.top} tokens), it is trained"
+                f"{_kept(own, recipe.filter)} ({own.top} tokens), it is trained"
             )
     made_with = commit()
     return lines | ({"commit": made_with} if made_with else {}) | versions()
+
+
+def _kept(own: OnPolicyCorpus, rules: FilterSettings) -> str:
+    """Describe which of the student's answers are scored."""
+    if own.keep == "right":
+        return "those of its answers that the filter accepts"
+    left_out = [f"of {rules.max_tokens:,} tokens or more"]
+    if rules.max_foreign is not None:
+        left_out.append(f"with a share above {rules.max_foreign:g} in foreign scripts")
+    if rules.max_repeated is not None:
+        left_out.append(f"with a share above {rules.max_repeated:g} repeated")
+    return f"its answers, right or wrong, except those cut off, {' or '.join(left_out)}"
 
 
 def _origin(model: ModelSpec) -> str:

@@ -1,20 +1,23 @@
 """On-policy rounds in a recipe's graph: the student answers, a model scores the answers, the student learns, again."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from micota_fast.config.recipe import SEEDS_APART, OnPolicyCorpus, Recipe
 from micota_fast.config.train import TrainSettings
 from micota_fast.errors import InputError
-from micota_fast.pipeline.answers import answer_options, answer_stage, filter_options, filter_stage
+from micota_fast.pipeline.answers import COMPLETIONS, answer_options, answer_stage, filter_options, filter_stage
 from micota_fast.pipeline.builder import Builder
+from micota_fast.pipeline.own_samples import check_sampling
 from micota_fast.pipeline.scores import score_stage
 from micota_fast.pipeline.stage import Artefact
 from micota_fast.pipeline.training import train_stage
 from micota_fast.sources.hub import is_hub
 from micota_fast.sources.problems import read_problems
+from micota_fast.sources.rows import read_rows
 
 
 class Round(NamedTuple):
@@ -83,7 +86,8 @@ def round_stages(
         where: the recipe's part that has them.
 
     Raises:
-        InputError: an option is bad, or each round would start from fresh weights.
+        InputError: an option is bad, each round would start from fresh weights, or the reverse divergence would be
+            estimated on answers that are no samples of the student's distribution.
     """
     recipe, spec = builder.recipe, builder.recipe.corpora[corpus].on_policy
     assert spec is not None
@@ -101,10 +105,12 @@ def round_stages(
     rules = {"require_correct": True} if right else {"require_correct": False, "require_boxed": False}
     model = student
     for number, (name, training) in enumerate(rounds_of(stage, spec)):
-        filtering = filter_options(builder, name, rules, f"{part}.keep")
+        filtering = filter_options(builder, name, rules | {"allow_empty": False}, f"{part}.keep")
         answering = answer_options(
             builder, name, spec.problems, recipe.student, served, spec.overrides, f"{part}.overrides", filtering
         )
+        if learning.soft is not None and learning.soft.divergence == "reverse":
+            check_sampling(builder, answering, f"{part}.overrides")
         answering.slice = (number * spec.problems_per_round, spec.problems_per_round)
         answering.seed += SEEDS_APART * learning.seed + number + 1
         answer_stage(builder, name, spec.problems, answering, model)
@@ -113,21 +119,36 @@ def round_stages(
         model = train_stage(builder, training, model, rows, {}, scores, overrides, where)
 
 
-def check_answers(builder: Builder, corpus: str) -> None:
-    """Check that problems have answers if an on-policy corpus keeps right answers alone.
+def check_problems(builder: Builder, corpus: str, names: Sequence[str]) -> None:
+    """Check that an on-policy corpus has the problems of a round, with answers if it keeps right ones alone.
 
-    A set of the Hub is left to the stage that reads it.
+    Reads a round's number of rows; all of them for their answers, until one of these rounds has been answered, which
+    reads them, too. A set of the Hub is left to the stage that reads it.
+
+    Args:
+        builder: of the graph.
+        corpus: its name.
+        names: of the rounds that answer its problems.
 
     Raises:
-        InputError: naming the first problem without.
+        InputError: there are fewer problems; or naming the first one without an answer.
     """
     spec = builder.recipe.corpora[corpus].on_policy
     assert spec is not None
-    if spec.keep != "right":
-        return
-    source = builder.recipe.problems[spec.problems]
+    source, wanted = builder.recipe.problems[spec.problems], spec.problems_per_round
     location = builder.file(source.path, f"problems.{spec.problems}.path").location
-    if is_hub(location) or not Path(location).is_file():
+    is_here = not is_hub(location) and Path(location).is_file()
+    found = wanted if source.limit is None else min(source.limit, wanted)
+    if is_here:
+        found = sum(1 for _ in islice(read_rows(location), found))
+    if found < wanted:
+        raise InputError(
+            f"{builder.path}, `corpora.{corpus}.on_policy.problems_per_round: {wanted}`: `problems.{spec.problems}` "
+            f"has {found}, and a round asks each problem once; set it to {found} at most"
+        )
+    if spec.keep != "right" or not is_here:
+        return
+    if any(Path(builder.out(f"answers/{name}", COMPLETIONS)).exists() for name in names):
         return
     try:
         read_problems(location, source.limit, source.columns)

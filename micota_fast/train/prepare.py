@@ -266,6 +266,11 @@ def introduce(
         world.say(
             f"ranks: {data['idle_share']:.1%} of their time is spent waiting for the slowest, by the model's FLOPs"
         )
+    if config.soft is not None and config.soft.divergence == "reverse":
+        world.say(
+            "WARNING: `soft.divergence: reverse` is only right on answers that this student has sampled itself, at "
+            "temperature 1 from all tokens (`top_p` 1, no `top_k`); the rows do not show who wrote them"
+        )
     if (warning := few_steps(config, facts["steps"], data["packs"])) is not None:
         world.say(warning)
     if config.offload and not world.offload:

@@ -67,6 +67,18 @@ def filtered(tmp_path: Path, rows: list[Completion] = ROWS, **rules: object) -> 
     return config
 
 
+def test_an_empty_corpus_is_an_error_where_it_is_not_allowed(tmp_path: Path) -> None:
+    rows = [replace(GOOD, id="cut", finish_reason="length"), replace(GOOD, id="bare", completion="It is 7.")]
+    assert Path(filtered(tmp_path, rows).out).read_bytes() == b""
+    Path(tmp_path / "corpus.jsonl").unlink()
+    told = r"none of 2 answers is accepted \(1 truncated, 1 no_answer; .*`problems_per_round`.*`keep: all`"
+    with pytest.raises(InputError, match=told):
+        filtered(tmp_path, rows, allow_empty=False)
+    assert not (tmp_path / "corpus.jsonl").exists()
+    assert len((tmp_path / "corpus.jsonl.rejects.jsonl").read_text().splitlines()) == 2
+    assert len(read_completions(filtered(tmp_path, allow_empty=False).out)) == 3
+
+
 def test_every_rule_and_every_reject(tmp_path: Path) -> None:
     config = filtered(tmp_path)
     accepted = read_completions(config.out)

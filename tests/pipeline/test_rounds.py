@@ -29,6 +29,9 @@ OWN = (
 )
 
 
+REVERSE = "arms.mine.overrides.soft.divergence=reverse"
+
+
 def recipe(*overrides: str) -> Recipe:
     return loader.load(Recipe, MICRO_SOFT, (*OWN, *overrides))
 
@@ -86,10 +89,16 @@ def test_every_round_has_the_training_options_of_its_arm() -> None:
 def test_all_answers_are_kept_ungraded_or_the_right_ones() -> None:
     rules = planned()["corpus/mine-seed1-round1"].settings
     assert (rules.require_correct, rules.require_boxed, rules.max_tokens) == (False, False, 512)
+    assert (rules.allow_empty, planned()["corpus/mid"].settings.allow_empty) == (False, True)
     stages = planned("corpora.own.on_policy.keep=right")
     rules = stages["corpus/mine-seed1-round1"].settings
     assert (rules.require_correct, rules.require_boxed) == (True, True)
     assert stages["answers/mine-seed1-round1"].settings.accept.require_correct
+
+
+def test_the_reverse_divergence_takes_samples_of_the_whole_distribution() -> None:
+    stages = planned(REVERSE)
+    assert stages["student/mine-seed1-round1"].settings.soft.divergence == "reverse"
 
 
 def test_a_model_of_the_recipe_can_be_trained_in_rounds() -> None:
@@ -126,7 +135,15 @@ def test_the_report_knows_every_round() -> None:
     searched = list(stages["contamination"].settings.corpora)
     assert searched == ["mid", "long", *(f"mine-seed{s}-round{r}" for s in (1, 2) for r in (1, 2, 3))]
     said = provenance(recipe())["corpus own"]
-    assert said.startswith("3 rounds: student answers 250 problems, assistant-mid scores all its answers (4 tokens)")
+    before = "3 rounds: student answers 250 problems, assistant-mid scores "
+    assert said.startswith(
+        f"{before}its answers, right or wrong, except those cut off, of 512 tokens or more (4 tokens)"
+    )
+    for options, kept in (
+        (("filter.max_repeated=0.5",), "cut off, of 512 tokens or more or with a share above 0.5 repeated (4 tokens)"),
+        (("corpora.own.on_policy.keep=right",), "scores those of its answers that the filter accepts (4 tokens)"),
+    ):
+        assert kept in provenance(recipe(*options))["corpus own"]
 
 
 def test_other_stages_do_not_know_of_rounds() -> None:
@@ -143,6 +160,24 @@ def test_other_stages_do_not_know_of_rounds() -> None:
         (["corpora.own.on_policy.rounds=1000"], "`rounds` must be at most 999"),
         (["corpora.own.on_policy.problems_per_round=0"], "`problems_per_round` must be at least 1"),
         (["corpora.own.on_policy.top=129"], "`top` must be at most 128"),
+        (["problems.train.limit=249"], r"`problems\.train` has 249, and a round asks each problem once; set it to 249"),
+        (
+            ["corpora.own.on_policy.problems_per_round=9000"],
+            r"problems_per_round: 9000`: `problems\.train` has \d+, and",
+        ),
+        *(
+            (
+                [REVERSE, f"{key}={value}"],
+                rf"`corpora\.own\.on_policy\.overrides\.{key.rpartition('.')[2]}` is {value}, ",
+            )
+            for key, value in (
+                ("corpora.own.on_policy.overrides.temperature", 0.0),
+                ("corpora.own.on_policy.overrides.temperature", 0.7),
+                ("corpora.own.on_policy.overrides.top_p", 0.9),
+                ("corpora.own.on_policy.overrides.top_k", 40),
+                ("generate.top_p", 0.8),
+            )
+        ),
         (["corpora.own.on_policy.keep=wrong"], r"corpora\.own\.on_policy\.keep`: must be one of"),
         (["corpora.own.on_policy.by=asistant"], r"`corpora\.own\.on_policy\.by` names the model 'asistant'; did you"),
         (["corpora.own.on_policy.problems=tran"], r"`corpora\.own\.on_policy\.problems` names the problem set 'tran'"),
@@ -217,7 +252,7 @@ def test_right_answers_need_problems_with_answers(tmp_path: Path) -> None:
     problems = tmp_path / "problems.jsonl"
     problems.write_text('{"id": "a", "problem": "1+1", "answer": "2"}\n{"id": "b", "problem": "1+2"}\n')
     source: Any = f"problems.open={{path: {problems}}}"
-    chosen = "corpora.own.on_policy.problems=open"
+    chosen = "corpora.own={on_policy: {by: assistant-mid, rounds: 3, problems_per_round: 1, problems: open}}"
     assert "answers/mine-seed1-round1" in planned(source, chosen)
     told = r"`corpora\.own\.on_policy\.keep: right` needs problems with answers: " + re.escape(
         f"{problems}:2: key 'ans"
@@ -227,6 +262,11 @@ def test_right_answers_need_problems_with_answers(tmp_path: Path) -> None:
     assert "answers/mine-seed1-round1" in planned(
         source, chosen, "corpora.own.on_policy.keep=right", "problems.open.limit=1"
     )
+    wrong = recipe(source, chosen, "corpora.own.on_policy.keep=right")
+    answered = tmp_path / "run/answers/mine-seed1-round1/completions.jsonl"
+    answered.parent.mkdir(parents=True)
+    answered.touch()
+    assert build_stages(wrong, MICRO_SOFT, tmp_path / "run")  # the problems are not read again
 
 
 KILLED = (
@@ -257,7 +297,9 @@ def test_killed_in_the_second_rounds_training_it_ends_with_the_same_weights(tmp_
             run.wait()
 
     until(calm, (calm / LAST / "done.json").exists, signal.SIGINT)
-    shutil.copytree(calm, killed, ignore=lambda folder, names: ["mine-seed1-round2"] if Path(folder).name == "student" else [])
+    shutil.copytree(
+        calm, killed, ignore=lambda folder, names: ["mine-seed1-round2"] if Path(folder).name == "student" else []
+    )
     rows = killed / LAST / "metrics.jsonl"
     until(killed, lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 6, signal.SIGKILL)
     assert not (killed / LAST / "done.json").exists()

@@ -65,12 +65,14 @@ def test_one_token_of_probability_1_trains_as_hard_targets_do_to_the_bit(
     ],
 )
 def test_ten_steps_equal_a_plain_loop_on_the_whole_distribution(
-    how: dict[str, Any], qwen2_checkpoint: Path, tmp_path: Path
+    how: dict[str, Any], qwen2_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """transformers' model and torch's own divergence over the vocabulary, one document at a time."""
     config = replace(soft_config(qwen2_checkpoint, tmp_path, None, **how), epochs=3.0, max_steps=10)
     train(config)
     assert config.soft is not None
+    warned = "only right on answers that this student has sampled itself" in capfd.readouterr().out
+    assert warned == (config.soft.divergence == "reverse")
     alpha, temperature = config.soft.alpha, config.soft.temperature
     documents, _ = load_documents(config, resolve_checkpoint(config.model), tmp_path, World(0, 1, torch.device("cpu")))
     assert documents.scores is not None
