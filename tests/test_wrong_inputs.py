@@ -77,7 +77,8 @@ WRONG: list[tuple[str, dict[str, str], str]] = [
     ("run micro --set lr=1e-4", {}, "did you mean `train.lr`?"),
     ("run micro --set train.learning_rate=1e-4", {}, "did you mean `train.lr`?"),
     ("run micro --set arm.mid=mid", {}, "did you mean `arms`?"),
-    ("generate --set max_tokens=9", {}, "did you mean `accept.max_tokens`?"),
+    ("generate --set max_tokens=9", {}, "did you mean `max_new_tokens`?"),
+    ("run micro --set seed=3", {}, "did you mean `seeds`?"),
     ("train c.yaml", {"c.yaml": "lr: 1e-4\n"}, "`model`: this key is required, and so are `data`, `out`"),
     # Values, and where they stand
     ("run r.yaml", {"r.yaml": RECIPE}, "r.yaml, line 13: `arms.long` names the corpus 'lnog'; did you mean `long`?"),
@@ -93,6 +94,9 @@ WRONG: list[tuple[str, dict[str, str], str]] = [
     ("merge m.yaml o", {"m.yaml": MERGE.replace("weight:", "weigth:")}, "unknown key; did you mean `weight`?"),
     ("merge m.yaml o", {"m.yaml": MERGE.replace("dtype:", "dtpye:")}, "m.yaml, line 6: `dtpye`: unknown key; did you"),
     ("train c.yaml", {"c.yaml": TRAIN + "lr: -1\n"}, "c.yaml, line 4: `lr` must be above 0"),
+    ("length-sweep --set weights=0.4,0.8", {}, "`weights`: must be a list: [0.4,0.8]"),
+    ("evaluate c.yaml", {"c.yaml": "benchmarks: [{preset: gsm9k}]
+"}, "there is no 'gsm9k'; did you mean `gsm8k`?"),
     ("train c.yaml", {"c.yaml": TRAIN + "early_stop: 3\n"}, "line 4: `early_stop` needs `validation_data`"),
     # What is not there
     ("run micota-qwen2.5-14b", {}, "did you mean `micota-qwen2.5-7b`? Shipped: micota-qwen2.5-3b, micota-qwen2.5-7b"),

@@ -22,6 +22,7 @@ from micota_fast.config.generation import (
     check_url,
 )
 from micota_fast.config.loader import option
+from micota_fast.config.suggestions import did_you_mean
 from micota_fast.errors import InputError
 
 
@@ -41,7 +42,8 @@ def shipped_benchmark(name: str) -> dict[str, Any]:
     """
     known = shipped_benchmarks()
     if name not in known:
-        raise InputError(f"`preset` must be one of {', '.join(known)}, not {name!r}")
+        asked = did_you_mean(name, known, f"known: {', '.join(known)}")
+        raise InputError(f"`preset`: there is no {name!r}; {asked}")
     return {key: value for key, value in known[name].items() if key != "hub"}
 
 

@@ -261,7 +261,8 @@ def _build(hint: Any, node: yaml.Node | None, where: Where) -> Any:
         return {name: _build(args[1], child, where.child(name)) for name, _, child in _pairs(node, where)}
     if origin in (list, tuple):
         if not isinstance(node, yaml.SequenceNode):
-            raise where.error(node, "must be a list")
+            given = f": [{node.value}]" if isinstance(node, yaml.ScalarNode) and node.value else ""
+            raise where.error(node, f"must be a list{given}")
         item_hints = list(args) if origin is tuple and args[-1] is not Ellipsis else [args[0]] * len(node.value)
         if len(item_hints) != len(node.value):
             raise where.error(node, f"must have {len(item_hints)} items, not {len(node.value)}")

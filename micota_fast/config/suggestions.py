@@ -113,16 +113,23 @@ def closest(word: str, known: Iterable[str], others: Mapping[str, str] = Mapping
 def closest_key(word: str, keys: Sequence[str]) -> str | None:
     """Return the option that `word` stands for, or None.
 
-    The same name, or ours for another project's, counts before a similar one, also in a section: `lr` is `train.lr`.
+    An option at the top counts before one of a section, and the same name, or ours for another project's, before a
+    similar one: `max_tokens` of a generation is `max_new_tokens`, not `accept.max_tokens`; `lr` of a recipe `train.lr`.
 
     Args:
         word: as it was written, with _ or -.
         keys: dotted keys of the options.
     """
     plain = word.lower().replace("-", "_")
+    here = [key for key in keys if "." not in key]
+    for name in (plain, OTHER_KEYS.get(plain, plain)):
+        if name in here:
+            return name
+    if near := difflib.get_close_matches(plain, here, n=1, cutoff=0.85):  # `seed` of a recipe is `seeds`
+        return near[0]
     for name in (plain, OTHER_KEYS.get(plain, plain)):
         for key in sorted(keys, key=lambda key: key.count(".")):
-            if key == name or key.endswith(f".{name}"):
+            if key.endswith(f".{name}"):
                 return key
     return closest(plain, keys)
 

@@ -127,7 +127,7 @@ def prepare(folder: Path) -> None:
     chats = (ROOT / "examples" / "chats.jsonl").read_text().splitlines()[:4]
     (folder / "chats.jsonl").write_text("\n".join(chats) + "\n")
     asked = [json.loads(line) for line in (MICRO / "problems" / "press-4.jsonl").read_text().splitlines()[:2]]
-    for name in ("problems.jsonl", "math_train.jsonl"):
+    for name in ("problems.jsonl", "math_train.jsonl", "test.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in asked))
     rest = {"sample": 0, "finish_reason": "stop", "prompt_tokens": 9, "completion_tokens": 6, "seed": 0}
     answered = [{**row, "completion": f"\\boxed{{{row['answer']}}}", **rest} for row in asked]
