@@ -95,8 +95,7 @@ WRONG: list[tuple[str, dict[str, str], str]] = [
     ("merge m.yaml o", {"m.yaml": MERGE.replace("dtype:", "dtpye:")}, "m.yaml, line 6: `dtpye`: unknown key; did you"),
     ("train c.yaml", {"c.yaml": TRAIN + "lr: -1\n"}, "c.yaml, line 4: `lr` must be above 0"),
     ("length-sweep --set weights=0.4,0.8", {}, "`weights`: must be a list: [0.4,0.8]"),
-    ("evaluate c.yaml", {"c.yaml": "benchmarks: [{preset: gsm9k}]
-"}, "there is no 'gsm9k'; did you mean `gsm8k`?"),
+    ("evaluate c.yaml", {"c.yaml": "benchmarks: [{preset: gsm9k}]\n"}, "there is no 'gsm9k'; did you mean `gsm8k`?"),
     ("train c.yaml", {"c.yaml": TRAIN + "early_stop: 3\n"}, "line 4: `early_stop` needs `validation_data`"),
     # What is not there
     ("run micota-qwen2.5-14b", {}, "did you mean `micota-qwen2.5-7b`? Shipped: micota-qwen2.5-3b, micota-qwen2.5-7b"),
