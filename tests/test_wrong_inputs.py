@@ -136,7 +136,7 @@ def test_the_answer_names_the_remedy(
     monkeypatch.chdir(tmp_path)
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert main(line.replace("MODEL", str(STUDENT)).split()) == (2 if said else 0)
+    assert main([word.replace("MODEL", str(STUDENT)) for word in line.split()]) == (2 if said else 0)
     assert said in capsys.readouterr().err
 
 

@@ -25,12 +25,14 @@ def check(config: TrainConfig) -> None:
     """
     require_trackers(config)
     require_torchao(config)
+    main = os.environ.get("RANK", "0") == "0"  # one of torchrun's processes is enough, and only this one needs a token
+    if main:
+        require_upload(config.push_to_hub)
     require_folder(config.out)
     require_checkpoint(config.model)
     for source in filter(None, (config.data, config.validation_data)):
         require_readable(source)
-    if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes is enough, and only this one needs a token
-        require_upload(config.push_to_hub)
+    if main:
         _check_form(config)
 
 

@@ -67,7 +67,8 @@ def check(
         config = ModelConfig.from_dict(config.to_dict("bfloat16") | {"num_hidden_layers": layers})
     lora = LoraConfig() if "lora" in levers else None
     states: Any = "8bit" if "8bit" in levers else "float32"
-    expected = moments(config, tokens, processes, mode, torch.bfloat16, "cuda", lora, 0, "offload" in levers, states)
+    options: Any = {"lora": lora, "offload": "offload" in levers, "optimizer_states": states}
+    expected = moments(config, tokens, processes, mode, torch.bfloat16, "cuda", **options)
     if states != "float32":  # whose step is not compiled here, and holds more than it would
         expected = [memory for memory in expected if memory.moment != "AdamW's step"]
         del peaks["optimizer"]

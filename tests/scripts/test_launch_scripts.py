@@ -95,8 +95,8 @@ def trainers_of(pid: int) -> list[psutil.Process]:
 
 
 def torchrun_of(pid: int) -> psutil.Process:
-    (agent,) = (process for process in trainers_of(pid) if "torch.distributed.run" in process.cmdline())
-    return agent
+    agents = [process for process in trainers_of(pid) if "torch.distributed.run" in process.cmdline()]
+    return min(agents, key=lambda process: process.create_time())  # a child that it has just forked looks like it
 
 
 def _runs(process: psutil.Process) -> bool:

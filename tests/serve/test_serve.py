@@ -57,14 +57,10 @@ def test_launch_tells_which_server_did_not_start_and_why(tmp_path: Path, qwen2_c
     log = tmp_path / "log.txt"
     log.write_text("what an earlier run left\n")
     with (
-        pytest.raises(
-            InputError,
-            match=r"the server for .*no-such-model ended with status 2; the end of its log[\s\S]*no-such-model",
-        ) as told,
+        pytest.raises(InputError, match=r"no-such-model: no such folder"),
         serving(tmp_path / "no-such-model", ServeConfig(), log),
     ):
         pass
-    assert "earlier run" not in str(told.value)
     assert "earlier run" in log.read_text()
     with (
         pytest.raises(InputError, match=r"server 1 of 2 for .* was not ready within `serve.startup_timeout_s` = 0"),

@@ -21,7 +21,7 @@ from micota_fast.train.loop import train
 from micota_fast.train.optim import clip_gradients, make_optimizer, step_if_finite
 from micota_fast.train.packed_loss import on_device
 from micota_fast.train.parallel import parallelize
-from micota_fast.train.world import join_world
+from micota_fast.train.world import World, join_world
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,7 +89,7 @@ def test_a_step_never_waits_for_the_device(options: dict[str, object], exact: Tr
     config = replace(exact, out=str(tmp_path / "out"), device="cuda", dtype="bfloat16", **options)
     with join_world("cuda") as world:
         source = resolve_checkpoint(config.model)
-        documents, _ = prepare.load_documents(config, source, tmp_path)
+        documents, _ = prepare.load_documents(config, source, tmp_path, World(0, 1, torch.device("cpu")))
         model = prepare.build_model(config, source, world)
         steps = prepare.plan_steps(config, documents, model, world)
         parallelize(model, config, world)

@@ -57,7 +57,7 @@ def _export(world: World, source: Path, out: Path) -> None:
 
 
 def _identity(world: World, config: TrainConfig, source: Path) -> None:
-    documents, _ = prepare.load_documents(config, source, Path(config.out))
+    documents, _ = prepare.load_documents(config, source, Path(config.out), world)
     impatient()
     prepare.of_file = slowly(prepare.of_file)
     prepare.run_identity(config, source, documents, None, world)
