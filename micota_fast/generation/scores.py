@@ -1,7 +1,6 @@
 """A model's log-probabilities at each token of a text: as a server sends them, and as a journal keeps them."""
 
 import base64
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from micota_fast.sources.top_logprobs_rows import MOST_SUM, total_probability
 
 ROUNDING = 1e-3  # by which a log-probability may exceed 0
 _OWN, _IDS, _LOGPROBS = np.dtype("<f4"), np.dtype("<i4"), np.dtype("<f2")
+_LOWEST = float(np.finfo(_OWN).min)  # what is below would be kept as -inf
 
 
 class Scores(NamedTuple):
@@ -99,4 +99,4 @@ def _kept(logprobs: NDArray[np.float64]) -> NDArray[np.float16]:
 
 
 def _is_logprob(value: Any) -> bool:
-    return type(value) in (float, int) and math.isfinite(value) and value <= ROUNDING
+    return type(value) in (float, int) and _LOWEST <= value <= ROUNDING

@@ -30,6 +30,7 @@ from micota_fast.model.safetensors_io import code_of, memory_of, read_tensor, sa
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 # Keys of adapter_config.json that make an adapter more than a product added to a weight, with the values that do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": (None, {}),
@@ -99,10 +100,14 @@ class Adapter:
     def __init__(self, folder: Path, shapes: Mapping[str, torch.Size]) -> None:
         config = _plain_config(folder / ADAPTER)
         self._scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+        if self._scale > torch.finfo(torch.float32).max:
+            raise InputError(f"{folder / ADAPTER}: `lora_alpha` and `r` scale by {self._scale}, beyond float32")
         path = folder / WEIGHTS
         headers = read_header(path)
         self._tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
         for name, tensor in self._tensors.items():
+            if (code := headers[name].code) not in _FLOATS:
+                raise InputError(f"{path}: tensor {name} is {code}, and an adapter's are {', '.join(_FLOATS)}")
             if not tensor.isfinite().all():
                 raise InputError(f"{path}: tensor {name} holds NaN or infinity; this adapter is damaged")
         self.adapted: list[str] = []
@@ -112,6 +117,8 @@ class Adapter:
             weight = f"{module}.weight"
             if weight not in shapes:
                 raise InputError(f"{path}: {module} has an adapter, but the model has no tensor {weight}")
+            if len(shapes[weight]) != 2:
+                raise InputError(f"{path}: {module} has an adapter, but {weight} is not a matrix")
             rows, columns = shapes[weight]
             wanted = {f"{_PREFIX}{module}.lora_A.weight": (config["r"], columns)}
             wanted[f"{_PREFIX}{module}.lora_B.weight"] = (rows, config["r"])

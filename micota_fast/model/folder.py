@@ -38,7 +38,7 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
     """
     require_checkpoint(name_or_path)
     path = Path(name_or_path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
     name = str(name_or_path)
     import huggingface_hub
@@ -57,7 +57,7 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
 
 def names_adapter(name: str) -> bool:
     """Return whether this is MODEL+ADAPTER, as mergekit spells it, and no folder's name."""
-    return "+" in name and not Path(name).is_dir()
+    return "+" in name and not os.path.isdir(name)  # unlike is_dir(), false also for names too long
 
 
 def resolve_model(name: str) -> tuple[Path, Path | None]:
@@ -69,6 +69,8 @@ def resolve_model(name: str) -> tuple[Path, Path | None]:
     if not names_adapter(name):
         return resolve_checkpoint(name), None
     base, _, adapter = name.rpartition("+")
+    if not base or not adapter:
+        raise InputError(f"{name!r} lacks the {'adapter' if base else 'model'}; MODEL+ADAPTER names both")
     folders = resolve_checkpoint(base), resolve_checkpoint(adapter)
     if not (folders[1] / ADAPTER).is_file():
         raise InputError(f"{adapter}: no {ADAPTER} is there, so it is not a LoRA adapter; MODEL+ADAPTER names one")
@@ -78,7 +80,9 @@ def resolve_model(name: str) -> tuple[Path, Path | None]:
 def require_checkpoint(name_or_path: str | Path) -> None:
     """Raise InputError if this is neither a folder here nor the form of a name on the hub, which is not asked."""
     name = str(name_or_path)
-    if not Path(name).is_dir() and (not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".")):
+    if not name:  # which Path takes for the working directory
+        raise InputError("an empty text names no checkpoint; name a folder, or a model of the hub as organisation/name")
+    if not os.path.isdir(name) and (not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".")):
         raise InputError(
             f"{name}: no such folder; name a checkpoint's folder, or a model of the hub as organisation/name"
         )

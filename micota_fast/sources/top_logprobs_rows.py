@@ -60,7 +60,11 @@ def checked_rows(
     lowest, highest = ids.min(initial=0), ids.max(initial=0)
     if lowest < 0 or highest >= known:
         refuse((ids < 0) | (ids >= known), f"a token_id that is not from 0 to {known - 1}")
-    refuse(~(np.isfinite(own) & (own <= MOST_LOGPROB)), f"a token_logprob that is not finite and below {MOST_LOGPROB}")
+    # Below the lowest float32 it would be kept as -inf.
+    refuse(
+        ~((own >= np.finfo(np.float32).min) & (own <= MOST_LOGPROB)),
+        f"a token_logprob that is not finite and below {MOST_LOGPROB}",
+    )
     lowest, highest = top_ids.min(initial=0), top_ids.max(initial=0)
     if lowest < -1 or highest >= known:
         refuse((top_ids < -1).any(1) | (top_ids >= known).any(1), f"a top_id that is not from -1 to {known - 1}")

@@ -278,6 +278,7 @@ def test_an_answer_is_read_as_it_stands() -> None:
         (changed(input_token_logprobs=[[None, 8], [-1.0, 9], [-1.0, 11]]), "2 other tokens"),
         (own(None), "log-probability of the text's token 10 that is none: None"),
         (own(float("-inf")), "log-probability of the text's token 10 that is none: -inf"),
+        (own(-1e300), r"token 10 that is none: -1e\+300"),
         (own(0.1), "log-probability of the text's token 10 that is none"),
         (own(True), "log-probability of the text's token 10 that is none"),
         (changed(input_top_logprobs=[None, [A, B, C]]), "without 3 log-probabilities at each"),

@@ -205,6 +205,7 @@ def test_missing_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
         ([1], [-1, -1], [[1, 2, 3]], [[-1, -2, -3]], r"token_logprobs: \[1\] expected"),
         ([1], [float("nan")], [[1, 2, 3]], [[-1, -2, -3]], "a token_logprob that is not finite"),
         ([1], [float("-inf")], [[1, 2, 3]], [[-1, -2, -3]], "a token_logprob that is not finite"),
+        ([1], [-1e300], [[1, 2, 3]], [[-1, -2, -3]], "a token_logprob that is not finite"),
         ([1], [0.1], [[1, 2, 3]], [[-1, -2, -3]], "a token_logprob that is not finite and below"),
         ([1], [-1], [[1, 2]], [[-1, -2]], r"\[1, 3\] expected"),
         ([1, 2], [-1, -1], [[1, 2, 3]], [[-1, -2, -3]], r"\[2, 3\] expected"),
