@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from micota_fast.common.files import sync, write_at, writing
+from micota_fast.common.files import reading, sync, write_at, writing
 from micota_fast.common.fingerprint import differences
 from micota_fast.common.json_io import as_read_back, read_json, write_json
 from micota_fast.common.lock import locked
@@ -207,7 +207,7 @@ class TopLogprobsJournal:
         k = self._top_k
         for key in keys:
             path, offset, id_bytes, tokens, crc32 = self._places[key]
-            with writing(path), path.open("rb") as file:
+            with reading(path), path.open("rb") as file:
                 file.seek(offset)
                 body = file.read(self._body_bytes(id_bytes, tokens))
             if zlib.crc32(body) != crc32:

@@ -272,7 +272,7 @@ def test_right_answers_need_problems_with_answers(tmp_path: Path) -> None:
 KILLED = (
     "corpora.own={on_policy: {by: assistant, rounds: 2, problems_per_round: 24, top: 4, "
     "overrides: {temperature: 1.0, max_new_tokens: 96}}}",
-    "arms={mine: {corpus: own, overrides: {epochs: 25, checkpoint_every: 5}}}",
+    "arms={mine: {corpus: own, overrides: {epochs: 60, checkpoint_every: 5}}}",
     "align=[]",
     "seeds=[1]",
     "launch.jobs=1",
