@@ -151,6 +151,11 @@ class EvaluateSettings(SamplingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, timeout_s=0.1, workers=1)
+        if self.top_logprobs:
+            raise InputError(
+                "`top_logprobs`: nothing trains on an evaluation's answers, so their scores are not kept; leave it out "
+                "(it is for `micota generate`)"
+            )
         for benchmark in self.benchmarks:
             self.of(benchmark)
 

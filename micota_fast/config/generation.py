@@ -245,7 +245,8 @@ class SamplingSettings:
     top_logprobs: int = option(
         0,
         doc="write OUT.top_logprobs, from which `micota train` can train: the N likeliest tokens at each position of "
-        "the answers, with their log-probabilities; needs `temperature` 0 or 1; 0: none",
+        "the answers, with their log-probabilities; needs `temperature` 0 or 1; 0: none. Only of "
+        "`micota generate`",
     )
     concurrency: int = option(
         1024,

@@ -64,6 +64,11 @@ class LengthSweepSettings:
             raise InputError("`weights` must list at least two, all different")
         if self.generate.url is not None:
             raise InputError("`generate.url`: a server that already runs serves one model, but a sweep makes several")
+        if self.generate.top_logprobs:
+            raise InputError(
+                "`generate.top_logprobs`: nothing trains on a sweep's answers, so their scores are not kept; leave it "
+                "out (it is for `micota generate`)"
+            )
         if self.generate.api != "sglang":
             raise InputError("`generate.api`: the servers that a sweep starts have SGLang's native API")
 

@@ -39,6 +39,20 @@ def write_store(folder: Path, top_k: int, made_by: Mapping[str, Any], lines: Ite
                 store.append(key, ids, *decode_scores(row[_SCORES], len(ids), top_k))
 
 
+def check_no_store(folder: Path, out: Path) -> None:
+    """See that no store is left where that of answers yet to be generated goes.
+
+    Raises:
+        InputError: there is one, or what a writer of one that was killed has left.
+    """
+    for place in (folder, folder.with_name(f"{folder.name}.journal")):
+        if place.exists():
+            raise InputError(
+                f"{place} belongs to another run: it is of answers that are no longer whole in {out}; delete it to "
+                f"start over, or write elsewhere"
+            )
+
+
 def check_store(folder: Path, out: Path, made_by: Mapping[str, Any]) -> None:
     """See that a finished file's store is there, whole, and of these completions.
 

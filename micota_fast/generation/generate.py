@@ -30,7 +30,7 @@ from micota_fast.config.evaluation import EvaluateConfig
 from micota_fast.config.generation import ChatConfig, GenerateConfig, OpenAIConfig
 from micota_fast.corpus.rules import REASONS, Judge
 from micota_fast.errors import InputError
-from micota_fast.generation.answer_store import check_store, without_scores, write_store
+from micota_fast.generation.answer_store import check_no_store, check_store, without_scores, write_store
 from micota_fast.generation.api import Api
 from micota_fast.generation.client import ACCEPTED, Client
 from micota_fast.generation.journal import Journal
@@ -156,10 +156,13 @@ class Generation:
         Raises:
             InputError: a file is there that belongs to another request, or to an unknown one.
         """
+        resumes = (self._parts / "manifest.json").exists()
         if not self.out.exists():
+            if self._config.top_logprobs and not resumes:
+                check_no_store(self._store, self.out)
             return False
         if not self._meta_path.exists():
-            if (self._parts / "manifest.json").exists():
+            if resumes:
                 return False  # killed between writing the two
             raise InputError(f"{self.out} exists and was not written by generate; delete it or write elsewhere")
         try:
@@ -174,6 +177,8 @@ class Generation:
             whole = bool(_content(self.out) == content)
             if whole and self._config.top_logprobs:
                 check_store(self._store, self.out, self._store_made_by(content[0]))
+            elif self._config.top_logprobs and not resumes:
+                check_no_store(self._store, self.out)
             return whole
         raise InputError(
             f"{self.out} belongs to another run (it differs in: {differing}); delete it or write elsewhere"

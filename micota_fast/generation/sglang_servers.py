@@ -62,6 +62,7 @@ class SGLangServers:
 
         Raises:
             RetryableError: it does not answer, is not up yet, or what it says cannot be a name.
+            InputError: it tells a folder alone, by which MODEL+ADAPTER cannot be told from MODEL.
         """
         key = "served_model_name" if names_adapter(self.model) else "model_path"
         for path in ("/get_model_info", "/model_info"):
@@ -70,11 +71,18 @@ class SGLangServers:
                 raise RetryableError(f"HTTP {status}: {error_message(content)}")
             if status != 200:
                 continue
-            served = decode_object(content, path).get(key)
+            told = decode_object(content, path)
+            served = told.get(key)
             if isinstance(served, str):
                 if not served or len(served) > SHOWN_CHARACTERS or any(ord(c) < 32 or ord(c) == 127 for c in served):
                     raise RetryableError(f"{path}: key {key!r} cannot be a name or folder: {served[:60]!r}")
                 return served
+            if key not in told and "model_path" in told:
+                raise InputError(
+                    f"{endpoint.url} serves {str(told['model_path'])[:SHOWN_CHARACTERS]!r} and does not tell its "
+                    f"`served_model_name`, so it cannot be seen whether that is {self.model}, with the adapter; use a "
+                    f"newer SGLang or `micota serve`, or merge the two (`micota merge`) and name the folder"
+                )
         return None
 
     async def read_settings(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> None:

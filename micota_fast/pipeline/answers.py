@@ -88,6 +88,8 @@ def answer_stage(
     inputs.append(builder.file(builder.recipe.problems[problems].path, f"problems.{problems}.path"))
     options.problems = inputs[-1].location
     options.chat, template = builder.template(options.chat, "generate.chat")
-    stage, outputs = f"answers/{name}", (COMPLETIONS, f"{COMPLETIONS}.meta.json")
-    builder.add(Stage(stage, "generate", options, (*inputs, *template), outputs))
+    stage, outputs = f"answers/{name}", [COMPLETIONS, f"{COMPLETIONS}.meta.json"]
+    if options.top_logprobs:
+        outputs.append(f"{COMPLETIONS}.top_logprobs")
+    builder.add(Stage(stage, "generate", options, (*inputs, *template), tuple(outputs)))
     return builder.artefact(stage, COMPLETIONS)

@@ -109,10 +109,20 @@ class Builder:
         return dataclasses.replace(chat, template=found.location), [found]
 
     def checkpoint(self, name: str, where: str) -> Artefact:
-        """Return a checkpoint, a folder or hub name, that the recipe names in its part `where`."""
+        """Return a checkpoint, a folder or hub name, that the recipe names in its part `where`.
+
+        Raises:
+            InputError: it is no such folder, or MODEL+ADAPTER, whose adapter would be in no stage's fingerprint.
+        """
         folder = self.path.parent / name
         if folder.is_dir():
             return Artefact(str(folder.resolve()))
+        if "+" in name:  # in no name on the hub
+            raise InputError(
+                f"{self.path}, `{where}`: no such folder: {folder}. If {name} is MODEL+ADAPTER: a recipe takes whole "
+                "models. Merge the two first (`micota merge` takes MODEL+ADAPTER), or train with `lora.merged: true`, "
+                "and name the folder `model` that this makes"
+            )
         if name.count("/") == 1 and not name.startswith((".", "/", "~")):
             return Artefact(name)  # a hub name; the stage that opens it says if it cannot be fetched
         self.miss(f"{self.path}, `{where}`: no such folder: {folder} (a hub name has the form organisation/model)")

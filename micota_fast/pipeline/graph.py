@@ -124,7 +124,7 @@ class _Graph(Builder):
         grading = {name: getattr(self.recipe.filter, name) for name in ("timeout_s", "workers")}
         sweep = self.settings(
             LengthSweepConfig,
-            LengthSweepSettings(generate=SamplingSettings(**sampling), **grading),
+            LengthSweepSettings(generate=SamplingSettings(**sampling | {"top_logprobs": 0}), **grading),
             spec.sweep,
             f"models.{name}.merge.sweep",
             config=file,

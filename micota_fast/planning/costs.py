@@ -152,8 +152,9 @@ def train(planner: Planner, stage: Stage) -> Cost:
     shards = s.mesh.shard or max(1, processes // s.mesh.replicate)
     how = s.activation_checkpointing
     device, offload = "cuda" if on_gpu else "cpu", on_gpu and s.offload
-    forward = s.soft is not None and s.soft.divergence == "forward"  # the reverse one reads the text's own tokens alone
-    top_k = planner.scores[s.top_logprobs] if forward and s.top_logprobs is not None else 0
+    # Entries of a soft target; the reverse divergence reads the text's own tokens, as hard targets do.
+    forward = s.top_logprobs is not None and s.soft is not None and s.soft.divergence == "forward"
+    top_k = planner.scores[s.top_logprobs] if forward else 0
     lever, states = (s.lora, top_k, offload, s.freeze), s.optimizer_states
     need = estimate(model.config, pack_tokens, shards, how, dtype, device, *lever, states).total
     stored = bytes_per_element(s.save_dtype) if s.save_dtype else model.width

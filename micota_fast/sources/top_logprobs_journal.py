@@ -108,7 +108,7 @@ class TopLogprobsJournal:
     def _read_segment(self, path: Path, last: bool) -> int:
         """Enter a segment's documents; of the last one up to the first bad record, whose offset is returned."""
         offset = 0
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             while offset < size:
                 found = self._read_record(file, path, offset, checked=last)

@@ -9,6 +9,7 @@ from aiohttp import web
 from helpers.servers import http_server
 from helpers.training_runs import train_config
 from micota_fast.chat.encoding import Chat
+from micota_fast.common.json_io import write_json
 from micota_fast.common.records import Problem, write_rows
 from micota_fast.config.corpus import FilterConfig
 from micota_fast.config.generation import ChatConfig, GenerateConfig
@@ -62,6 +63,24 @@ def test_what_a_filter_leaves_is_trained_on_with_the_store_of_all(
     (tmp_path / "corpus.jsonl").write_text(line.replace("so we get 4 ", "so we got 4 "))
     with pytest.raises(InputError, match=r"corpus\.jsonl:2: \('p2', sample 0\) was scored in .* as another text"):
         train(config)
+
+
+@pytest.mark.parametrize("left", ["store", "journal", "damaged"])
+def test_a_store_of_other_answers_is_refused_before_any_is_asked_for(
+    left: str, qwen2_checkpoint: Path, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "problems.jsonl", [Problem("p", "1 + 1 =", "2")])
+    out = tmp_path / "out.jsonl"
+    options: dict[str, Any] = {"model": str(qwen2_checkpoint), "problems": str(tmp_path / "problems.jsonl")}
+    config = GenerateConfig(**options, out=str(out), url="http://127.0.0.1:9", chat=CHAT, top_logprobs=2)
+    store = tmp_path / f"out.jsonl.top_logprobs{'.journal' * (left == 'journal')}"
+    store.mkdir()
+    if left == "damaged":
+        fingerprint = generate.Generation(config.problems, config, out).fingerprint
+        write_json(Path(f"{out}.meta.json"), {"fingerprint": fingerprint, "sha256": "0" * 64, "completions": 1})
+        out.write_text("{}\n")
+    with pytest.raises(InputError, match=rf"{store} belongs to another run: .* delete it to start over"):
+        generate.run(config)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -23,6 +24,7 @@ from micota_fast.config.generation import ChatConfig, GenerateConfig
 from micota_fast.errors import InputError
 from micota_fast.generation import fleet, generate
 from micota_fast.generation.endpoint import Endpoint
+from micota_fast.generation.sglang_servers import SGLangServers
 from micota_fast.sources.completions import read_completions
 
 PROBLEMS = 24
@@ -258,6 +260,23 @@ def test_a_server_that_cannot_be_what_it_says_gets_no_work(
         return
     with serving_app(app(**{page: sends(b'{"loads": [{"num_running_reqs": -1, "num_waiting_reqs": 1}]}')})) as odd:
         generate.run(request_to(odd, out=str(tmp_path / "odd.jsonl")))  # it tells nothing that can be believed
+
+
+def test_a_server_that_tells_only_a_folder_is_not_taken_for_one_with_an_adapter(qwen2_checkpoint: Path) -> None:
+    async def asked(url: str) -> str | None:
+        async with aiohttp.ClientSession() as session:
+            servers = SGLangServers(f"{qwen2_checkpoint}+adapter", qwen2_checkpoint, 5)
+            return await servers.served_model(Endpoint(url, 1), session)
+
+    with (
+        serving_app(app(model=sends(b'{"model_path": "/m"}'))) as url,
+        pytest.raises(InputError, match=r"serves '/m' and does not tell its `served_model_name`, .*\+adapter"),
+    ):
+        asyncio.run(asked(url))
+    with serving_app(app(model=sends(b'{"model_path": "/m", "served_model_name": "org/m"}'))) as url:
+        assert asyncio.run(asked(url)) == "org/m"
+    with serving_app(app()) as url:
+        assert asyncio.run(asked(url)) is None
 
 
 # -- a server that changes its model ---------------------------------------------------------------------------------

@@ -211,6 +211,16 @@ def test_a_recipe_of_the_version_before_makes_the_same_stages(folder: Path, caps
     [
         (("problems.train.path=nowhere.jsonl",), r"`problems\.train\.path`: no such file: .*nowhere\.jsonl"),
         (("models.student.checkpoint=nowhere",), r"`models\.student\.checkpoint`: no such folder: .*nowhere"),
+        (
+            ("models.student.checkpoint=org/model+adapter",),
+            r"`models\.student\.checkpoint`: .* If org/model\+adapter is MODEL\+ADAPTER: .* Merge the two first",
+        ),
+        (("models.student.checkpoint=org/model+./a/b",), r"no such folder: .* a recipe takes whole models"),
+        (("evaluate.top_logprobs=2",), r"`evaluate.*`top_logprobs`: nothing trains on an evaluation's answers"),
+        (
+            (f"{MEDIAN}=9", "models.assistant-mid.merge.sweep={generate: {top_logprobs: 2}}"),
+            "`generate.top_logprobs`: nothing trains on a sweep's answers",
+        ),
         (("evaluate.benchmarks.0=x",), r"`evaluate\.benchmarks`"),
         (("arms.mid=middle",), r"`arms\.mid` names the corpus 'middle'; known: long, mid, mix"),
         (("arms.base=mid",), "'base' is the untouched student"),
@@ -294,6 +304,15 @@ SOFT: dict[str, Any] = {
     "arms": {"mid": "mid", "mid-soft": "mid-soft"},
     "train": {"soft": {"alpha": 0.5}, "chat": {"thinking": "strip"}},
 }
+
+
+def test_scores_that_generating_keeps_are_an_output_of_its_stage_alone(folder: Path) -> None:
+    store = "completions.jsonl.top_logprobs"
+    plain, scored = planned(folder), planned(folder, {"generate": {"top_logprobs": 2}}, (f"{MEDIAN}=9",))
+    assert store not in plain["answers/mid"].outputs
+    assert scored["answers/mid"].outputs == (*plain["answers/mid"].outputs, store)
+    assert scored["model/assistant-mid"].settings.generate.top_logprobs == 0
+    assert loader.identity(scored["evaluate/base"].settings) == loader.identity(plain["evaluate/base"].settings)
 
 
 def test_a_scored_corpus_is_its_texts_and_its_scores(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import typing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from micota_fast.config import loader
 from micota_fast.config.generation import GenerateConfig, ServeConfig
 from micota_fast.config.recipe import LaunchConfig, Recipe
 from micota_fast.config.shipped import RECIPES
-from micota_fast.config.train import TrainConfig
+from micota_fast.config.train import SoftConfig, TrainConfig
 from micota_fast.data.batches import PackedSteps
 from micota_fast.data.tokenise import Documents
 from micota_fast.errors import InputError
@@ -547,5 +548,13 @@ def test_steps_are_those_of_the_trainer(tmp_path: Path) -> None:
     cost = train(planner, stage)
     assert f"{steps} steps" in cost.how
     assert cost.tokens == 3 * 64000
+    planner.scores["scores"] = 32
+    forward, reverse = (
+        train(
+            planner, replace(stage, settings=replace(settings, soft=SoftConfig(divergence=way), top_logprobs="scores"))
+        )
+        for way in typing.get_args(typing.get_type_hints(SoftConfig)["divergence"])
+    )
+    assert forward.memory > cost.memory == reverse.memory
     limited = train(planner, replace(stage, settings=replace(settings, max_steps=5)))
     assert limited.tokens == pytest.approx(5 / (steps / 3) * 64000)

@@ -132,6 +132,18 @@ def test_a_torn_tail_is_cut_at_any_byte_and_whole_documents_are_kept(tmp_path: P
             raise KeyboardInterrupt
 
 
+def test_a_segment_that_cannot_be_read_is_said_not_to(tmp_path: Path) -> None:
+    segment = interrupted(tmp_path / "store")
+    with (
+        pytest.raises(InputError, match=rf"cannot read {segment}"),
+        TopLogprobsWriter(tmp_path / "store", K, {"model": "teacher"}),
+    ):
+        segment.unlink()
+    segment.mkdir()
+    with pytest.raises(InputError, match=rf"cannot read {segment}"):
+        TopLogprobsWriter(tmp_path / "store", K, {"model": "teacher"})
+
+
 @pytest.mark.parametrize(("at", "message"), [(5, "record at byte 0 is damaged"), (40, r"sample 0\) at byte 24 is")])
 def test_damage_before_the_last_segment_is_named(
     at: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
