@@ -31,7 +31,7 @@ from micota_fast.planning.planner import ON_CPU, Corpus, Cost, Model, Planner
 from micota_fast.planning.roofline import loss_seconds
 from micota_fast.planning.shapes import parameters, recomputed_flops, train_flops, training
 from micota_fast.serve import sglang
-from micota_fast.train.memory import estimate, host_copies, host_memory, kept, moment_bytes
+from micota_fast.train.memory import Levers, estimate, host_copies, host_memory, kept, moment_bytes
 
 AT_A_SERVER = "at servers that already run"
 
@@ -155,14 +155,14 @@ def train(planner: Planner, stage: Stage) -> Cost:
     # Entries of a soft target; the reverse divergence reads the text's own tokens, as hard targets do.
     forward = s.top_logprobs is not None and s.soft is not None and s.soft.divergence == "forward"
     top_k = planner.scores[s.top_logprobs] if forward else 0
-    lever, states = (s.lora, top_k, offload, s.freeze), s.optimizer_states
-    need = estimate(model.config, pack_tokens, shards, how, dtype, device, *lever, states).total
+    levers = Levers(lora=s.lora, top_k=top_k, offload=offload, freeze=s.freeze, optimizer_states=s.optimizer_states)
+    need = estimate(model.config, pack_tokens, shards, how, dtype, device, **levers).total
     stored = bytes_per_element(s.save_dtype) if s.save_dtype else model.width
     made = training(model.config, s)
     whole = size * stored if s.lora is None or s.lora.merged else 0.0
     moments = 8 * made.trained
-    if states != "float32":
-        moments = shards * moment_bytes(model.config, shards, s.lora, states, s.freeze)
+    if s.optimizer_states != "float32":
+        moments = shards * moment_bytes(model.config, shards, s.lora, s.optimizer_states, s.freeze)
     cost = Cost(
         stage.name,
         stage.verb,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 
@@ -50,6 +50,16 @@ class Memory:
         return self.state + self.gathered + self.activations + self.loss
 
 
+class Levers(TypedDict, total=False):
+    """What of a training changes its memory, by name, as `estimate` describes it."""
+
+    lora: LoraConfig | None
+    top_k: int
+    offload: bool
+    freeze: Sequence[str]
+    optimizer_states: OptimizerStates
+
+
 def estimate(
     model: ModelConfig,
     tokens: int,
@@ -57,11 +67,7 @@ def estimate(
     mode: Checkpointing,
     dtype: torch.dtype,
     device: str,
-    lora: LoraConfig | None = None,
-    top_k: int = 0,
-    offload: bool = False,
-    freeze: Sequence[str] = (),
-    optimizer_states: OptimizerStates = "float32",
+    **levers: Unpack[Levers],
 ) -> Memory:
     """Estimate the memory for packs of `tokens` tokens, without the allocator's gaps and the driver's own memory.
 
@@ -82,8 +88,7 @@ def estimate(
     Returns:
         That of the moment that needs most.
     """
-    found = moments(model, tokens, shards, mode, dtype, device, lora, top_k, offload, freeze, optimizer_states)
-    return max(found, key=lambda memory: memory.total)
+    return max(moments(model, tokens, shards, mode, dtype, device, **levers), key=lambda memory: memory.total)
 
 
 def moments(
@@ -93,6 +98,7 @@ def moments(
     mode: Checkpointing,
     dtype: torch.dtype,
     device: str,
+    *,
     lora: LoraConfig | None = None,
     top_k: int = 0,
     offload: bool = False,
@@ -339,19 +345,12 @@ def longest_pack(
     shards: int,
     mode: Checkpointing,
     dtype: torch.dtype = torch.bfloat16,
-    lora: LoraConfig | None = None,
-    top_k: int = 0,
-    offload: bool = False,
-    freeze: Sequence[str] = (),
-    optimizer_states: OptimizerStates = "float32",
+    **levers: Unpack[Levers],
 ) -> int:
     """Return the most tokens in a pack, a multiple of 1024, that fit into `capacity` bytes of a GPU; 0: none fits."""
 
     def fits(thousands: int) -> bool:
-        need = estimate(
-            model, 1024 * thousands, shards, mode, dtype, "cuda", lora, top_k, offload, freeze, optimizer_states
-        )
-        return need.total <= capacity
+        return estimate(model, 1024 * thousands, shards, mode, dtype, "cuda", **levers).total <= capacity
 
     most = 1
     while fits(most):

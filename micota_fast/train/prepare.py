@@ -35,7 +35,7 @@ from micota_fast.model.pointwise import choose_pointwise
 from micota_fast.sources.top_logprobs import TopLogprobs
 from micota_fast.train.checkpoint import describe_differences, read_identity
 from micota_fast.train.lora import adapted_modules, draw_adapters, flops_per_token
-from micota_fast.train.memory import estimate, host_memory, longest_pack
+from micota_fast.train.memory import Levers, estimate, host_memory, longest_pack
 from micota_fast.train.packed_loss import PackedLoss, choose_loss
 from micota_fast.train.trainable import trainable_decoder
 from micota_fast.train.world import World
@@ -313,13 +313,9 @@ def few_steps(config: TrainConfig, steps: int, packs: int) -> str | None:
 def _memory(config: TrainConfig, model: ModelConfig, pack_tokens: int, top_k: int, world: World) -> str:
     """Compare what this rank's GPU will hold, according to the model's shapes, with what it has."""
     dtype, shards = getattr(torch, config.dtype), world.size // world.replicas
-    how, lora, freeze, states = (
-        config.activation_checkpointing,
-        config.lora,
-        config.freeze,
-        config.optimizer_states,
-    )
-    need = estimate(model, pack_tokens, shards, how, dtype, "cuda", lora, top_k, world.offload, freeze, states)
+    how, states = config.activation_checkpointing, config.optimizer_states
+    levers = Levers(lora=config.lora, top_k=top_k, offload=world.offload, freeze=config.freeze, optimizer_states=states)
+    need = estimate(model, pack_tokens, shards, how, dtype, "cuda", **levers)
     there = torch.cuda.get_device_properties(world.device).total_memory
     text = (
         f"memory: {need.total / 1e9:.1f} GB of {there / 1e9:.1f} by an estimate from shapes, most at {need.moment}: "
@@ -327,13 +323,13 @@ def _memory(config: TrainConfig, model: ModelConfig, pack_tokens: int, top_k: in
         f"{need.activations / 1e9:.1f}, loss {need.loss / 1e9:.1f}"
     )
     if world.offload:
-        locked, moments = (size / 1e9 for size in host_memory(model, shards, dtype, lora, freeze))
+        locked, moments = (size / 1e9 for size in host_memory(model, shards, dtype, config.lora, config.freeze))
         text += (
             f"; offload: {locked + moments:.1f} GB of the host for each process, {locked:.1f} of them page-locked, and "
             f"a copy while a checkpoint is written"
         )
     if need.total > 0.95 * there:
-        fits = longest_pack(model, 0.9 * there, shards, how, dtype, lora, top_k, world.offload, freeze, states)
+        fits = longest_pack(model, 0.9 * there, shards, how, dtype, **levers)
         remedies = [f"`pack_tokens` of {fits:,}"] if fits > 0 else []
         if how != "full":
             remedies.append("`activation_checkpointing: full`")

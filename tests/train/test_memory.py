@@ -154,7 +154,7 @@ def test_what_is_frozen_has_no_gradients_and_no_moments(
     sizes = {name: p.numel() for name, p in decoder.named_parameters() if p.requires_grad}
     assert trained_sizes(model, lora, patterns) == sizes
     trained, untrained = sum(sizes.values()), decoder.num_params() - sum(sizes.values())
-    first = moments(model, 1024, 1, "full", torch.bfloat16, "cuda", lora, freeze=patterns)[0]
+    first = moments(model, 1024, 1, "full", torch.bfloat16, "cuda", lora=lora, freeze=patterns)[0]
     frozen_adapters = sum(p.numel() for n, p in decoder.named_parameters() if "lora_" in n and not p.requires_grad)
     stored = 4 if lora is None else 2
     assert first.state == 12 * trained + stored * (untrained - frozen_adapters) + 4 * frozen_adapters
@@ -172,9 +172,9 @@ def test_an_output_matrix_that_is_frozen_has_no_gradient_in_the_loss() -> None:
 def test_adapters_alone_have_gradients_and_moments() -> None:
     weights, adapters = 7_615_616_512, 40_370_176  # rank 16 on all seven matrices of a block
     lora = LoraConfig(rank=16)
-    one = moments(QWEN_7B, 16384, 1, "full", torch.bfloat16, "cuda", lora)
+    one = moments(QWEN_7B, 16384, 1, "full", torch.bfloat16, "cuda", lora=lora)
     assert [one[0].state, one[-1].state] == [2 * weights + 12 * adapters, 2 * weights + 16 * adapters]
-    four = estimate(QWEN_7B, 16384, 4, "full", torch.bfloat16, "cuda", lora).total
+    four = estimate(QWEN_7B, 16384, 4, "full", torch.bfloat16, "cuda", lora=lora).total
     full = estimate(QWEN_7B, 16384, 4, "full", torch.bfloat16, "cuda").total
     assert four < 0.4 * full
     assert all(memory.loss < 3 << 30 for memory in one), "no gradient of the output matrix"
