@@ -138,6 +138,11 @@ def score_file(name: str) -> str:
     return benchmark_file(name).removesuffix("l")
 
 
+def store_file(completions: str | Path) -> str:
+    """Name of the store of log-probabilities next to a file of completions."""
+    return f"{completions}.top_logprobs"
+
+
 def encode_row(row: Problem | Completion | Mapping[str, Any]) -> bytes:
     """Encode a row as one JSON line with its newline, fields in declaration order.
 

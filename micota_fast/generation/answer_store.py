@@ -8,7 +8,7 @@ from micota_fast.common.json_io import as_read_back, parse_json
 from micota_fast.common.records import encode_row
 from micota_fast.errors import InputError
 from micota_fast.generation.scores import Scores, decode_scores, encode_scores
-from micota_fast.sources.top_logprobs import TopLogprobs, TopLogprobsWriter
+from micota_fast.sources.top_logprobs import TopLogprobs, TopLogprobsWriter, journal_of
 
 _IDS, _SCORES = "completion_ids", "scores"  # keys of a journal's row that the finished row does not have
 
@@ -45,7 +45,7 @@ def check_no_store(folder: Path, out: Path) -> None:
     Raises:
         InputError: there is one, or what a writer of one that was killed has left.
     """
-    for place in (folder, folder.with_name(f"{folder.name}.journal")):
+    for place in (folder, journal_of(folder)):
         if place.exists():
             raise InputError(
                 f"{place} belongs to another run: it is of answers that are no longer whole in {out}; delete it to "

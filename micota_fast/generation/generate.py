@@ -25,6 +25,7 @@ from micota_fast.chat.template import chat_identity
 from micota_fast.common.files import write_atomic
 from micota_fast.common.fingerprint import Fingerprints, differences
 from micota_fast.common.json_io import as_read_back, parse_json, read_json, write_json
+from micota_fast.common.records import store_file
 from micota_fast.config import loader
 from micota_fast.config.evaluation import EvaluateConfig
 from micota_fast.config.generation import ChatConfig, GenerateConfig, OpenAIConfig
@@ -108,7 +109,7 @@ class Generation:
         self.out = Path(out)
         self._config, self._part = config, part
         self._parts, self._meta_path = Path(f"{out}.parts"), Path(f"{out}.meta.json")
-        self._store = Path(f"{out}.top_logprobs")
+        self._store = Path(store_file(out))
         self._hashes = hashes or Fingerprints(None)
         if not self.out.exists():
             with contextlib.suppress(OSError):  # whoever writes there will report it

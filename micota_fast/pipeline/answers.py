@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from micota_fast.common.records import store_file
 from micota_fast.config import loader
 from micota_fast.config.corpus import FilterConfig, FilterSettings
 from micota_fast.config.generation import GenerateConfig, GenerateSettings
@@ -90,6 +91,6 @@ def answer_stage(
     options.chat, template = builder.template(options.chat, "generate.chat")
     stage, outputs = f"answers/{name}", [COMPLETIONS, f"{COMPLETIONS}.meta.json"]
     if options.top_logprobs:
-        outputs.append(f"{COMPLETIONS}.top_logprobs")
+        outputs.append(store_file(COMPLETIONS))
     builder.add(Stage(stage, "generate", options, (*inputs, *template), tuple(outputs)))
     return builder.artefact(stage, COMPLETIONS)

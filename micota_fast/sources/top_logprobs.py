@@ -79,6 +79,11 @@ class TopLogprobsRow(NamedTuple):
     top_logprobs_TK: NDArray[np.float16]
 
 
+def journal_of(folder: Path) -> Path:
+    """Return where a store's documents lie until it is whole."""
+    return folder.with_name(f"{folder.name}.journal")
+
+
 class TopLogprobsWriter:
     """Write a store; what an interrupted writer of the same folder has left is taken up.
 
@@ -108,7 +113,7 @@ class TopLogprobsWriter:
         self._vocab_size = vocab_size
         self._manifest = {"format": FORMAT, "top_k": top_k, "made_by": as_read_back(made_by or {})}
         self._top_k = top_k
-        place = self.folder.with_name(self.folder.name + ".journal")
+        place = journal_of(self.folder)
         self._finished: TopLogprobs | None = None
         self._journal: TopLogprobsJournal | None = None
         if self.folder.exists():
