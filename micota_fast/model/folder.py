@@ -82,9 +82,14 @@ def require_checkpoint(name_or_path: str | Path) -> None:
     name = str(name_or_path)
     if not name:  # which Path takes for the working directory
         raise InputError("an empty text names no checkpoint; name a folder, or a model of the hub as organisation/name")
-    if not os.path.isdir(name) and (not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".")):
+    why = ""
+    try:
+        there = Path(name).is_dir()
+    except OSError as error:  # the name is too long, say
+        there, why = False, f" ({error.strerror})"
+    if not there and (not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".")):
         raise InputError(
-            f"{name}: no such folder; name a checkpoint's folder, or a model of the hub as organisation/name"
+            f"{name}: no such folder{why}; name a checkpoint's folder, or a model of the hub as organisation/name"
         )
 
 
