@@ -23,11 +23,19 @@ _LONE_SURROGATE = re.compile(  # pairs, and other escapes, are passed over
 
 
 class _Fault(Exception):
-    """What is wrong with a text, and at which character."""
+    """What is wrong with a text, and at which character; None: with all of it."""
 
-    def __init__(self, message: str, position: int = 0) -> None:
+    def __init__(self, message: str, position: int | None = None) -> None:
         super().__init__(message)
         self.message, self.position = message, position
+
+    def message_in(self, text: bytes | str, *, with_line: bool) -> str:
+        """Return the message with the column, and if wanted the line after the first, of the text that it is of."""
+        if self.position is None:
+            return self.message
+        line, column = _line_and_column(text, self.position)
+        return f"{self.message} ({f'line {line}, ' if with_line and line > 1 else ''}column {column})"
+
 
 
 def parse_json(text: bytes | str, where: str, kind: type = dict, *, finite: bool = True) -> Any:
@@ -35,7 +43,8 @@ def parse_json(text: bytes | str, where: str, kind: type = dict, *, finite: bool
 
     Args:
         text: UTF-8, at most MAX_BYTES.
-        where: opens every message: a file and line, or who has sent it; "": the caller says that.
+        where: opens every message: a file and line, or who has sent it; "": the caller says that. The column at which
+            the text is at fault ends it.
         kind: dict or list: what the value must be; object: anything.
         finite: refuse NaN and infinities, which Python's JSON has and the standard does not.
 
@@ -47,11 +56,12 @@ def parse_json(text: bytes | str, where: str, kind: type = dict, *, finite: bool
     try:
         return _parse(text, kind, finite)
     except _Fault as fault:
-        raise InputError(f"{where}: {fault.message}" if where else fault.message) from None
+        message = fault.message_in(text, with_line=True)
+        raise InputError(f"{where}: {message}" if where else message) from None
 
 
 def read_json(path: Path, kind: type = dict, *, finite: bool = True) -> Any:
-    """Read a file of one JSON value; see `parse_json`. Messages name file and line.
+    """Read a file of one JSON value; see `parse_json`. Messages name file, line and column.
 
     Raises:
         InputError: as `parse_json`; or the file cannot be read, or is larger than MAX_BYTES.
@@ -61,8 +71,8 @@ def read_json(path: Path, kind: type = dict, *, finite: bool = True) -> Any:
     try:
         return _parse(text, kind, finite)
     except _Fault as fault:
-        lines = text.decode("utf-8", "replace").count("\n", 0, fault.position)
-        raise InputError(f"{path}:{lines + 1}: {fault.message}") from None
+        line, _ = _line_and_column(text, fault.position or 0)
+        raise InputError(f"{path}:{line}: {fault.message_in(text, with_line=False)}") from None
 
 
 def read_json_if_there(path: Path, kind: type = dict) -> Any:
@@ -106,6 +116,18 @@ def as_read_back(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def syntax_fault(error: json.JSONDecodeError) -> tuple[str, int]:
+    """Return what is wrong with the text that an error is of, and at which of its characters.
+
+    Of a text that is cut off, Python's own message names the beginning of its last string, or the line after its last.
+    """
+    cut = error.msg.startswith("Unterminated string")
+    if cut or not error.doc[error.pos :].strip():
+        inside = "within a string" if cut or error.msg.startswith("Invalid control character") else "too early"
+        return f"the text ends {inside}", len(error.doc.rstrip())
+    return error.msg.removesuffix(" at"), error.pos
+
+
 def _parse(text: bytes | str, kind: type, finite: bool) -> Any:
     if len(text) > MAX_BYTES:
         raise _Fault(f"more than {MAX_BYTES:,} bytes, which is too much to read as JSON")
@@ -113,12 +135,13 @@ def _parse(text: bytes | str, kind: type, finite: bool) -> Any:
     try:
         text = encoded.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        position = len(encoded[: error.start].decode())
+        position = len(encoded[: error.start].decode("utf-8-sig"))
         raise _Fault(f"not UTF-8: byte {encoded[error.start]:#04x}: {error.reason}", position) from None
     try:
         value = (_FINITE if finite else _ANY).decode(text)
     except json.JSONDecodeError as error:
-        raise _Fault(f"not JSON: {error.msg} (column {error.colno})", error.pos) from None
+        message, position = syntax_fault(error)
+        raise _Fault(f"not JSON: {message}", position) from None
     except _BadNumberError as error:
         raise _Fault(str(error), _position(re.escape(error.token), text)) from None
     except _RepeatedKeyError as error:
@@ -132,6 +155,13 @@ def _parse(text: bytes | str, kind: type, finite: bool) -> Any:
     if "\\u" in text and ("\\ud" in text or "\\uD" in text):
         _refuse_lone_surrogates(text)
     return value
+
+
+def _line_and_column(text: bytes | str, position: int) -> tuple[int, int]:
+    """Line and column, from 1, of a character of a text; a byte order mark before it does not count."""
+    read = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+    before = read.removeprefix("\ufeff")[:position]
+    return before.count("\n") + 1, len(before) - before.rfind("\n")
 
 
 def _is_deep(value: Any) -> bool:

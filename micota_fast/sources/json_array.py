@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from micota_fast.common.json_io import MAX_BYTES, MAX_DEPTH
+from micota_fast.common.json_io import MAX_BYTES, MAX_DEPTH, syntax_fault
 from micota_fast.errors import InputError
 
 _BLOCK = 1 << 20
@@ -85,7 +85,9 @@ class _Buffer:
                     break
             except json.JSONDecodeError as error:
                 if self._ended:
-                    raise self._wrong(f"not JSON: {error.msg}, or the file ends within it") from None
+                    message, position = syntax_fault(error)
+                    place = f"character {position - self._at + 1} of the row"
+                    raise self._wrong(f"not JSON: {message} ({place})") from None
             except RecursionError:
                 raise self._wrong(f"objects and lists are nested more than {MAX_DEPTH} levels deep") from None
             self._more()

@@ -10,9 +10,14 @@ from micota_fast.common.json_io import MAX_BYTES, MAX_DEPTH, encode_json, parse_
 from micota_fast.errors import InputError
 
 BAD: dict[str, tuple[bytes, str]] = {
-    "not JSON": (b"{\n,}", r":2: not JSON: Expecting property name .*\(column 1\)"),
-    "cut off": (b'{"a": "', r":1: not JSON: Unterminated string"),
-    "empty": (b"", r":1: not JSON: Expecting value"),
+    "not JSON": (b"{\n,}", r":2: not JSON: Expecting property name .*\(.*column 1\)"),
+    "cut off": (b'{"a": "', r":1: not JSON: the text ends within a string \(column 8\)"),
+    "cut off before a line end": (b'{"a": "b\n', r":1: not JSON: the text ends within a string \(column 9\)"),
+    "cut off behind a string": (b'\xef\xbb\xbf{"a": "b" \n', r":1: not JSON: the text ends too early \(column 10\)"),
+    "cut off on a later line": (b'{"a":\n"b",\n"c"', r":3: not JSON: the text ends too early \(.*column 4\)"),
+    "empty": (b"", r":1: not JSON: the text ends too early \(column 1\)"),
+    "a bad name": (b'{"a": 1,\n b: 2}\n', r":2: not JSON: Expecting property name .*\(.*column 2\)"),
+    "a bad character": (b'{"a": "\t"}\n', r":1: not JSON: Invalid control character \(column 8\)"),
     "two values": (b"{}\n{}", r":2: not JSON: Extra data"),
     "lists in lists": (b"{\n" + b'"a": ' + b"[" * 100_000, r":2: objects and lists are nested more than 100 levels"),
     "closed lists in lists": (b'{"a":' + b"[" * 500 + b"]" * 500 + b"}", r":1: .* nested more than 100 levels"),
@@ -26,14 +31,14 @@ BAD: dict[str, tuple[bytes, str]] = {
     "half a character in a key": (rb'{"\uDC00": 1}', r":1: .*uDC00 is half a character"),
     "halves in the wrong order": (rb'{"a": "\ude00\ud83d"}', r":1: .*ude00 is half a character"),
     "half a character in UTF-8": (b'{\n"a": "\xed\xa0\x80"}', r":2: not UTF-8: byte 0xed"),
-    "Latin-1": (b'{"a": 1,\n"b": "\xe9"}', r":2: not UTF-8: byte 0xe9"),
+    "Latin-1": (b'{"a": 1,\n"b": "\xe9"}', r":2: not UTF-8: byte 0xe9: .* \(.*column 7\)"),
     "UTF-16": ('{"a": 1}'.encode("utf-16"), r":1: not UTF-8: byte 0xff"),
-    "NaN": (b'{"NaN":\nNaN}', r":2: NaN is not a number"),
+    "NaN": (b'{"NaN":\nNaN}', r":2: NaN is not a number \(.*column 1\)"),
     "infinity": (b'{"a": 1,\n"b": -Infinity}', r":2: -Infinity is not a number"),
     "a large number": (b'{"a": "1e999",\n"b": 1e999}', r":2: the number 1e999 is too large"),
     "a key given twice": (
         b'{"a": {"b": "\\"b\\":"},\n"b": [{"a": 1}],\n"a": 2}',
-        r":3: key 'a' is given twice in one object",
+        r":3: key 'a' is given twice in one object \(.*column 1\)",
     ),
     "a key given twice, spelt differently": (rb'{"id": 1, "x": {}, "i\u0064": 2}', r":1: key 'id' is given twice"),
     "a key given twice deep in it": (b'[{"a": 1},\n{"a": [{"c": 1, "c": 2}]}]', r":2: key 'c' is given twice"),
@@ -58,6 +63,11 @@ GOOD: list[Any] = [
     {"model_max_length": 1000000000000000019884624838656},
     [0.1, -1e308, None, True, "[" * 1000],
 ]
+
+
+def test_a_value_of_several_lines_is_refused_with_the_line_in_it() -> None:
+    with pytest.raises(InputError, match=r"^the body: not JSON: Expecting value \(line 2, column 5\)$"):
+        parse_json('{"a": 1,\n"b":x}', "the body")
 
 
 @pytest.mark.parametrize("value", GOOD)

@@ -91,7 +91,7 @@ def test_filter_and_export_read_every_form_alike(tmp_path: Path, capsys: pytest.
         (b'{"id": "a", "problem": "?", "generation": "4"}', "keys 'sample', 'answer', 'completion', 'finish_reason', "),
         (b'{"id": "a", "problem": "?", "generation": "4"}', "the row has 'id', 'problem', 'generation', so it is no"),
         (b"PK\x03\x04", "source is a zip archive; unpack it"),
-        (b"[", "row 1: not JSON: Expecting value, or the file ends within it"),
+        (b"[", "row 1: not JSON: the text ends too early (character 1 of the row)"),
     ],
 )
 def test_another_file_is_refused_by_what_it_is(content: bytes, said: str, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_problems_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "not JSON: Expecting property name"),
+        ("{", "not JSON: the text ends too early"),
         ("[1]", "expected a JSON object"),
         ('{"id": "b", "problem": "x"}', "'answer' is missing"),
         ('{"id": "b", "problem": "x", "answer": 4.5}', "'answer' must be a string or a whole number, got float 4.5"),

@@ -76,9 +76,9 @@ def test_every_form_gives_the_same_rows(form: str, block: int, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'[{"a": 1}, {"a": ', "row 2: not JSON"),
+        (b'[{"a": 1}, {"a": ', r"row 2: not JSON: the text ends too early \(character 6 of the row\)"),
         (b'[{"a": 1} {"a": 2}]', "expected , or ] behind row 1; found '{\"a\": 2}]'"),
-        (b'[{"a": 1},]', "row 2: not JSON"),
+        (b'[{"a": 1},]', r"row 2: not JSON: Expecting value \(character 1 of the row\)"),
         (b'[{"a": 1}', "the file ends within the list"),
         (b'[{"a": 1}] {"a": 2}', "text follows the end of the list"),
         (b'[{"a": 1}, {"a": "\xff"}]', "not UTF-8: byte 0xff"),
