@@ -202,3 +202,20 @@ def test_a_dry_run_names_all_that_a_stage_waits_for(tmp_path: Path, capsys: pyte
     assert main(["run", str(RECIPES / "micro.yaml"), "--dry-run", "--out", str(tmp_path / "run")]) == 0
     waiting = [line.partition("  after ")[2] for line in capsys.readouterr().out.splitlines() if "  after " in line]
     assert any(", " in names for names in waiting)
+
+
+def test_a_dry_run_says_first_what_is_missing_and_refuses_as_the_run_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "micota-qwen2.5-7b", "--set", f"data_dir={tmp_path}", "--out", str(tmp_path / "run"), "--dry-run"]
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert all(line.startswith("missing: ") for line in lines[:6])
+    assert lines[5].endswith("math_train.jsonl")
+    assert any(line.startswith("evaluate/base ") for line in lines[6:])
+    assert captured.err == "micota run: the run cannot start: 6 missing, listed above the stages\n"
+    for line in lines[:6]:
+        Path(line.rpartition(": ")[2]).write_text("{}\n")
+    assert main(words) == 0
+    assert "missing" not in capsys.readouterr().out

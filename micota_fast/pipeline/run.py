@@ -65,13 +65,15 @@ def run_recipe(recipe: Recipe, path: Path, folder: Path, dry_run: bool = False) 
         recipe: loaded from `path`.
         path: of the recipe.
         folder: of the run.
-        dry_run: only print each stage's state, the commands that would run, and which inputs do not exist.
+        dry_run: only print which inputs do not exist, each stage's state, and the commands that would run.
 
     Raises:
-        InputError: the recipe is wrong, a stage failed, or another run uses the folder.
+        InputError: the recipe is wrong, an input does not exist, a stage failed, or another run uses the folder.
     """
-    absent: list[str] | None = [] if dry_run else None  # a dry run shows the stages all the same
-    run = Run(build_stages(recipe, path, folder, absent), recipe.launch, folder)
+    absent: list[str] = []
+    run = Run(build_stages(recipe, path, folder, absent if dry_run else None), recipe.launch, folder)
+    for what in absent:
+        print(f"missing: {what}")
     statuses = run.statuses()
     for difference in prompt_differences(run.stages):
         print(f"WARNING: {difference}")
@@ -83,9 +85,9 @@ def run_recipe(recipe: Recipe, path: Path, folder: Path, dry_run: bool = False) 
             print(f"{stage.name:{width}}  {status.state:8}  {status.why}".rstrip())
             if status.state != "done":
                 print(f"    {shlex.join(run.command(stage))}")
-        for what in absent or ():
-            print(f"missing: {what}")
-        print(f"{len(statuses) - len(open_stages)} of {len(statuses)} stages done; folder: {folder}")
+        print(f"{len(statuses) - len(open_stages)} of {len(statuses)} stages done; folder: {folder}", flush=True)
+        if absent:  # a dry run shows the stages all the same
+            raise InputError(f"the run cannot start: {len(absent)} missing, listed above the stages")
         return
     if open_stages:
         print(f"{len(open_stages)} of {len(statuses)} stages to do in {folder}")

@@ -107,7 +107,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
                 _argument(
                     "--dry-run",
                     action="store_true",
-                    help="only show each stage's state and the command that would run it",
+                    help="only show what is missing (then the exit status is 2), each stage's state and its command",
                 ),
             ),
         ),

@@ -218,7 +218,7 @@ def table(made: Plan, assumed: Assumptions) -> str:
     head = ["stage", "tokens", "FLOPs", "hours", "GPU-hours", "memory", "disk", *(["cost"] if made.dollars else []), ""]
     rows = [head, *(_row(cost, made) for cost in made.costs)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
-    lines = []
+    lines = [f"Missing: {what}" for what in made.absent] + [""] * bool(made.absent)
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:-1], widths[1:], strict=True)), row[-1]]
         lines.append("  ".join(cells).rstrip())
@@ -277,7 +277,6 @@ def _totals(made: Plan) -> list[str]:
         total = sum(made.downloads.values())
         lines[-1] += f", and {size(total)} of {len(made.downloads)} models from the hub ({', '.join(made.downloads)})"
     lines[-1] += "."
-    lines += [f"Missing: {what}" for what in made.absent]
     if (shared := shared_gpus(made.stages, {cost.stage: cost.gpus for cost in made.to_do}, made.jobs)) is not None:
         lines.append(f"WARNING: {shared}: {APART}.")
     return lines

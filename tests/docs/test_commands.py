@@ -8,6 +8,7 @@ a command, `<!-- read as: VERB -->`.
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,9 @@ def prepare(folder: Path) -> None:
     asked = [json.loads(line) for line in (MICRO / "problems" / "press-4.jsonl").read_text().splitlines()[:2]]
     for name in ("problems.jsonl", "math_train.jsonl", "test.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in asked))
+    (folder / "data").mkdir()
+    for name in ("math_train", "aime2024", "amc23", "olympiadbench", "math500", "gsm8k_test"):
+        shutil.copy(folder / "problems.jsonl", folder / "data" / f"{name}.jsonl")
     rest = {"sample": 0, "finish_reason": "stop", "prompt_tokens": 9, "completion_tokens": 6, "seed": 0}
     answered = [{**row, "completion": f"\\boxed{{{row['answer']}}}", **rest} for row in asked]
     (folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answered))

@@ -165,6 +165,9 @@ def test_the_paper_recipe_by_hand() -> None:
     assert made.gpu == "h100"
     assert made.gpus == 8
     assert len(made.absent) == 6
+    lines = table(made, Assumptions()).splitlines()
+    assert [line.startswith("Missing: ") for line in lines[:8]] == [True] * 6 + [False] * 2
+    assert lines[7].startswith("stage ")
     assert sum(made.downloads.values()) == pytest.approx(2 * (7.6156e9 + 14.77e9 + 2 * 32.7639e9), rel=1e-4)
 
     long = costs["answers/long"]

@@ -26,7 +26,8 @@ def dry_run(root: Path, table: str, *arguments: str) -> str:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "math_train.jsonl").write_text('{"id": "1", "problem": "1 + 1?", "answer": "2"}\n')
+    for name in ("math_train", "aime2024", "amc23", "olympiadbench", "math500", "gsm8k_test"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text('{"id": "1", "problem": "1 + 1?", "answer": "2"}\n')
     return tmp_path
 
 
