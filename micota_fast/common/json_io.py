@@ -37,7 +37,6 @@ class _Fault(Exception):
         return f"{self.message} ({f'line {line}, ' if with_line and line > 1 else ''}column {column})"
 
 
-
 def parse_json(text: bytes | str, where: str, kind: type = dict, *, finite: bool = True) -> Any:
     """Decode one JSON value.
 
