@@ -79,7 +79,8 @@ class ProblemFile:
             self._open_copy(cache)
         if part is not None:  # only now: the index in the cache is of all
             start, count = part
-            numbers = (start + np.arange(min(count, len(self)))) % len(self)
+            # The remainder first: both numbers may be near 2**63.
+            numbers = (start % len(self) + np.arange(min(count, len(self)))) % len(self)
             self._set_arrays(self._offsets[numbers], self.sizes[numbers], self.levels[numbers])
 
     def _open(self, path: Path, cache: Path | None) -> bool:

@@ -39,11 +39,12 @@ from micota_fast.common.safetensors_file import Layout, SafetensorsFile, read_he
 from micota_fast.common.schema import Count, PositiveCount, load, to_json
 from micota_fast.errors import InputError
 from micota_fast.sources.top_logprobs_journal import Key, TopLogprobsJournal, row_bytes
-from micota_fast.sources.top_logprobs_rows import checked_rows
+from micota_fast.sources.top_logprobs_rows import check_key, checked_rows
 
 FORMAT = 2
 MANIFEST = "top_logprobs.json"
 SHARD_BYTES = 1 << 30  # of a shard's rows; a longer document has a shard of its own
+_REMEDY = "delete the folder and make the store again"
 _ROWS = ("token_ids", "token_logprobs", "top_ids", "top_logprobs")  # tensors of T rows, as a document has them
 
 
@@ -159,8 +160,10 @@ class TopLogprobsWriter:
         Raises:
             ValueError: the key is there already, or the arrays do not fit together or hold other values: the first such
                 position is named.
-            InputError: the disk is full or the folder cannot be written; what was written before is kept.
+            InputError: the id is not Unicode text or the sample does not fit 64 bits; or the disk is full or the folder
+                cannot be written. What was written before is kept.
         """
+        check_key(key)
         if key in self or self._journal is None:
             raise ValueError(f"{key} is written already" if key in self else f"{self.folder} is finished")
         arrays = checked_rows(
@@ -239,7 +242,7 @@ class TopLogprobs(Mapping[Key, TopLogprobsRow]):
         fingerprint: SHA-256 (hex) of the manifest, hence of all that the store holds.
 
     Raises:
-        InputError: it is no such folder, or manifest, header or index are damaged. `verify` reads the rest.
+        InputError: the folder is not one, or manifest, header or index are damaged. `verify` reads the rest.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -250,7 +253,7 @@ class TopLogprobs(Mapping[Key, TopLogprobsRow]):
         if manifest.format != FORMAT:
             raise InputError(
                 f"{self.folder / MANIFEST}: format {manifest.format} is of another version, and {FORMAT} is known; "
-                f"delete the folder and make the store again"
+                f"{_REMEDY}"
             )
         self.top_k, self.made_by, self.tokens = manifest.top_k, manifest.made_by, manifest.tokens
         self.fingerprint = of_json(to_json(manifest))
@@ -260,14 +263,23 @@ class TopLogprobs(Mapping[Key, TopLogprobsRow]):
         for number, tensors in enumerate(self._shards):
             for tensor in ("offsets", "samples", "problem_offsets", "problems"):
                 self._check(number, tensor)
-            names, bounds = tensors["problems"].tobytes(), tensors["problem_offsets"].tolist()
-            rows, samples = tensors["offsets"].tolist(), tensors["samples"].tolist()
+            rows, bounds = self._bounds(number, "offsets"), self._bounds(number, "problem_offsets")
+            names, samples = tensors["problems"].tobytes(), tensors["samples"].tolist()
             for d, sample in enumerate(samples):
-                key = names[bounds[d] : bounds[d + 1]].decode(), sample
+                try:
+                    key = names[bounds[d] : bounds[d + 1]].decode(), sample
+                except UnicodeDecodeError:
+                    raise self._bad(number, f"tensor problems: the id of document {d} is not UTF-8") from None
+                if key in self._places:
+                    raise self._bad(number, f"({key[0]!r}, sample {sample}) is there twice")
                 self._places[key] = number, rows[d], rows[d + 1]
-        if len(self._places) != manifest.documents:
-            counts = f"{manifest.documents} documents are listed, and {len(self._places)} are there"
-            raise InputError(f"{self.folder / MANIFEST}: {counts}; make the store again")
+        for what, listed, found in (
+            ("documents", manifest.documents, len(self._places)),
+            ("tokens", manifest.tokens, sum(shard.tokens for shard in manifest.shards)),
+        ):
+            if listed != found:
+                counts = f"key '{what}' says {listed}, and the shards have {found}"
+                raise InputError(f"{self.folder / MANIFEST}: {counts}; {_REMEDY}")
 
     def _open(self, shard: _Shard) -> dict[str, NDArray[Any]]:
         path = self.folder / shard.file
@@ -297,15 +309,33 @@ class TopLogprobs(Mapping[Key, TopLogprobsRow]):
                 f"again, or make the store again"
             )
 
+    def _bounds(self, number: int, tensor: str) -> list[int]:
+        """Where each document's part begins, and the end of the last: from 0 to all that there is, never back."""
+        bounds = self._shards[number][tensor]
+        shard = self._described[number]
+        end = shard.tokens if tensor == "offsets" else shard.problem_bytes
+        if bounds[0] != 0 or bounds[-1] != end or (bounds[1:] < bounds[:-1]).any():
+            raise self._bad(number, f"tensor {tensor}: it must begin with 0, never decrease and end with {end}")
+        return list(bounds.tolist())
+
+    def _bad(self, number: int, what: str) -> InputError:
+        """The error for values that no writer leaves, though the checksums match."""
+        return InputError(f"{self.folder / self._described[number].file}: {what}; {_REMEDY}")
+
     def verify(self) -> None:
-        """Read everything and compare it with its checksums.
+        """Read everything, compare it with its checksums and see that every row is one that the writer takes.
 
         Raises:
-            InputError: naming the file and tensor that differ.
+            InputError: naming the file and the tensor that differs, or the document and position of the bad row.
         """
         for number, tensors in enumerate(self._shards):
             for tensor in tensors:
                 self._check(number, tensor)
+        for key, (number, _, _) in self._places.items():
+            try:
+                checked_rows(key, *self[key], self.top_k, None)
+            except ValueError as error:
+                raise self._bad(number, str(error)) from None
 
     def __len__(self) -> int:
         return len(self._places)

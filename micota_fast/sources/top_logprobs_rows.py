@@ -5,12 +5,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from micota_fast.errors import InputError
 from micota_fast.sources.top_logprobs_journal import Key
 
 MOST_LOGPROB = 0.01  # a probability may be above 1 by what float16 and a server's sums round
 MOST_SUM = 1.01  # as the loss has it: by how much rounding to float16 may raise the sum of a row's probabilities
 with np.errstate(over="ignore", invalid="ignore"):  # NaN of NaN, and inf of what no log-probability is
     _EXP = np.exp(np.arange(1 << 16, dtype=np.uint16).view(np.float16), dtype=np.float32)  # of every float16, by bits
+
+
+def check_key(key: Key) -> None:
+    """See that a document's key can be stored: an id in UTF-8 and a sample of 64 bits.
+
+    Raises:
+        InputError: naming the id; it or the sample is of another type, holds a lone surrogate or is too large.
+    """
+    name, sample = key
+    if not isinstance(name, str) or not isinstance(sample, int):
+        raise InputError(f"({name!r:.60}, sample {sample!r:.60}): an id must be text, and a sample a whole number")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"id {name!r:.60} holds half a character (a lone surrogate), which no text can hold; rename it"
+        ) from None
+    if not -(2**63) <= sample < 2**63:
+        raise InputError(f"id {name!r:.60}: its sample must fit 64 bits, not {sample!r:.60}")
 
 
 def checked_rows(

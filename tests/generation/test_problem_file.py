@@ -54,6 +54,8 @@ def test_a_part_is_counted_round_the_end_and_the_cache_is_of_all(path: Path, lim
         ((last, 3), [*all_of_them[last:], all_of_them[0]]),
         ((5 * len(all_of_them) + 1, 1), [all_of_them[1]]),
         ((1, 100), [*all_of_them[1:], all_of_them[0]]),
+        ((2**63 - 1, 2), [all_of_them[(2**63 - 1 + i) % len(all_of_them)] for i in range(2)]),
+        ((2**63 - 1, 2**63 - 1), [all_of_them[(2**63 - 1 + i) % len(all_of_them)] for i in range(len(all_of_them))]),
     ):
         with ProblemFile(path, limit, cache, part=part) as problems:
             assert list(problems) == expected

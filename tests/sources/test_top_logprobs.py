@@ -1,15 +1,19 @@
 """A store of log-probabilities gives back what was put in, loses nothing to a SIGKILL and names what is damaged."""
 
+import hashlib
 import json
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from micota_fast.errors import InputError
 from micota_fast.sources import top_logprobs, top_logprobs_journal
@@ -184,6 +188,81 @@ def test_a_damaged_tensor_is_refused_by_name(tensor: str, tmp_path: Path) -> Non
     shard.write_bytes(data)
     with pytest.raises(InputError, match=f"000000.safetensors: tensor {tensor} does not match its checksum"):
         TopLogprobs(tmp_path / "store").verify()
+
+
+def forge(folder: Path, tensor: str, change: Callable[[NDArray[Any]], None]) -> Path:
+    """Change a tensor of the first shard, with its checksum; returns the shard."""
+    shard, manifest = folder / "000000.safetensors", folder / MANIFEST
+    arrays = {name: array.copy() for name, array in load_file(shard).items()}
+    change(arrays[tensor])
+    save_file(arrays, shard)
+    described = json.loads(manifest.read_text())
+    described["shards"][0]["sha256"][tensor] = hashlib.sha256(arrays[tensor].tobytes()).hexdigest()
+    manifest.write_text(json.dumps(described))
+    return shard
+
+
+@pytest.mark.parametrize(
+    ("tensor", "index", "value", "message"),
+    [
+        ("offsets", 0, 1, "tensor offsets: it must begin with 0, never decrease and end with"),
+        ("offsets", 1, -1, "tensor offsets: it must begin with 0, never decrease"),
+        ("offsets", 2, 1 << 40, "tensor offsets: it must begin with 0, never decrease"),
+        ("offsets", -1, 0, "tensor offsets: it must begin with 0, never decrease"),
+        ("problem_offsets", 0, 1, "tensor problem_offsets: it must begin with 0"),
+        ("problem_offsets", 2, 1 << 62, "tensor problem_offsets: it must begin with 0"),
+        ("problem_offsets", -1, -5, "tensor problem_offsets: it must begin with 0"),
+        ("problems", 0, 0xFF, "tensor problems: the id of document 0 is not UTF-8"),
+        ("samples", 2, 0, r"\('p1', sample 0\) is there twice"),
+        ("token_ids", 0, -1, "position 0: a token_id that is not from 0"),
+        ("token_logprobs", 0, np.nan, "position 0: a token_logprob that is not finite"),
+        ("token_logprobs", 0, 1.0, "position 0: a token_logprob that is not finite and below"),
+        ("top_ids", (0, 0), -7, "position 0: a top_id that is not from -1"),
+        ("top_ids", (0, 0), -1, "position 0: an id of -1, which is absent, with a log-probability"),
+        ("top_logprobs", (0, 0), np.nan, "position 0: log-probabilities that are NaN"),
+        ("top_logprobs", (0, 0), 2.0, "position 0: log-probabilities that are NaN, or of probabilities whose sum"),
+    ],
+)
+def test_values_that_no_writer_leaves_are_refused_though_their_checksums_match(
+    tensor: str, index: Any, value: float, message: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "store")
+
+    def change(array: NDArray[Any]) -> None:
+        array[index] = value
+
+    shard = forge(tmp_path / "store", tensor, change)
+    with pytest.raises(InputError, match=rf"^{shard}: .*{message}.*; delete the folder and make the store again"):
+        TopLogprobs(tmp_path / "store").verify()
+
+
+@pytest.mark.parametrize("key", ["documents", "tokens"])
+def test_totals_that_the_shards_do_not_have_are_refused(key: str, tmp_path: Path) -> None:
+    write(tmp_path / "store")
+    manifest = tmp_path / "store" / MANIFEST
+    described = json.loads(manifest.read_text())
+    described[key] += 1
+    manifest.write_text(json.dumps(described))
+    with pytest.raises(InputError, match=rf"{manifest}: key '{key}' says {described[key]}, and the shards have"):
+        TopLogprobs(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (("a\ud800", 0), r"id 'a\\ud800' holds half a character \(a lone surrogate\).*rename it"),
+        (("a", 2**63), "id 'a': its sample must fit 64 bits, not 9223372036854775808"),
+        (("a", -(2**63) - 1), "id 'a': its sample must fit 64 bits"),
+        ((7, 0), r"\(7, sample 0\): an id must be text, and a sample a whole number"),
+        (("a", 0.5), "an id must be text, and a sample a whole number"),
+    ],
+)
+def test_a_key_that_cannot_be_stored_is_refused_by_its_id(key: Any, message: str, tmp_path: Path) -> None:
+    with TopLogprobsWriter(tmp_path / "store", K) as writer:
+        with pytest.raises(InputError, match=message):
+            writer.append(key, [1], [-4], [[1, 2, 3]], [[-1, -2, -3]])
+        writer.append(("a", 2**63 - 1), [1], [-4], [[1, 2, 3]], [[-1, -2, -3]])
+    assert list(TopLogprobs(tmp_path / "store")) == [("a", 2**63 - 1)]
 
 
 def test_a_store_of_another_version_is_to_be_made_again(tmp_path: Path) -> None:
