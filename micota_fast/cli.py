@@ -102,7 +102,11 @@ def _check_words(verb: str, arguments: Sequence[str], unknown: Sequence[str]) ->
     if settable:
         keys = [row[0] for row in describe(imported(VERBS[verb].options or ""))]
         if option := closest_key(name, keys):
+            if "[i]" in option:
+                raise InputError(f"{flag}: no such option; it is `{option}` in the file of options")
             value = value if equals else following.get(flag, "VALUE")
+            if option.endswith(".key_env"):  # what was given may be the key itself
+                value = "VARIABLE"
             raise InputError(f"{flag}: no such option; options are set by --set: --set {option}={value}")
     flags = [word[2:] for argument in VERBS[verb].arguments for word in argument.names if word.startswith("--")]
     meant = closest(name, flags)

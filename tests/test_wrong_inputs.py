@@ -12,7 +12,7 @@ from micota_fast.cli import main
 from micota_fast.common.importing import imported
 from micota_fast.config.loader import describe
 from micota_fast.config.shipped import RECIPES
-from micota_fast.config.suggestions import OTHER_KEYS, OTHER_VERBS
+from micota_fast.config.suggestions import OTHER_KEYS, OTHER_VERBS, closest_key
 from micota_fast.pipeline.stages import VERBS
 
 STUDENT = ROOT / "micota_fast" / "micro" / "checkpoints" / "student"  # MODEL in the lines below
@@ -60,6 +60,8 @@ WRONG: list[tuple[str, dict[str, str], str]] = [
     ("train c.yaml --bf16", {"c.yaml": TRAIN}, "--set dtype=VALUE"),
     ("run micro --lr 1e-4", {}, "--set train.lr=1e-4"),
     ("plan micro --dollars-per-hour 3", {}, "did you mean `--dollars-per-gpu-hour`?"),
+    ("evaluate --limit 9", {}, "--limit: no such option; it is `benchmarks[i].limit` in the file of options"),
+    ("generate --api-key sk-1", {}, "--set openai.key_env=VARIABLE"),
     ("serve m --port 30000", {}, "--set port=30000"),
     ("serve m --tensor-parallel-size 2", {}, "--set tp=2"),
     ("run micro --dry", {}, ""),  # a beginning is enough
@@ -78,6 +80,8 @@ WRONG: list[tuple[str, dict[str, str], str]] = [
     ("run micro --set train.learning_rate=1e-4", {}, "did you mean `train.lr`?"),
     ("run micro --set arm.mid=mid", {}, "did you mean `arms`?"),
     ("generate --set max_tokens=9", {}, "did you mean `max_new_tokens`?"),
+    ("run micro --set evaluate.limit=9", {}, "did you mean `evaluate.benchmarks[i].limit`?"),
+    ("train --set max_samples=9", {}, "`max_samples`: unknown key; known here: "),
     ("run micro --set seed=3", {}, "did you mean `seeds`?"),
     ("train c.yaml", {"c.yaml": "lr: 1e-4\n"}, "`model`: this key is required, and so are `data`, `out`"),
     # Values, and where they stand
@@ -146,6 +150,7 @@ def test_other_projects_names_stand_for_options_and_verbs_of_ours() -> None:
     }
     assert not {key for key, name in OTHER_KEYS.items() if name not in ours}
     assert not OTHER_KEYS.keys() & ours - {"max_tokens", "dataset"}, "a name of ours stands for itself"
+    assert list(OTHER_KEYS) == sorted(OTHER_KEYS)
     assert not {verb for verb, name in OTHER_VERBS.items() if name not in VERBS or verb in VERBS}
 
 
@@ -219,3 +224,35 @@ def test_a_dry_run_says_first_what_is_missing_and_refuses_as_the_run_would(
         Path(line.rpartition(": ")[2]).write_text("{}\n")
     assert main(words) == 0
     assert "missing" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("verb", "hints"),
+    [
+        (
+            "train",
+            "cutoff_len pack_tokens, per_device_train_batch_size packs_per_step, gradient_accumulation_steps "
+            "packs_per_step, num_train_epochs epochs, learning_rate lr, lr_scheduler_type min_lr_ratio, eval_strategy "
+            "validate_every, save_strategy checkpoint_every, finetuning_type lora, lora_r lora.rank, lora_alpha "
+            "lora.alpha, optim optimizer_states, deepspeed mesh.shard, val_size validation_data, bf16 dtype, template "
+            "chat.template, kd_temperature soft.temperature",
+        ),
+        (
+            "generate",
+            "max_tokens max_new_tokens, tensor_parallel_size serve.tp, gpu_memory_utilization serve.args, "
+            "mem_fraction_static serve.args, max_model_len serve.context_length, max_num_seqs serve.max_running, n "
+            "samples, do_sample temperature, base_url url, api_key openai.key_env, enable_thinking "
+            "chat.template_kwargs, system_message chat.system, timeout request_timeout_s, num_examples limit",
+        ),
+        (
+            "evaluate",
+            "limit benchmarks[i].limit, num_fewshot chat.prompt, tasks benchmarks, metric benchmarks[i].rule, "
+            "max_gen_toks max_new_tokens, until stop, repeats samples, apply_chat_template chat.use_template, "
+            "output_path out, system_instruction chat.system, gpu_memory_utilization serve.args, pretrained model",
+        ),
+    ],
+)
+def test_names_of_other_projects_lead_to_our_option(verb: str, hints: str) -> None:
+    keys = [row[0] for row in describe(imported(VERBS[verb].options or ""))]
+    wanted = dict(pair.split() for pair in hints.split(", "))
+    assert {word: closest_key(word, keys) for word in wanted} == wanted

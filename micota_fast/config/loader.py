@@ -285,7 +285,7 @@ def _build_dataclass(cls: type, node: yaml.Node | None, where: Where) -> Any:
         name, hint = find_option(cls, key)
         if name not in fields:
             # Options of named things are left out: which name is meant is not known.
-            keys = [*fields, *(row[0] for row in describe(cls) if ".NAME" not in row[0] and "[i]" not in row[0])]
+            keys = [*fields, *(row[0] for row in describe(cls) if ".NAME" not in row[0])]
             meant = closest_key(key, keys)
             asked = f"did you mean `{where.child(meant).key}`? Known" if meant else "known"
             raise where.child(key).error(key_node, f"unknown key; {asked} here: {', '.join(fields)}")
