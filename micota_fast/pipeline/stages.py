@@ -223,8 +223,17 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
             function="micota_fast.merge.merge:merge",
             options="micota_fast.config.merge:MergeConfig",
             arguments=(
-                _argument("config", metavar="CONFIG", help="mergekit YAML file"),
-                _argument("out", metavar="OUT", help="folder of the merged checkpoint"),
+                _argument(
+                    "config",
+                    metavar="CONFIG",
+                    help="mergekit YAML file; it holds the method and its parameters, so this verb has no --set",
+                ),
+                _argument(
+                    "out",
+                    metavar="OUT",
+                    help="folder of the merged checkpoint. Unlike train and evaluate, this verb resumes and skips "
+                    "nothing: run again, it merges anew and replaces the former merge (`micota run` skips a finished one)",
+                ),
                 _argument("--seed", type=int, default=0, help="seed of DARE's mask (default 0)"),
                 _argument(
                     "--weights",
