@@ -232,7 +232,8 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
                     "out",
                     metavar="OUT",
                     help="folder of the merged checkpoint. Unlike train and evaluate, this verb resumes and skips "
-                    "nothing: run again, it merges anew and replaces the former merge; `micota run` skips a finished one",
+                    "nothing: run again, it merges anew in place of the former merge. `micota run` skips a finished "
+                    "merge",
                 ),
                 _argument("--seed", type=int, default=0, help="seed of DARE's mask (default 0)"),
                 _argument(

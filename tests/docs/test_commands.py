@@ -9,6 +9,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +149,7 @@ def test_the_pages_commands_run_in_their_order(tmp_path: Path, monkeypatch: pyte
     for page in PAGES:
         configs: dict[str, Any] = {}
         used: set[str] = set()
-        names: dict[str, Any] = {"__name__": "__main__"}
+        script = ""  # the blocks of Python are one program, as a reader would save them
         for block in blocks(page):
             if block.mark:
                 continue
@@ -155,7 +157,7 @@ def test_the_pages_commands_run_in_their_order(tmp_path: Path, monkeypatch: pyte
                 Path(name[1]).write_text(block.text)
                 configs[name[1]] = yaml.safe_load(block.text)
             elif block.language == "python":
-                exec(compile(block.text, block.place, "exec"), names)
+                script += block.text
             for line in commands(block) if block.language == "bash" else []:
                 words = shlex.split(line)[1:]
                 used |= {word.removeprefix("config=") for word in words}
@@ -163,4 +165,8 @@ def test_the_pages_commands_run_in_their_order(tmp_path: Path, monkeypatch: pyte
                 if made_of not in done:  # the same with the same configuration has been executed for another page
                     assert main(words) == 0, f"{block.place}: {line}"
                 done.add(made_of)
+        if script:
+            Path("page.py").write_text(script)
+            ran = subprocess.run([sys.executable, "page.py"], capture_output=True, text=True, check=False, timeout=400)
+            assert ran.returncode == 0, f"{page}: {ran.stdout}{ran.stderr}"
         assert configs.keys() <= used, f"{page}: no command uses {configs.keys() - used}"
