@@ -20,7 +20,8 @@ work on the data that a step needs is in that time; imports, loading, packing, c
   (relative L2). It is rounding where documents do not see each other.
 
 Ours is run as its users run it, `python -m micota_fast.train CONFIG.yaml`, and its figures are read from metrics.jsonl.
-With --lora, on a CPU: adapters (LoRA) next to the training of all weights, ours and TRL's with peft; 6 packs, not 16.
+With --lora, on a CPU: adapters (LoRA) next to the training of all weights, ours and TRL's with peft; of two models, and in
+fewer packs, 6 and 4.
 
 TRL is run by the interpreter of --trl-python, as it may live in an environment of its own; on a GPU with flash-attn if
 that is installed there. On a CPU all have as many threads as torch has here (OMP_NUM_THREADS says how many).
@@ -50,7 +51,11 @@ from micota_fast.model.decoder import Decoder
 Row = dict[str, Any]
 
 CPU_CASE = Case("Qwen2-8M", (256, 1024, 6, 4, 2, 4096, False), (50, 2000), 2048, 4, 16, 8)
-LORA_CASE = replace(CPU_CASE, packs=6)
+LORA_CASES = (
+    replace(CPU_CASE, packs=6),
+    # At a width of 256 an adapter of rank 16 is a ninth to a fifth of its matrix; this is the width of a real model.
+    Case("SmolLM2-135M, 6 of 30 layers", (576, 1536, 6, 9, 3, 49152, True), (50, 2000), 2048, 4, 4, 8),
+)
 TINY_CASE = Case("Qwen2-tiny", (64, 128, 2, 4, 2, 512, False), (10, 200), 256, 2, 8, 4)
 # Shapes of the checkpoints' config.json.
 GPU_CASES = (
@@ -151,7 +156,7 @@ def main() -> None:
     runs = 1 if arguments.quick else 3
     cases = (TINY_CASE,) if arguments.quick else GPU_CASES if device == "cuda" else (CPU_CASE,)
     if arguments.lora and not arguments.quick:
-        cases = (LORA_CASE,)
+        cases = LORA_CASES
     present, absent = contestants(device, arguments.trl_python, arguments.lora)
     if arguments.quick:
         present = [c for c in present if not c.options.get("compile")]  # which takes longer than all the rest
