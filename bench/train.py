@@ -20,8 +20,8 @@ work on the data that a step needs is in that time; imports, loading, packing, c
   (relative L2). It is rounding where documents do not see each other.
 
 Ours is run as its users run it, `python -m micota_fast.train CONFIG.yaml`, and its figures are read from metrics.jsonl.
-With --lora, on a CPU: adapters (LoRA) next to the training of all weights, ours and TRL's with peft; of two models, and in
-fewer packs, 6 and 4.
+With --lora, on a CPU: adapters (LoRA) next to the training of all weights, ours and TRL's with peft, for two models in
+6 and 4 packs.
 
 TRL is run by the interpreter of --trl-python, as it may live in an environment of its own; on a GPU with flash-attn if
 that is installed there. On a CPU all have as many threads as torch has here (OMP_NUM_THREADS says how many).
