@@ -120,6 +120,24 @@ def whole_folder(out: Path) -> Iterator[Path]:
             os.close(fd)
 
 
+@contextlib.contextmanager
+def temporary_folder(place: Path) -> Iterator[Path]:
+    """Yield an empty folder next to `place`, named after it and for our user's eyes alone; it goes with the block.
+
+    What an earlier one of the same place has left goes first, if its process was killed; one that lives keeps its own.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+    with writing(place):
+        aside, fd = _make_aside(place, _FOLDER, 0o700)
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.close(fd)
+
+
 def publish(aside: Path, out: Path) -> None:
     """Sync a folder with all that is in it and rename it to `out` (absent or empty), which is then on the disk."""
     sync_tree(aside)
@@ -190,7 +208,7 @@ def _check_place(path: Path) -> None:
         raise InputError(f"cannot write {path}: it is a device, pipe or socket, which a rename would replace")
 
 
-def _make_aside(path: Path, kind: str) -> tuple[Path, int]:
+def _make_aside(path: Path, kind: str, folder_mode: int = 0o777) -> tuple[Path, int]:
     """Make an empty file or folder next to `path` that is ours alone; returns it and the descriptor that locks it."""
     _clear_left(path, kind)
     while True:
@@ -198,7 +216,7 @@ def _make_aside(path: Path, kind: str) -> tuple[Path, int]:
         if kind == _FILE:
             fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         else:
-            aside.mkdir()
+            aside.mkdir(folder_mode)
             fd = os.open(aside, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         with contextlib.suppress(OSError):  # a file system without locks: what a killed writer leaves there stays
             fcntl.flock(fd, fcntl.LOCK_EX)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from micota_fast.common.files import whole_folder
+from micota_fast.common.files import temporary_folder, whole_folder
 from micota_fast.common.json_io import read_json, write_json
 from micota_fast.common.safetensors_file import SafetensorsFile, read_header
 from micota_fast.config.train import LoraConfig
@@ -188,16 +188,17 @@ def save_merged(
 def merged_for_a_while(name: str) -> Iterator[Path]:
     """Yield a folder with what BASE+ADAPTER (`folder.names_adapter`) names, merged; it goes with the block.
 
-    The temporary folder is made where TMPDIR says and takes the room of the whole model.
+    The temporary folder is made where TMPDIR says and takes the room of the whole model. What a process that was killed
+    has left there goes when the next one comes to this place.
 
     Raises:
-        InputError: there is no such checkpoint or adapter, or they do not fit each other.
+        InputError: there is no such checkpoint or adapter, they do not fit each other, or the folder cannot be made.
     """
     base, adapter = resolve_model(name)
     assert adapter is not None
-    with tempfile.TemporaryDirectory(prefix="micota-merged-") as folder:
-        save_merged(base, adapter, Path(folder) / "model")
-        yield Path(folder) / "model"
+    with temporary_folder(Path(tempfile.gettempdir()) / "micota-merged") as folder:
+        save_merged(base, adapter, folder / "model")
+        yield folder / "model"
 
 
 class _Merged(Mapping[str, Tensor]):

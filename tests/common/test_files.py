@@ -9,15 +9,20 @@ from pathlib import Path
 import pytest
 
 from micota_fast.common import files
-from micota_fast.common.files import open_atomic, remove_whole, whole_folder, write_atomic
+from micota_fast.common.files import open_atomic, remove_whole, temporary_folder, whole_folder, write_atomic
 from micota_fast.errors import InputError
 
 WRITER = """
 import os, sys
 from pathlib import Path
-from micota_fast.common.files import open_atomic, whole_folder
+from micota_fast.common.files import open_atomic, temporary_folder, whole_folder
 out = Path(sys.argv[2])
-if sys.argv[1] == "file":
+if sys.argv[1] == "temporary":
+    with temporary_folder(out) as folder:
+        (folder / "part").write_bytes(b"half")
+        print("writing", flush=True)
+        sys.stdin.read()
+elif sys.argv[1] == "file":
     with open_atomic(out) as file:
         file.write(b"half")
         print("writing", flush=True)
@@ -95,6 +100,26 @@ def test_what_a_killed_writer_left_goes_and_what_another_one_is_writing_stays(ki
     assert writing.returncode == 0
     assert names(tmp_path) == ["out"]
     assert read(kind, out) == "half"
+
+
+def test_a_temporary_folder_of_a_killed_process_goes_and_that_of_a_living_one_stays(tmp_path: Path) -> None:
+    place = tmp_path / "merged"
+    killed = start_writer("temporary", place)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    (left,) = names(tmp_path)
+    living = start_writer("temporary", place)
+    (its,) = names(tmp_path)
+    assert its != left
+    with temporary_folder(place) as ours:
+        assert ours.stat().st_mode & 0o777 == 0o700, "a model may be of nobody else's business"
+        assert names(tmp_path) == sorted([its, ours.name])
+        assert names(tmp_path / its) == ["part"]
+    assert names(tmp_path) == [its]
+    living.communicate(b"")
+    assert names(tmp_path) == []
+    with pytest.raises(InputError, match=f"cannot write {left}/none: "), temporary_folder(Path(left) / "none"):
+        pass
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

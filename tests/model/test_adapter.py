@@ -1,6 +1,10 @@
 """LoRA adapters and names of models from elsewhere: what cannot be one is refused by name."""
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from helpers.adapters import write_adapter
 from micota_fast.errors import InputError
-from micota_fast.model.adapter import Adapter
+from micota_fast.model.adapter import Adapter, merged_for_a_while
 from micota_fast.model.folder import resolve_model
 
 SHAPES = {"norm.weight": torch.Size([4]), "up.weight": torch.Size([6, 4])}
@@ -61,3 +66,34 @@ def test_what_names_no_model_is_never_the_working_directory(
         (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match=message):
         resolve_model(name)
+
+
+MERGES = """
+import sys
+from micota_fast.model.adapter import merged_for_a_while
+with merged_for_a_while(sys.argv[1]):
+    print("merged", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_merged_model_that_a_killed_process_has_left_goes_when_the_next_is_made(
+    tmp_path: Path, qwen2_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = f"{qwen2_checkpoint}+{write_adapter(tmp_path / 'adapter')}"
+    made = tmp_path / "made"
+    made.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(made))
+    command, environment = [sys.executable, "-c", MERGES, both], os.environ | {"TMPDIR": str(made)}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"merged\n"
+    (its,) = made.iterdir()
+    with merged_for_a_while(both) as model:
+        assert set(made.iterdir()) == {its, model.parent}, "a living process keeps its own"
+    process.kill()
+    process.communicate()
+    assert list(made.iterdir()) == [its], "nothing could remove it"
+    with merged_for_a_while(both) as model:
+        assert list(made.iterdir()) == [model.parent]
+    assert not list(made.iterdir())
