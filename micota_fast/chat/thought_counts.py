@@ -6,7 +6,7 @@ from micota_fast.chat.thoughts import CLOSE, OPEN
 
 
 class ThoughtCounts:
-    """Counts of assistants' texts with a thought, and of what a chat template adds to them."""
+    """Counts of assistants' texts with a thought, and of what a chat template adds to them; of a row, or of many."""
 
     def __init__(self) -> None:
         self._texts: Counter[str] = Counter()
@@ -24,6 +24,12 @@ class ThoughtCounts:
         if inserted:
             self._inserted[inserted] += 1
         self._unopened += unopened
+
+    def add(self, other: "ThoughtCounts") -> None:
+        """Add the counts of other texts."""
+        self._texts += other._texts
+        self._inserted += other._inserted
+        self._unopened += other._unopened
 
     def lines(self) -> list[str]:
         """Return what the log says; nothing if no row has a thought and the template adds nothing."""

@@ -82,6 +82,7 @@ class Documents:
 class _Row:
     source: SourceRow
     segments: list[Segment]
+    thoughts: ThoughtCounts
     weight: float
     parsed: dict[str, Any]
 
@@ -130,6 +131,7 @@ def load_documents(
     n_rows = dropped = truncated = 0
     documents: list[Encoded] = []
     weights: list[float] = []
+    thoughts = ThoughtCounts()  # of the documents
 
     def tokenise(batch: list[_Row]) -> None:
         nonlocal dropped, truncated
@@ -158,6 +160,7 @@ def load_documents(
                     continue
                 truncated += 1
             documents.append(Encoded(ids, supervised))
+            thoughts.add(row.thoughts)
             weights.append(row.weight)
             if scores is not None and place is not None:
                 scores.places.append(place)
@@ -165,11 +168,11 @@ def load_documents(
     batch: list[_Row] = []
     chars = 0
     formats: Counter[str] = Counter()
-    thoughts = ThoughtCounts()
     for source in read_rows(path):
         n_rows += 1
+        its_thoughts = ThoughtCounts()
         try:
-            parsed, segments = _read(source, chat, columns or {}, thoughts)
+            parsed, segments = _read(source, chat, columns or {}, its_thoughts)
             formats[format_name(parsed, columns or ())] += 1
             weight = _weight(parsed)
         except InputError as reason:
@@ -177,7 +180,7 @@ def load_documents(
                 tokenise(batch)  # an earlier line may hold an earlier error
             reject(source, reason)
             continue
-        batch.append(_Row(source, segments, weight, parsed))
+        batch.append(_Row(source, segments, its_thoughts, weight, parsed))
         chars += sum(len(segment.text) for segment in segments)
         if chars >= _BATCH_CHARS:
             tokenise(batch)

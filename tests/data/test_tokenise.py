@@ -246,6 +246,18 @@ def test_documents_over_the_limit_are_dropped_or_cut_and_counted(chat: Chat, tmp
         load_documents(path, chat, 1)
 
 
+def test_thoughts_are_counted_in_the_rows_that_are_trained_on(chat: Chat, tmp_path: Path) -> None:
+    def answer(text: str, **more: Any) -> dict[str, Any]:
+        return messages(("user", "1+2?"), ("assistant", f"<think>\nHm.\n</think>\n\n{text}")) | more
+
+    rows = [answer("3"), answer("3 " * 500), answer("3", weight=-1), {"messages": PLAIN}]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    documents = load_documents(path, chat, 100, skip_bad_rows=True)
+    assert (len(documents), documents.dropped, documents.rejected) == (2, 1, 1)
+    assert "thoughts: 1 kept, each in one pair of tags" in documents.about
+    assert "thoughts: 2 kept, each in one pair of tags" in load_documents(path, chat, 100, "truncate", True).about
+
+
 def test_a_row_without_a_token_to_predict_is_bad(qwen2_checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(qwen2_checkpoint, tmp_path / "checkpoint")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
