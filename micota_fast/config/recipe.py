@@ -154,6 +154,8 @@ class OnPolicyCorpus:
         at_least(self, rounds=1, problems_per_round=1)
         if self.rounds > MOST_ROUNDS:
             raise InputError(f"`rounds` must be at most {MOST_ROUNDS}, not {self.rounds}")
+        if (asked := self.rounds * self.problems_per_round) >= 2**63:  # the last round begins at a number of 64 bits
+            raise InputError(f"`rounds` times `problems_per_round` must fit 64 bits, not {asked}")
         check_top_k(self, "top")
         for key in ("url", "api", "slice"):
             if key in self.overrides:

@@ -113,6 +113,11 @@ def round_stages(
             check_sampling(builder, answering, f"{part}.overrides")
         answering.slice = (number * spec.problems_per_round, spec.problems_per_round)
         answering.seed += SEEDS_APART * learning.seed + number + 1
+        if answering.seed >= 2**63:
+            raise InputError(
+                f"{builder.path}, `{part}`: the seed of sampling is `generate.seed` + {SEEDS_APART} * the training's "
+                f"seed {learning.seed} + the round's number, and must fit 64 bits; choose a smaller seed"
+            )
         answer_stage(builder, name, spec.problems, answering, model)
         rows = filter_stage(builder, name, filtering)
         scores = score_stage(builder, name, f"{part}.by", spec.by, spec.top, rows, scorer, student, learning.chat)

@@ -241,6 +241,14 @@ def test_other_stages_do_not_know_of_rounds() -> None:
             "these are made from each other: model/mine-seed1-round3 -> model/mine-seed1-round3",
         ),
         (["arms={mid: mid}"], "`train.soft` needs a corpus with `score` or `on_policy`"),
+        (
+            [f"corpora.own.on_policy.problems_per_round={2**62}"],
+            f"`rounds` times `problems_per_round` must fit 64 bits, not {3 * 2**62}",
+        ),
+        (
+            ["seeds=[9300000000000000]"],
+            r"`corpora\.own\.on_policy`: the seed of sampling is .* seed 9300000000000000 .* must fit 64 bits",
+        ),
     ],
 )
 def test_a_wrong_corpus_in_rounds_is_told(overrides: list[str], message: str) -> None:
