@@ -150,7 +150,7 @@ def test_the_recipes_trainings_fit_four_gpus_of_40_gb(qwen2_checkpoint: Path, tm
     cells = [
         ["3B", 16384, "selective", None, ""],
         ["7B", 16384, "full", None, "8bit"],
-        ["14B", 16384, "full", 2, "offload"], # the shards in the host's memory are real
+        ["14B", 16384, "full", 2, "offload"],  # the shards in the host's memory are real
         ["14B", 16384, "full", 4, "lora"],
     ]
     found = measure(cells, 4, qwen2_checkpoint, tmp_path)
