@@ -108,7 +108,8 @@ class Chat:
 
         Raises:
             InputError: a file is missing or malformed (with file and key), the checkpoint has no template and
-                `config.use_template` asks for one, or template or tokenizer take more time or memory than honest ones.
+                `config.use_template` asks for one, the template has no variable of a name in `config.template_kwargs`,
+                or template or tokenizer take more time or memory than honest ones.
         """
         path = Path(path)
         tokenizer_path = path / "tokenizer.json"
@@ -126,6 +127,8 @@ class Chat:
                     f"{path}: no chat template (chat_template.jinja, or key 'chat_template' in tokenizer_config.json): "
                     f"name one (`chat.template`), or set `chat.use_template: false` to send prompts as bare text"
                 )
+            if config.template_kwargs:
+                template.check_options(config.template_kwargs)
         model_config = read_json_if_there(path / "config.json") or {}
         vocab_size = model_config.get("vocab_size", tokenizer.library.get_vocab_size(with_added_tokens=True))
         if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:

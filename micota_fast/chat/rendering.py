@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -51,6 +51,9 @@ class _PublicNamespace(Namespace):
         super().__setitem__(name, value)
 
 
+_ABSENT = {"tools": None, "documents": None}  # what a conversation may have elsewhere, and no row of ours has
+
+
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
@@ -87,6 +90,7 @@ class Renderer:
         )
         self.where = where
         self._special_tokens = dict(special_tokens)
+        self._environment, self._source = environment, source
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -110,8 +114,7 @@ class Renderer:
         """
         try:
             ours = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
-            ours |= {"tools": None, "documents": None}
-            return self._template.render(dict(options) | ours | self._special_tokens)
+            return self._template.render(dict(options) | ours | _ABSENT | self._special_tokens)
         except (MemoryError, RecursionError):
             raise
         except jinja2.TemplateError as error:
@@ -120,3 +123,9 @@ class Renderer:
             raise InputError(
                 f"{self.where}: the chat template fails on the conversation: {type(error).__name__}: {error}"
             ) from None
+
+    def variables(self) -> list[str]:
+        """The names that the template looks up, in any branch, loop or macro of it, and that `options` may set."""
+        looked_up = meta.find_undeclared_variables(self._environment.parse(self._source))
+        ours = {"messages", "add_generation_prompt", *_ABSENT, *self._special_tokens}
+        return sorted(looked_up - ours - self._environment.globals.keys())

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +10,12 @@ from micota_fast.chat.limits import Allowance, Handle
 from micota_fast.common.json_io import read_json_if_there
 from micota_fast.config import loader
 from micota_fast.config.generation import ChatConfig
+from micota_fast.config.suggestions import did_you_mean
 from micota_fast.errors import InputError
 
 MIB = 1 << 20
 MAX_SOURCE_BYTES = 1 << 20  # of chat_template.jinja; the longest published ones have some 30,000
+_COMPILING = Allowance(1.5, 512 * MIB)
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
@@ -32,8 +34,23 @@ class ChatTemplate:
 
     def __init__(self, source: str, where: str, special_tokens: Mapping[str, str]) -> None:
         self.where = where
-        self._handle = Handle(where, "open_template", Allowance(1.5, 512 * MIB), source, where, dict(special_tokens))
+        self._handle = Handle(where, "open_template", _COMPILING, source, where, dict(special_tokens))
         self._handle.open()
+
+    def check_options(self, names: Iterable[str]) -> None:
+        """See that the template looks at each of these names: it would pass over one that is misspelt.
+
+        Raises:
+            InputError: it does not.
+        """
+        known: list[str] = self._handle.run("template_variables", _COMPILING)
+        for name in names:
+            if name not in known:
+                asked = did_you_mean(name, known, f"known: {', '.join(known) or 'none'}")
+                raise InputError(
+                    f"`chat.template_kwargs`: {name!r} is not a variable of the chat template of {self.where} that "
+                    f"can be set; {asked}"
+                )
 
     def render(
         self, conversations: Sequence[tuple[Sequence[Message], bool]], options: Mapping[str, Any] | None = None

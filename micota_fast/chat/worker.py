@@ -65,6 +65,10 @@ class _Commands:
             texts.append(text)
         return texts
 
+    def template_variables(self, key: int) -> list[str]:
+        """Name the variables of a template that options may set."""
+        return self._templates[key].variables()
+
     def check_tokenizer(self, path: str) -> None:
         """Try a tokenizer's normalizer, pre-tokenizer, post-processor and decoder, with no vocabulary to read first."""
         import json

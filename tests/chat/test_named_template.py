@@ -92,6 +92,35 @@ def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], said:
         ChatConfig(**options)
 
 
+IN_A_MACRO = "{% macro turn(m) %}{{ m.content if shout_it else '' }}{% endmacro %}" + SHOUTING
+SET_IF_MISSING = "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}" + SHOUTING
+IN_A_BRANCH = "{% if false %}{% set ns = namespace(found=thinking_budget|default(3)) %}{% endif %}" + SHOUTING
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [(IN_A_MACRO, "shout_it"), (SET_IF_MISSING, "enable_thinking"), (IN_A_BRANCH, "thinking_budget")],
+)
+def test_a_name_for_the_template_is_one_that_it_looks_at_anywhere(
+    source: str, name: str, tmp_path: Path, checkpoint: Path
+) -> None:
+    file = tmp_path / "a.jinja"
+    file.write_text(source)
+    chat_of(checkpoint, template=str(file), template_kwargs={name: False})
+    said = rf"`chat\.template_kwargs`: '{name[:-1]}' is not a variable of .*{file}.*; did you mean `{name}`\? Known: .*{name}$"
+    with pytest.raises(InputError, match=said):
+        chat_of(checkpoint, template=str(file), template_kwargs={name: False, name[:-1]: False})
+
+
+@pytest.mark.parametrize("name", ["tools", "bos_token", "namespace", "m", "no_such"])
+def test_a_name_that_the_template_would_never_get_is_refused(name: str, tmp_path: Path, checkpoint: Path) -> None:
+    write_config(checkpoint, bos_token="<|im_start|>")
+    file = tmp_path / "a.jinja"
+    file.write_text("{{ tools }}{{ bos_token }}{{ namespace() }}" + SHOUTING)
+    with pytest.raises(InputError, match=rf"'{name}' is not a variable of .* that can be set; known: none$"):
+        chat_of(checkpoint, template=str(file), template_kwargs={name: 1})
+
+
 def test_a_template_that_refuses_says_so_itself(tmp_path: Path, checkpoint: Path) -> None:
     file = tmp_path / "strict.jinja"
     file.write_text("{{ raise_exception('only poems') }}")
