@@ -107,8 +107,8 @@ def test_a_name_for_the_template_is_one_that_it_looks_at_anywhere(
     file = tmp_path / "a.jinja"
     file.write_text(source)
     chat_of(checkpoint, template=str(file), template_kwargs={name: False})
-    said = rf"`chat\.template_kwargs`: '{name[:-1]}' is not a variable of .*{file}.*; did you mean `{name}`\? Known: .*{name}$"
-    with pytest.raises(InputError, match=said):
+    said = rf"`chat\.template_kwargs`: '{name[:-1]}' is not a variable of .*{file}.*"
+    with pytest.raises(InputError, match=rf"{said}; did you mean `{name}`\? Known: .*{name}$"):
         chat_of(checkpoint, template=str(file), template_kwargs={name: False, name[:-1]: False})
 
 
