@@ -234,60 +234,65 @@ def launches(tokenizer: str, folder: str, chips: list[int], models: list[str]) -
     return {"counts": dict(session.launches.counts), "compiled": compiled}
 
 
-def graphs(checkpoint: str, attention: str, modes: list[str]) -> dict[str, Any]:
+def graphs(checkpoint: str, attention: str, modes: list[str], offload: bool) -> dict[str, Any]:
     """Compile the blocks as `parallelize` does, and return what dynamo counted over packs of three lengths, by mode.
 
-    torch compiles nothing under a dispatch mode of others, so a block is called outside of it. Its graphs are made for
-    both passes and run operation by operation (`aot_eager`); what inductor makes of them is not seen.
+    torch compiles nothing under a dispatch mode of others, so a block's `forward` is called outside of it, and what
+    FSDP does around it inside. Its graphs are made for both passes and run operation by operation (`aot_eager`); what
+    inductor makes of them is not seen.
+
+    Args:
+        checkpoint: whose shapes the model has.
+        attention: the option, or one of `flash.VERSIONS`.
+        modes: of activation checkpointing.
+        offload: whether FSDP shards the model, in the host's memory.
     """
     session = Session(world=1, attention=attention if attention.startswith("flash") else None)
     import torch
     from torch._dynamo.utils import counters
     from torch.utils._python_dispatch import _disable_current_modes
 
-    from micota_fast.config.train import TrainSettings
+    from micota_fast.config.train import TrainConfig
     from micota_fast.model.attention import choose_backend
     from micota_fast.model.config import ModelConfig
-    from micota_fast.model.safetensors_io import shapes_only
-    from micota_fast.train.packed_loss import PackedLoss
+    from micota_fast.train import prepare
     from micota_fast.train.parallel import parallelize
-    from micota_fast.train.world import World
+    from micota_fast.train.world import join_world
 
     def compile_outside(module: torch.nn.Module, **options: Any) -> None:
-        compiled = torch.compile(module._call_impl, backend="aot_eager", **options)
+        compiled = torch.compile(module.forward, backend="aot_eager", **options)
 
         def call(*args: Any) -> Any:
             with _disable_current_modes():
                 return compiled(*args)
 
-        module._compiled_call_impl = call
+        module.forward = call  # type: ignore[method-assign]
 
     torch.nn.Module.compile = compile_outside  # type: ignore[method-assign]
-    shape = ModelConfig.from_checkpoint(checkpoint)
-    device = torch.device("cuda", 0)
-    backend, why = choose_backend("auto", device, torch.bfloat16, shape.head_dim)
-    found: dict[str, Any] = {"attention": f"{backend}, {why}"}
+    head_dim = ModelConfig.from_checkpoint(checkpoint).head_dim
+    found: dict[str, Any] = {}
     for mode in modes:
         torch._dynamo.reset()
         counters.clear()
-        model = PackedLoss(shapes_only(shape, torch.bfloat16), backend)
-        # In float32 one process is not sharded; the parameters are bfloat16, as those that FSDP gathers.
-        settings = TrainSettings(compile=True, dtype="float32", activation_checkpointing=mode)  # type: ignore[arg-type]
+        config = TrainConfig(model=checkpoint, data="", out="", compile=True, offload=offload, **ON_GPU)
+        config.activation_checkpointing = mode  # type: ignore[assignment]
         made = []
-        with session.running():
-            parallelize(model, settings, World(0, 1, device))
-            model.to_empty(device=device)
+        with session.running(), join_world("cuda", offload=offload) as world:
+            found["attention"] = ", ".join(choose_backend("auto", world.device, torch.bfloat16, head_dim))
+            model = prepare.build_model(config, Path(checkpoint), world)
+            parallelize(model, config, world)
+            prepare.load_initial_weights(model, config, Path(checkpoint), world)
             for lengths in ((100, 28), (64, 30, 7), (201,)):
                 total = sum(lengths)
-                ids_T = torch.zeros(total, dtype=torch.int64, device=device)
-                cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
+                ids_T = torch.zeros(total, dtype=torch.int64, device=world.device)
+                cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=world.device)
                 model(ids_T, ids_T, ids_T, None, cu_seqlens, lengths, total, float(total)).backward()
                 made.append(counters["stats"]["unique_graphs"])
         found[mode] = {
             "graphs": made,
             "breaks": list(counters["graph_break"]),
             "backward": counters["aot_autograd"]["ok"],
-            "gradients": all(parameter.grad is not None for parameter in model.parameters()),
+            "gradients": sorted({str(p.grad.device) if p.grad is not None else "none" for p in model.parameters()}),
         }
     return found
 

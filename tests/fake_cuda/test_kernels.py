@@ -21,15 +21,26 @@ LIGERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["varlen", "flash 4"])
-def test_one_graph_serves_all_blocks_and_packs(attention: str, qwen2_checkpoint: Path) -> None:
+@pytest.mark.parametrize(
+    ("attention", "offload", "modes"),
+    [
+        ("varlen", False, ["none", "selective", "full"]),
+        ("flash 4", False, ["selective"]),
+        ("varlen", True, ["selective"]),
+    ],
+    ids=["varlen", "flash 4", "offload"],
+)
+def test_one_graph_serves_all_blocks_and_packs(
+    attention: str, offload: bool, modes: list[str], qwen2_checkpoint: Path
+) -> None:
     """That FlashAttention 2's and 3's own functions can be traced is up to their releases."""
-    modes = ["none", "selective", "full"]
-    found = run_scene("graphs", checkpoint=str(qwen2_checkpoint), attention=attention, modes=modes)
+    checkpoint = str(qwen2_checkpoint)
+    found = run_scene("graphs", checkpoint=checkpoint, attention=attention, modes=modes, offload=offload)
     assert found["attention"].startswith("varlen" if attention == "varlen" else "flash, FlashAttention 4")
     for mode in modes:
         # After each of three packs.
-        assert found[mode] == {"graphs": [1, 1, 1], "breaks": [], "backward": 1, "gradients": True}, mode
+        gradients = ["cpu" if offload else "cuda:0"]
+        assert found[mode] == {"graphs": [1, 1, 1], "breaks": [], "backward": 1, "gradients": gradients}, mode
 
 
 @pytest.mark.slow
