@@ -164,4 +164,4 @@ def check_distributions(inputs: LossInputs) -> None:
     if bool(wrong_N.any()):
         row = int(wrong_N.nonzero()[0])
         total = float(total_N[row])
-        raise ValueError(f"logprobs[{row}] are of probabilities that sum to {total:.4g}, which is no distribution")
+        raise ValueError(f"logprobs[{row}] are of probabilities that sum to {total:.4g}, which is not a distribution")

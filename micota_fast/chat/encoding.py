@@ -194,7 +194,7 @@ class Chat:
         if roles not in (["user"], ["user", "assistant"]):
             raise InputError(
                 f"roles {', '.join(roles)}: with `chat.use_template: false` only one user message and one answer can "
-                f"be put as text"
+                f"be sent as bare text"
             )
         text = messages[0]["content"]
         if not text.startswith(self._bare_prefix):

@@ -65,7 +65,7 @@ def training_text(text: str, opened: str, thinking: Thinking, tags: tuple[str, s
     if thought is None:
         return text
     if not answer.strip():
-        raise InputError(f"nothing follows the thought: there is no answer behind {CLOSE}")
+        raise InputError(f"nothing follows the thought: there is no answer after {CLOSE}")
     if thinking == "strip":
         return answer.lstrip()
     start, end = (OPEN, CLOSE) if thinking == "keep" else tags

@@ -133,7 +133,7 @@ def _stored(name: str, entry: Any, data: int) -> StoredTensor:
     except (KeyError, TypeError, ValueError):
         good = False
     if not good:
-        raise ValueError(f"tensor {name}: its header has no dtype, shape and data_offsets as the format wants them")
+        raise ValueError(f"tensor {name}: its header has no dtype, shape and data_offsets as the format requires")
     return StoredTensor(code, tuple(shape), data + start, data + end)
 
 
@@ -141,7 +141,7 @@ def _check_header(tensors: dict[str, StoredTensor], data: int, size: int) -> Non
     at = data
     for name, (code, shape, start, end) in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if start != at or end < start:
-            raise ValueError(f"tensor {name} does not follow on the one before it")
+            raise ValueError(f"tensor {name} does not begin where the one before it ends")
         if code in DTYPES and end - start != math.prod(shape) * DTYPES[code].bytes:
             raise ValueError(f"tensor {name} has {end - start} bytes, which is not {list(shape)} of {code}")
         if end > size:

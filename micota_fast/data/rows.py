@@ -154,12 +154,12 @@ def _refuse_preferences(row: Mapping[str, Any]) -> None:
         if isinstance(chosen, list) and len(chosen) > 1:
             columns = "messages: chosen"
         elif "conversations" in row:
-            raise InputError("a preference pair (chosen, rejected): no option reads it; append what is chosen")
+            raise InputError("a preference pair (chosen, rejected): no option reads it; append the chosen answer")
         else:
             key = next((key for key in ("prompt", "instruction", "problem", "question") if key in row), "...")
             ours = {"instruction": "output: chosen", "problem": "completion: chosen", "prompt": "completion: chosen"}
             columns = ours.get(key, f"problem: {key}, completion: chosen")
-        raise InputError(f"a preference pair (chosen, rejected): `columns: {{{columns}}}` learns what was chosen")
+        raise InputError(f"a preference pair (chosen, rejected): `columns: {{{columns}}}` trains on the chosen answer")
     if "non_preferred_output" in row:
         raise InputError("OpenAI's preference pair (preferred_output, non_preferred_output): no option reads it")
     for key in ("label", "kto_tag"):

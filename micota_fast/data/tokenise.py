@@ -148,7 +148,7 @@ def load_documents(
             try:
                 chat.check_ids(ids)
                 if not supervised[1:].any():
-                    raise InputError("no supervised token: the assistant's text gives no token that another precedes")
+                    raise InputError("no supervised token: no token of the assistant's text follows another token")
                 place = None if scores is None else scores.place(row.parsed, ids, supervised)
             except InputError as reason:
                 reject(row.source, reason)

@@ -48,7 +48,7 @@ def check_no_store(folder: Path, out: Path) -> None:
     for place in (folder, journal_of(folder)):
         if place.exists():
             raise InputError(
-                f"{place} belongs to another run: it is of answers that are no longer whole in {out}; delete it to "
+                f"{place} belongs to another run: its answers are no longer complete in {out}; delete it to "
                 f"start over, or write elsewhere"
             )
 
@@ -63,5 +63,7 @@ def check_store(folder: Path, out: Path, made_by: Mapping[str, Any]) -> None:
         raise InputError(f"{folder} is missing next to {out}; put it back, or delete {out} to generate both again")
     store = TopLogprobs(folder)
     if store.made_by != as_read_back(made_by):
-        raise InputError(f"{folder} is not of {out}; put the right one back, or delete both to generate them again")
+        raise InputError(
+            f"{folder} does not belong to {out}; put the right one back, or delete both to generate them again"
+        )
     store.verify()

@@ -99,7 +99,8 @@ class Fleet:
         """See that a server that is not up answers and serves the model asked for, with room for our prompts."""
         served = await self._check_model(endpoint)
         if served is None and not endpoint.answered:
-            print(f"{endpoint.url} does not tell which model it serves: taken on trust", file=sys.stderr, flush=True)
+            what = "does not say which model it serves: `model` is taken on trust"
+            print(f"{endpoint.url} {what}", file=sys.stderr, flush=True)
         await self._api.read_settings(endpoint, self._probing)
 
     # -- at work -----------------------------------------------------------------------------------------------------

@@ -45,8 +45,8 @@ EVENT_BYTES = 4096  # of the event that brings a token
 FEW_MODELS = 8  # a server that lists no more may answer any name with what it has; paid APIs refuse unknown names
 DISPENSABLE = ("seed", "stream_options")  # keys of a request that some servers do not know; it can do without
 TOLD = (
-    "asked by OpenAI's API: the server renders the prompts and refuses those that are too long when they come, ends "
-    "answers by its own tokens and counts by its own rules; there are no token ids"
+    "asked through OpenAI's API: the server renders the prompts, refuses one that is too long only when it is sent, "
+    "ends answers at its own end tokens and counts tokens by its own rules; it returns no token ids"
 )
 
 
@@ -96,7 +96,7 @@ class OpenAIApi:
         path = "/models"
         status, content = await endpoint.get(session, path)
         if status in (401, 403):
-            raise InputError(f"{endpoint.url} refuses us with HTTP {status}: {error_message(content)}; {self._remedy}")
+            raise InputError(f"{endpoint.url} answers with HTTP {status}: {error_message(content)}; {self._remedy}")
         if status in UNAVAILABLE_STATUSES - {429}:
             raise RetryableError(f"HTTP {status}: {error_message(content)}")
         if status != 200:
@@ -106,7 +106,7 @@ class OpenAIApi:
         except (KeyError, TypeError) as error:
             raise RetryableError(f"{path} is not OpenAI's list of models: {error!r:.200}") from None
         if any(type(name) is not str or not name or not name.isprintable() for name in names):
-            raise RetryableError(f"{path} lists what cannot be a name: {names!r:.200}")
+            raise RetryableError(f"{path} lists an impossible name of a model: {names!r:.200}")
         ours = [name for name in names if name == self.model] or [name for name in names if self.is_wanted(name)]
         if ours:
             self._names[endpoint.url] = ours[0]

@@ -134,7 +134,7 @@ class _Pieces:
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         known = [count for count in counts if type(count) is int and 0 <= count < MOST_TOKENS]
         if len(known) != 2:
-            raise RetryableError(f"an answer whose `usage` cannot be: {self._usage!r:.200}")
+            raise RetryableError(f"an answer with an impossible `usage`: {self._usage!r:.200}")
         thought, answer = "".join(self._thought), "".join(self._answer)
         return ChatReply(thought, answer, FINISH_REASONS[self._reason], *known)
 

@@ -47,9 +47,9 @@ def read_reply(
     if reason not in ("stop", "length"):
         raise RetryableError(f"the server ended the answer with {str(meta['finish_reason'])[:SHOWN_CHARACTERS]}")
     if not 0 <= tokens <= max_new_tokens:
-        raise RetryableError(f"an answer that counts {tokens:,} tokens, of {max_new_tokens:,} asked for")
+        raise RetryableError(f"an answer of {tokens:,} tokens, though at most {max_new_tokens:,} were asked for")
     if ids and len(ids) != tokens:
-        raise RetryableError(f"an answer of {len(ids)} `output_ids` that counts {tokens} tokens")
+        raise RetryableError(f"an answer with {len(ids)} `output_ids`, but a count of {tokens} tokens")
     _check_ids(ids, vocab_size)
     if not top_logprobs or len(ids) != tokens:
         return Reply(text, reason, tokens, ids, None)

@@ -46,18 +46,18 @@ def read_places(tokens: Sequence[int], own: list[Any], places: list[Any], top: i
         raise RetryableError(f"an answer without the log-probabilities asked for: {error!r}") from None
     scored = [i for _, i in own]
     if scored != list(tokens):
-        raise RetryableError(f"log-probabilities of {len(scored)} other tokens than the {len(tokens)} of the text")
+        raise RetryableError(f"log-probabilities of {len(scored)} tokens that are not the {len(tokens)} of the text")
     if len(places) != len(scored) or any(len(place) != top for place in places):
         raise RetryableError(f"scores of {len(scored)} tokens without {top} log-probabilities at each of them")
     for logprob, i in own:
         if not _is_logprob(logprob):
-            raise RetryableError(f"a log-probability of the text's token {i} that is none: {logprob!r:.100}")
+            raise RetryableError(f"an impossible log-probability of the text's token {i}: {logprob!r:.100}")
     for place in places:
         if len({i for _, i in place}) != top or not all(type(i) is int and 0 <= i < vocab_size for _, i in place):
             raise RetryableError(f"token ids that cannot be the likeliest of {vocab_size}: {place!r:.100}")
         values = [logprob for logprob, _ in place]
         if not all(map(_is_logprob, values)):
-            raise RetryableError(f"a log-probability that is none: {place!r:.100}")
+            raise RetryableError(f"an impossible log-probability: {place!r:.100}")
         if any(later > earlier for earlier, later in pairwise(values)):
             raise RetryableError(f"log-probabilities that are not in falling order: {place!r:.100}")
     scores = Scores(
@@ -67,7 +67,7 @@ def read_places(tokens: Sequence[int], own: list[Any], places: list[Any], top: i
     )
     over = np.flatnonzero(total_probability(_kept(scores.logprobs)) > MOST_SUM)
     if len(over):
-        raise RetryableError(f"log-probabilities of more than certainty: {places[over[0]]!r:.100}")
+        raise RetryableError(f"probabilities that sum to more than 1: log-probabilities {places[over[0]]!r:.100}")
     return scores
 
 

@@ -104,8 +104,8 @@ class SGLangServers:
         context = endpoint.info.context_length
         if context is not None and context < self.context_length:
             raise InputError(
-                f"{endpoint.url} has come up with a context of {context} tokens, less than the "
-                f"{self.context_length} of the others, by which the prompts were checked; start it like them"
+                f"{endpoint.url} has started with a context of {context} tokens, less than the "
+                f"{self.context_length} of the others, which the prompts were checked against; start it like them"
             )
 
     async def probe_load(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> Load | None:
@@ -147,7 +147,7 @@ class SGLangServers:
             # Whatever comes on that connection is off by one from now on, and it is among the idle ones again:
             # this server has each connection for one request from now on.
             endpoint.reuse = False
-            raise RetryableError("the answer to another request came", own=False)
+            raise RetryableError("it returned the answer to another request", own=False)
         return answer
 
 

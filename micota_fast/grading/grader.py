@@ -254,7 +254,7 @@ class _Worker:
         if not line:
             code = self.process.wait()
             if not self.started:
-                raise RuntimeError(f"a grading worker did not start (exit status {code}); its message stands above")
+                raise RuntimeError(f"a grading worker did not start (exit status {code}); its message is above")
             return ("timeout" if code == -signal.SIGPROF else "crashed"), False
         self.deadline = float("inf")
         self.pair = None

@@ -66,7 +66,7 @@ def merge(config: MergeConfig) -> None:
     else:
         plans = {f"{_SWEEP}{weight:.15g}": plan.with_weight(weight) for weight in config.weights}
         if len(plans) < len(config.weights):
-            raise InputError("`weights` names one twice")
+            raise InputError("`weights` contains the same weight twice")
         merge_plans(plans, Path(config.out), config.seed)
     number = f"{len(config.weights)} merges" if config.weights else "merged"
     print(f"{config.out}: {number} by {plan.method}" + (", in place of a former merge" if former else ""), flush=True)

@@ -121,7 +121,7 @@ class MergePlan:
             values = [value_at(entry.settings[name], tensor, depth) for entry in self.inputs]
             if None in values:
                 model = self.inputs[values.index(None)].model
-                raise InputError(f"{model}: no `{name}` holds for tensor {tensor}; add a case without a filter")
+                raise InputError(f"{model}: no `{name}` applies to tensor {tensor}; add a case without a filter")
             of_models[name] = tuple(float(value) for value in values if value is not None)
         normalize = bool(value_at(self.normalize, tensor, depth))
         rescale = cast(Rescale, value_at(self.rescale, tensor, depth))

@@ -97,9 +97,11 @@ class ModelConfig:
             )
         kv_heads = keys.positive_int("num_key_value_heads", heads)
         if heads % kv_heads:
-            raise InputError(f"{where}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
+            raise InputError(
+                f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+            )
         if d.get("head_dim") is None and family.head_dim is None and hidden_size % heads:
-            raise InputError(f"{where}: hidden_size={hidden_size} is no multiple of num_attention_heads={heads}")
+            raise InputError(f"{where}: hidden_size={hidden_size} is not a multiple of num_attention_heads={heads}")
         head_dim = keys.positive_int("head_dim", family.head_dim or hidden_size // heads)
         if head_dim % 2:
             raise InputError(f"{where}: head_dim={head_dim} is odd; rotary position embedding needs pairs")

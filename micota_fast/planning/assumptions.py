@@ -33,7 +33,7 @@ class Assumptions:
 
     train_mfu: float = option(
         0.4,
-        doc="FLOP utilisation of training, what activation checkpointing computes again counted as well",
+        doc="FLOP utilisation of training, including what activation checkpointing recomputes",
         source="Llama 3 405B on H100: 0.38 to 0.43, arXiv 2407.21783 t. 4",
     )
     prefill_mfu: float = option(0.5, doc="model-FLOP utilisation when prompts are read", source="assumed")
@@ -50,7 +50,7 @@ class Assumptions:
         source="assumed; R1-Distill-Qwen-32B solves 0.943 of MATH-500, arXiv 2501.12948",
     )
     judged: float = option(
-        0.4, doc="share of answers that are put to a judge: those that are read and wrong", source="assumed"
+        0.4, doc="share of answers that the judge is asked about: those read and found wrong", source="assumed"
     )
     judge_tokens: int = option(
         200, doc="tokens of a question to a judge", source="its wording, of 95, a problem and two short answers"

@@ -136,7 +136,7 @@ def make_plan(
     """
     gpu = None if gpu is None else gpu.lower()  # the table has it in capitals
     if gpu not in (None, CPU, *GPUS):
-        raise InputError(f"--gpu {gpu}: known are {', '.join((CPU, *GPUS))}")
+        raise InputError(f"--gpu {gpu}: unknown; known are {', '.join((CPU, *GPUS))}")
     if gpus is not None and gpus < 1:
         raise InputError(f"--gpus must be at least 1, not {gpus}")
     if dollars is not None and not dollars > 0:
@@ -271,7 +271,7 @@ def _totals(made: Plan) -> list[str]:
     if big := [cost.stage for cost in made.to_do if cost.too_big]:
         lines.append(f"DOES NOT FIT on {made.gpu.upper()}: {', '.join(big)}.")
         if made.remedies:
-            lines.append(f"What makes them fit, except where nothing does: {as_set(made.remedies)}")
+            lines.append(f"To make them fit, except where nothing does: {as_set(made.remedies)}")
     lines.append(f"Disk: {size(made.disk)} at the worst moment")
     if made.downloads:
         total = sum(made.downloads.values())
@@ -301,10 +301,10 @@ def _idle(made: Plan, paid: float) -> list[str]:
         return []
     lines = [f"Idle: {two(sum(made.idle.gpu_hours.values()))} of these {two(paid)} GPU-hours."]
     if made.idle.arguments:
-        lines[0] += f" With more GPUs at work all takes {two(made.idle.hours)} hours: {as_set(made.idle.arguments)}"
+        lines[0] += f" With more GPUs at work it takes {two(made.idle.hours)} hours: {as_set(made.idle.arguments)}"
     if made.idle.stuck:
         hours = sum(made.idle.gpu_hours[stage] for stage in made.idle.stuck)
-        lines.append(f"Idle whatever is set: {two(hours)} GPU-hours, in {', '.join(made.idle.stuck)}.")
+        lines.append(f"Idle with any options: {two(hours)} GPU-hours, in {', '.join(made.idle.stuck)}.")
     return lines
 
 
@@ -314,9 +314,10 @@ def _legend(made: Plan, assumed: Assumptions) -> list[str]:
         "except those of stages that are done. Tokens: read and written, in training over all epochs. GPU-hours: of",
         "the whole machine while a stage runs. Memory: the least that each GPU (or process) needs, without the",
         "allocator's gaps; for a server, weights and one longest answer. Disk: what stays + what exists only while the",
-        "stage runs. –: none, or not estimated, like time on a CPU. Each set of answers ends with one that runs alone",
-        "to `max_new_tokens`, as greedy answers do that repeat themselves. A merged model's answers are assumed to be",
-        "as long as the geometric mean of its parents', and none to exceed a quarter of the longest `max_new_tokens`.",
+        "stage runs. –: none, or not estimated, like time on a CPU. Each set of answers is assumed to end with one",
+        "that runs alone to `max_new_tokens`, as greedy answers that repeat themselves do. The mean length of a merged",
+        "model's answers is assumed to be the geometric mean of its parents', and no mean length to exceed a quarter",
+        "of the longest `max_new_tokens`.",
         "Assumptions (to change them: --assume KEY=VALUE; lengths of answers by corpus: --answer-tokens NAME=TOKENS):",
     ]
     for field in dataclasses.fields(assumed):

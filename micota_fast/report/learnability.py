@@ -122,7 +122,7 @@ def agreement(ranking: LearnabilityRanking) -> str:
     )
     same = [f"{measure} {_signed(rho)}" for measure, rho in ranking.others.items() if rho is not None]
     if same:
-        told += f" The same by other measures, less taken for easier: {', '.join(same)}."
+        told += f" The same by other measures, with less counted as easier: {', '.join(same)}."
     if arms < FEW:
         told += (
             f" So few arms say little: {arms} in an order by chance give {_signed(1.0)} once in "

@@ -221,7 +221,7 @@ def step_figure(inputs: Inputs, summary: Summary, colours: Mapping[str, str]) ->
     description = _ends("By line of the answer, from the first to the last", lines)
     caption = (
         f"Empty lines do not count; those from line {STEPS} on are left out. Only longer answers have the later "
-        "lines, so the right end speaks of fewer answers."
+        "lines, so the right end covers fewer answers."
     )
     return Figure("In which of its lines.", caption, [Drawing(figure, description)])
 

@@ -225,8 +225,8 @@ def preconditions_table(conditions: Sequence[Condition]) -> Table:
         "Measured on the teacher (long), the writer of the short answers, the merged assistant (mid) and the untrained "
         "student, before any arm is trained; P1, P2 and P4 on the training problems, in tokens of each writer. Harder: "
         "by the problems' levels, or else by the length of the long answers. Answers that were cut off or rejected by "
-        "another rule than correctness count as not right. Floor: chance, where it is known, or else 0. P5, under "
-        "right text of each corpus, is shown and not judged."
+        "another rule than correctness count as not right. Floor: chance, where it is known, or else 0. P5, for the "
+        "right text of each corpus, is shown without a verdict."
     )
     columns = (Cell("Precondition"), Cell("Held"), Cell("Measured"), Cell("Threshold"))
     return Table("What the method presupposes, and whether it held", columns, rows, tuple(notes))

@@ -23,9 +23,10 @@ INTERVAL_METHOD = (
     "combines two sources of error by adding the squared distances to each bound (MOVER, Zou & Donner 2008): the "
     "sample of problems (the Wilson interval of the mean accuracy; more seeds do not shrink it, as all answer the "
     "same problems) and training (Student's t over seeds). A single run has only the first. The average weights each "
-    "benchmark alike. Differences between arms are paired on the problems where the graded rows of both arms are at "
-    f"hand: problems are drawn with replacement, {RESAMPLES:,} times, within each benchmark, and with a problem both "
-    "arms' answers to it, averaged over samples and seeds; the interval runs from the 2.5th to the 97.5th percentile. "
+    "benchmark alike. Differences between arms are paired on the problems where the graded rows of both arms are "
+    f"available: problems are drawn with replacement, {RESAMPLES:,} times, within each benchmark, and with a problem "
+    "both arms' answers to it, averaged over samples and seeds; the interval runs from the 2.5th to the 97.5th "
+    "percentile. "
     "Two problems are added to each benchmark before, one that only the first arm solves and one that only the second "
     "does (the bootstrap of Bonett & Price's adjusted interval, 2012): that two arms agree on 30 problems is no proof "
     "that they always do. Seeds are not drawn, as two or three say too little of the rest: Student's t over each arm's "
@@ -37,7 +38,7 @@ INTERVAL_METHOD = (
 )
 
 
-ONE_SEED = "Arms trained once say nothing of training noise: their intervals cover the sample of problems only."
+ONE_SEED = "Arms trained once say nothing about training noise: their intervals cover the sample of problems only."
 
 
 @dataclass(frozen=True)

@@ -149,13 +149,13 @@ def deltas_table(summary: Summary) -> Table:
             "comparisons.",
             "p: two-sided, from the same pairs. On a benchmark where all differences are −1, 0 or 1 (one answer each), "
             f"McNemar's exact test; otherwise, and for the average, {RESAMPLES:,} random flips of the signs of the "
-            f"problems' differences, which can tell no p below {tests / (RESAMPLES + 1):.4f} after Holm's correction "
-            f"over the {tests} tests of this table (what stands at that is at most that). It is about the "
-            "models at hand: what another training seed would change is in the interval only.",
+            f"problems' differences, which cannot show a p below {tests / (RESAMPLES + 1):.4f} after Holm's correction "
+            f"over the {tests} tests of this table (a p shown at that value is at most that). The p is about "
+            "the models that were trained: what another training seed would change is in the interval only.",
         ]
     if unpaired := _unpaired(summary):
         notes.append(
-            f"Unpaired ({', '.join(unpaired)}): the graded rows of the arm or of the untouched student are not beside "
+            f"Unpaired ({', '.join(unpaired)}): the graded rows of the arm or of the untouched student are not next to "
             "its results.json. The interval treats the two as if they had answered different problems, which makes it "
             "wide; nothing is tested."
         )
@@ -304,8 +304,8 @@ def contamination_table(overlaps: Mapping[str, Mapping[str, BenchmarkOverlap]]) 
         "Problems of the benchmark that some row of the corpus holds word for word / shares 13 words in a row with "
         "(letters, digits and the signs before numbers count, case and punctuation do not), and how many rows of the "
         "corpus do either.",
-        "A hit is no proof, as problems share phrases; no hit is none either: a paraphrase shares no 13 words, and "
-        "problems of fewer words are looked for whole only.",
+        "A hit is not proof, as problems share phrases; and without one, text may still be shared: a paraphrase shares "
+        "no 13 words, and problems of fewer words are looked for whole only.",
     )
     return Table("Benchmark problems in the training corpora", columns, rows, notes)
 

@@ -115,7 +115,7 @@ class ScoringApi(SGLangServers):
         """
         raise InputError(
             f"{self._name(wanted.problem)} was never scored, though the servers answer others; see their logs, and "
-            f"give the same command again (what was scored is kept)"
+            f"run the same command again (what was scored is kept)"
         )
 
     def known_to_student(self, scores: Scores) -> Scores:

@@ -35,7 +35,7 @@ def environments(config: ServeConfig) -> list[dict[str, str]]:
     if each < needed:
         raise InputError(
             f"`serve` needs {config.replicas * needed} GPUs ({config.replicas} servers with {needed} each: `replicas`, "
-            f"`tp`, `dp`), and {len(visible)} are visible; `serve.device: cpu` does without"
+            f"`tp`, `dp`), and {len(visible)} are visible; `serve.device: cpu` needs none"
         )
     if config.replicas == 1:
         return shared

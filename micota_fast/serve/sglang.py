@@ -41,7 +41,7 @@ def find_python(config: ServeConfig) -> str:
     python = shutil.which(named)
     where = "`serve.python`" if config.python else "$SGLANG_PYTHON"
     if python is None:
-        raise InputError(f"{where} names {named}, which is no program that can be run")
+        raise InputError(f"{where} names {named}, which is not an executable program")
     # find_spec imports nothing, so this takes a moment only.
     probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
     if subprocess.run([python, "-c", probe], check=False, stdin=subprocess.DEVNULL).returncode != 0:

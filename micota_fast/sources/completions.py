@@ -57,7 +57,7 @@ def _completion(found: SourceRow) -> Completion:
     missing = [key for key in _REQUIRED if key not in row]
     if len(missing) > 1:
         raise InputError(
-            f"{found.where}: keys {quoted(missing)} are missing; the row has {quoted(row)}, so it is no completion as "
-            f"`micota generate` writes it. `micota train` also reads rows of other forms"
+            f"{found.where}: keys {quoted(missing)} are missing; the row has {quoted(row)}, so it is not a completion "
+            f"as `micota generate` writes it. `micota train` also reads rows of other forms"
         )
     return parse_row(Completion, row, found.where)

@@ -70,7 +70,7 @@ class _Buffer:
         found = self.look()
         if not found or found not in allowed:
             got = f"found {self.rest()!r}" if found else "the file ends within the list"
-            raise InputError(f"{self._name}: expected {' or '.join(allowed)} behind row {self._items}; {got}")
+            raise InputError(f"{self._name}: expected {' or '.join(allowed)} after row {self._items}; {got}")
         self._at += 1
         return found
 

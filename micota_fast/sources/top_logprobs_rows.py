@@ -94,7 +94,7 @@ def checked_rows(
     sorted_ids = np.sort(kept[2], axis=1)
     again = sorted_ids[:, 1:] == sorted_ids[:, :-1]
     if again.any():
-        refuse((again & (sorted_ids[:, 1:] >= 0)).any(1), "a top_id that comes twice")
+        refuse((again & (sorted_ids[:, 1:] >= 0)).any(1), "a top_id that appears twice")
     refuse(
         ~(total_probability(kept[3]) <= MOST_SUM),
         f"log-probabilities that are NaN, or of probabilities whose sum is above {MOST_SUM}",

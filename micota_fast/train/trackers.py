@@ -99,7 +99,7 @@ def _begin_wandb(config: TrainConfig, project: str, out: Path) -> Any:
         )
     except Exception as error:  # of its own kinds: not logged in, no network
         raise InputError(
-            f"`wandb`: no run could be begun: {error}; `wandb login`, or set WANDB_MODE=offline or `wandb: null`"
+            f"`wandb`: no run could be started: {error}; `wandb login`, or set WANDB_MODE=offline or `wandb: null`"
         ) from error
 
 

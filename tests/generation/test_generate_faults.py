@@ -525,7 +525,7 @@ def test_a_killed_run_leaves_the_same_store(config: Configure, tmp_path: Path, m
     generate.run(request)
     manifest = shard.with_name("top_logprobs.json")
     manifest.write_text(manifest.read_text().replace('"completions": "', '"completions": "0'))
-    with pytest.raises(InputError, match=r"top_logprobs is not of .*killed\.jsonl"):
+    with pytest.raises(InputError, match=r"top_logprobs does not belong to .*killed\.jsonl"):
         generate.run(request)
 
 

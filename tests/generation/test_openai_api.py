@@ -170,7 +170,7 @@ def test_each_sample_is_asked_for_with_its_seed_and_becomes_a_row(
     assert all(headers["Authorization"] == f"Bearer {KEY}" for headers in teacher.headers)
     told = capsys.readouterr()
     assert "240 prompt tokens and 360 completion tokens: $0.00 at $2 and $10 per million" in told.out
-    assert "there are no token ids" in told.err
+    assert "it returns no token ids" in told.err
     meters = json.loads(Path(f"{config.out}.meters.json").read_bytes())
     assert meters["dollars"] == pytest.approx((240 * 2 + 360 * 10) / 1e6)
 
@@ -301,10 +301,10 @@ REPLIES: dict[str, tuple[Reply, str]] = {
     "no reason": (sends(events(SAID, None)), "has no `finish_reason`"),
     "a reason that is none": (sends(events(SAID, "tool_calls")), "ended the answer with 'tool_calls'"),
     "NaN tokens": (sends(events(SAID).replace(b'"completion_tokens": 30', b'"completion_tokens": NaN')), "NaN"),
-    "negative tokens": (sends(events(SAID, used=usage(completion_tokens=-1))), "`usage` cannot be"),
-    "a bool for tokens": (sends(events(SAID, used=usage(completion_tokens=True))), "`usage` cannot be"),
-    "too many tokens": (sends(events(SAID, used=usage(prompt_tokens=1 << 40))), "`usage` cannot be"),
-    "a usage that is none": (sends(events(SAID, used=[1])), "`usage` cannot be"),
+    "negative tokens": (sends(events(SAID, used=usage(completion_tokens=-1))), "an impossible `usage`"),
+    "a bool for tokens": (sends(events(SAID, used=usage(completion_tokens=True))), "an impossible `usage`"),
+    "too many tokens": (sends(events(SAID, used=usage(prompt_tokens=1 << 40))), "an impossible `usage`"),
+    "a usage that is none": (sends(events(SAID, used=[1])), "an impossible `usage`"),
     "half a character": (sends(data('{"choices": [{"delta": {"content": "\\ud800"}}]}')), "half a character"),
 }
 
@@ -489,7 +489,7 @@ def test_a_server_of_another_model_is_refused_and_one_of_many_is_trusted(
     teacher = Teacher(data=[{"id": f"org/{i}"} for i in range(50)])
     with teacher.serving() as url:
         generate.run(configure(url))
-    assert "does not tell which model it serves: taken on trust" in capsys.readouterr().err
+    assert "does not say which model it serves: `model` is taken on trust" in capsys.readouterr().err
 
 
 def test_a_model_is_asked_for_by_the_name_under_which_the_server_lists_it(

@@ -131,7 +131,7 @@ class TestPlaces:
         assert self.weight(tmp_path, None, ATTENTION, 0, **of_file) == 0.4
 
     def test_a_tensor_without_a_weight_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=rf"a: no `weight` holds for tensor {ATTENTION}"):
+        with pytest.raises(InputError, match=rf"a: no `weight` applies to tensor {ATTENTION}"):
             self.weight(tmp_path, [{"filter": "mlp", "value": 0.1}], ATTENTION, 0)
 
     def test_linear_weights_that_cancel(self, tmp_path: Path) -> None:

@@ -433,8 +433,8 @@ def test_assumptions_can_be_changed_and_are_checked(capsys: pytest.CaptureFixtur
     common = ["plan", "micota-qwen2.5-7b", "--out", str(tmp_path / "run"), "--json", str(file)]
     assert main([*common, "--assume", "train_mfu=0.2", "--answer-tokens", "long=1000", "--gpus=8"]) == 0
     printed = capsys.readouterr().out
-    assert "train_mfu = 0.2: FLOP utilisation of training, what activation" in printed
-    assert "again counted as well [as given]" in printed
+    assert "train_mfu = 0.2: FLOP utilisation of training, including what activation" in printed
+    assert "recomputes [as given]" in printed
     assert "This is a plan, not a measurement" in printed
     written = json.loads(file.read_text())
     student = next(stage for stage in written["stages"] if stage["stage"] == "student/long-seed0")
@@ -447,7 +447,7 @@ def test_assumptions_can_be_changed_and_are_checked(capsys: pytest.CaptureFixtur
         (["--assume", "mfu=0.4"], "`mfu`: unknown key"),
         (["--answer-tokens", "medium=5"], "expected NAME=TOKENS with a NAME of base, long, mid, short"),
         (["--answer-tokens", "long=many"], "expected NAME=TOKENS"),
-        (["--gpu", "h1000"], "--gpu h1000: known are cpu, h100"),
+        (["--gpu", "h1000"], "--gpu h1000: unknown; known are cpu, h100"),
         (["--gpus", "0"], "--gpus must be at least 1"),
         (["--dollars-per-gpu-hour", "-1"], "--dollars-per-gpu-hour must be above 0"),
         (["--set", "problems.train.path=other.jsonl"], "other.jsonl; its problems must be counted"),

@@ -117,7 +117,7 @@ def test_pasting_the_remedies_makes_the_plan_fit(
     assert too_big(before)
     assert set(remedies) <= set(before.remedies)
     text = table(before, Assumptions())
-    assert f"What makes them fit, except where nothing does: --set {before.remedies[0]}" in text
+    assert f"To make them fit, except where nothing does: --set {before.remedies[0]}" in text
     after = of_recipe(*overrides, *before.remedies, **options)
     assert too_big(after).keys() == {name for name, cost in too_big(before).items() if "fits with" not in cost.remedy}
     assert after.remedies == []

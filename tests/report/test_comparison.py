@@ -85,7 +85,7 @@ class TestPaired:
         assert short["delta"]["interval95"] == pytest.approx([gap.low, gap.high])
         assert all(not delta["paired"] for delta in short["deltas"].values())
         assert "Δ is paired on the problems, except for short: see" in markdown
-        assert "Unpaired (short): the graded rows of the arm or of the untouched student are not beside" in markdown
+        assert "Unpaired (short): the graded rows of the arm or of the untouched student are not next to" in markdown
         assert "Unpaired (short)" in html
         assert "over the 3 tests of this table" in markdown
         assert rows_of(markdown[markdown.index("**Difference to") :])["short"][3].endswith("], unpaired")

@@ -81,7 +81,7 @@ class TestNumbers:
         markdown, numbers, _ = made(dataclasses.replace(config, arms={"mid": config.arms["mid"][:1]}))
         assert rows_of(markdown)["**mid** (1 seed)"][3] == "70.0 [67.1, 72.8]"
         assert numbers["arms"]["mid"]["average"]["sd"] is None
-        assert "Arms trained once say nothing of training noise" in numbers["headline_qualified"]
+        assert "Arms trained once say nothing about training noise" in numbers["headline_qualified"]
 
     def test_corpora_and_answers(self, report: Made) -> None:
         markdown, numbers, _ = report
@@ -178,7 +178,7 @@ class TestChance:
     def test_where_it_is_not_known_nothing_is_drawn(self, config: ReportConfig, report: Made) -> None:
         markdown, numbers, html = report
         assert numbers["chance"] == {}
-        assert "hance" not in markdown.replace("is shown and not judged", "").replace("Floor: chance", "").replace(
+        assert "hance" not in markdown.replace("is shown without a verdict", "").replace("Floor: chance", "").replace(
             "none at chance", ""
         )
         assert "dotted" not in html

@@ -260,7 +260,7 @@ def test_sglang_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.delenv("SGLANG_PYTHON", raising=False)
     with pytest.raises(InputError, match=r"not installed .*SGLANG_PYTHON"):
         sglang.command("m", ServeConfig(engine="sglang"), 1)
-    with pytest.raises(InputError, match="no program"):
+    with pytest.raises(InputError, match="not an executable program"):
         sglang.find_python(ServeConfig(python=str(tmp_path / "nothing")))
     (tmp_path / "sglang").mkdir()
     (tmp_path / "sglang" / "__init__.py").touch()

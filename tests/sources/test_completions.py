@@ -89,7 +89,7 @@ def test_filter_and_export_read_every_form_alike(tmp_path: Path, capsys: pytest.
     ("content", "said"),
     [
         (b'{"id": "a", "problem": "?", "generation": "4"}', "keys 'sample', 'answer', 'completion', 'finish_reason', "),
-        (b'{"id": "a", "problem": "?", "generation": "4"}', "the row has 'id', 'problem', 'generation', so it is no"),
+        (b'{"id": "a", "problem": "?", "generation": "4"}', "the row has 'id', 'problem', 'generation', so it is not"),
         (b"PK\x03\x04", "source is a zip archive; unpack it"),
         (b"[", "row 1: not JSON: the text ends too early (character 1 of the row)"),
     ],

@@ -77,7 +77,7 @@ def test_every_form_gives_the_same_rows(form: str, block: int, tmp_path: Path, m
     ("content", "said"),
     [
         (b'[{"a": 1}, {"a": ', r"row 2: not JSON: the text ends too early \(character 6 of the row\)"),
-        (b'[{"a": 1} {"a": 2}]', "expected , or ] behind row 1; found '{\"a\": 2}]'"),
+        (b'[{"a": 1} {"a": 2}]', "expected , or ] after row 1; found '{\"a\": 2}]'"),
         (b'[{"a": 1},]', r"row 2: not JSON: Expecting value \(character 1 of the row\)"),
         (b'[{"a": 1}', "the file ends within the list"),
         (b'[{"a": 1}] {"a": 2}', "text follows the end of the list"),
