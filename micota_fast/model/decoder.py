@@ -1,5 +1,9 @@
 """The decoder of all families (`config.FAMILIES`), on packed tokens. Parameters are named as in the checkpoints."""
 
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
@@ -153,7 +157,8 @@ class Decoder(nn.Module):
         return 6.0 * (self.num_params() - looked_up) + attention
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+@lru_cache
+def parameter_shapes(config: ModelConfig) -> Mapping[str, torch.Size]:
     """Name and shape of each tensor of a checkpoint of this configuration, in the model's order."""
     with torch.device("meta"):
-        return {name: p.shape for name, p in Decoder(config).named_parameters()}
+        return MappingProxyType({name: p.shape for name, p in Decoder(config).named_parameters()})
