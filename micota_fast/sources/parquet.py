@@ -39,16 +39,23 @@ def parquet_rows(path: Path, name: str) -> Iterator[bytes]:
                 a_row = max(1, about.total_byte_size // max(1, about.num_rows))
                 size = min(_MOST_ROWS, max(1, _BATCH_BYTES // a_row))
                 for batch in opened.iter_batches(size, row_groups=[group]):
+                    temporal = [pa.types.is_temporal(column.type) for column in batch.columns]
                     for i in range(batch.num_rows):
-                        row = {key: column[i].as_py() for key, column in zip(names, batch.columns, strict=True)}
+                        cells = zip(names, (column[i] for column in batch.columns), temporal, strict=True)
+                        row = {key: _moment(cell) if is_moment else cell.as_py() for key, cell, is_moment in cells}
                         yield json.dumps(row, ensure_ascii=False, default=_no_json).encode()
-    except (pa.ArrowException, OSError, ValueError) as error:  # some of Arrow's errors are OSErrors without a number
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # some of Arrow's are bare OSErrors
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"cannot read {name}: {why}") from None
     except RecursionError:
         raise InputError(f"{name}: objects and lists are nested more than {MAX_DEPTH} levels deep") from None
 
 
+def _moment(cell: Any) -> dict[str, str] | None:
+    """Stand for a date, a time or a duration: Python's hold neither nanoseconds nor all of Arrow's years."""
+    return {"type": str(cell.type).partition("[")[0]} if cell.is_valid else None
+
+
 def _no_json(value: Any) -> dict[str, str]:
-    """What stands for bytes, dates and decimals: no text, so that nothing takes it for one."""
+    """What stands for bytes and decimals, as for dates: no text, so that nothing takes it for one."""
     return {"type": type(value).__name__}

@@ -150,14 +150,26 @@ def test_what_json_has_no_type_for_is_never_text(tmp_path: Path) -> None:
     import decimal
 
     table = pa.table({"a": [b"bytes"], "b": [datetime.date(2024, 1, 2)], "c": [decimal.Decimal("1.5")], "d": ["d"]})
+    for name, unit in (("e", "us"), ("f", "ns")):  # a year that Python has not, and nanoseconds
+        table = table.append_column(name, pa.array([2**62 + 1], pa.timestamp(unit)))
+    table = table.append_column("g", pa.array([None], pa.timestamp("us")))
     pq.write_table(table, tmp_path / "rows")
     (row,) = read_rows(tmp_path / "rows")
     assert parse_json(row.line, "") == {
         "a": {"type": "bytes"},
-        "b": {"type": "date"},
+        "b": {"type": "date32"},
         "c": {"type": "Decimal"},
         "d": "d",
+        "e": {"type": "timestamp"},
+        "f": {"type": "timestamp"},
+        "g": None,
     }
+
+
+def test_a_list_of_years_that_python_has_not_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": pa.array([[2**62]], pa.list_(pa.timestamp("us")))}), tmp_path / "rows")
+    with pytest.raises(InputError, match="cannot read"):
+        list(read_rows(tmp_path / "rows"))
 
 
 @pytest.mark.parametrize("magic", [rows._ZSTD, rows._PARQUET])
