@@ -60,7 +60,11 @@ def test_the_watch_sees_each_kind_of_wait_and_nothing_else() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["varlen", "sdpa", *VERSIONS])
 def test_a_step_never_waits_for_the_device(attention: str, qwen2_checkpoint: Path, tmp_path: Path) -> None:
-    cells = [[mode, feature] for mode in MODES for feature in FEATURES if feature != LOW_BITS]
+    """With one attention in all combinations; with the others every feature once and every mode several times."""
+    features = [feature for feature in FEATURES if feature != LOW_BITS]
+    cells = [[mode, feature] for mode in MODES for feature in features]
+    if attention != "varlen":
+        cells = [[MODES[i % len(MODES)], feature] for i, feature in enumerate(features)]
     found = run_scene("steps", checkpoint=str(qwen2_checkpoint), folder=str(tmp_path), attention=attention, cells=cells)
     assert len(found) == len(cells)
     for cell, seen in found.items():
