@@ -266,7 +266,7 @@ class TrainSettings:
         if self.offload and self.optimizer_states != "float32":
             raise InputError(
                 f"`optimizer_states: {self.optimizer_states}` with `offload`: AdamW would step on the host, where "
-                "quantising takes some forty times as long as the step itself; leave one of them out"
+                "quantising takes many times as long as the step itself; leave one of them out"
             )
         if self.early_stop is not None and self.validation_data is None:
             raise InputError("`early_stop` needs `validation_data`, whose loss it watches")

@@ -73,6 +73,7 @@ def run_config(checkpoint: Path, folder: Path, name: str, **options: Any) -> Tra
     return train_config(checkpoint, folder, out=str(folder / name / "out"), **{**fixed, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "further"),
     [
