@@ -44,6 +44,7 @@ from micota_fast.pipeline.record import (
 from micota_fast.pipeline.stage import Artefact, Lasting, Stage
 from micota_fast.pipeline.stages import VERBS
 from micota_fast.pipeline.time_left import TimeLeft
+from micota_fast.pipeline.trained_parameters import check_trained_parameters
 from micota_fast.pipeline.versions import versions
 
 POLL_S = 0.05
@@ -74,6 +75,7 @@ def run_recipe(recipe: Recipe, path: Path, folder: Path, dry_run: bool = False) 
     run = Run(build_stages(recipe, path, folder, absent if dry_run else None), recipe.launch, folder)
     for what in absent:
         print(f"missing: {what}")
+    check_trained_parameters(run.stages)
     statuses = run.statuses()
     for difference in prompt_differences(run.stages):
         print(f"WARNING: {difference}")

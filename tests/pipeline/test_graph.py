@@ -10,6 +10,7 @@ from micota_fast.config import loader
 from micota_fast.config.recipe import Recipe
 from micota_fast.errors import InputError
 from micota_fast.pipeline.graph import build_stages
+from micota_fast.pipeline.run import run_recipe
 from micota_fast.pipeline.stage import Stage
 
 RECIPE: dict[str, Any] = {
@@ -391,3 +392,37 @@ def test_a_wrong_score_is_told(folder: Path, override: str, message: str) -> Non
     with pytest.raises(InputError, match=message) as error:
         planned(folder, SOFT, (override, *more))
     assert "recipe.yaml" in str(error.value) or "--set" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "options", "message"),
+    [
+        (
+            "arms.mid",
+            {"lora": {"targets": ["q_porj"], "merged": True}},
+            "stage student/mid-seed1: `lora.targets`: 'q_porj'",
+        ),
+        ("arms.mid", {"lora": {"rank": 4096, "merged": True}}, "stage student/mid-seed1: `lora.rank` 4096 exceeds"),
+        ("arms.mid", {"freeze": ["*.embed"]}, "stage student/mid-seed1: `freeze`: '*.embed' matches no parameter"),
+        ("models", {"freeze": ["*.embed"]}, "stage model/assistant-long: `freeze`: '*.embed' matches no parameter"),
+    ],
+)
+def test_what_no_model_has_is_refused_before_the_first_stage(
+    where: str, options: dict[str, Any], message: str, folder: Path, qwen2_checkpoint: Path
+) -> None:
+    models = {
+        name: model | {"checkpoint": str(qwen2_checkpoint)}
+        for name, model in RECIPE["models"].items()
+        if len(model) == 1 and "checkpoint" in model
+    }
+    recipe = RECIPE | {"models": RECIPE["models"] | models}
+    if where == "models":
+        recipe["models"]["assistant-long"] = {"train": {"base": "assistant", "corpus": "long", "overrides": options}}
+    else:
+        recipe["arms"] = {"mid": {"corpus": "mid", "overrides": options}}
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(InputError) as error:
+        run_recipe(loader.load(Recipe, file), file, folder / "run")
+    assert str(error.value).startswith(message)
+    assert not (folder / "run").exists()
