@@ -16,7 +16,7 @@ from micota_fast.common.terminal import safe_output
 from micota_fast.config.loader import describe, load
 from micota_fast.config.option_help import help_lines
 from micota_fast.config.shipped import recipe_file
-from micota_fast.config.suggestions import OTHER_VERBS, closest, closest_key, did_you_mean
+from micota_fast.config.suggestions import OTHER_VERBS, RELATED_KEYS, closest, closest_key, did_you_mean
 from micota_fast.errors import InputError
 from micota_fast.pipeline.stages import SET, VERBS, Verb
 
@@ -105,6 +105,8 @@ def _check_words(verb: str, arguments: Sequence[str], unknown: Sequence[str]) ->
             if "[i]" in option:
                 raise InputError(f"{flag}: no such option; it is `{option}` in the file of options")
             value = value if equals else following.get(flag, "VALUE")
+            if name.lower().replace("-", "_") in RELATED_KEYS:
+                value = "VALUE"
             if option.endswith(".key_env"):  # what was given may be the key itself
                 value = "VARIABLE"
             raise InputError(f"{flag}: no such option; options are set by --set: --set {option}={value}")

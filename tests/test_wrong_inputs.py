@@ -12,7 +12,7 @@ from micota_fast.cli import main
 from micota_fast.common.importing import imported
 from micota_fast.config.loader import describe
 from micota_fast.config.shipped import RECIPES
-from micota_fast.config.suggestions import OTHER_KEYS, OTHER_VERBS, closest_key
+from micota_fast.config.suggestions import OTHER_KEYS, OTHER_VERBS, RELATED_KEYS, SAME_KEYS, closest_key
 from micota_fast.pipeline.stages import VERBS
 
 STUDENT = ROOT / "micota_fast" / "micro" / "checkpoints" / "student"  # MODEL in the lines below
@@ -62,6 +62,8 @@ WRONG: list[tuple[str, dict[str, str], str]] = [
     ("plan micro --dollars-per-hour 3", {}, "did you mean `--dollars-per-gpu-hour`?"),
     ("evaluate --limit 9", {}, "--limit: no such option; it is `benchmarks[i].limit` in the file of options"),
     ("generate --api-key sk-1", {}, "--set openai.key_env=VARIABLE"),
+    ("train --optim adamw_8bit", {}, "--set optimizer_states=VALUE"),
+    ("train --warmup_steps=100", {}, "--set warmup_ratio=VALUE"),
     ("serve m --port 30000", {}, "--set port=30000"),
     ("serve m --tensor-parallel-size 2", {}, "--set tp=2"),
     ("run micro --dry", {}, ""),  # a beginning is enough
@@ -150,7 +152,9 @@ def test_other_projects_names_stand_for_options_and_verbs_of_ours() -> None:
     }
     assert not {key for key, name in OTHER_KEYS.items() if name not in ours}
     assert not OTHER_KEYS.keys() & ours - {"max_tokens", "dataset"}, "a name of ours stands for itself"
-    assert list(OTHER_KEYS) == sorted(OTHER_KEYS)
+    for names in (SAME_KEYS, RELATED_KEYS):
+        assert list(names) == sorted(names)
+    assert not SAME_KEYS.keys() & RELATED_KEYS.keys()
     assert not {verb for verb, name in OTHER_VERBS.items() if name not in VERBS or verb in VERBS}
 
 
