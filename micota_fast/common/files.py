@@ -122,7 +122,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_folder(place: Path) -> Iterator[Path]:
-    """Yield an empty folder next to `place`, named after it and for our user's eyes alone; it goes with the block.
+    """Yield an empty folder next to `place`, named after it and readable by the user alone; the block's end removes it.
 
     What an earlier one of the same place has left goes first, if its process was killed; one that lives keeps its own.
 

@@ -48,9 +48,9 @@ class Checkpoint:
     def __init__(self, name: str) -> None:
         self._made = ExitStack()
         if names_adapter(name):
-            from micota_fast.model.adapter import merged_for_a_while  # imports torch, which merging does without
+            from micota_fast.model.adapter import temporarily_merged  # imports torch, which merging does without
 
-            self.folder = self._made.enter_context(merged_for_a_while(name))
+            self.folder = self._made.enter_context(temporarily_merged(name))
             self.name = "+".join(PurePath(part).name if Path(part).is_dir() else part for part in name.rsplit("+", 1))
         else:
             self.folder = resolve_checkpoint(name)

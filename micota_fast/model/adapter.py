@@ -185,7 +185,7 @@ def save_merged(
 
 
 @contextmanager
-def merged_for_a_while(name: str) -> Iterator[Path]:
+def temporarily_merged(name: str) -> Iterator[Path]:
     """Yield a folder with what BASE+ADAPTER (`folder.names_adapter`) names, merged; it goes with the block.
 
     The temporary folder is made where TMPDIR says and takes the room of the whole model. What a process that was killed

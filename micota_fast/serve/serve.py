@@ -116,10 +116,10 @@ class _Server:
 def _started(model: str, config: ServeConfig, log_path: Path | None) -> Iterator[list[_Server]]:
     """Start the servers, and end them all in the end. MODEL+ADAPTER is served merged, under that name."""
     if names_adapter(model):
-        from micota_fast.model.adapter import merged_for_a_while  # imports torch
+        from micota_fast.model.adapter import temporarily_merged  # imports torch
 
         config = replace(config, served_model_name=config.served_model_name or model)
-        with merged_for_a_while(model) as folder, _started(str(folder), config, log_path) as of_merged:
+        with temporarily_merged(model) as folder, _started(str(folder), config, log_path) as of_merged:
             yield of_merged
         return
     if config.engine == "embedded":  # SGLang knows further families

@@ -29,7 +29,7 @@ class LowBitAdamW(torch.optim.Optimizer):
         groups: of parameters, each with its `weight_decay`.
         settings: `optimizer_states`, which is not float32, and what AdamW takes.
         compiled: whether torch.compile makes one kernel of the step; without it the step holds several temporary
-            tensors of the size of the largest shard and takes ten times as long.
+            tensors of the size of the largest shard and takes much longer.
     """
 
     def __init__(self, groups: list[dict[str, Any]], settings: TrainSettings, compiled: bool) -> None:

@@ -114,6 +114,7 @@ def test_the_packs_of_readme_need_what_is_estimated(processes: int, qwen2_checkp
         (
             8,
             [
+                ["7B", 16384, "full", 2, "lora"],
                 ["7B", 2048, "full", 2, "lora"],
                 ["7B", 16384, "selective", 2, "lora"],
                 ["7B", 4096, "full", 2, "offload"],
@@ -122,6 +123,7 @@ def test_the_packs_of_readme_need_what_is_estimated(processes: int, qwen2_checkp
                 ["3B", 8192, "none", 4, "offload"],
             ],
         ),
+        (4, [["14B", 16384, "full", 2, "offload"], ["14B", 16384, "full", 4, "lora"]]),
         (
             1,
             [
@@ -133,7 +135,7 @@ def test_the_packs_of_readme_need_what_is_estimated(processes: int, qwen2_checkp
             ],
         ),
     ],
-    ids=["8", "1"],
+    ids=["8", "4", "1"],
 )
 def test_offload_and_adapters_need_what_is_estimated(
     processes: int, cells: list[list[Any]], qwen2_checkpoint: Path, tmp_path: Path
@@ -145,15 +147,12 @@ def test_offload_and_adapters_need_what_is_estimated(
 
 @pytest.mark.slow
 @needs_compiler
-def test_the_recipes_trainings_fit_four_gpus_of_40_gb(qwen2_checkpoint: Path, tmp_path: Path) -> None:
-    """Whole models as the variants at the head of the recipes train them; LoRA is what the plan names beside them."""
-    cells = [
-        ["3B", 16384, "selective", None, ""],
-        ["7B", 16384, "full", None, "8bit"],
-        ["14B", 16384, "full", 2, "offload"],  # the shards in the host's memory are real
-        ["14B", 16384, "full", 4, "lora"],
-    ]
+def test_the_recipes_students_fit_four_gpus_of_40_gb(qwen2_checkpoint: Path, tmp_path: Path) -> None:
+    """Whole models, as the variants at the head of the recipes train them. Their assistants, which offload, are not
+    simulated whole: what is in the host's memory is real.
+    """
+    cells = [["3B", 16384, "selective", None, ""], ["7B", 16384, "full", None, "8bit"]]
     found = measure(cells, 4, qwen2_checkpoint, tmp_path)
     for (size, tokens, mode, layers, levers), peaks in zip(cells, found, strict=True):
-        assert layers is not None or peak_of(peaks) <= FITS * 40e9, (size, levers)
+        assert peak_of(peaks) <= FITS * 40e9, (size, levers)
         check(size, tokens, 4, mode, layers, peaks, levers)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from helpers.adapters import write_adapter
 from micota_fast.errors import InputError
-from micota_fast.model.adapter import Adapter, merged_for_a_while
+from micota_fast.model.adapter import Adapter, temporarily_merged
 from micota_fast.model.folder import resolve_model
 
 SHAPES = {"norm.weight": torch.Size([4]), "up.weight": torch.Size([6, 4])}
@@ -70,8 +70,8 @@ def test_what_names_no_model_is_never_the_working_directory(
 
 MERGES = """
 import sys
-from micota_fast.model.adapter import merged_for_a_while
-with merged_for_a_while(sys.argv[1]):
+from micota_fast.model.adapter import temporarily_merged
+with temporarily_merged(sys.argv[1]):
     print("merged", flush=True)
     sys.stdin.read()
 """
@@ -89,11 +89,11 @@ def test_a_merged_model_that_a_killed_process_has_left_goes_when_the_next_is_mad
     assert process.stdout is not None
     assert process.stdout.readline() == b"merged\n"
     (its,) = made.iterdir()
-    with merged_for_a_while(both) as model:
+    with temporarily_merged(both) as model:
         assert set(made.iterdir()) == {its, model.parent}, "a living process keeps its own"
     process.kill()
     process.communicate()
     assert list(made.iterdir()) == [its], "nothing could remove it"
-    with merged_for_a_while(both) as model:
+    with temporarily_merged(both) as model:
         assert list(made.iterdir()) == [model.parent]
     assert not list(made.iterdir())
