@@ -140,6 +140,11 @@ def moments(
     if lora is not None:  # the narrow products of the adapters' first halves
         narrow = math.ceil(tokens * low * lora.rank * modules / layers)
         kept_T, computed_T = (kept_T + narrow, computed_T) if mode == "none" else (kept_T, computed_T + narrow)
+        if lora.dropout:  # each adapter's own input, and which of its values are left
+            dropped = math.ceil(
+                tokens * (low + (1 if device == "cuda" else low)) * _adapter_inputs(model, lora) / layers
+            )
+            kept_T, computed_T = (kept_T + dropped, computed_T) if mode == "none" else (kept_T, computed_T + dropped)
         # The gradient of the SwiGLU comes from the weight and from its adapter.
         computed_T += round(tokens * low * model.intermediate_size * (1 + SMALL))
     hidden_TH = tokens * low * model.hidden_size
@@ -307,6 +312,12 @@ def _adapters(model: ModelConfig, lora: LoraConfig) -> tuple[int, int]:
     """Return the number of values in all adapters, and the number of modules that have one."""
     halves = [_halves(name, shape, lora) for name, shape in parameter_shapes(model).items()]
     return sum(map(sum, halves)), sum(map(bool, halves))
+
+
+def _adapter_inputs(model: ModelConfig, lora: LoraConfig) -> int:
+    """Return the number of values per token that enter the adapters of all blocks."""
+    halves = [_halves(name, shape, lora) for name, shape in parameter_shapes(model).items()]
+    return sum(second for _, second in filter(None, halves)) // lora.rank
 
 
 def _halves(name: str, shape: torch.Size, lora: LoraConfig) -> list[int]:

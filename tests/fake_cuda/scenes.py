@@ -189,7 +189,7 @@ def peaks(world: int, tokenizer: str, folder: str, cells: list[list[Any]]) -> li
         tokenizer: a checkpoint that has one.
         folder: for files.
         cells: lists of a model's name, tokens of a pack, activation checkpointing, layers (None: all), and what else
-            is to be set: nothing, "offload", "lora", "lora, offload" or "8bit".
+            is to be set: nothing, "offload", "lora", "lora, dropout", "lora, offload" or "8bit".
     """
     session = Session(world)
     import gc
@@ -200,7 +200,7 @@ def peaks(world: int, tokenizer: str, folder: str, cells: list[list[Any]]) -> li
     found = []
     for model, pack_tokens, mode, layers, *rest in cells:
         levers = ", ".join(rest)
-        lora = LoraConfig() if "lora" in levers else None
+        lora = LoraConfig(dropout=0.1 if "dropout" in levers else 0.0) if "lora" in levers else None
         options: dict[str, Any] = {"activation_checkpointing": mode, "offload": "offload" in levers}
         options["optimizer_states"] = "8bit" if "8bit" in levers else "float32"
         run = train_step(session, model, tokenizer, folder, pack_tokens, layers, lora, **options)

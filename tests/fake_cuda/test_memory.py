@@ -70,7 +70,7 @@ def check(
     config = shape_of(size)
     if layers is not None:
         config = ModelConfig.from_dict(config.to_dict("bfloat16") | {"num_hidden_layers": layers})
-    lora = LoraConfig() if "lora" in levers else None
+    lora = LoraConfig(dropout=0.1 if "dropout" in levers else 0.0) if "lora" in levers else None
     states: Any = "8bit" if "8bit" in levers else "float32"
     options: Any = {"lora": lora, "offload": "offload" in levers, "optimizer_states": states}
     expected = moments(config, tokens, processes, mode, torch.bfloat16, "cuda", **options)
@@ -123,7 +123,16 @@ def test_the_packs_of_readme_need_what_is_estimated(processes: int, qwen2_checkp
                 ["3B", 8192, "none", 4, "offload"],
             ],
         ),
-        (4, [["14B", 16384, "full", 2, "offload"], ["14B", 16384, "full", 4, "lora"]]),
+        (
+            4,
+            [
+                ["14B", 16384, "full", 2, "offload"],
+                ["14B", 16384, "full", 4, "lora"],
+                ["7B", 16384, "none", 2, "lora, dropout"],
+                ["7B", 16384, "selective", 2, "lora, dropout"],
+                ["7B", 16384, "full", 2, "lora, dropout"],
+            ],
+        ),
         (
             1,
             [
