@@ -321,9 +321,13 @@ def _adapter_inputs(model: ModelConfig, lora: LoraConfig) -> int:
 
 
 def _halves(name: str, shape: torch.Size, lora: LoraConfig) -> list[int]:
-    """Return the numbers of values in the two matrices of a weight's adapter; none if it has no adapter."""
+    """Return the numbers of values in the two matrices of a weight's adapter; none if it has no adapter.
+
+    As in `lora.add_adapters`, norms, embedding and head have none.
+    """
     targets = tuple(f".{target}.weight" for target in lora.targets)
-    return [lora.rank * size for size in shape] if f".{name}".endswith(targets) else []
+    adapted = name.startswith("model.layers.") and len(shape) == 2 and f".{name}".endswith(targets)
+    return [lora.rank * size for size in shape] if adapted else []
 
 
 def kept(model: ModelConfig, mode: Checkpointing) -> int:
