@@ -22,6 +22,7 @@ import yaml
 
 from micota_fast.common.files import open_atomic, reading, remove_whole, whole_folder, write_atomic, writing
 from micota_fast.common.fingerprint import Fingerprints
+from micota_fast.common.importing import imported
 from micota_fast.common.json_io import as_read_back, write_json
 from micota_fast.common.lock import RUN_ENDS_S, locked
 from micota_fast.common.urls import hide_credentials
@@ -44,10 +45,10 @@ from micota_fast.pipeline.record import (
 from micota_fast.pipeline.stage import Artefact, Lasting, Stage
 from micota_fast.pipeline.stages import VERBS
 from micota_fast.pipeline.time_left import TimeLeft
-from micota_fast.pipeline.trained_parameters import check_trained_parameters
 from micota_fast.pipeline.versions import versions
 
 POLL_S = 0.05
+TRAINED_PARAMETERS = "micota_fast.planning.trained_parameters:check_trained_parameters"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def run_recipe(recipe: Recipe, path: Path, folder: Path, dry_run: bool = False) 
     run = Run(build_stages(recipe, path, folder, absent if dry_run else None), recipe.launch, folder)
     for what in absent:
         print(f"missing: {what}")
-    check_trained_parameters(run.stages)
+    imported(TRAINED_PARAMETERS)(run.stages)
     statuses = run.statuses()
     for difference in prompt_differences(run.stages):
         print(f"WARNING: {difference}")
